@@ -1,0 +1,322 @@
+"""params.yaml as typed, strict, frozen models: one class a section.
+
+Owns what may stand in params.yaml and which combinations make sense. Environment variables never change what a
+stage computes; the machine facts they carry are listed in docs/operations.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dllm import yaml_reader
+from dllm.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of params.yaml: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True)
+
+
+class Target(Section):
+    """The frozen causal model whose words the draft learns to foresee."""
+
+    model: str
+    """`builtin:smollm2-135m-instruct`, `builtin:tiny`, a directory, or a Hugging Face id."""
+    revision: str | None = None
+    """Commit of the Hugging Face repository; null takes the newest, and records it."""
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    trust_remote_code: bool = False
+    enable_thinking: bool | None = None
+    """Passed to the chat template by templates that know it; null leaves it out."""
+
+
+class Source(Section):
+    """Where prompts come from."""
+
+    name: str
+    """`gsm8k`, `humaneval`, `aime` (built in), a Hugging Face dataset id, or a parquet/JSON/JSONL file or folder."""
+    split: str = "train"
+    """Split of a Hugging Face dataset; slices such as `train[:1000]` are understood."""
+    subset: str | None = None
+    """Configuration name of a Hugging Face dataset."""
+    column: str | None = None
+    """Column with the chat; null takes `messages`, then `conversations`."""
+    limit: PositiveInt | None = None
+    """At most so many prompts, the first by id hash."""
+
+
+class Prepare(Section):
+    """Prompts as chats, with a held-out part that no training row can enter."""
+
+    sources: Annotated[list[Source], Field(min_length=1)]
+    heldout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of prompts kept for validation and evaluation, chosen by id hash."""
+
+
+class Regenerate(Section):
+    """The target answers every prompt."""
+
+    engine: Literal["local", "openai"] = "local"
+    base_url: str | None = None
+    """Address of an OpenAI-compatible server, for engine `openai`; DLLM_TARGET_URL goes before it."""
+    served_model: str | None = None
+    """Name the server knows the target by; null takes `target.model`."""
+    concurrency: PositiveInt = 64
+    """Requests in flight, for engine `openai`."""
+    batch_size: PositiveInt = 64
+    """Rows decoded together, for engine `local`."""
+    samples_per_prompt: PositiveInt = 1
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: PositiveInt = 256
+    shard_size: PositiveInt = 1000
+    """Rows a parquet shard."""
+    seed: int = 0
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    max_retries: NonNegativeInt = 5
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Regenerate:
+        if self.temperature == 0 and self.samples_per_prompt > 1:
+            raise ValueError("samples_per_prompt > 1 at temperature 0 repeats the same answer; raise temperature")
+        return self
+
+
+class Draft(Section):
+    """The small block-diffusion model that is trained."""
+
+    init: str = "random"
+    """`random` (sized by the target), `target` (layers start as copies of the target's last ones), or a published
+    draft: a directory or a Hugging Face id."""
+    num_hidden_layers: PositiveInt = 5
+    num_target_layers_tapped: PositiveInt = 5
+    """How many target layers are tapped, evenly spread, where `target_layer_ids` is null."""
+    target_layer_ids: list[NonNegativeInt] | None = None
+    """0-based decoder layers whose outputs are tapped."""
+    sliding_window: PositiveInt | None = None
+    """Context window of every draft layer; null sees the whole context."""
+
+
+class Dflash(Section):
+    """Block diffusion against target features (DFlash paper, section 4 and appendix A.1)."""
+
+    block_size: NonNegativeInt = 16
+    """Slots a block: one clean anchor and block_size - 1 masks. 0 reads the draft's."""
+    loss_decay_gamma: Annotated[float, Field(ge=0)] = 0.0
+    """Decay of the loss over a block's offsets. 0 takes the paper's: 7, 5, 4 for blocks of 16, 10, 8."""
+    loss: Literal["decay", "dpace"] = "decay"
+    """`decay`: exp(-(k-1)/gamma) weights; `dpace`: weights from the draft's own confidence (D-PACE, alpha 0.5)."""
+    mask_token_id: NonNegativeInt | None = None
+    """Id fed at masked slots; null resolves it from the tokenizer. It must be a row of the target's embedding."""
+    num_blocks_per_sample: PositiveInt = 512
+    """Anchors a sequence and epoch."""
+    anchor_sampling: Literal["without_replacement", "with_replacement", "non_overlapping"] = "without_replacement"
+    """All three draw from supervised positions; `with_replacement` is the paper's independent sampling."""
+    features: Literal["cached", "online"] = "cached"
+    """Target hidden states: written once to disk, or computed for every batch."""
+    loss_vocab: Literal["full", "corpus"] = "full"
+    """`corpus` leaves tokens out of the training softmax that no training answer holds; metrics always use all."""
+    ce_chunk_size: PositiveInt = 256
+    """Block positions whose logits exist at one time."""
+    draft: Draft = Draft()
+
+    @model_validator(mode="after")
+    def _block_has_masks(self) -> Dflash:
+        if self.block_size == 1:
+            raise ValueError("block_size must be 0 (the draft's) or at least 2: a block of 1 has nothing to predict")
+        if self.block_size == 0 and self.draft.init in ("random", "target"):
+            raise ValueError("block_size 0 reads the draft's, but draft.init makes a new draft; name a size such as 16")
+        return self
+
+
+class Optimizer(Section):
+    """How the draft's weights move."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon` moves matrices by orthogonalised momentum and everything else by AdamW."""
+    lr: Annotated[float, Field(gt=0)] = 6e-4
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_ratio: Fraction = 0.04
+    """Share of all optimizer steps that warm up linearly."""
+
+
+class Train(Section):
+    """One training run under torchrun."""
+
+    mode: Literal["dflash"] = "dflash"
+    nproc: PositiveInt = 1
+    """Ranks torchrun starts; on a machine with GPUs, one a GPU."""
+    epochs: Annotated[float, Field(gt=0)] = 6.0
+    batch_size: PositiveInt = 8
+    """Sequences a rank and micro-batch."""
+    grad_accumulation: PositiveInt = 1
+    max_length: PositiveInt = 3072
+    """Longest sequence in tokens; what is longer is cut on the right."""
+    seed: int = 0
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of the forward and backward pass; master weights are float32."""
+    log_every: PositiveInt = 10
+    """Optimizer steps between metrics."""
+    validate_every: PositiveInt = 100
+    """Optimizer steps between looks at held-out text; a checkpoint follows each."""
+    validation_samples: PositiveInt = 64
+    """Held-out sequences in a validation."""
+    keep_checkpoints: PositiveInt = 2
+    optimizer: Optimizer = Optimizer()
+    dflash: Dflash = Dflash()
+
+
+class Evaluate(Section):
+    """Real speculative decoding on held-out prompts, greedy, against autoregressive decoding."""
+
+    num_prompts: PositiveInt = 64
+    """Held-out prompts of each source."""
+    max_new_tokens: PositiveInt = 256
+    block_size: NonNegativeInt = 0
+    """Slots a round at decoding; 0 takes the draft's. Smaller than the draft's is allowed."""
+    identity_prompts: NonNegativeInt = 4
+    """Prompts decoded again in float32 to check that speculative ids equal autoregressive ids."""
+
+
+class Register(Section):
+    """The checkpoint as a version of an MLflow registered model."""
+
+    model_name: str
+    """Registered model the checkpoint becomes a version of."""
+
+
+class Params(Section):
+    """params.yaml, whole."""
+
+    recipe: str
+    """Name of the recipe these values came from."""
+    target: Target
+    prepare: Prepare
+    regenerate: Regenerate = Regenerate()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    register_: Register = Field(alias="register")
+
+    @model_validator(mode="after")
+    def _fit(self) -> Params:
+        block = self.train.dflash.block_size
+        if block and self.evaluate.block_size > block:
+            raise ValueError(
+                f"evaluate.block_size is {self.evaluate.block_size}, larger than train.dflash.block_size {block}; "
+                "a draft does not reach past the block it was trained on"
+            )
+        if self.evaluate.block_size == 1:
+            raise ValueError("evaluate.block_size must be 0 (the draft's) or at least 2")
+        return self
+
+
+GUIDE_NAMES = {
+    "overlap_anchors": "anchor_sampling: with_replacement (true) or non_overlapping (false)",
+    "attention_backend": "nothing: attention is exact and sparse on every device",
+    "target_model_id": "target.model",
+    "target_torch_dtype": "target.dtype",
+    "use_fused_linear_ce": "nothing: the cross-entropy is always chunked; ce_chunk_size sets how",
+}
+"""Fields of NeMo AutoModel's guide that have another name here, and that name."""
+
+
+def load(path: Path | str = "params.yaml", overrides: typing.Sequence[str] = ()) -> Params:
+    """Read params.yaml, apply `a.b.c=value` overrides (values are YAML), and check all of it.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong type, or values clash.
+    """
+    path = Path(path)
+    try:
+        raw = yaml_reader.read(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            "no params file", where=str(path), hint="run `python -m dllm recipe use NAME` or go to the project's folder"
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not YAML: {' '.join(str(error).split())}", where=str(path)) from None
+    if not isinstance(raw, dict):
+        raise ConfigError("params must be a mapping of sections", where=str(path))
+    for override in overrides:
+        _override(raw, override)
+    return parse(raw, where=str(path))
+
+
+def parse(raw: dict[str, Any], where: str = "params.yaml") -> Params:
+    """Check a mapping as params; see `load`."""
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(_explain(first), where=where) from None
+
+
+def digest(*sections: BaseModel) -> str:
+    """Hash sections into 16 hex digits that change exactly when a value does."""
+    text = json.dumps([s.model_dump(mode="json", by_alias=True) for s in sections], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(f"an override reads KEY=VALUE, got {text!r}", where="--set")
+    *parents, last = key.split(".")
+    node: Any = raw
+    for parent in parents:
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key}: {parent} holds no keys", where="--set")
+    try:
+        node[last] = yaml_reader.read(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}: {value!r} is not a YAML value", where="--set") from None
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        name = str(error["loc"][-1])
+        if name in GUIDE_NAMES:
+            return f"{path}: not a key here; use {GUIDE_NAMES[name]}"
+        near = difflib.get_close_matches(name, _known_keys(error["loc"][:-1]), n=1, cutoff=0.5)
+        return f"{path}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+    if error["type"] == "missing":
+        return f"{path}: missing"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error.get("input")
+    if isinstance(given, (str, int, float, bool)) or given is None:
+        if error["type"] == "literal_error":
+            options = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+            near = difflib.get_close_matches(str(given), options, n=1, cutoff=0.4)
+            message += f"; did you mean {near[0]}?" if near else ""
+        return f"{path}: {message}, got {given!r}"
+    return f"{path}: {message}" if path else message
+
+
+def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
+    model: Any = Params
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        fields = {f.alias or name: f for name, f in model.model_fields.items()}
+        model = fields[part].annotation
+        args = typing.get_args(model)
+        model = next((a for a in (*args, model) if isinstance(a, type) and issubclass(a, BaseModel)), model)
+    return [f.alias or name for name, f in model.model_fields.items()]

@@ -1,0 +1,55 @@
+"""The errors a user can meet, named by whose fault they are.
+
+Each carries one line that says what is wrong and where, and one that says what to do. The command line prints
+them and exits with the class's code; a traceback appears only with --debug.
+"""
+
+
+class DllmError(Exception):
+    """A failure the user can act on.
+
+    Args:
+        message: what is wrong and what was expected, in one line.
+        where: the file, key or address at fault, or None.
+        hint: what to do about it, or None.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.where, self.hint = message, where, hint
+
+    def __str__(self) -> str:
+        line = self.message if self.where is None else f"{self.message} ({self.where})"
+        return line if self.hint is None else f"{line}; {self.hint}"
+
+
+class ConfigError(DllmError):
+    """A parameter is unknown, of the wrong type, or impossible beside another."""
+
+    exit_code = 2
+
+
+class DataError(DllmError):
+    """Prompts, shards or features cannot be read, or hold nothing to train on."""
+
+    exit_code = 3
+
+
+class ServerError(DllmError):
+    """A server (engine, MLflow, Prefect) is out of reach or answers wrongly."""
+
+    exit_code = 4
+
+
+class StageError(DllmError):
+    """A stage cannot go on: its input is missing, its disk is full, its child failed."""
+
+    exit_code = 5
+
+
+class ModelError(DllmError):
+    """A model or checkpoint is missing, incomplete, or does not fit its target."""
+
+    exit_code = 6
