@@ -1,0 +1,190 @@
+"""Prompts: their ids, which are held out, and the table `prepare` leaves.
+
+Owns identity. A prompt's id is a hash of its turns, so the same prompt has the same id wherever it comes from; the
+held-out part follows from the id alone, so adding sources never moves a prompt from one side to the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dllm.config import Prepare, Source
+from dllm.data import sources
+from dllm.data.turns import Message, Unusable, to_prompt
+from dllm.data.whole_file import write_whole
+from dllm.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FILE = "prompts.parquet"
+TRAIN, HELDOUT = "train", "heldout"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chat that ends with the user's turn."""
+
+    id: str
+    """Hash of the messages, 16 hex digits."""
+    source: str
+    split: str
+    """`train` or `heldout`."""
+    messages: list[Message]
+
+
+def prompt_id(messages: Sequence[Message]) -> str:
+    """Hash a chat's roles and contents into 16 hex digits."""
+    turns = [{"content": m["content"], "role": m["role"]} for m in messages]
+    text = json.dumps(turns, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def is_heldout(id: str, fraction: float) -> bool:
+    """Tell whether a prompt is held out: a matter of its id and the fraction, and of nothing else.
+
+    A larger fraction holds out a superset.
+    """
+    # Hashed again: `limit` keeps the smallest ids, and those must not be the held-out ones.
+    draw = int.from_bytes(hashlib.sha256(f"heldout {id}".encode()).digest()[:8])
+    return draw < fraction * 2**64
+
+
+def collect(prepare: Prepare, root: Path) -> tuple[list[Prompt], dict[str, Any]]:
+    """Read every source; return the prompts in order of id, and what was counted on the way.
+
+    Raises:
+        DataError: a source cannot be read, or one of the two splits would be empty.
+    """
+    kept: dict[str, Prompt] = {}
+    counts: dict[str, Any] = {}
+    for source in prepare.sources:
+        own, tally = _collect_one(source, root, kept, prepare.heldout_fraction)
+        kept.update(own)
+        name = sources.label(source)
+        if name in counts:
+            counts[name] = _merged(counts[name], tally)
+        else:
+            counts[name] = tally
+    totals = Counter(prompt.split for prompt in kept.values())
+    _check_splits(totals, prepare, counts)
+    report = {
+        "prompts": len(kept),
+        TRAIN: totals[TRAIN],
+        HELDOUT: totals[HELDOUT],
+        "duplicates": sum(tally["duplicates"] for tally in counts.values()),
+        "refused": sum(sum(tally["refused"].values()) for tally in counts.values()),
+        "sources": counts,
+    }
+    return [kept[id] for id in sorted(kept)], report
+
+
+def _collect_one(
+    source: Source, root: Path, others: dict[str, Prompt], fraction: float
+) -> tuple[dict[str, Prompt], dict[str, Any]]:
+    found: dict[str, list[Message]] = {}
+    refused: Counter[str] = Counter()
+    num_rows = duplicates = 0
+    for where, chat in sources.rows(source, root):
+        num_rows += 1
+        try:
+            messages = to_prompt(chat, where)
+        except Unusable as reason:
+            refused[str(reason)] += 1
+            continue
+        id = prompt_id(messages)
+        duplicates += id in found or id in others
+        if id not in others:
+            found.setdefault(id, messages)
+    ids = sorted(found)[: source.limit]
+    name = sources.label(source)
+    own = {id: Prompt(id, name, HELDOUT if is_heldout(id, fraction) else TRAIN, found[id]) for id in ids}
+    splits = Counter(prompt.split for prompt in own.values())
+    tally = {
+        "rows": num_rows,
+        TRAIN: splits[TRAIN],
+        HELDOUT: splits[HELDOUT],
+        "duplicates": duplicates,
+        "refused": dict(sorted(refused.items())),
+        "over_limit": len(found) - len(ids),
+    }
+    return own, tally
+
+
+def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: dict(Counter(value) + Counter(other[key])) if isinstance(value, dict) else value + other[key]
+        for key, value in one.items()
+    }
+
+
+def _check_splits(totals: Counter[str], prepare: Prepare, counts: dict[str, Any]) -> None:
+    total = totals[TRAIN] + totals[HELDOUT]
+    if total == 0:
+        refused: Counter[str] = sum((Counter(tally["refused"]) for tally in counts.values()), Counter())
+        reasons = ", ".join(f"{n} with {reason}" for reason, n in refused.items())
+        rows = sum(tally["rows"] for tally in counts.values())
+        raise DataError(
+            f"no usable prompt in {rows} rows" + (f" ({reasons})" if reasons else ""),
+            where=f"prepare.sources: {', '.join(counts)}",
+            hint="every row needs a user turn with text",
+        )
+    for split in (TRAIN, HELDOUT):
+        if totals[split] == 0:
+            raise DataError(
+                f"none of {total} prompts falls into the {split} split",
+                where=f"prepare.heldout_fraction: {prepare.heldout_fraction}",
+                hint="give more prompts or another fraction",
+            )
+
+
+def schema() -> pa.Schema:
+    """Describe the columns of prompts.parquet."""
+    import pyarrow as pa
+
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    texts = [(name, pa.string()) for name in ("id", "source", "split")]
+    return pa.schema([*texts, ("messages", pa.list_(message))])
+
+
+def write_prompts(prompts: Iterable[Prompt], path: Path) -> None:
+    """Write prompts as parquet; equal prompts make equal bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    pq.write_table(
+        pa.Table.from_pylist([vars(prompt) for prompt in prompts], schema=schema()), buffer, compression="zstd"
+    )
+    write_whole(path, buffer.getvalue())
+
+
+def read_prompts(dir: Path, split: str | None = None) -> list[Prompt]:
+    """Read what `prepare` published, all of it or one split, in order of id.
+
+    Raises:
+        DataError: the file is missing or is not what `prepare` writes.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = dir / FILE
+    try:
+        with path.open("rb") as file:
+            table = pq.read_table(file)
+    except FileNotFoundError:
+        raise DataError("no prompts yet", where=str(path), hint="run `python -m dllm prepare`") from None
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).split("\n")[0]
+        raise DataError(f"unreadable: {reason}", where=str(path), hint="run `python -m dllm prepare` again") from None
+    if table.schema.names != schema().names:
+        raise DataError(f"columns {table.schema.names}, expected {schema().names}", where=str(path))
+    prompts = [Prompt(**row) for row in table.to_pylist()]
+    return [prompt for prompt in prompts if split is None or prompt.split == split]
