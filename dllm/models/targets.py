@@ -1,0 +1,197 @@
+"""The frozen target: where its files are, what they hash to, and how it is loaded.
+
+Owns the way from `target.model` in params.yaml to a directory, a model in evaluation mode, and an identity that
+fingerprints can carry. Hub models are taken as a snapshot first, so that all later reads see one revision.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dllm.config import Target
+from dllm.data import chat
+from dllm.errors import ModelError
+from dllm.models import builtin
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+
+def locate(target: Target) -> Path:
+    """Return the directory that holds the target, making or downloading it on first use.
+
+    Raises:
+        ModelError: there is no such built-in, directory or hub repository, or the hub is out of reach.
+    """
+    if target.model.startswith(builtin.PREFIX):
+        return builtin.directory(target.model)
+    path = Path(target.model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                "no config.json in the target's directory", where=str(path), hint="point target.model at a saved model"
+            )
+        return path
+    if not looks_like_hub_id(target.model):
+        raise ModelError("no such model directory", where=f"target.model: {target.model}")
+    patterns = [*_HUB_FILES, "*.py"] if target.trust_remote_code else _HUB_FILES
+    return hub_snapshot(target.model, target.revision, patterns, where="target.model")
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Tell a Hugging Face id from a path."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
+
+
+def hub_snapshot(repo: str, revision: str | None, patterns: list[str], where: str) -> Path:
+    """Download a Hugging Face repository's files, or find them in its cache; the directory is named by its commit.
+
+    Raises:
+        ModelError: the repository or revision does not exist, needs a login, or the hub is out of reach.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = f"{where}: {repo}"
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise ModelError("this model needs an accepted licence", where=where, hint="set HF_TOKEN") from None
+    except RevisionNotFoundError:
+        raise ModelError(f"no revision {revision!r}", where=where) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise ModelError(
+            "neither a directory nor a Hugging Face model",
+            where=where,
+            hint=f"built in: {', '.join(builtin.names())}",
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"not in the cache, and the Hugging Face hub is out of reach ({type(error).__name__})",
+            where=where,
+            hint="check the network, or name a directory or a built-in model",
+        ) from None
+
+
+def load_tokenizer(target: Target) -> PreTrainedTokenizerBase:
+    """Load the target's tokenizer.
+
+    Raises:
+        ModelError: the target has no tokenizer that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    path = locate(target)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=target.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read the tokenizer: {_first_line(error)}", where=str(path)) from None
+
+
+def load_target(
+    target: Target, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """Load the target frozen and in evaluation mode, in `dtype` (else `target.dtype`) on `device` (else the best one).
+
+    Raises:
+        ModelError: the directory holds no causal model that can be read.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # its bars would cut through a stage's own
+    path = locate(target)
+    if dtype is None:
+        dtype = target.dtype
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    read: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        model, report = read(path, dtype=dtype, trust_remote_code=target.trust_remote_code, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"cannot read the target: {_first_line(error)}", where=str(path)) from None
+    if missing := sorted(report["missing_keys"]):  # transformers would draw them at random
+        raise ModelError(f"the target lacks {len(missing)} tensors, {missing[0]} among them", where=str(path))
+    place: Any = best_device() if device is None else device
+    return model.to(place).eval().requires_grad_(False)
+
+
+def best_device() -> torch.device:
+    """Pick this rank's GPU, else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def identity(target: Target) -> dict[str, Any]:
+    """Say which model this is: its name, its hub commit (None off the hub) and the hash of its weights."""
+    path = locate(target)
+    from_hub = not target.model.startswith(builtin.PREFIX) and path.parent.name == "snapshots"
+    return {
+        "model": target.model,
+        "revision": path.name if from_hub else None,
+        "weights": weights_digest(path),
+    }
+
+
+def weights_digest(directory: Path) -> str:
+    """Hash a model directory's config and weights into 64 hex digits.
+
+    Raises:
+        ModelError: the directory holds no weights.
+    """
+    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
+    if not files:
+        raise ModelError("no weights (*.safetensors)", where=str(directory))
+    parts = [hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()]
+    for file in files:
+        stat = file.stat()
+        parts.append(_file_digest(file, stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@functools.cache
+def _file_digest(file: Path, size: int, mtime_ns: int) -> str:
+    noted = file.parent / builtin.DIGEST_FILE
+    if noted.is_file():
+        return noted.read_text().strip()
+    # The hub's cache names a large file's blob by its sha256.
+    blob = file.resolve().name
+    if re.fullmatch(r"[0-9a-f]{64}", blob):
+        return blob
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Collect every id that ends an answer: the configs', the tokenizer's and the chat template's end of turn.
+
+    Raises:
+        DataError: the tokenizer has no chat template that renders an assistant turn.
+    """
+    found = chat.stop_ids(tokenizer, model.generation_config)
+    ids = model.config.get_text_config().eos_token_id
+    return found if ids is None else found | {ids} if isinstance(ids, int) else found | set(ids)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

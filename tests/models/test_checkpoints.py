@@ -1,0 +1,85 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from dllm.errors import ModelError
+from dllm.models import checkpoints
+
+
+def a_checkpoint(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
+    return folder
+
+
+def a_run(folder: Path, *steps: int, **pointers: int) -> Path:
+    for step in steps:
+        a_checkpoint(folder / "checkpoints" / f"step-{step:06d}")
+    for name, step in pointers.items():
+        (folder / "checkpoints" / name).write_text(f"step-{step:06d}\n")
+    return folder
+
+
+def test_a_directory_with_weights_is_the_checkpoint(tmp_path: Path) -> None:
+    export = a_checkpoint(tmp_path / "export")
+    assert checkpoints.resolve(export, tmp_path) == export
+    assert checkpoints.resolve("export", tmp_path) == export, "relative to the project"
+
+
+def test_a_stages_output_and_a_project(tmp_path: Path) -> None:
+    checkpoint = a_checkpoint(tmp_path / "out" / "train" / "checkpoint")
+    for name in (tmp_path / "out" / "train", "out/train", tmp_path):
+        assert checkpoints.resolve(name, tmp_path) == checkpoint
+
+
+def test_a_runs_top_directory_gives_its_best_then_its_latest(tmp_path: Path) -> None:
+    both = a_run(tmp_path / "both", 10, 20, 30, best=20, latest=30)
+    assert checkpoints.resolve(both, tmp_path).name == "step-000020"
+    assert checkpoints.resolve(both / "checkpoints", tmp_path).name == "step-000020"
+    assert checkpoints.resolve(both / "checkpoints" / "step-000010", tmp_path).name == "step-000010"
+    assert checkpoints.resolve(a_run(tmp_path / "new", 10, latest=10), tmp_path).name == "step-000010"
+    gone = a_run(tmp_path / "gone", 10, best=5, latest=10)
+    assert checkpoints.resolve(gone, tmp_path).name == "step-000010"
+
+
+def test_what_the_training_loop_writes_is_found(tmp_path: Path) -> None:
+    import torch
+
+    from dllm.training.checkpoints import Checkpoints, TrainState
+
+    def save_model(folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"")
+
+    kept = Checkpoints(tmp_path / "run" / "checkpoints", keep=2)
+    for step in (1, 2):
+        kept.save(TrainState(step=step, best_step=1), {"m": torch.zeros(1)}, save_model)
+    assert checkpoints.resolve("run", tmp_path).name == "step-000001"
+
+
+def test_what_holds_none_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"no checkpoint in this directory \(empty\); expected config.json"):
+        checkpoints.resolve("empty", tmp_path)
+    for name in ("nowhere", "/no/where", "./x"):
+        with pytest.raises(ModelError, match="no such checkpoint"):
+            checkpoints.resolve(name, tmp_path)
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="no checkpoint in this directory"):
+        checkpoints.resolve(half, tmp_path)
+
+
+def test_the_stages_record_names_the_target(tmp_path: Path) -> None:
+    checkpoint = a_checkpoint(tmp_path / "out" / "train" / "checkpoint")
+    assert checkpoints.trained_for(checkpoint) is None
+    target = {"model": "builtin:tiny", "revision": None, "weights": "00"}
+    record = checkpoint.parent / "run.json"
+    record.write_text(json.dumps({"identity": {"target": target}}))
+    assert checkpoints.trained_for(checkpoint) == target
+    for other in ('{"identity": {}}', "{", '{"identity": {"target": "x"}}', "[]"):
+        record.write_text(other)
+        assert checkpoints.trained_for(checkpoint) is None
