@@ -1,0 +1,105 @@
+"""The acceptance picture: how far the target agrees with the draft, and how many tokens a round brings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, MUTED, GRID = "#22252b", "#6b7280", "#e5e7eb"
+GIVEN, REACHED, BARS = "#d9822b", "#2b6cb0", "#90b4d8"
+
+
+def draw(figures: Mapping[str, Any], path: Path, title: str) -> None:
+    """Draw acceptance by offset and the spread of tokens a round as a PNG.
+
+    Args:
+        figures: what `Acceptance.figures` returns, with `speedup` where it was measured.
+        path: where the PNG goes.
+        title: what was decoded, e.g. the target's name.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.4), dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)  # no display, no global state
+    curve, spread = figure.subplots(1, 2, width_ratios=[3, 2])
+    _draw_curve(curve, figures["acceptance_by_offset"], figures["conditional_acceptance_by_offset"])
+    _draw_spread(spread, figures["accepted_histogram"], figures["tau_micro"])
+    figure.suptitle(_headline(figures, title), x=0.01, ha="left", color=INK, fontsize=12, fontweight="bold")
+    aside = path.with_name(f".{path.name}.partial")
+    figure.savefig(aside, format="png")
+    aside.rename(path)
+
+
+def _headline(figures: Mapping[str, Any], title: str) -> str:
+    parts = [title]
+    if figures["tau_micro"] is not None:
+        parts.append(f"τ {figures['tau_micro']:.2f}")
+    if figures.get("speedup") is not None:
+        parts.append(f"{figures['speedup']:.2f}× as fast as autoregressive")
+    return " · ".join([*parts, f"{figures['rounds']:,} rounds"])
+
+
+def _draw_curve(axes: Axes, reached: list[float | None], given: list[float | None]) -> None:
+    for values, color, label in (
+        (given, GIVEN, "accepted, if all before it were"),
+        (reached, REACHED, "accepted together with all before it"),
+    ):
+        points = [(k, 100 * v) for k, v in enumerate(values, start=1) if v is not None]
+        if not points:
+            continue
+        axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=5, linewidth=2, label=label)
+    # Many offsets would write over each other: then only the ends are labelled.
+    last = len(reached)
+    for k, value in enumerate(reached, start=1):
+        if value is not None and (last <= 9 or k in (1, last)):
+            below = (0, -13)
+            axes.annotate(
+                f"{100 * value:.0f}", (k, 100 * value), below, textcoords="offset points", ha="center",
+                fontsize=8, color=REACHED,
+            )  # fmt: skip
+    _style(axes, "Draft accepted, by offset in the block", "offset k (tokens after the anchor)", "% of rounds")
+    axes.set_ylim(-8, 105)
+    axes.set_xlim(0.6, last + 0.4)
+    step = 1 if last <= 16 else 4
+    axes.set_xticks(range(1, last + 1, step))
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right")
+
+
+def _draw_spread(axes: Axes, histogram: list[int], tau: float | None) -> None:
+    total = sum(histogram) or 1
+    counts = range(1, len(histogram))
+    axes.bar(counts, [100 * histogram[n] / total for n in counts], color=BARS, width=0.8)
+    if tau is not None:
+        axes.axvline(tau, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+        on_right = tau < len(histogram) / 2
+        axes.annotate(
+            f"mean {tau:.2f}",
+            (tau, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4 if on_right else -4, -2),
+            textcoords="offset points",
+            ha="left" if on_right else "right",
+            va="top",
+            fontsize=9,
+            color=INK,
+        )
+    _style(axes, "Tokens a round", "tokens that held, the target's own included", "% of rounds")
+    axes.set_xticks(range(1, len(histogram), 1 if len(histogram) <= 17 else 4))
+
+
+def _style(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.set_xlabel(x, fontsize=9, color=MUTED)
+    axes.set_ylabel(y, fontsize=9, color=MUTED)
+    axes.tick_params(colors=MUTED, labelsize=8, length=0)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name == "bottom")
+        spine.set_color(GRID)
