@@ -1,0 +1,83 @@
+"""The in-process engine against transformers' own generate, on the built-in tiny model."""
+
+import pytest
+import torch
+
+from dllm.config import Target
+from dllm.models.targets import load_target
+from dllm.serving.engine import Request
+from dllm.serving.local import LocalEngine
+from dllm.serving.sampling import pick
+
+
+class Plain:
+    """Turns ids into text and nothing else."""
+
+    def decode(self, ids, **_):
+        return " ".join(map(str, ids))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_target(Target(model="builtin:tiny"), dtype="float32")
+
+
+def request(key: int, length: int, new: int = 12, temperature: float = 0.0, top_p: float = 1.0) -> Request:
+    ids = torch.randint(5, 200, (length,), generator=torch.Generator().manual_seed(key)).tolist()
+    return Request(str(key), tuple(ids), [], new, temperature, top_p, key)
+
+
+def answers(model, requests, batch_size=4, stop_ids=frozenset()):
+    engine = LocalEngine(model, Plain(), set(stop_ids), batch_size)
+    return {answer.key: answer for answer in engine.answer(requests)}
+
+
+def generated(model, request):
+    ids = torch.tensor([request.prompt_ids])
+    out = model.generate(ids, max_new_tokens=request.max_new_tokens, do_sample=False, eos_token_id=None)
+    return tuple(out[0, ids.shape[1] :].tolist())
+
+
+def test_greedy_ids_are_those_of_generate_for_ragged_prompts_and_refilled_slots(model):
+    requests = [request(key, length, new) for key, (length, new) in enumerate([(3, 9), (17, 4), (8, 12)] * 5)]
+    got = answers(model, requests)
+    assert {key: a.token_ids for key, a in got.items()} == {r.key: generated(model, r) for r in requests}
+    assert all(a.finish_reason == "length" for a in got.values())
+
+
+def test_a_stop_token_ends_a_row_and_is_kept(model):
+    one = request(1, 9)
+    whole = generated(model, one)
+    stop = whole[4]
+    answer = answers(model, [one], stop_ids={stop})["1"]
+    assert answer.token_ids == whole[: whole.index(stop) + 1]
+    assert answer.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_a_sampled_answer_does_not_depend_on_its_neighbours(model, top_p):
+    requests = [request(key, 5 + key, temperature=0.9, top_p=top_p) for key in range(9)]
+    crowd = answers(model, requests, batch_size=8)
+    for one in requests[::4]:
+        assert answers(model, [one])[one.key].token_ids == crowd[one.key].token_ids
+    assert len({a.token_ids for a in crowd.values()}) == 9
+
+
+def test_no_request_no_answer(model):
+    assert answers(model, []) == {}
+
+
+def test_sampling_follows_the_tempered_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    row = request(0, 1, temperature=0.7)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.tensor([pick(logits, [row], [generator])[0] for _ in range(4000)])
+    want = torch.softmax(logits[0] / 0.7, 0)
+    assert (draws.bincount(minlength=4) / 4000 - want).abs().max() < 0.03
+
+
+def test_the_nucleus_leaves_the_tail_out():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    row = request(0, 1, temperature=1.0, top_p=0.7)
+    generator = torch.Generator().manual_seed(0)
+    assert {pick(logits, [row], [generator])[0] for _ in range(300)} == {0, 1}
