@@ -1,0 +1,88 @@
+"""How weights move: AdamW, or Muon on matrices with AdamW on the rest; clipping; state without pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dllm import config
+from dllm.errors import ModelError
+
+ADAMW_SHARE = 0.1
+"""Beside Muon, AdamW takes this share of its rate (the 10:1 that vllm-project/speculators#979 settled on)."""
+
+
+class Optimizers:
+    """One or two torch optimizers that act as one."""
+
+    def __init__(self, model: nn.Module, settings: config.Optimizer) -> None:
+        self.settings = settings
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices = [p for p in self.parameters.values() if p.ndim == 2]
+        others = [p for p in self.parameters.values() if p.ndim != 2]
+        muon = settings.name == "muon"
+        self.parts: list[torch.optim.Optimizer] = []
+        if muon and matrices:
+            # RMS-matched: an orthogonal update scaled to the size of AdamW's, so that one rate fits every shape.
+            self.parts.append(
+                torch.optim.Muon(
+                    [{"params": matrices, "peak_lr": settings.lr}],
+                    lr=settings.lr,
+                    weight_decay=settings.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        # Norms and other vectors never decay: pulling a gain towards zero is no regularisation.
+        groups = [
+            {"params": [] if muon else matrices, "weight_decay": settings.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        groups = [{**g, "peak_lr": settings.lr * (ADAMW_SHARE if muon else 1)} for g in groups if g["params"]]
+        if groups:
+            self.parts.append(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True))
+
+    def set_lr(self, factor: float) -> float:
+        """Set each group's rate to factor times its peak, and return the rate of matrices."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+        return self.settings.lr * factor
+
+    def clip(self) -> Tensor:
+        """Scale gradients down to a global norm of clip_norm, and return the norm before."""
+        return nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip_norm)
+
+    def step(self) -> None:
+        """Move the weights, and forget the gradients."""
+        for part in self.parts:
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return every state tensor, named `<parameter>:<state>`.
+
+        Rates are left out: they follow from the step.
+        """
+        return {
+            f"{name}:{key}": value.detach().contiguous()
+            for name, parameter in self.parameters.items()
+            for part in self.parts
+            for key, value in part.state.get(parameter, {}).items()
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `state` returned.
+
+        Raises:
+            ModelError: a tensor belongs to no parameter here, or has another shape.
+        """
+        owner = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
+        for full_name, tensor in tensors.items():
+            name, _, key = full_name.rpartition(":")
+            parameter = self.parameters.get(name)
+            if parameter is None or (tensor.ndim and tensor.shape != parameter.shape):
+                raise ModelError(f"optimizer state {full_name} does not fit the model", hint="start the stage afresh")
+            # AdamW counts its steps where its kernels want the count: beside the parameter when fused.
+            owner[parameter].state[parameter][key] = tensor.to(parameter.device, copy=True)
