@@ -1,0 +1,99 @@
+"""`python -m dllm`: run a verb, and turn whatever happens into an exit code and at most one line on stderr.
+
+Owns the exit codes: 2 to 6 as dllm/errors.py has them, 5 for a failing operating system, 130 and 143 for SIGINT and
+SIGTERM, 1 for a bug of ours. Tracebacks appear only with --debug.
+"""
+
+import errno
+import io
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import NoReturn
+
+import typer
+
+from dllm.errors import DllmError, StageError
+
+PACKAGE = Path(__file__).parent
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and leave the process with its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    is_debug = "--debug" in arguments
+    signal.signal(signal.SIGTERM, _leave)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Greek letters is no reason to fail
+    if not is_debug:
+        sys.excepthook = _report_bug
+    sys.exit(_run(arguments, is_debug))
+
+
+def _run(arguments: list[str], is_debug: bool) -> int:
+    from dllm.cli import app
+
+    try:
+        # Not app(): that would put typer's own excepthook in place of ours.
+        verbs = typer.main.get_command(app)
+        return verbs.main(args=arguments, prog_name="python -m dllm", standalone_mode=False) or 0
+    except (DllmError, typer.TyperException, OSError, KeyboardInterrupt) as error:
+        if is_debug:
+            traceback.print_exc()
+        return _report(error)
+
+
+def _report(error: BaseException) -> int:
+    """Print one line for an error the user can act on, and return its exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, typer.TyperException):
+        return _report_usage(error)
+    if isinstance(error, OSError):
+        error = _explain(error)
+    _print_line(str(error))
+    return error.exit_code if isinstance(error, DllmError) else 1
+
+
+def _report_usage(error: typer.TyperException) -> int:
+    said = error.format_message().replace("Value error, ", "").rstrip(".")
+    if said:  # empty where no verb was given: the help is printed already
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "python -m dllm"
+        _print_line(f"{said[0].lower()}{said[1:]}; see `{path} --help`")
+    return error.exit_code
+
+
+def _explain(error: OSError) -> StageError:
+    where = None if error.filename is None else str(error.filename)
+    if error.errno == errno.ENOSPC:
+        return StageError("the disk is full", where=where, hint="free some space and run the same command again")
+    if error.errno == errno.EADDRINUSE:
+        return StageError("the port is taken", where=where, hint="stop what holds it or choose another")
+    return StageError(error.strerror or str(error), where=where, hint="--debug shows the code that asked for it")
+
+
+def _report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    ours = [frame for frame in traceback.extract_tb(trace) if Path(frame.filename).is_relative_to(PACKAGE)]
+    place = f" ({Path(ours[-1].filename).relative_to(PACKAGE.parent)}:{ours[-1].lineno})" if ours else ""
+    _print_line(f"unexpected {kind.__name__}: {error}{place}; a bug: run again with --debug and report what it prints")
+
+
+def _print_line(text: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    prefix = "dllm" if rank == "0" else f"dllm rank {rank}"
+    print(f"{prefix}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    # An exception, so that `with` blocks and `finally` run: children stopped, the MLflow run marked KILLED.
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Running a child process: its lines as they come, its own session, a deadline, and no orphan whatever happens.
+
+The child stands under `dllm/supervisor.py`, which holds the kill ladder. Call `run` from the main thread: that is where
+Python, and Prefect's cancellation, raise the exceptions that must stop the child.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import ctypes
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dllm.errors import StageError
+
+if TYPE_CHECKING:
+    import psutil
+
+PR_SET_PDEATHSIG = 1
+GRACE_S = 20.0
+"""From SIGTERM to SIGKILL: longer than torchrun's shutdown timeout (15 s), shorter than Prefect's own grace (30 s)."""
+SUPERVISOR_MARGIN_S = 8.0
+LOOK_EVERY_S = 0.2
+TAIL_LINES = 50
+SUPERVISOR = Path(__file__).with_name("supervisor.py")
+LINE_END = re.compile(r"\r\n|\n|\r(?!$)")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a child ended."""
+
+    code: int
+    """Exit code; 128 + n where signal n ended it."""
+    seconds: float
+    tail: tuple[str, ...]
+    """The last lines it wrote."""
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    deadline_s: float | None = None,
+    log: Callable[[str], object] | None = None,
+    log_file: Path | None = None,
+    grace_s: float = GRACE_S,
+) -> Result:
+    """Run a program to its end and hand on its lines, both streams merged, as it writes them.
+
+    Any exception in the meantime, also one that is no Exception (Ctrl-C, Prefect's cancellation), stops the whole tree
+    of processes before it goes on. So does the death of the caller itself.
+
+    Args:
+        argv: the program and its arguments; no shell.
+        env: added to this process's environment.
+        deadline_s: after so many seconds the tree is stopped.
+        log: called with every line.
+        log_file: every line is added to it too.
+        grace_s: from SIGTERM to SIGKILL.
+
+    Raises:
+        StageError: the program cannot be found, or the deadline has passed.
+    """
+    environment = {**os.environ, **(env or {})}
+    if shutil.which(argv[0], path=environment.get("PATH")) is None:
+        raise StageError(f"program {argv[0]!r} not found", where="PATH", hint="run `make setup`")
+    with contextlib.ExitStack() as stack:
+        tail: deque[str] = deque(maxlen=TAIL_LINES)
+        sinks: list[Callable[[str], object]] = [tail.append] if log is None else [tail.append, log]
+        if log_file is not None:
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            stream = stack.enter_context(log_file.open("a", buffering=1))
+            sinks.append(lambda line: stream.write(line + "\n"))
+        child = stack.enter_context(_Child(argv, environment, cwd, grace_s, sinks))
+        child.hand_on(deadline_s)
+        if not child.ended:
+            raise StageError(f"stopped after its deadline of {deadline_s:g} s", where=" ".join(argv))
+    return Result(child.code, child.seconds, tuple(tail))
+
+
+class _Child:
+    """The supervisor's process and its merged output."""
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        cwd: Path | None,
+        grace_s: float,
+        sinks: Sequence[Callable[[str], object]],
+    ) -> None:
+        self._grace_s, self._sinks = grace_s, sinks
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._rest = ""
+        self._began = time.monotonic()
+        # never written to: the supervisor sees it close when this process is gone
+        their_end, self._lifeline = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(SUPERVISOR), str(their_end), str(grace_s), *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=cwd,
+                start_new_session=True,
+                pass_fds=[their_end],
+            )
+        except BaseException:
+            os.close(self._lifeline)
+            raise
+        finally:
+            os.close(their_end)
+        assert self._process.stdout is not None
+        self._output = self._process.stdout.fileno()
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    @property
+    def code(self) -> int:
+        code = self._process.wait()
+        return 128 - code if code < 0 else code
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def __enter__(self) -> _Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.ended:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            self.hand_on(self.seconds + self._grace_s + SUPERVISOR_MARGIN_S)
+        if not self.ended:  # the supervisor hangs: its own pipe end closes with it, nothing else can be done from here
+            self._process.kill()
+        self._process.wait()
+        os.close(self._lifeline)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def hand_on(self, until_s: float | None) -> None:
+        """Pass lines to the sinks until the supervisor has ended or so many seconds since the start are over."""
+        while True:
+            over = self.ended  # looked at before reading: what was written before the end is still read
+            while select.select([self._output], [], [], 0 if over else LOOK_EVERY_S)[0]:
+                block = os.read(self._output, 65536)
+                if not block:
+                    over = self._process.wait() is not None
+                    break
+                self._split(self._decoder.decode(block))
+                if until_s is not None and self.seconds > until_s:
+                    break
+            if over:
+                break
+            if until_s is not None and self.seconds > until_s:
+                return
+        self._split(self._decoder.decode(b"", final=True) + "\n" if self._rest else "")
+
+    def _split(self, text: str) -> None:
+        *lines, self._rest = LINE_END.split(self._rest + text)
+        for line in lines:
+            for sink in self._sinks:
+                sink(line)
+
+
+def die_with_parent() -> None:
+    """Ask Linux for SIGTERM when the parent dies; elsewhere nothing happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def children() -> set[psutil.Process]:
+    """List the processes under this one."""
+    import psutil
+
+    return set(psutil.Process().children(recursive=True))
+
+
+def stop_children(spare: Collection[psutil.Process] = (), grace_s: float = 5.0) -> None:
+    """Stop the processes under this one, but for those spared: SIGTERM, a grace period, SIGKILL."""
+    import psutil
+
+    ours = children() - set(spare)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for each in ours:
+            with contextlib.suppress(psutil.Error):
+                each.send_signal(number)
+        ours = set(psutil.wait_procs(ours, timeout=grace_s)[1])

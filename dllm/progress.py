@@ -1,0 +1,124 @@
+"""How far a stage is: a bar on a terminal, a plain line every few seconds elsewhere, with rate and time left."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    import rich.progress
+
+LINE_EVERY_S = 5.0
+
+
+class Progress:
+    """Count work done out of a total.
+
+    Args:
+        name: what is under way, e.g. the stage.
+        total: how much there is, or None where nobody knows.
+        unit: plural noun for what is counted.
+        initial: part of the total done by an earlier, killed call; left out of the rate.
+        shown: False counts silently (ranks above 0).
+        stream: where lines go; the error stream by default.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        total: float | None = None,
+        unit: str = "items",
+        *,
+        initial: float = 0,
+        shown: bool = True,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.name, self.total, self.unit, self.initial, self.shown = name, total, unit, initial, shown
+        self.stream = stream or sys.stderr
+        self.done = float(initial)
+        self._extra: dict[str, object] = {}
+        self._bar: rich.progress.Progress | None = None
+        self._start = self._last_line = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        self._start = self._last_line = time.monotonic()
+        if self.shown and self.stream.isatty():
+            self._open_bar()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        elif self.shown:
+            self._print_line()
+
+    def update(self, n: float = 1, **extra: object) -> None:
+        """Add `n` to the work done; `extra` (such as loss=1.23) is shown from now on."""
+        self.done += n
+        self._extra.update(extra)
+        if self._bar is not None:
+            task = self._bar.task_ids[0]
+            self._bar.update(task, completed=self.done, rate=self._rate_text(), extra=self._extra_text())
+        elif self.shown and time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._print_line()
+
+    @property
+    def rate(self) -> float:
+        """Work a second since this call began.
+
+        Units: `unit` a second.
+        """
+        elapsed = time.monotonic() - self._start
+        return (self.done - self.initial) / elapsed if elapsed > 0 else 0.0
+
+    def _open_bar(self) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.TextColumn("{task.completed:g}" + ("/{task.total:g} " if self.total else " ") + self.unit),
+            progress.TextColumn("{task.fields[rate]}"),
+            progress.TextColumn("{task.fields[extra]}"),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+            console=Console(file=self.stream),
+        )
+        task = self._bar.add_task(self.name, total=self.total, rate="", extra="")
+        self._bar.update(task, completed=self.done)
+        self._bar.start()
+
+    def _rate_text(self) -> str:
+        return f"{self.rate:.3g} {self.unit}/s" if self.rate < 1000 else f"{self.rate:,.0f} {self.unit}/s"
+
+    def _extra_text(self) -> str:
+        return "  ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in self._extra.items()
+        )
+
+    def _print_line(self) -> None:
+        self._last_line = time.monotonic()
+        parts = [f"{self.name}: {self.done:g}"]
+        if self.total is not None:
+            share = f" ({self.done / self.total:.0%})" if self.total else ""
+            parts = [f"{self.name}: {self.done:g}/{self.total:g} {self.unit}{share}"]
+        parts.append(self._rate_text())
+        if self.total is not None and self.rate > 0:
+            parts.append(f"{clock((self.total - self.done) / self.rate)} left")
+        if self._extra:
+            parts.append(self._extra_text())
+        print("  ".join(parts), file=self.stream, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Write a duration as 42s, 3m05s or 2h07m."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

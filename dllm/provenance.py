@@ -1,0 +1,76 @@
+"""Where a result came from, and which one it is: commit, libraries, machine, and the digest of its content."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from dllm.errors import StageError
+
+LIBRARIES = ("dllm", "torch", "transformers", "mlflow", "dvc", "prefect", "numpy", "pyarrow")
+RECORDS = ("run.json", "metrics.json")
+"""Files about the making of a result: times and hosts differ from run to run, the content beside them does not."""
+
+
+def digest(path: Path) -> str:
+    """Hash a file's bytes, or a folder's names and bytes, into 64 hex digits.
+
+    A folder's own run.json and metrics.json (`RECORDS`) are left out: the same thing made twice has the same digest.
+
+    Raises:
+        StageError: there is nothing at the path.
+    """
+    if path.is_file():
+        return _file_digest(path)
+    if not path.is_dir():
+        raise StageError("input is missing", where=str(path), hint="run the stage that makes it, or `dvc repro`")
+    tree = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        name = file.relative_to(path).as_posix()
+        if name not in RECORDS:
+            tree.update(f"{name}\0{_file_digest(file)}\n".encode())
+    return tree.hexdigest()
+
+
+def git_state(root: Path) -> tuple[str | None, bool | None]:
+    """Read the commit of a working copy and whether tracked files differ from it, dvc.lock (a record) aside.
+
+    Both are None outside git, without git, or before the first commit.
+    """
+    commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    if not commit:
+        return None, None
+    return commit, bool(_git(root, "status", "--porcelain", "--untracked-files=no", "--", ":!dvc.lock"))
+
+
+def library_versions() -> dict[str, str]:
+    """Read the versions of the libraries that shape results, without importing them."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def host() -> dict[str, str | int]:
+    """Name the machine."""
+    return {"name": platform.node(), "cpus": os.cpu_count() or 1, "machine": platform.machine()}
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

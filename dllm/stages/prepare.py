@@ -1,0 +1,38 @@
+"""prepare: prompt sources become one table of chats with a held-out part.
+
+Reads the sources that params name; leaves `out/prepare/prompts.parquet`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dllm.config import Params
+from dllm.data import prompts, sources
+from dllm.stages.contract import open_stage
+
+
+def run(params: Params, root: Path) -> dict[str, Any]:
+    """Collect the prompts and publish them; return what was counted.
+
+    Raises:
+        DataError: a source cannot be read, or a split would be empty.
+    """
+    read = {
+        f"{sources.label(source)}/{file.name}": file
+        for source in params.prepare.sources
+        for file in sources.files(source, root)
+    }
+    with open_stage("prepare", params, sections=[params.prepare], inputs=read, root=root) as stage:
+        found, counts = prompts.collect(params.prepare, root)
+        table = stage.work / prompts.FILE
+        prompts.write_prompts(found, table)
+        stage.publish({prompts.FILE: table}, counts)
+    for name, tally in counts["sources"].items():
+        refused = "".join(f", {n} refused: {reason}" for reason, n in tally["refused"].items())
+        print(
+            f"prepare: {name}: {tally['rows']} rows, {tally['train']} train, {tally['heldout']} held out, "
+            f"{tally['duplicates']} duplicates{refused}"
+        )
+    return counts

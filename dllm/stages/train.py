@@ -1,0 +1,153 @@
+"""Stage `train`: a draft learns to foresee the target's words.
+
+Alone (`python -m dllm train`) or as ranks of torchrun. Composes features, draft, strategy and loop; publishes the best
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dllm.config import Params, Train
+from dllm.stages.contract import Stage, open_stage
+
+if TYPE_CHECKING:
+    from dllm.data.collate import Examples
+    from dllm.dflash.feature_source import CachedFeatures, OnlineFeatures
+    from dllm.dflash.strategy import DflashStrategy
+    from dllm.training.distribution import Ranks
+    from dllm.training.loop import Outcome
+    from dllm.training.strategy import Split
+
+
+def run(params: Params, root: Path) -> dict[str, Any]:
+    """Train, publish out/train/, and return its metrics.
+
+    Raises:
+        DataError: nothing is left to train on, or shards or features cannot be read.
+        ModelError: the target or the draft is missing or does not fit.
+        StageError: the gradient is no longer finite, or another rank was lost.
+    """
+    from dllm.models import targets
+    from dllm.training.distribution import Join
+
+    with Join() as ranks:
+        identity = targets.identity(params.target)
+        with open_stage(
+            "train",
+            params,
+            sections=[params.target, params.train],
+            inputs={"regenerate": root / "out" / "regenerate"},
+            identity={"target": identity, "world": ranks.world},
+            root=root,
+            is_main=ranks.is_main,
+        ) as stage:
+            return _train(params, root, stage, ranks, identity)
+
+
+def _train(params: Params, root: Path, stage: Stage, ranks: Ranks, identity: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from dllm.training.loop import Loop
+
+    train, heldout = _examples(params.train, root / "out" / "regenerate")
+    if ranks.is_main:
+        _announce(params.train, train, heldout, ranks)
+    strategy = _dflash(params, root, ranks, identity, {"train": train.kept, "heldout": heldout.kept})
+    dtype = getattr(torch, params.train.compute_dtype)
+    loop = Loop(strategy, params.train, ranks, work=stage.work, tracker=stage.tracker, mfu_dtype=dtype)
+    outcome = loop.run()
+    metrics = _metrics(strategy, outcome, train)
+    if ranks.is_main:
+        _publish(stage, strategy, outcome, metrics, dtype)
+    return metrics
+
+
+def _dflash(
+    params: Params, root: Path, ranks: Ranks, identity: dict[str, Any], splits: Mapping[Split, list[Any]]
+) -> DflashStrategy:
+    from dllm.dflash.feature_source import CachedFeatures, OnlineFeatures
+    from dllm.dflash.initial import initial_draft
+    from dllm.dflash.strategy import DflashStrategy
+    from dllm.models import targets
+
+    settings = params.train.dflash
+    target = targets.load_target(params.target, device=ranks.device)
+    tokenizer = targets.load_tokenizer(params.target)
+    draft = initial_draft(settings, target, tokenizer, params.train.seed).to(ranks.device)
+    embedding_VD: Any = target.get_input_embeddings().weight
+    head_VD: Any = target.get_output_embeddings().weight
+    layer_ids = draft.config.target_layer_ids
+    source: CachedFeatures | OnlineFeatures
+    if settings.features == "cached":
+        source = CachedFeatures(
+            root / "work" / "features", splits, identity=identity, layer_ids=layer_ids, dtype=params.target.dtype
+        )
+        source.fill(target, ranks)
+    else:
+        source = OnlineFeatures(target, layer_ids, splits)
+    del target  # with cached features only its embedding and head stay in memory
+    return DflashStrategy(draft, embedding_VD, head_VD, splits, source, params.train)
+
+
+def _examples(settings: Train, folder: Path) -> tuple[Examples, Examples]:
+    from dllm.data.collate import make_examples
+    from dllm.data.shards import read_rows
+    from dllm.errors import DataError
+
+    train = make_examples(read_rows(folder, "train"), settings.max_length)
+    if not train.kept:
+        raise DataError("no training rows", where=str(folder), hint="lower prepare.heldout_fraction or add prompts")
+    # Ids are hashes, so the first by id are a fair sample, the same for every seed.
+    rows = sorted(read_rows(folder, "heldout"), key=lambda row: (row.prompt_id, row.sample))
+    heldout = make_examples(rows[: settings.validation_samples], settings.max_length)
+    return train, heldout
+
+
+def _announce(settings: Train, train: Examples, heldout: Examples, ranks: Ranks) -> None:
+    notes = [f"{len(train.kept)} rows, {len(heldout.kept)} held out"]
+    if train.dropped:
+        notes.append(f"{train.dropped} dropped, with fewer than 2 supervised tokens")
+    if train.cut:
+        notes.append(f"{train.cut} cut at train.max_length {settings.max_length}")
+    if ranks.world != settings.nproc:
+        notes.append(f"{ranks.world} ranks where train.nproc says {settings.nproc}: torchrun starts as many as wanted")
+    print(f"train: {'; '.join(notes)}", file=sys.stderr, flush=True)
+
+
+def _metrics(strategy: DflashStrategy, outcome: Outcome, train: Examples) -> dict[str, Any]:
+    return {
+        **outcome.validation,
+        "best_step": outcome.step,
+        "steps": outcome.steps,
+        "rows": len(train.kept),
+        "rows_dropped": train.dropped,
+        "rows_cut": train.cut,
+        "tokens": outcome.tokens,
+        "block_positions": outcome.predictions,
+        "seconds": round(outcome.seconds, 3),
+        "draft_params": sum(p.numel() for p in strategy.model.parameters()),
+        "block_size": strategy.model.config.block_size,
+    }
+
+
+def _publish(stage: Stage, strategy: DflashStrategy, outcome: Outcome, metrics: dict[str, Any], dtype: Any) -> None:
+    from dllm.dflash.export import load_draft, save_draft
+    from dllm.training import curves, journal
+
+    export = stage.work / "export"
+    save_draft(load_draft(outcome.checkpoint), export, dtype)
+    log, picture = stage.work / "training.jsonl", stage.work / "curves.png"
+    offsets = [f"draft_acc_k{k}" for k in range(1, strategy.model.config.block_size)]
+    curves.draw(journal.read(log), picture, [["loss"], ["acceptance_length"], ["draft_acc", *offsets]])
+    stage.tracker.log_artifact(picture)
+    files = {
+        "checkpoint/config.json": export / "config.json",
+        "checkpoint/model.safetensors": export / "model.safetensors",
+        "training.jsonl": log,
+        "curves.png": picture,
+    }
+    stage.publish(files, metrics, step=outcome.steps)

@@ -1,0 +1,78 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dllm import process
+from dllm.errors import StageError
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_lines_of_both_streams_come_as_written_and_the_code_is_the_childs(tmp_path: Path) -> None:
+    lines: list[str] = []
+    code = (
+        r"import os; print('a', flush=True); os.write(2, b'1%\r2%\r\nb\xc3'); os.write(2, b'\xa9'); raise SystemExit(7)"
+    )
+    result = process.run(python(code), log=lines.append, log_file=tmp_path / "logs" / "x.log")
+    assert result.code == 7
+    assert lines == ["a", "1%", "2%", "bé"]
+    assert result.tail == tuple(lines)
+    assert (tmp_path / "logs" / "x.log").read_text().splitlines() == lines
+
+
+def test_a_line_is_handed_on_while_the_child_still_runs() -> None:
+    seen: list[float] = []
+    began = time.monotonic()
+    process.run(
+        python("import time; print('now', flush=True); time.sleep(1.5)"), log=lambda _: seen.append(time.monotonic())
+    )
+    assert time.monotonic() - seen[0] > 1.2
+    assert seen[0] - began < 1.2
+
+
+def test_more_output_than_a_pipe_holds_arrives_whole() -> None:
+    lines: list[str] = []
+    process.run(python("for i in range(50_000): print(i)"), log=lines.append)
+    assert lines == [str(i) for i in range(50_000)]
+
+
+def test_death_by_signal_reads_128_plus_its_number() -> None:
+    assert process.run(python("import os; os.kill(os.getpid(), 9)")).code == 137
+
+
+def test_environment_is_added_to() -> None:
+    code = "import os; print(os.environ['EXTRA'], 'HOME' in os.environ)"
+    assert process.run(python(code), env={"EXTRA": "yes"}).tail == (f"yes {'HOME' in os.environ}",)
+
+
+def test_unknown_program_is_one_line() -> None:
+    with pytest.raises(StageError, match="no-such-program"):
+        process.run(["no-such-program"])
+
+
+def test_deadline_stops_the_child(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(StageError, match=r"deadline of 0\.5 s"):
+        process.run(python("import time; time.sleep(60)"), deadline_s=0.5)
+    assert time.monotonic() - began < 10
+
+
+def test_stop_children_spares_those_named() -> None:
+    spared = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    bystanders = process.children()
+    doomed = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        process.stop_children(spare=bystanders)
+        assert not psutil.pid_exists(doomed.pid)
+        assert spared.poll() is None
+    finally:
+        spared.kill()
+        doomed.kill()
+        spared.wait()
