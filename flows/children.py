@@ -1,0 +1,121 @@
+"""Stages as child processes of a flow: one dvc a stage, its lines shown and kept, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from prefect import get_client, get_run_logger
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound
+from prefect.runtime import flow_run
+
+from dllm import process
+from dllm.errors import ServerError, StageError
+from dllm.stages import contract
+
+GPU = "gpu"
+"""Name of the concurrency limit. One slot stands for all GPUs of the machine: torchrun takes them together."""
+DEADLINE_S = 7 * 24 * 3600.0
+"""No stage takes so long: a hung one is stopped, and its slot comes free."""
+RECORD_EVERY_S = 5.0
+DVC_CHATTER = re.compile(
+    r"\s*$|To track the changes|To enable auto|\s+git add|\s+dvc config|Use `dvc push`|\w+ lock file "
+)
+COMPLAINT = re.compile(r"dllm( rank \d+)?: |ERROR: ")
+STAGE_CODE = re.compile(r"exited with (\d+)")
+
+
+def reproduce(root: Path, stage: str, force: bool = False) -> None:
+    """Let DVC run one stage if it must.
+
+    Args:
+        root: the project's folder.
+        stage: the stage.
+        force: run it whatever DVC thinks, and from nothing.
+
+    Raises:
+        ServerError: the stage did not reach a server.
+        StageError: it failed otherwise; the message is its own last line.
+    """
+    if force:
+        contract.forget(root, stage)
+    argv = ["dvc", "--wait-for-lock", "repro", "--single-item", stage]
+    _run(root, stage, [sys.executable, "-m", *argv, *(["--force"] if force else [])])
+
+
+def run_verb(root: Path, verb: str) -> None:
+    """Run one verb of `python -m dllm`; raises as `reproduce` does."""
+    _run(root, verb, [sys.executable, "-m", "dllm", verb])
+
+
+def gpu_slot() -> AbstractContextManager[None]:
+    """Hold the machine's GPUs while a stage runs; where there are none, hold nothing.
+
+    A slot that cannot be had is waited for, and one that cannot be renewed for a moment does not kill what runs.
+    """
+    if not _has_gpu():
+        return nullcontext()
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(GPU)
+        except ObjectNotFound:
+            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=GPU, limit=1))
+    return concurrency(GPU, occupy=1, strict=True, raise_on_lease_renewal_failure=False)
+
+
+def _run(root: Path, stage: str, argv: Sequence[str]) -> None:
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
+        "PYTHONUNBUFFERED": "1",
+        "DLLM_FLOW_RUN": str(flow_run.id or ""),
+    }
+    relay = _Relay(stage)
+    try:
+        result = process.run(
+            argv, env=environment, cwd=root, deadline_s=DEADLINE_S, log=relay, log_file=root / "logs" / f"{stage}.log"
+        )
+    except BaseException:  # cancelled, mostly: a stage that was killed outright has left its MLflow run open
+        contract.close(root, stage)
+        raise
+    get_run_logger().info("%s: exit code %d after %.1f s", stage, result.code, result.seconds)
+    if result.code == 0:
+        return
+    contract.close(root, stage)
+    complaints = [line for line in result.tail if COMPLAINT.match(line)]
+    codes = [int(match[1]) for line in result.tail if (match := STAGE_CODE.search(line))]  # dvc's own is always 255
+    reason = COMPLAINT.sub("", complaints[0], count=1) if complaints else f"exit code {result.code}"
+    kind = ServerError if ServerError.exit_code in [result.code, *codes] else StageError
+    raise kind(f"stage {stage} failed: {reason}", where=f"logs/{stage}.log")
+
+
+class _Relay:
+    """Shows every line; sends the flow run's log one every few seconds, since each is a request to the server."""
+
+    def __init__(self, stage: str) -> None:
+        self._logger = get_run_logger()
+        self._recorded = 0.0
+        print(f"\n== {stage} ==", flush=True)
+
+    def __call__(self, line: str) -> None:
+        if DVC_CHATTER.match(line):
+            return
+        print(line, flush=True)
+        if COMPLAINT.match(line) or time.monotonic() - self._recorded > RECORD_EVERY_S:
+            self._recorded = time.monotonic()
+            self._logger.info(line)
+
+
+def _has_gpu() -> bool:
+    try:
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return found.returncode == 0 and b"GPU" in found.stdout

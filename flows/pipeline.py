@@ -1,0 +1,86 @@
+"""The Prefect flow `pipeline`: the four DVC stages one after the other, then the registry.
+
+Prefect decides when, where and how often; DVC decides whether a stage must run; the stage does the work. So tasks hold
+no results and no caches, and each is called directly: cancellation reaches the main thread only, and through it the child.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+
+from dllm.errors import ServerError
+from flows import artifacts
+from flows.children import gpu_slot, reproduce, run_verb
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def out_of_reach(_: object, run: TaskRun, state: State[Any]) -> bool:
+    """Tell the failure that time may heal, a server out of reach, from those it will not."""
+    return isinstance(state.result(raise_on_failure=False), ServerError)
+
+
+@task(name="prepare", cache_policy=NO_CACHE)
+def prepare(force: bool) -> None:
+    """Run DVC's stage `prepare`."""
+    reproduce(ROOT, "prepare", force)
+
+
+@task(
+    name="regenerate",
+    cache_policy=NO_CACHE,
+    retries=3,
+    retry_delay_seconds=[10, 60, 300],
+    retry_condition_fn=out_of_reach,
+)
+def regenerate(force: bool) -> None:
+    """Run DVC's stage `regenerate`, again where a server was out of reach: finished answers are kept."""
+    with gpu_slot():
+        reproduce(ROOT, "regenerate", force)
+
+
+@task(name="train", cache_policy=NO_CACHE)
+def train(force: bool) -> None:
+    """Run DVC's stage `train`."""
+    with gpu_slot():
+        reproduce(ROOT, "train", force)
+
+
+@task(name="evaluate", cache_policy=NO_CACHE)
+def evaluate(force: bool) -> None:
+    """Run DVC's stage `evaluate`."""
+    with gpu_slot():
+        reproduce(ROOT, "evaluate", force)
+
+
+@task(name="register", cache_policy=NO_CACHE)
+def register() -> None:
+    """Run the verb `register`."""
+    run_verb(ROOT, "register")
+
+
+@flow(name="pipeline")
+def pipeline(force: bool = False) -> None:
+    """Regenerate, train, evaluate and register a draft, as far as something has changed.
+
+    Args:
+        force: run every stage again, from nothing.
+    """
+    prepare(force)
+    regenerate(force)
+    train(force)
+    evaluate(force)
+    register()
+    artifacts.publish(ROOT)
+
+
+if __name__ == "__main__":
+    from flows.in_process import run
+
+    sys.exit(run(pipeline, force="--force" in sys.argv[1:]))
