@@ -38,6 +38,7 @@ class Progress:
         self.name, self.total, self.unit, self.initial, self.shown = name, total, unit, initial, shown
         self.stream = stream or sys.stderr
         self.done = float(initial)
+        self._printed: float | None = None
         self._extra: dict[str, object] = {}
         self._bar: rich.progress.Progress | None = None
         self._start = self._last_line = time.monotonic()
@@ -52,7 +53,7 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        elif self.shown:
+        elif self.shown and self._printed != self.done:
             self._print_line()
 
     def update(self, n: float = 1, **extra: object) -> None:
@@ -101,7 +102,7 @@ class Progress:
         )
 
     def _print_line(self) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._printed = time.monotonic(), self.done
         parts = [f"{self.name}: {self.done:g}"]
         if self.total is not None:
             share = f" ({self.done / self.total:.0%})" if self.total else ""

@@ -84,6 +84,7 @@ class MlflowTracker:
         self._client = connect(self.uri)
         self._silent_until = 0.0
         self.run_id: str = self._resume(run_id) or self._create(root, experiment, name)
+        self.experiment_id = str(self._client.get_run(self.run_id).info.experiment_id)
         self.resumed = self.run_id == run_id
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:

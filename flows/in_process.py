@@ -1,4 +1,4 @@
-"""Running a flow in this very process, for `make run`: one line for an error, an exit code, and no second server."""
+"""Running a flow in this very process, for `make run`: no server needed, one line for an error, an exit code."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import sys
 import time
 from typing import Any
 
-from prefect import Flow
+from prefect import Flow, get_client
 from prefect.exceptions import TerminationSignal
+from prefect.settings import PREFECT_API_URL
 
-from dllm.errors import DllmError
+from dllm.errors import DllmError, ServerError
 
 
 def run(flow: Flow[Any, Any], **parameters: Any) -> int:
-    """Run the flow and return the exit code to leave with."""
+    """Run the flow, against Prefect's server if one is named and else a temporary one, and return its exit code."""
     began = time.monotonic()
     try:
+        _reach_server()
         flow(**parameters)
     except DllmError as error:
         print(f"dllm: {error}", file=sys.stderr)
@@ -26,3 +28,16 @@ def run(flow: Flow[Any, Any], **parameters: Any) -> int:
         return 143
     print(f"\n{flow.name}: finished in {time.monotonic() - began:.1f} s", flush=True)
     return 0
+
+
+def _reach_server() -> None:
+    address = PREFECT_API_URL.value()
+    try:
+        with get_client(sync_client=True) as client:
+            cause = client.api_healthcheck()
+    except RuntimeError as error:  # the temporary server did not come up
+        cause = error
+    if cause is not None:
+        where = address or "a temporary one, its data in PREFECT_HOME"
+        hint = "start it, or unset PREFECT_API_URL" if address else "run again; see PREFECT_HOME for its database"
+        raise ServerError(f"Prefect's server out of reach: {' '.join(str(cause).split())}", where=where, hint=hint)

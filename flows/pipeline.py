@@ -1,7 +1,7 @@
 """The Prefect flow `pipeline`: the four DVC stages one after the other, then the registry.
 
 Prefect decides when, where and how often; DVC decides whether a stage must run; the stage does the work. So tasks hold
-no results and no caches, and each is called directly: cancellation reaches the main thread only, and through it the child.
+no results and no caches. Each is called directly: cancellation reaches the main thread only, and its child through it.
 """
 
 from __future__ import annotations

@@ -113,7 +113,8 @@ class FeatureCache:
 
     def fill(self, part: int, model: Any, layer_ids: Sequence[int], batch_tokens: int = 2048) -> int:
         """Compute one part, write it, and return its number of tokens."""
-        members, done = self.parts[part], []
+        members = self.parts[part]
+        done: list[Tensor] = []
         while len(done) < len(members):
             width = len(self.rows[members[-1]])
             batch = members[len(done) : len(done) + max(1, batch_tokens // width)]

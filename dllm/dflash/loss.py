@@ -42,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return nll_M, hit_M
 
     @staticmethod
-    def backward(ctx: Any, grad_nll_M: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_nll_M: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_MD,) = ctx.saved_tensors
         return grad_MD * grad_nll_M[:, None].to(grad_MD.dtype), None, None, None
 

@@ -9,6 +9,8 @@ G key/value heads, R = H / G, E head dim.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -164,12 +166,10 @@ class DFlashDraft(nn.Module):
         slots = embeds_BNLD.shape[2]
         offset_L = torch.arange(slots, device=anchor_BN.device)
         block_rope = Rope(anchor_BN[..., None] + offset_L, self.config, embeds_BNLD.dtype)
-        context_rope = Rope(
-            torch.arange(context_BSD.shape[1], device=anchor_BN.device), self.config, context_BSD.dtype
-        )
+        context_rope = Rope(torch.arange(context_BSD.shape[1], device=anchor_BN.device), self.config, context_BSD.dtype)
         visible_BN = torch.where(keep_BN, anchor_BN, 0)
         x_BNLD = embeds_BNLD
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self._typed_layers()):
             attn = layer.self_attn
             context = attn.keys_values(context_BSD, context_rope)
             normed = layer.input_layernorm(x_BNLD)
@@ -177,7 +177,8 @@ class DFlashDraft(nn.Module):
             query = attn.queries(normed, block_rope)
             if index == len(self.layers) - 1:  # the anchor's own output is thrown away: never compute it
                 query, x_BNLD = query[:, :, 1:], x_BNLD[:, :, 1:]
-            mixed = block_attention(query, *context, *block, visible_BN, self.config.sliding_window)
+            window = self.config.sliding_window
+            mixed = block_attention(query, context[0], context[1], block[0], block[1], visible_BN, window)
             x_BNLD = layer.finish(x_BNLD, mixed)
         return self.norm(x_BNLD)
 
@@ -199,7 +200,7 @@ class DFlashDraft(nn.Module):
         cache.length += rows
         mask_LT = self._window_mask(slots, cache.length, start, device)
         x_BLD = embeds_BLD
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self._typed_layers()):
             attn = layer.self_attn
             context = cache.extend(index, *attn.keys_values(context_BSD, context_rope))
             normed = layer.input_layernorm(x_BLD)
@@ -209,6 +210,9 @@ class DFlashDraft(nn.Module):
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_LT, enable_gqa=True)
             x_BLD = layer.finish(x_BLD, mixed.transpose(1, 2).flatten(2))
         return self.norm(x_BLD)
+
+    def _typed_layers(self) -> list[Layer]:
+        return [cast(Layer, layer) for layer in self.layers]
 
     def _window_mask(self, slots: int, length: int, start: int, device: torch.device) -> Tensor | None:
         window = self.config.sliding_window

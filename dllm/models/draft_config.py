@@ -109,7 +109,8 @@ def for_target(
             f"target_layer_ids must be rising and below {layers}, got {list(ids)}",
             where="train.dflash.draft.target_layer_ids",
         )
-    theta = (getattr(target, "rope_parameters", None) or {}).get("rope_theta") or getattr(target, "rope_theta", 10000.0)
+    ropes = getattr(target, "rope_parameters", None) or {}
+    theta = ropes["rope_theta"] if "rope_theta" in ropes else getattr(target, "rope_theta", 10000.0)
     heads = target.num_attention_heads
     return DraftConfig(
         hidden_size=target.hidden_size,

@@ -43,8 +43,8 @@ def block_attention(
         part = slice(begin, begin + group)
         # Sorted anchors make this cut worth half of the work: no block of the group sees further.
         seen = max(1, int(visible_BN[:, part].max()))
-        inputs = (query_BNQHE[:, part], key_BSGE[:, :seen], value_BSGE[:, :seen])
-        inputs += (block_key_BNLGE[:, part], block_value_BNLGE[:, part], visible_BN[:, part])
+        inputs = [query_BNQHE[:, part], key_BSGE[:, :seen], value_BSGE[:, :seen]]
+        inputs += [block_key_BNLGE[:, part], block_value_BNLGE[:, part], visible_BN[:, part]]
         parts.append(checkpoint(_attend, *inputs, window, use_reentrant=False))
     return torch.cat(parts, 1)
 

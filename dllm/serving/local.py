@@ -3,7 +3,8 @@
 A fixed number of slots decode together; a slot whose row has finished takes the next prompt. Keys and values are
 written in place, so nothing is copied as answers grow, and query heads read their shared keys without repeating them.
 
-Shape suffixes: B slots, S prompt, T cache places, V vocabulary, H query heads, G key/value heads, R = H / G, E head dim.
+Shape suffixes: B slots, S prompt, T cache places, V vocabulary, H query heads, G key/value heads, R = H / G,
+E head dim.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.errors import ModelError
+from dllm.models.packing import packed_linears
 from dllm.serving.engine import Answer, Request
 from dllm.serving.sampling import pick
 
 ATTENTION = "dllm_slots"
-REFILL = 8
+REFILL = 16
 """Free slots that are filled in one go: a prompt alone would waste the matrix units."""
 
 
@@ -68,7 +70,7 @@ def _attend(
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return mixed.transpose(1, 2), None
     # One token a slot: the R query heads that share a key head become the query's length.
-    batch, heads, _, size = query.shape
+    batch, heads, size = query.shape[0], query.shape[1], query.shape[3]
     grouped = query.view(batch, key.shape[1], heads // key.shape[1], size)
     mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
     return mixed.reshape(batch, 1, heads, size), None
@@ -113,12 +115,12 @@ class LocalEngine:
 
     @torch.inference_mode()
     def answer(self, requests: Sequence[Request]) -> Iterator[Answer]:
-        """Yield answers as they finish. Longest prompts go first, so that neighbours have similar lengths."""
+        """Yield answers as they finish. Neighbours have similar lengths: longest prompts go first."""
         queue = sorted(requests, key=lambda r: (len(r.prompt_ids), r.key))
         if not queue:
             return
         places = max(len(r.prompt_ids) + r.max_new_tokens for r in queue)
-        with _slot_attention(self.model):
+        with _slot_attention(self.model), packed_linears(self.model):
             yield from _Decoding(self, queue, places).run()
 
 

@@ -186,6 +186,7 @@ def _tracked(stage: Stage, sections: Sequence[BaseModel], made_of: Mapping[str, 
             "git": {"commit": commit, "dirty": dirty},
             "libraries": provenance.library_versions(),
             "mlflow_run_id": tracker.run_id,
+            "mlflow_experiment_id": tracker.experiment_id,
             "started": started,
             "host": provenance.host(),
         }

@@ -64,6 +64,7 @@ def _evaluate(params: Params, root: Path, stage: Stage) -> dict[str, Any]:
 
     from dllm.dflash.comparison import figures
     from dllm.models import targets
+    from dllm.models.packing import packed_linears
 
     checkpoint = root / "out" / "train" / "checkpoint"
     comparison = _load(params, checkpoint, params.target.dtype)
@@ -71,9 +72,10 @@ def _evaluate(params: Params, root: Path, stage: Stage) -> dict[str, Any]:
     tokenizer = targets.load_tokenizer(params.target)
     stop_ids = targets.stop_ids(speculative.model, tokenizer)
     questions, too_long = _questions(params, root, tokenizer, speculative.limit)
-    pairs = _compare(params, stage, comparison, questions, stop_ids)
     draft, device = speculative.draft, speculative.model.device
     assert draft is not None
+    with packed_linears(speculative.model, draft):  # both ways of decoding gain from it
+        pairs = _compare(params, stage, comparison, questions, stop_ids)
     metrics = {
         **figures(pairs, speculative.block_size),
         "by_source": {

@@ -1,5 +1,6 @@
 """The training objective: anchors, labels, loss and counts against oracles and stored numbers."""
 
+import itertools
 import math
 
 import pytest
@@ -45,7 +46,7 @@ def test_anchors_are_lawful(bits, num_blocks, block_size, sampling, seed):
     if sampling == "with_replacement" and allowed:
         assert len(found) == num_blocks
     if sampling == "non_overlapping":
-        assert all(b - a >= block_size for a, b in zip(found, found[1:], strict=False))
+        assert all(b - a >= block_size for a, b in itertools.pairwise(found))
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -141,7 +142,7 @@ def test_loss_and_gradient_do_not_depend_on_the_split(loss, split):
         grads.append(torch.cat([p.grad.flatten() for p in draft.parameters()]))
         values.append(pooled.item())
         counts = [sum(t.correct_P for t in terms).tolist(), sum(t.count_P for t in terms).tolist()]
-        values.append(counts + [sum(t.run_sum for t in terms), sum(t.num_blocks for t in terms)])
+        values.append([*counts, sum(t.run_sum for t in terms), sum(t.num_blocks for t in terms)])
     assert values[0] == pytest.approx(values[2], rel=1e-5) and values[1] == values[3]
     torch.testing.assert_close(grads[0], grads[1], atol=1e-5, rtol=1e-4)
 
@@ -157,10 +158,7 @@ def test_denominator_is_the_sum_of_the_weights_that_count():
     terms, part, anchors = terms_of(tiny_draft(), batch_of(3), [0, 1, 2])
     labels = block_labels(part, anchors, 4)
     by_hand = sum(
-        math.exp(-k / 2.0)
-        for row in labels.valid_BNP.flatten(0, 1).tolist()
-        for k, counts in enumerate(row)
-        if counts
+        math.exp(-k / 2.0) for row in labels.valid_BNP.flatten(0, 1).tolist() for k, counts in enumerate(row) if counts
     )
     assert terms.denominator == pytest.approx(by_hand, rel=1e-6)
     assert denominator(labels, 4, gamma=2.0, loss="decay") == terms.denominator

@@ -29,7 +29,7 @@ def toy(work: Path, *woe: str, ranks: int = 2, **changes) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen) -> tuple[int, list[str]]:
     try:
-        _, stderr = process.communicate(timeout=120)
+        _, stderr = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGABRT)  # faulthandler writes where each rank hangs
         pytest.fail(f"hung: {process.communicate(timeout=10)[1][-4000:]}")
@@ -63,7 +63,7 @@ def test_a_rank_that_fails_brings_all_down_with_one_line(tmp_path, woe, line) ->
     code, lines = finish(toy(tmp_path, woe))
     assert code != 0
     assert lines == [line]
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 200  # far from the half hour that ranks wait for each other
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path) -> None:
@@ -74,7 +74,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path) -> None:
 
 def test_sigterm_to_torchrun_checkpoints(tmp_path) -> None:
     process = toy(tmp_path, batch_size=2, epochs=20000, validate_every=1000000)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not (tmp_path / "training.jsonl").exists() or not (tmp_path / "training.jsonl").read_text():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)

@@ -1,0 +1,59 @@
+"""Weights in the layout the CPU's matrix units want, made once instead of at every call.
+
+For a few rows at a time, as in decoding, torch spends as long on reordering a bfloat16 weight as on multiplying by it.
+oneDNN's packed form, which torch.compile's CPU backend uses, does away with that. Elsewhere nothing is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROWS = 64
+"""Rows the layout is chosen for; other numbers work as well, if not as fast."""
+
+
+@contextmanager
+def packed_linears(*models: nn.Module) -> Iterator[None]:
+    """Let every bfloat16 nn.Linear of some models multiply by a packed copy of its weight while the context lasts.
+
+    Weights must not change meanwhile. Costs the weights' size in memory once more.
+    """
+    changed = []
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and _can_pack(module.weight):
+                module.forward = _packed_forward(module)  # type: ignore[method-assign,assignment]
+                changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _can_pack(weight: Tensor) -> bool:
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _packed_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+    multiply: Any = torch.ops.mkldnn._linear_pointwise
+    packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), ROWS)
+    bias = module.bias
+
+    def forward(x: Tensor) -> Tensor:
+        if x.dtype != torch.bfloat16:
+            return nn.functional.linear(x, module.weight, bias)
+        return multiply(x, packed, bias, "none", [], "")
+
+    return forward

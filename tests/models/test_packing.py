@@ -1,0 +1,25 @@
+"""Packed weights: the same products, and no trace afterwards."""
+
+import torch
+from torch import nn
+
+from dllm.models.packing import packed_linears
+
+
+def test_products_agree_and_the_module_is_left_as_it_was():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96, bias=False), nn.SiLU(), nn.Linear(96, 32)).bfloat16()
+    x = torch.randn(5, 3, 64).bfloat16()
+    with torch.inference_mode():
+        plain = model(x)
+        with packed_linears(model):
+            packed = model(x)
+        torch.testing.assert_close(packed.float(), plain.float(), atol=2e-2, rtol=2e-2)
+        assert torch.equal(model(x), plain)
+
+
+def test_float32_weights_are_left_alone():
+    model = nn.Linear(8, 8)
+    x = torch.randn(2, 8)
+    with torch.inference_mode(), packed_linears(model):
+        assert torch.equal(model(x), nn.functional.linear(x, model.weight, model.bias))
