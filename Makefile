@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED := $(VENV)/installed
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
-  $$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+  $$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 ENV := . infra/env.sh;
 
 .PHONY: help setup run test lint ui serve bench bench-train-step long clean
@@ -50,6 +50,7 @@ serve: setup  ## a Prefect server and a worker on loopback, with the flows deplo
 bench: bench-train-step  ## every benchmark
 
 bench-train-step: setup  ## one exact training step: ours against NeMo AutoModel's
+	@$(PY) -c 'import nemo_automodel' 2>/dev/null || $(PIP) --no-deps nemo-automodel==0.7.0
 	@$(ENV) python benchmarks/train_step.py
 
 clean:  ## remove results, work and caches; keeps .venv, dvc.lock, and the registry

@@ -38,5 +38,9 @@ def _reach_server() -> None:
         cause = error
     if cause is not None:
         where = address or "a temporary one, its data in PREFECT_HOME"
-        hint = "start it, or unset PREFECT_API_URL" if address else "run again; see PREFECT_HOME for its database"
+        hint = (
+            "start it, unset PREFECT_API_URL, or delete prefect.toml"
+            if address
+            else "run again; see PREFECT_HOME for its database"
+        )
         raise ServerError(f"Prefect's server out of reach: {' '.join(str(cause).split())}", where=where, hint=hint)

@@ -1,11 +1,12 @@
 """The servers a person wants beside the pipeline, on loopback, until Ctrl-C: `ui` or `serve`.
 
-While Prefect's server runs, `prefect.toml` in the project's folder names its address: so `prefect` commands and `make run`
-find it from there, and two servers never share one database.
+While Prefect's server runs, `prefect.toml` in the project's folder names its address. So `prefect` commands and
+`make run` find it from there, and two servers never share one database.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -42,8 +43,6 @@ def main(what: str) -> int:
         print("stopped")
     finally:
         process.stop_children(grace_s=20)
-        if os.environ.get("PREFECT_API_URL") == _named():
-            PREFECT_TOML.unlink()
     return 0
 
 
@@ -76,7 +75,10 @@ def serve() -> None:
     server = _start_prefect(port)
     _once("work-pool", "create", POOL, "--type", "process", "--overwrite")
     _once("--no-prompt", "deploy", "--all")
-    worker = _start("prefect-worker", ["prefect", "worker", "start", "--pool", POOL, "--type", "process"])
+    # One flow run at a time: they share out/, and DVC and the stages refuse a second one there
+    worker = _start(
+        "prefect-worker", ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--limit", "1"]
+    )
     print(f"Prefect  {_api(port).removesuffix('/api')}")
     print("run      . infra/env.sh && prefect deployment run 'pipeline/smollm2-dflash' --watch")
     print("logs     logs/prefect-worker.log")
@@ -87,6 +89,7 @@ def _start_prefect(port: int) -> subprocess.Popen[bytes]:
     server = _start("prefect-server", ["prefect", "server", "start", "--host", HOST, "--port", str(port)])
     _wait_ready(server, f"{_api(port)}/health", "prefect-server")
     PREFECT_TOML.write_text(f'# Written by infra/services.py while its server runs.\n[api]\nurl = "{_api(port)}"\n')
+    atexit.register(PREFECT_TOML.unlink, missing_ok=True)
     os.environ["PREFECT_API_URL"] = _api(port)
     return server
 
