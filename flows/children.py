@@ -27,7 +27,8 @@ DEADLINE_S = 7 * 24 * 3600.0
 """No stage takes so long: a hung one is stopped, and its slot comes free."""
 RECORD_EVERY_S = 5.0
 DVC_CHATTER = re.compile(
-    r"\s*$|To track the changes|To enable auto|\s+git add|\s+dvc config|Use `dvc push`|WARNING: Process .* RWLock|\w+ lock file "
+    r"\s*$|To track the changes|To enable auto|\s+git add|\s+dvc config|Use `dvc push`|\w+ lock file "
+    r"|WARNING: Process .* RWLock"  # the lock of a run that was killed; DVC has removed it
 )
 COMPLAINT = re.compile(r"dllm( rank \d+)?: |ERROR: ")
 STAGE_CODE = re.compile(r"exited with (\d+)")

@@ -6,6 +6,7 @@ the same work for both. The draft's look at the prompt is counted.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -96,13 +97,15 @@ def same_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 def figures(pairs: Sequence[Pair], block_size: int) -> dict[str, Any]:
     """Sum up pairs and divide: acceptance, speed and agreement.
 
-    Units: `*_ms_per_token` milliseconds of decoding; `speedup` is autoregressive over speculative time a token.
+    Units: `*_ms_per_token` milliseconds of decoding; `speedup` is autoregressive over speculative time a token,
+        of sums; `speedup_median` is the median over prompts, and far from it where other work disturbed the machine.
     """
     acceptance = Acceptance(block_size)
     for pair in pairs:
         acceptance.add([Round((), accepted, run, drafted, 0.0) for accepted, run, drafted in pair.rounds])
     ar_tokens, ar_s = sum(p.ar_tokens for p in pairs), sum(p.ar_s for p in pairs)
     spec_tokens, spec_s = sum(p.spec_tokens for p in pairs), sum(p.spec_s for p in pairs)
+    ratios = [r for p in pairs if (r := _over(p.ar_s * p.spec_tokens, p.spec_s * p.ar_tokens)) is not None]
     shared, longest = sum(p.same_prefix for p in pairs), sum(max(p.ar_tokens, p.spec_tokens) + 1 for p in pairs)
     return {
         **acceptance.figures(),
@@ -115,6 +118,7 @@ def figures(pairs: Sequence[Pair], block_size: int) -> dict[str, Any]:
         "ms_per_token_spec": _over(1000 * spec_s, spec_tokens),
         "ms_per_round": _over(1000 * spec_s, acceptance.rounds),
         "speedup": _over(ar_s * spec_tokens, spec_s * ar_tokens),
+        "speedup_median": statistics.median(ratios) if ratios else None,
         "identical_fraction": _over(sum(p.identical for p in pairs), len(pairs)),
         "same_prefix_fraction": _over(shared, longest),
     }

@@ -24,6 +24,7 @@ def test_times_are_summed_before_they_are_divided() -> None:
     assert found["ms_per_token_spec"] == pytest.approx(1000 * 2 / 30)
     assert found["speedup"] * found["ms_per_token_spec"] == pytest.approx(found["ms_per_token_ar"])
     assert found["speedup"] == pytest.approx(found["tokens_per_s_spec"] / found["tokens_per_s_ar"])
+    assert found["speedup_median"] == pytest.approx(((1 / 0.5) + (0.3 / 0.075)) / 2)
     assert found["tokens"] == 32 and found["tokens_ar"] == 42 and found["prompts"] == 2
     assert found["identical_fraction"] == 0.5
     assert found["same_prefix_fraction"] == pytest.approx((11 + 12) / (11 + 31))
