@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -40,14 +41,12 @@ def reproduce(root: Path, stage: str, force: bool = False) -> None:
     Args:
         root: the project's folder.
         stage: the stage.
-        force: run it whatever DVC thinks, and from nothing.
+        force: run it whatever DVC thinks.
 
     Raises:
         ServerError: the stage did not reach a server.
         StageError: it failed otherwise; the message is its own last line.
     """
-    if force:
-        contract.forget(root, stage)
     argv = ["dvc", "--wait-for-lock", "repro", "--single-item", stage]
     _run(root, stage, [sys.executable, "-m", *argv, *(["--force"] if force else [])])
 
@@ -83,13 +82,12 @@ def _run(root: Path, stage: str, argv: Sequence[str]) -> None:
         result = process.run(
             argv, env=environment, cwd=root, deadline_s=DEADLINE_S, log=relay, log_file=root / "logs" / f"{stage}.log"
         )
-    except BaseException:  # cancelled, mostly: a stage that was killed outright has left its MLflow run open
-        contract.close(root, stage)
-        raise
+    finally:  # cancelled, or out of memory: a stage that was killed outright has left its MLflow run open
+        with contextlib.suppress(ServerError):
+            contract.close(root, stage)
     get_run_logger().info("%s: exit code %d after %.1f s", stage, result.code, result.seconds)
     if result.code == 0:
         return
-    contract.close(root, stage)
     complaints = [line for line in result.tail if COMPLAINT.match(line)]
     codes = [int(match[1]) for line in result.tail if (match := STAGE_CODE.search(line))]  # dvc's own is always 255
     reason = COMPLAINT.sub("", complaints[0], count=1) if complaints else f"exit code {result.code}"

@@ -15,6 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 
 from dllm.errors import ServerError
+from dllm.stages import contract
 from flows import artifacts
 from flows.children import gpu_slot, reproduce, run_verb
 
@@ -72,6 +73,9 @@ def pipeline(force: bool = False) -> None:
     Args:
         force: run every stage again, from nothing.
     """
+    if force:
+        for stage in ("prepare", "regenerate", "train", "evaluate"):
+            contract.forget(ROOT, stage)
     prepare(force)
     regenerate(force)
     train(force)

@@ -75,7 +75,7 @@ def serve() -> None:
     server = _start_prefect(port)
     _once("work-pool", "create", POOL, "--type", "process", "--overwrite")
     _once("--no-prompt", "deploy", "--all")
-    # One flow run at a time: they share out/, and DVC and the stages refuse a second one there
+    # One flow run at a time: they share out/, and DVC and the stages refuse a second one there.
     worker = _start(
         "prefect-worker", ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--limit", "1"]
     )

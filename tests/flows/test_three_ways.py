@@ -1,0 +1,165 @@
+"""The real pipeline on the tiny model: as `make run`, as `dvc repro`, and as a deployment of a real server."""
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dllm import registry, tracking
+from tests.flows.conftest import Project, copy_project
+
+pytestmark = [pytest.mark.flows, pytest.mark.slow]
+
+STAGES = ("prepare", "regenerate", "train", "evaluate")
+RANKS = """
+import os, pathlib, time
+from dllm import config
+from dllm.stages import contract
+root = pathlib.Path()
+params = config.load("params.yaml", ["train.nproc=2"])
+rank = int(os.environ["RANK"])
+with contract.open_stage("train", params, sections=[params.train], root=root, is_main=rank == 0) as stage:
+    print("train: under way", flush=True)
+    (root / f"rank-{rank}.pid").write_text(f"{os.getpid()} {stage.tracker.run_id}")
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path) -> Project:
+    folder = tmp_path_factory.mktemp("project")
+    copy_project(folder)
+    return Project(folder, prefect_home)
+
+
+@pytest.fixture(scope="module")
+def first(project: Project) -> str:
+    """Run it all once, and return what was printed."""
+    done = project.flow()
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def server(project: Project, first: str, free_port: int) -> Iterator[None]:
+    environment = project.environment | {"PREFECT_PORT": str(free_port)}
+    log = project.folder / "serve.log"
+    with log.open("w") as stream:
+        serve = subprocess.Popen(
+            [sys.executable, "infra/services.py", "serve"], cwd=project.folder, env=environment, stdout=stream
+        )
+    try:
+        while "Ctrl-C" not in log.read_text():
+            assert serve.poll() is None, log.read_text()
+            time.sleep(0.2)
+        yield
+    finally:
+        tree = psutil.Process(serve.pid).children(recursive=True)
+        serve.terminate()
+        serve.wait(timeout=60)
+    assert not [process for process in tree if process.is_running()], "servers outlive `make serve`"
+    assert not (project.folder / "prefect.toml").exists()
+
+
+def lock(project: Project) -> str:
+    return (project.folder / "dvc.lock").read_text()
+
+
+def runs(project: Project) -> list[tuple[str, str]]:
+    client = tracking.connect(f"sqlite:///{project.folder}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "tiny-dflash"]
+    return sorted((r.info.run_name, r.info.status) for r in client.search_runs([experiment.experiment_id]))
+
+
+def artifacts(prefect_home: Path) -> list[str]:
+    with sqlite3.connect(prefect_home / "prefect.db") as database:
+        return sorted(key for (key,) in database.execute("select distinct key from artifact where key is not null"))
+
+
+def test_the_first_run_leaves_everything(project: Project, first: str, prefect_home: Path) -> None:
+    positions = [first.index(f"== {stage} ==") for stage in (*STAGES, "register")]
+    assert positions == sorted(positions)
+    assert re.search(r"regenerate: \d+/24 answers .* answers/s", first), "live progress reaches the terminal"
+    assert "Traceback" not in first and "\x1b" not in first
+    assert "git add" not in first
+    assert runs(project) == sorted((stage, "FINISHED") for stage in (*STAGES, "register"))
+    assert artifacts(prefect_home) == ["acceptance-curve", "summary"]
+    registered = json.loads((project.folder / "out/register/metrics.json").read_text())
+    assert registered["aliases"] == ["challenger", "champion"]
+
+
+def test_the_registered_version_tells_where_it_came_from(
+    project: Project, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    client = tracking.connect(tracking.tracking_uri(project.folder))
+    tags = client.get_model_version_by_alias("tiny-dflash", "champion").tags
+    trained = json.loads((project.folder / "out/train/run.json").read_text())
+    assert tags["dllm.data_digest"] == trained["inputs"]["regenerate"]
+    assert len(tags["dllm.dvc_lock"]) == 64 and tags["dllm.git_commit"] == "None"
+    kept = registry.resolve("models:/tiny-dflash@champion", project.folder)
+    assert (kept / "model.safetensors").samefile(project.folder / "out/train/checkpoint/model.safetensors")
+
+
+def test_dvc_repro_finds_nothing_to_do_and_keeps_the_lock(project: Project, first: str) -> None:
+    before = lock(project)
+    done = project.run("dvc", "repro")
+    assert done.returncode == 0, done.stdout
+    assert all(f"Stage '{stage}' didn't change, skipping" in done.stdout for stage in STAGES)
+    assert lock(project) == before
+    assert "tau_micro" in project.run("dvc", "metrics", "show", "--json").stdout
+
+
+def test_a_deployment_finds_nothing_to_do_and_keeps_the_lock(project: Project, server: None) -> None:
+    before, made = lock(project), runs(project)
+    done = project.run("prefect", "deployment", "run", "pipeline/smollm2-dflash", "--watch")
+    assert done.returncode == 0, done.stdout + (project.folder / "logs/prefect-worker.log").read_text()
+    assert lock(project) == before
+    assert runs(project) == made, "what is skipped makes no MLflow run"
+
+
+def test_a_taken_port_is_one_line(project: Project, server: None, free_port: int) -> None:
+    done = project.run(sys.executable, "infra/services.py", "serve", PREFECT_PORT=str(free_port))
+    assert done.returncode == 5
+    assert len(done.stdout.splitlines()) == 1 and f"the port is taken (127.0.0.1:{free_port})" in done.stdout
+
+
+def test_cancelling_a_flow_run_leaves_no_rank_and_no_open_run(project: Project, server: None) -> None:
+    before = lock(project)
+    (project.folder / "ranks.py").write_text(RANKS)
+    pipeline = (project.folder / "dvc.yaml").read_text()
+    command = "torchrun --standalone --nproc-per-node 2 --shutdown-timeout 15 ranks.py"
+    (project.folder / "dvc.yaml").write_text(re.sub(r"cmd: torchrun.*", f"cmd: {command}", pipeline))
+    said = project.run("prefect", "deployment", "run", "pipeline/smollm2-dflash").stdout
+    flow_run = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", said)
+    assert flow_run, said
+    pids = [project.folder / f"rank-{rank}.pid" for rank in (0, 1)]
+    wait_until(lambda: all(path.exists() and path.read_text() for path in pids), 240)
+    ranks = [int(path.read_text().split()[0]) for path in pids]
+    project.run("prefect", "flow-run", "cancel", flow_run[0])
+    wait_until(lambda: "CANCELLED" in project.run("prefect", "flow-run", "inspect", flow_run[0]).stdout, 120)
+    for rank in ranks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(rank, signal.SIG_DFL)
+    assert ("train", "KILLED") in runs(project)
+    assert not [status for _, status in runs(project) if status == "RUNNING"]
+    (project.folder / "dvc.yaml").write_text(pipeline)
+    after = project.run("dvc", "repro")
+    assert after.returncode == 0, after.stdout
+    assert "is cached - skipping run" in after.stdout and lock(project) == before
+
+
+def wait_until(true, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"still not after {seconds} s"
+        time.sleep(0.3)

@@ -1,0 +1,71 @@
+"""Progress where there is no terminal, and on one."""
+
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+
+from dllm import progress
+from dllm.progress import Progress, clock
+
+
+def test_plain_lines_carry_share_rate_time_left_and_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    stream = io.StringIO()
+    with Progress("regenerate", total=4, unit="prompts", stream=stream) as bar:
+        for number in range(4):
+            bar.update(1, tokens=10 * number, loss=1.23456)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 4, "one an update, and none twice"
+    assert re.fullmatch(r"regenerate: 1/4 prompts \(25%\)  \S+ prompts/s  \S+ left  tokens 0  loss 1\.235", lines[0])
+    assert "4/4 prompts (100%)" in lines[-1]
+
+
+def test_lines_come_every_few_seconds_and_once_at_the_end() -> None:
+    stream = io.StringIO()
+    with Progress("train", total=1000, unit="steps", stream=stream) as bar:
+        for _ in range(1000):
+            bar.update()
+    assert len(stream.getvalue().splitlines()) == 1
+
+
+def test_work_of_an_earlier_call_does_not_flatter_the_rate() -> None:
+    with Progress("x", total=2_000_000, initial=1_000_000, shown=False) as bar:
+        bar.update(1)
+        assert bar.done == 1_000_001
+        assert bar.rate < 1_000_000
+
+
+def test_other_ranks_say_nothing() -> None:
+    stream = io.StringIO()
+    with Progress("x", total=2, shown=False, stream=stream) as bar:
+        bar.update(2)
+    assert stream.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    ours, theirs = pty.openpty()
+    code = (
+        "from dllm.progress import Progress\nwith Progress('train', total=3, unit='steps') as p: p.update(3, loss=0.5)"
+    )
+    subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True, env={**os.environ, "TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    try:
+        while block := os.read(ours, 65536):
+            shown += block
+    except OSError:  # how a terminal says that nobody writes to it any more
+        pass
+    os.close(ours)
+    assert b"\x1b" in shown and b"3/3 steps" in shown and b"loss 0.5" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (185, "3m05s"), (7620, "2h07m"), (-1, "0s")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
