@@ -128,7 +128,7 @@ class Dflash(Section):
     features: Literal["cached", "online"] = "cached"
     """Target hidden states: written once to disk, or computed for every batch."""
     loss_vocab: Literal["full", "corpus"] = "full"
-    """`corpus` leaves tokens that no training answer holds out of the softmax, and of the accuracies, of training steps;
+    """`corpus` leaves tokens that no training answer holds out of training steps, their softmax and accuracies alike;
     validation always uses all."""
     ce_chunk_size: PositiveInt = 256
     """Block positions whose logits exist at one time."""

@@ -1,0 +1,35 @@
+"""torchrun as a stage's command: the same options and ranks, but a failed rank's one line is the last word.
+
+Plain `torchrun` adds a traceback and a table of its own below that line, and leaves with 1 whatever the rank said. It
+also outlives a parent that is killed outright; this one does not.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from dllm import process
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run torchrun with these arguments; return the first failed rank's exit code, 128 + n after signal n, else 0."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if "DVC_STAGE" in os.environ:
+        process.die_with_parent()
+    try:
+        run.main(list(arguments))
+    except ChildFailedError as failed:
+        code = failed.get_first_failure()[1].exitcode
+        return 128 - code if code < 0 else code
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
