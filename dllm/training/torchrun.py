@@ -6,6 +6,7 @@ also outlives a parent that is killed outright; this one does not.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -19,13 +20,18 @@ def main(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     if "DVC_STAGE" in os.environ:
         process.die_with_parent()
     try:
         run.main(list(arguments))
     except ChildFailedError as failed:
-        code = failed.get_first_failure()[1].exitcode
-        return 128 - code if code < 0 else code
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        said = f"rank {rank} was killed by signal {-failure.exitcode}"
+        print(f"dllm: {said}; if nobody sent it, look for memory that ran out", file=sys.stderr, flush=True)
+        return 128 - failure.exitcode
     except SignalException as stopped:
         return 128 + stopped.sigval
     return 0

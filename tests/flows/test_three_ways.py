@@ -137,8 +137,8 @@ def test_cancelling_a_flow_run_leaves_no_rank_and_no_open_run(project: Project, 
     before = lock(project)
     (project.folder / "ranks.py").write_text(RANKS)
     pipeline = (project.folder / "dvc.yaml").read_text()
-    command = "torchrun --standalone --nproc-per-node 2 --shutdown-timeout 15 ranks.py"
-    (project.folder / "dvc.yaml").write_text(re.sub(r"cmd: torchrun.*", f"cmd: {command}", pipeline))
+    command = "python -m dllm.training.torchrun --standalone --nproc-per-node 2 --shutdown-timeout 15 ranks.py"
+    (project.folder / "dvc.yaml").write_text(re.sub(r"cmd: .*torchrun.*", f"cmd: {command}", pipeline))
     said = project.run("prefect", "deployment", "run", "pipeline/smollm2-dflash").stdout
     flow_run = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", said)
     assert flow_run, said

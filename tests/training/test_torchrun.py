@@ -1,0 +1,58 @@
+"""Real torchrun with ranks that fail, are killed, or are stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RANK = """
+import os, pathlib, sys, time
+rank = os.environ["RANK"]
+pathlib.Path(f"{rank}.pid").write_text(str(os.getpid()))
+manner = sys.argv[1]
+if rank == "1" and manner in ("3", "killed"):
+    print("dllm rank 1: out of order", file=sys.stderr, flush=True) if manner == "3" else None
+    sys.exit(3) if manner == "3" else os.kill(os.getpid(), 9)
+time.sleep(60)
+"""
+
+
+def launch(folder: Path, manner: str) -> subprocess.Popen[str]:
+    (folder / "rank.py").write_text(RANK)
+    options = ["--standalone", "--nproc-per-node", "2", "--shutdown-timeout", "5"]
+    argv = [sys.executable, "-m", "dllm.training.torchrun", *options, "rank.py", manner]
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    return subprocess.Popen(argv, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("manner", "code", "said"),
+    [
+        ("3", 3, ["dllm rank 1: out of order"]),
+        ("killed", 137, ["dllm: rank 1 was killed by signal 9; if nobody sent it, look for memory that ran out"]),
+    ],
+)
+def test_the_code_and_the_last_word_are_the_ranks(tmp_path: Path, manner: str, code: int, said: list[str]) -> None:
+    launcher = launch(tmp_path, manner)
+    lines = launcher.communicate(timeout=120)[1].splitlines()
+    assert launcher.returncode == code
+    assert lines == said
+
+
+def test_sigterm_stops_the_ranks_without_a_traceback(tmp_path: Path) -> None:
+    launcher = launch(tmp_path, "wait")
+    pids = [tmp_path / "0.pid", tmp_path / "1.pid"]
+    while not all(path.exists() and path.read_text() for path in pids):
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGTERM)
+    said = launcher.communicate(timeout=60)[1]
+    assert launcher.returncode == 143 and "Traceback" not in said
+    for path in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
