@@ -7,6 +7,12 @@ from dllm.errors import ModelError
 from dllm.models import checkpoints
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Stand in an empty folder: names are tried there first, and the project's own may hold results."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
 def a_checkpoint(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
