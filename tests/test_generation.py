@@ -23,7 +23,8 @@ register: {model_name: x}
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # names are tried in the current folder first, and the project's may hold results
     (tmp_path / "params.yaml").write_text(PARAMS)
     draft = DFlashDraft(stand_in_drafts.config(targets.load_target(Target(model="builtin:tiny")), 4))
     draft.reset_parameters(seed=3)
