@@ -25,7 +25,8 @@ class Request:
     """0 is greedy."""
     top_p: float
     seed: int
-    """From `request_seed`: an answer never depends on which requests it is batched with."""
+    """From `request_seed`: a request draws the same random numbers whatever it is batched with. In bfloat16 the logits
+    themselves can still differ in the last bit with the shape of a batch."""
 
 
 @dataclass(frozen=True)
