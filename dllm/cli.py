@@ -3,11 +3,14 @@
 Refuses to do any of the work, and imports what does it only once a verb is called, so that --help is quick.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from dllm.verbs import regenerate as regenerate_verb
 
 STAGES = {
     "prepare": "Collect prompts as chats, and hold some out.",
@@ -36,6 +39,8 @@ app = typer.Typer(
 )
 recipes = typer.Typer(help="List, show and activate the shipped params files.", no_args_is_help=True)
 app.add_typer(recipes, name="recipe")
+data = typer.Typer(help="Check, look at and merge folders of regenerated answers.", no_args_is_help=True)
+app.add_typer(data, name="data")
 
 
 def _stage_verb(name: str) -> Callable[..., None]:
@@ -45,19 +50,27 @@ def _stage_verb(name: str) -> Callable[..., None]:
         root: Root = Path(),
         debug: Debug = False,
     ) -> None:
-        import importlib
-
-        from dllm import config
-
-        root = root.resolve()
-        checked = config.load(root / params, overrides)
-        importlib.import_module(f"dllm.stages.{name}").run(checked, root)
+        _run_stage(name, params, overrides, root)
 
     return verb
 
 
+def _run_stage(name: str, params: Path, overrides: Sequence[str], root: Path) -> None:
+    import importlib
+
+    from dllm import config
+
+    root = root.resolve()
+    checked = config.load(root / params, overrides)
+    importlib.import_module(f"dllm.stages.{name}").run(checked, root)
+
+
 for _name, _help in STAGES.items():
-    app.command(_name, help=_help)(_stage_verb(_name))
+    if _name == "regenerate":  # also a command of its own, for those who want only this
+        _help += " With --input-data: any chats, without a project."
+        app.command(_name, help=_help)(regenerate_verb.command(functools.partial(_run_stage, _name)))
+    else:
+        app.command(_name, help=_help)(_stage_verb(_name))
 
 
 @app.command()
@@ -65,28 +78,97 @@ def generate(
     checkpoint: Annotated[
         str, typer.Option(help="models:/NAME@ALIAS, a checkpoint folder, a training step's, or a stage's output.")
     ],
-    prompt: Annotated[list[str], typer.Option(help="What the user says. Repeatable.")],
-    sampler: Annotated[Literal["dflash", "ar"], typer.Option(help="Speculative, or one token at a time.")] = "dflash",
+    prompt: Annotated[list[str], typer.Option(help="What the user says. Repeatable.")] = [],  # noqa: B006
+    batch_file: Annotated[
+        Path | None, typer.Option(help="More prompts: one a line, or .jsonl with the key `prompt`.")
+    ] = None,
+    sampler: Annotated[
+        Literal["dflash", "ar", "llada", "llada2", "nemotron", "self-spec"] | None,
+        typer.Option(help="By default the one that fits the checkpoint."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 256,
-    block_size: Annotated[int, typer.Option(min=0, help="Slots a round; 0 takes the draft's.")] = 0,
-    target: Annotated[str | None, typer.Option(help="Another target than the checkpoint was trained for.")] = None,
+    block_size: Annotated[
+        int, typer.Option(min=0, help="Slots a round or columns a block; 0 takes the checkpoint's.")
+    ] = 0,
+    target: Annotated[str | None, typer.Option(help="Another target than the draft was trained for.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt itself, without a chat template.")] = False,
+    infill: Annotated[
+        bool, typer.Option("--infill", help="Write the prompt's [MASK] (one token) and [MASK:n] spans.")
+    ] = False,
+    show: Annotated[bool, typer.Option("--show", help="Show the canvas as it fills.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Forward passes; by default one a token.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0, the default, is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that hold so much.")] = None,
+    remasking: Annotated[
+        Literal["low_confidence", "random", "entropy", "margin"] | None,
+        typer.Option(help="Which proposals are kept first."),
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="Commit all proposals surer than this.")] = None,
+    factor: Annotated[float | None, typer.Option(help="Commit by Fast-dLLM's factor rule.")] = None,
+    cfg_scale: Annotated[float | None, typer.Option(min=0, help="Guidance by the prompt; doubles the passes.")] = None,
+    cache: Annotated[
+        Literal["none", "prefix", "dual", "block"] | None,
+        typer.Option(help="Keys and values kept between passes; `block` is exact, for block-causal models."),
+    ] = None,
+    editing_threshold: Annotated[
+        float | None, typer.Option(help="Rewrite a block's tokens where another is surer than this.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of what is drawn at temperatures above 0.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that a diffusion model writes together.")] = 8,
+    own_generate: Annotated[
+        bool, typer.Option("--own-generate", help="Through the generation code that the model brings.")
+    ] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code the model brings.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Commit of a hub model with code of its own.")] = None,
     root: Root = Path(),
     debug: Debug = False,
 ) -> None:
-    """Answer prompts with a draft and its target; print tokens per round and acceptance length."""
+    """Answer prompts with a draft and its target, or with a diffusion model; print tokens per pass."""
     from dllm import generation
+    from dllm.diffusion.writing import Wishes
 
-    generation.run(
+    named = {
+        "steps": steps,
+        "temperature": temperature,
+        "top_p": top_p,
+        "remasking": remasking,
+        "threshold": threshold,
+        "factor": factor,
+        "cfg_scale": cfg_scale,
+        "cache": cache,
+        "editing_threshold": editing_threshold,
+        "seed": seed,
+    }
+    generation.generate(
         checkpoint=checkpoint,
-        prompts=prompt,
+        prompts=[*prompt, *(generation.read_prompts(batch_file) if batch_file is not None else [])],
         sampler=sampler,
         max_new_tokens=max_new_tokens,
         block_size=block_size,
         target=target,
         as_json=as_json,
+        show=show,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
         root=root.resolve(),
+        wishes=Wishes(raw=raw, infill=infill, batch_size=batch_size, own_generate=own_generate, settings=named),
     )
+
+
+@app.command()
+def serve(
+    params: ParamsPath = Path("params.yaml"),
+    overrides: Overrides = [],  # noqa: B006 (typer copies the default)
+    root: Root = Path(),
+    debug: Debug = False,
+) -> None:
+    """Start SGLang with the target, print its address once it has written a token, and stay until Ctrl-C."""
+    from dllm import config
+    from dllm.verbs import serve as server
+
+    root = root.resolve()
+    server.run(config.load(root / params, overrides), root)
 
 
 @app.command()
@@ -128,3 +210,47 @@ def use_recipe(
     path = root.resolve() / params
     recipe_book.activate(name, path, force=force)
     typer.echo(f"{path.name} is now {name}")
+
+
+Answers = Annotated[Path, typer.Argument(metavar="D", help="A folder of answers: shards and a manifest.")]
+
+
+@data.command("verify")
+def verify_data(
+    folder: Answers,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Check every hash, row and count against the manifest."""
+    from dllm.verbs import data as verbs
+
+    verbs.verify(folder, as_json=as_json)
+
+
+@data.command("show")
+def show_data(
+    folder: Answers,
+    row: Annotated[int | None, typer.Option(min=0, help="This row alone, 0-based.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Rows of this prompt: its id, or how it begins.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many rows.")] = 3,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Token by token, with ids.")] = False,
+    max_length: Annotated[int | None, typer.Option(min=1, help="As train.max_length; what is longer is cut.")] = None,
+    model: Annotated[str | None, typer.Option(help="Take this model's tokenizer, not the manifest's.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print rows, with the tokens marked that training supervises."""
+    from dllm.verbs import data as verbs
+
+    verbs.show(folder, row=row, prompt=prompt, limit=limit, tokens=tokens, max_length=max_length, model=model)
+
+
+@data.command("merge")
+def merge_data(
+    folders: Annotated[list[Path], typer.Argument(metavar="D1 D2 ...", help="The parts, in any order.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="Where the whole goes: new, or empty.")],
+    debug: Debug = False,
+) -> None:
+    """Make one folder of all parts of a regeneration; no row is written anew."""
+    from dllm.verbs import data as verbs
+
+    verbs.merge(folders, output_dir)

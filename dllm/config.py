@@ -14,24 +14,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from dllm import yaml_reader
+from dllm.diffusion_settings import DiffusionEvaluation as DiffusionEvaluation
+from dllm.diffusion_settings import Hybrid as Hybrid
+from dllm.diffusion_settings import Masking as Masking
+from dllm.diffusion_settings import Mdlm as Mdlm
 from dllm.errors import ConfigError
-
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """A part of params.yaml: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True)
+from dllm.section import Fraction, NonNegativeInt, PositiveInt, Section
 
 
 class Target(Section):
-    """The frozen causal model whose words the draft learns to foresee."""
+    """The causal model a draft learns to foresee, or that becomes a diffusion model."""
 
     model: str
     """`builtin:smollm2-135m-instruct`, `builtin:tiny`, a directory, or a Hugging Face id."""
@@ -47,7 +49,8 @@ class Source(Section):
     """Where prompts come from."""
 
     name: str
-    """`gsm8k`, `humaneval`, `aime` (built in), a Hugging Face dataset id, or a parquet/JSON/JSONL file or folder."""
+    """`gsm8k`, `humaneval`, `aime`, `arithmetic` (built in), a Hugging Face dataset id, or a parquet/JSON/JSONL file or
+    folder."""
     split: str = "train"
     """Split of a Hugging Face dataset; slices such as `train[:1000]` are understood."""
     subset: str | None = None
@@ -66,16 +69,34 @@ class Prepare(Section):
     """Share of prompts kept for validation and evaluation, chosen by id hash."""
 
 
+class Sglang(Section):
+    """A SGLang server that `dllm serve`, or the stage with engine `sglang`, starts and takes down."""
+
+    python: str | None = ".venv-sglang/bin/python"
+    """Interpreter of the environment that has SGLang, relative to the project's folder."""
+    image: str | None = None
+    """A container image that has SGLang, instead of `python`."""
+    port: NonNegativeInt = 0
+    """0 takes a free one."""
+    args: list[str] = Field(default=[])
+    """Further arguments of `sglang.launch_server`, e.g. [--tp, "2"]."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Patience until the first token, in seconds."""
+
+
 class Regenerate(Section):
     """The target answers every prompt."""
 
-    engine: Literal["local", "openai"] = "local"
-    base_url: str | None = None
-    """Address of an OpenAI-compatible server, for engine `openai`; DLLM_TARGET_URL goes before it."""
+    engine: Literal["local", "openai", "sglang", "given"] = "local"
+    """`local`: in this process; `openai`: servers that are there already; `sglang`: one started for the stage; `given`:
+    nobody is asked, the source's own last answers are taken."""
+    servers: list[str] = Field(default=[])
+    """Addresses of OpenAI-compatible servers, for engine `openai`; DLLM_TARGET_URL (commas between several) goes
+    before them."""
     served_model: str | None = None
-    """Name the server knows the target by; null takes `target.model`."""
+    """Name the servers know the target by; null takes `target.model`."""
     concurrency: PositiveInt = 64
-    """Requests in flight, for engine `openai`."""
+    """Requests in flight over all servers, for engines `openai` and `sglang`."""
     batch_size: PositiveInt = 64
     """Rows decoded together, for engine `local`."""
     samples_per_prompt: PositiveInt = 1
@@ -85,8 +106,23 @@ class Regenerate(Section):
     shard_size: PositiveInt = 1000
     """Rows a parquet shard."""
     seed: int = 0
+    turns: Literal["all", "last"] = "all"
+    """`all`: every assistant turn is answered anew, each after the new ones; `last`: only the last, the others stay."""
+    drop: list[Literal["length", "empty", "repetition", "tool_mismatch"]] = Field(default=[])
+    """Flags whose rows are left out of the shards; they are counted all the same."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Patience with one request, and with the absence of all servers, in seconds."""
     max_retries: NonNegativeInt = 5
+    """Further tries of a request after a fault that may pass."""
+    max_failure_rate: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """The run stops when a larger share of the latest rows was refused."""
+    sglang: Sglang = Sglang()
+
+    @model_validator(mode="after")
+    def _given_is_the_last(self) -> Regenerate:
+        if self.engine == "given" and self.turns == "all":
+            raise ValueError("engine given takes the last answer of a chat; set turns to last")
+        return self
 
     @model_validator(mode="after")
     def _samples_differ(self) -> Regenerate:
@@ -119,6 +155,9 @@ class Dflash(Section):
     """Decay of the loss over a block's offsets. 0 takes the paper's: 7, 5, 4 for blocks of 16, 10, 8."""
     loss: Literal["decay", "dpace"] = "decay"
     """`decay`: exp(-(k-1)/gamma) weights; `dpace`: weights from the draft's own confidence (D-PACE, alpha 0.5)."""
+    distill: Fraction = 0.0
+    """Share of the loss that asks for the target's whole next-token distribution instead of the one token it wrote.
+    0 is the paper's loss."""
     mask_token_id: NonNegativeInt | None = None
     """Id fed at masked slots; null resolves it from the tokenizer. It must be a row of the target's embedding."""
     num_blocks_per_sample: PositiveInt = 512
@@ -144,7 +183,7 @@ class Dflash(Section):
 
 
 class Optimizer(Section):
-    """How the draft's weights move."""
+    """How the trained weights move."""
 
     name: Literal["adamw", "muon"] = "adamw"
     """`muon` moves matrices by orthogonalised momentum and everything else by AdamW."""
@@ -157,10 +196,15 @@ class Optimizer(Section):
     """Share of all optimizer steps that warm up linearly."""
 
 
+MODES = ("dflash", "mdlm", "hybrid")
+"""Ways to train; each has its section in `train`."""
+
+
 class Train(Section):
     """One training run under torchrun."""
 
-    mode: Literal["dflash"] = "dflash"
+    mode: Literal["dflash", "mdlm", "hybrid"] = "dflash"
+    """`dflash`: a draft beside the frozen target; `mdlm` and `hybrid`: a diffusion model made of the target."""
     nproc: PositiveInt = 1
     """Ranks torchrun starts; on a machine with GPUs, one a GPU."""
     epochs: Annotated[float, Field(gt=0)] = 6.0
@@ -181,10 +225,18 @@ class Train(Section):
     keep_checkpoints: PositiveInt = 2
     optimizer: Optimizer = Optimizer()
     dflash: Dflash = Dflash()
+    mdlm: Mdlm = Mdlm()
+    hybrid: Hybrid = Hybrid()
+
+    @model_serializer(mode="wrap")
+    def _own_mode_only(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the other modes' sections: they shape nothing, and must not ask for a rerun."""
+        sections: dict[str, Any] = write(self)
+        return {key: value for key, value in sections.items() if key not in MODES or key == self.mode}
 
 
 class Evaluate(Section):
-    """Real speculative decoding on held-out prompts, greedy, against autoregressive decoding."""
+    """Real decoding on held-out prompts: speculative for a draft, parallel for a diffusion model."""
 
     num_prompts: PositiveInt = 64
     """Held-out prompts of each source."""
@@ -193,6 +245,13 @@ class Evaluate(Section):
     """Slots a round at decoding; 0 takes the draft's. Smaller than the draft's is allowed."""
     identity_prompts: NonNegativeInt = 4
     """Prompts decoded again in float32 to check that speculative ids equal autoregressive ids."""
+    diffusion: DiffusionEvaluation | None = None
+    """For modes `mdlm` and `hybrid`; null takes the defaults."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        sections: dict[str, Any] = write(self)
+        return {key: value for key, value in sections.items() if key != "diffusion" or value is not None}
 
 
 class Register(Section):
@@ -217,7 +276,7 @@ class Params(Section):
     @model_validator(mode="after")
     def _fit(self) -> Params:
         block = self.train.dflash.block_size
-        if block and self.evaluate.block_size > block:
+        if self.train.mode == "dflash" and block and self.evaluate.block_size > block:
             raise ValueError(
                 f"evaluate.block_size is {self.evaluate.block_size}, larger than train.dflash.block_size {block}; "
                 "a draft does not reach past the block it was trained on"
@@ -232,6 +291,9 @@ GUIDE_NAMES = {
     "attention_backend": "nothing: attention is exact and sparse on every device",
     "target_model_id": "target.model",
     "target_torch_dtype": "target.dtype",
+    "unshifted": "nothing: data are never shifted",
+    "supervise_padding": "eos_padding",
+    "pad_seq_len_divisible": "eos_padding",
     "use_fused_linear_ce": "nothing: the cross-entropy is always chunked; ce_chunk_size sets how",
 }
 """Fields of NeMo AutoModel's guide that have another name here, and that name."""

@@ -1,6 +1,7 @@
-"""The verb `generate`: answer prompts with a checkpoint and its target, as text streams or as JSON.
+"""The verb `generate`: answer prompts with a checkpoint, as text streams or as JSON.
 
-Owns which target a checkpoint goes with, and how answers and their figures are shown.
+Owns whether a checkpoint is a draft or a model of its own, which target a draft goes with, and how answers and their
+figures are shown.
 """
 
 from __future__ import annotations
@@ -8,22 +9,164 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from dllm import config
 from dllm.config import Target
-from dllm.errors import ModelError
+from dllm.errors import ConfigError, DataError, ModelError
 from dllm.models import checkpoints, targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dllm.dflash.speculate import Decoder, Round
+    from dllm.diffusion.writing import Wishes
 
 REGISTRY_PREFIX = "models:/"
-Sampler = Literal["dflash", "ar"]
+Sampler = Literal["dflash", "ar", "llada", "llada2", "nemotron", "self-spec"]
+
+
+def generate(
+    *,
+    checkpoint: str,
+    prompts: Sequence[str],
+    root: Path,
+    sampler: Sampler | None = None,
+    max_new_tokens: int = 256,
+    block_size: int = 0,
+    target: str | None = None,
+    as_json: bool = False,
+    show: bool = False,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    stream: TextIO | None = None,
+    wishes: Wishes,
+) -> list[dict[str, Any]]:
+    """Answer prompts with a draft and its target, or with a diffusion model, as the checkpoint and sampler ask for.
+
+    Args:
+        wishes: for diffusion models: how to write; a draft accepts none.
+        show: show the canvas of a diffusion model as it fills.
+        trust_remote_code: run code that comes with a model.
+        revision: commit of a Hugging Face repository with such code.
+
+    Others as in `run`.
+
+    Raises:
+        ConfigError: an option is not this sampler's, or the sampler not this checkpoint's.
+        ModelError: the checkpoint is missing or broken.
+        DataError: there is no prompt.
+    """
+    from dllm.models.bidirectional import read_note
+    from dllm.models.remote import published
+
+    if not prompts:
+        raise DataError("no prompt", hint="give --prompt or --batch-file")
+    if trust_remote_code and targets.looks_like_hub_id(checkpoint) and not Path(checkpoint).exists():
+        folder = targets.locate(Target(model=checkpoint, revision=revision, trust_remote_code=True))
+    else:
+        folder = find(checkpoint, root)
+    note = read_note(folder)
+    if sampler == "dflash" or (note is None and sampler in (None, "ar") and not published(folder)):
+        asked = [name for name, value in wishes.settings.items() if value is not None]
+        asked += [name for name, value in (("raw", wishes.raw), ("infill", wishes.infill), ("show", show)) if value]
+        if asked:
+            flag = asked[0].replace("_", "-")
+            raise ConfigError(f"--{flag} is for diffusion models, and this is a draft", where=str(folder))
+        return run(
+            checkpoint=checkpoint,
+            prompts=prompts,
+            root=root,
+            sampler="ar" if sampler == "ar" else "dflash",
+            max_new_tokens=max_new_tokens,
+            block_size=block_size,
+            target=target,
+            as_json=as_json,
+            stream=stream,
+        )
+    if note is not None and note.mode == "mdlm" and sampler in ("nemotron", "self-spec", "ar"):
+        raise ConfigError(
+            f"sampler {sampler} needs a model that also learnt to write causally, and this one's mode is mdlm",
+            where=str(folder),
+            hint="take llada, or llada2 if it is block-causal",
+        )
+    return _write(
+        folder,
+        prompts,
+        replace(
+            wishes,
+            sampler=sampler,
+            enable_thinking=_thinking(folder, root),
+            settings={**wishes.settings, "max_new_tokens": max_new_tokens, "block_size": block_size or None},
+        ),
+        trust_remote_code,
+        as_json,
+        show,
+        stream or sys.stdout,
+    )
+
+
+def _write(
+    folder: Path,
+    prompts: Sequence[str],
+    wishes: Wishes,
+    trust_remote_code: bool,
+    as_json: bool,
+    show: bool,
+    stream: TextIO,
+) -> list[dict[str, Any]]:
+    """Answer prompts with a diffusion model."""
+    import torch
+
+    from dllm.diffusion.writing import write
+    from dllm.models.bidirectional import load_bidirectional
+
+    device = targets.best_device()
+    # On a processor bfloat16 decoding is no faster, and near ties would fall differently from batch to batch.
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    settings = Target(model=str(folder), trust_remote_code=trust_remote_code)
+    model = load_bidirectional(settings, dtype, device)
+    shown = []
+    for record in write(model, prompts, wishes, stream if show else None):
+        record["checkpoint"] = str(folder)
+        rate = f"{record['tokens']} tokens in {record['passes']} passes; {record['tokens_per_s']:.1f} tokens/s"
+        print(json.dumps(record) if as_json else f"{record['text']}\n\n[{rate}]", file=stream, flush=True)
+        shown.append(record)
+    return shown
+
+
+def _thinking(folder: Path, root: Path) -> bool | None:
+    """Find how the checkpoint's target was asked; None, the template's own way, where nothing says."""
+    try:
+        return target_of(folder, root).enable_thinking
+    except ModelError:
+        return None
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read a batch file: one prompt a line; for .jsonl, an object with the key `prompt` a line.
+
+    Raises:
+        DataError: it is missing, or a line is not what it should be.
+    """
+    try:
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the prompts: {error}", where=str(path)) from None
+    if path.suffix != ".jsonl":
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str):
+            raise DataError("expected an object with a text under `prompt`", where=f"{path}, line {number}")
+        prompts.append(prompt)
+    return prompts
 
 
 def run(
@@ -31,14 +174,14 @@ def run(
     checkpoint: str,
     prompts: Sequence[str],
     root: Path,
-    sampler: Sampler = "dflash",
+    sampler: Literal["dflash", "ar"] = "dflash",
     max_new_tokens: int = 256,
     block_size: int = 0,
     target: str | None = None,
     as_json: bool = False,
     stream: TextIO | None = None,
 ) -> list[dict[str, Any]]:
-    """Answer each prompt greedily and show it; return what `--json` prints.
+    """Answer each prompt greedily with a draft and its target, and show it; return what `--json` prints.
 
     Args:
         checkpoint: what `checkpoints.resolve` understands, or `models:/NAME@ALIAS`.

@@ -1,7 +1,8 @@
 """Running a child process: its lines as they come, its own session, a deadline, and no orphan whatever happens.
 
-The child stands under `dllm/supervisor.py`, which holds the kill ladder. Call `run` from the main thread: that is where
-Python, and Prefect's cancellation, raise the exceptions that must stop the child.
+The child stands under `dllm/supervisor.py`, which holds the kill ladder. `run` waits for it; `background` lets it run
+beside the caller. Call both from the main thread: that is where Python, and Prefect's cancellation, raise the
+exceptions that must stop the child.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, Protocol
 
 from dllm.errors import StageError
 
@@ -75,21 +78,76 @@ def run(
     Raises:
         StageError: the program cannot be found, or the deadline has passed.
     """
-    environment = {**os.environ, **(env or {})}
-    if shutil.which(argv[0], path=environment.get("PATH")) is None:
-        raise StageError(f"program {argv[0]!r} not found", where="PATH", hint="run `make setup`")
     with contextlib.ExitStack() as stack:
-        tail: deque[str] = deque(maxlen=TAIL_LINES)
-        sinks: list[Callable[[str], object]] = [tail.append] if log is None else [tail.append, log]
-        if log_file is not None:
-            log_file.parent.mkdir(parents=True, exist_ok=True)
-            stream = stack.enter_context(log_file.open("a", buffering=1))
-            sinks.append(lambda line: stream.write(line + "\n"))
-        child = stack.enter_context(_Child(argv, environment, cwd, grace_s, sinks))
+        child = _start(stack, argv, env, cwd, log, log_file, grace_s)
         child.hand_on(deadline_s)
         if not child.ended:
             raise StageError(f"stopped after its deadline of {deadline_s:g} s", where=" ".join(argv))
-    return Result(child.code, child.seconds, tuple(tail))
+    return child.result()
+
+
+class Background(Protocol):
+    """A child that runs beside its caller."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended."""
+
+    @property
+    def tail(self) -> tuple[str, ...]:
+        """The last lines it wrote so far."""
+
+    def result(self) -> Result:
+        """Wait for its end and its last line, and say how it went.
+
+        Raises:
+            OSError: a line could not be handed on (a full disk, say), so the child was stopped.
+        """
+
+
+@contextlib.contextmanager
+def background(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    log: Callable[[str], object] | None = None,
+    log_file: Path | None = None,
+    grace_s: float = GRACE_S,
+) -> Iterator[Background]:
+    """Run a program beside the caller for as long as the `with` block lasts; a thread hands on its lines.
+
+    However the block is left, the program's whole tree is stopped first; so it is when the caller dies. Arguments as
+    for `run`.
+
+    Raises:
+        StageError: the program cannot be found.
+    """
+    with contextlib.ExitStack() as stack:
+        child = _start(stack, argv, env, cwd, log, log_file, grace_s)
+        child.hand_on_beside()
+        yield child
+
+
+def _start(
+    stack: contextlib.ExitStack,
+    argv: Sequence[str],
+    env: Mapping[str, str] | None,
+    cwd: Path | None,
+    log: Callable[[str], object] | None,
+    log_file: Path | None,
+    grace_s: float,
+) -> _Child:
+    """Start a program whose life ends with the stack's."""
+    environment = {**os.environ, **(env or {})}
+    if shutil.which(argv[0], path=environment.get("PATH")) is None:
+        raise StageError(f"program {argv[0]!r} not found", where="PATH", hint="run `make setup`")
+    sinks: list[Callable[[str], object]] = [] if log is None else [log]
+    if log_file is not None:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        stream = stack.enter_context(log_file.open("a", buffering=1))
+        sinks.append(lambda line: stream.write(line + "\n"))
+    return stack.enter_context(_Child(argv, environment, cwd, grace_s, sinks))
 
 
 class _Child:
@@ -103,9 +161,12 @@ class _Child:
         grace_s: float,
         sinks: Sequence[Callable[[str], object]],
     ) -> None:
-        self._grace_s, self._sinks = grace_s, sinks
+        self._last: deque[str] = deque(maxlen=TAIL_LINES)
+        self._grace_s, self._sinks = grace_s, (self._last.append, *sinks)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._rest = ""
+        self._reader: threading.Thread | None = None
+        self._failure: OSError | None = None
         self._began = time.monotonic()
         # never written to: the supervisor sees it close when this process is gone
         their_end, self._lifeline = os.pipe()
@@ -133,13 +194,20 @@ class _Child:
         return self._process.poll() is not None
 
     @property
-    def code(self) -> int:
-        code = self._process.wait()
-        return 128 - code if code < 0 else code
+    def tail(self) -> tuple[str, ...]:
+        return tuple(self._last)
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._began
+
+    def result(self) -> Result:
+        code = self._process.wait()
+        if self._reader is not None:
+            self._reader.join()
+        if self._failure is not None:
+            raise self._failure
+        return Result(128 - code if code < 0 else code, self.seconds, self.tail)
 
     def __enter__(self) -> _Child:
         return self
@@ -148,13 +216,34 @@ class _Child:
         if not self.ended:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
-            self.hand_on(self.seconds + self._grace_s + SUPERVISOR_MARGIN_S)
+            patience_s = self._grace_s + SUPERVISOR_MARGIN_S
+            if self._reader is None:
+                self.hand_on(self.seconds + patience_s)
+            else:
+                self._reader.join(patience_s)
         if not self.ended:  # the supervisor hangs: its own pipe end closes with it, nothing else can be done from here
             self._process.kill()
         self._process.wait()
         os.close(self._lifeline)
+        if self._reader is not None:
+            self._reader.join(SUPERVISOR_MARGIN_S)
         assert self._process.stdout is not None
         self._process.stdout.close()
+
+    def hand_on_beside(self) -> None:
+        """Pass lines to the sinks from a thread until the child has ended."""
+        self._reader = threading.Thread(target=self._hand_on_or_stop, name="child's lines", daemon=True)
+        self._reader.start()
+
+    def _hand_on_or_stop(self) -> None:
+        try:
+            self.hand_on(None)
+        except OSError as error:  # a child whose lines nobody takes would stand still, without a word
+            self._failure = error
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            self._sinks = self._sinks[:1]
+            self.hand_on(None)
 
     def hand_on(self, until_s: float | None) -> None:
         """Pass lines to the sinks until the supervisor has ended or so many seconds since the start are over."""
@@ -204,3 +293,24 @@ def stop_children(spare: Collection[psutil.Process] = (), grace_s: float = 5.0) 
             with contextlib.suppress(psutil.Error):
                 each.send_signal(number)
         ours = set(psutil.wait_procs(ours, timeout=grace_s)[1])
+
+
+@contextlib.contextmanager
+def signals_exit() -> Iterator[None]:
+    """Turn SIGTERM and SIGINT into SystemExit once; later ones are passed over until all is closed."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    try:
+        before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread, where alone Python lets signals be handled
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -40,6 +40,7 @@ class Progress:
         self.done = float(initial)
         self._printed: float | None = None
         self._extra: dict[str, object] = {}
+        self._left_s: float | None = None
         self._bar: rich.progress.Progress | None = None
         self._start = self._last_line = time.monotonic()
 
@@ -56,13 +57,20 @@ class Progress:
         elif self.shown and self._printed != self.done:
             self._print_line()
 
-    def update(self, n: float = 1, **extra: object) -> None:
-        """Add `n` to the work done; `extra` (such as loss=1.23) is shown from now on."""
+    def update(self, n: float = 1, left_s: float | None = None, **extra: object) -> None:
+        """Add `n` to the work done, 0 where only time has gone by; a line is due every few seconds all the same.
+
+        Args:
+            left_s: time left, in seconds, where the caller knows better than the rate.
+            extra: such as loss=1.23; shown from now on.
+        """
         self.done += n
+        self._left_s = left_s
         self._extra.update(extra)
         if self._bar is not None:
             task = self._bar.task_ids[0]
-            self._bar.update(task, completed=self.done, rate=self._rate_text(), extra=self._extra_text())
+            rate, left, others = self._rate_text(), self._left_text(), self._extra_text()
+            self._bar.update(task, completed=self.done, rate=rate, left=left, extra=others)
         elif self.shown and time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._print_line()
 
@@ -85,16 +93,21 @@ class Progress:
             progress.TextColumn("{task.completed:g}" + ("/{task.total:g} " if self.total else " ") + self.unit),
             progress.TextColumn("{task.fields[rate]}"),
             progress.TextColumn("{task.fields[extra]}"),
-            progress.TextColumn("left"),
-            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[left]}"),
             console=Console(file=self.stream),
         )
-        task = self._bar.add_task(self.name, total=self.total, rate="", extra="")
+        task = self._bar.add_task(self.name, total=self.total, rate="", left="", extra="")
         self._bar.update(task, completed=self.done)
         self._bar.start()
 
     def _rate_text(self) -> str:
         return f"{self.rate:.3g} {self.unit}/s" if self.rate < 1000 else f"{self.rate:,.0f} {self.unit}/s"
+
+    def _left_text(self) -> str:
+        left_s = self._left_s
+        if left_s is None and self.total is not None and self.rate > 0:
+            left_s = (self.total - self.done) / self.rate
+        return "" if left_s is None else f"{clock(left_s)} left"
 
     def _extra_text(self) -> str:
         return "  ".join(
@@ -108,8 +121,8 @@ class Progress:
             share = f" ({self.done / self.total:.0%})" if self.total else ""
             parts = [f"{self.name}: {self.done:g}/{self.total:g} {self.unit}{share}"]
         parts.append(self._rate_text())
-        if self.total is not None and self.rate > 0:
-            parts.append(f"{clock((self.total - self.done) / self.rate)} left")
+        if left := self._left_text():
+            parts.append(left)
         if self._extra:
             parts.append(self._extra_text())
         print("  ".join(parts), file=self.stream, flush=True)

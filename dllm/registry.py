@@ -54,6 +54,7 @@ def register(
     digest: str,
     tau: float,
     heldout_digest: str,
+    score_name: str = "τ",
     target: str,
     tags: Mapping[str, str],
     run_id: str | None = None,
@@ -66,7 +67,8 @@ def register(
         root: the project's folder.
         name: the registered model.
         digest: of the checkpoint's content (`provenance.digest`).
-        tau: acceptance length on the held-out prompts; larger is better.
+        tau: what versions are ranked by, of a draft its acceptance length on the held-out prompts; larger is better.
+        score_name: how the verdict calls it.
         heldout_digest: names these prompts; only measurements on the same ones are compared.
         target: the model the draft was made for; only drafts for the same one are compared.
         tags: further facts about the version.
@@ -86,7 +88,7 @@ def register(
                     client.set_model_version_tag(name, known.version, key, value)
         if known is None:
             client.set_registered_model_alias(name, CHALLENGER, version.version)
-        verdict = _judge(client, name, client.get_model_version(name, version.version))
+        verdict = _judge(client, name, client.get_model_version(name, version.version), score_name)
         aliases = tuple(sorted(_aliases(client, name, version.version)))
     return Registered(name, int(version.version), str(version.source), aliases, verdict, known is None)
 
@@ -123,7 +125,7 @@ def resolve(reference: str, root: Path) -> Path:
     raise ModelError(f"the checkpoint of {reference} {wrong}", where=str(kept), hint=hint)
 
 
-def _judge(client: MlflowClient, name: str, version: ModelVersion) -> str:
+def _judge(client: MlflowClient, name: str, version: ModelVersion, score_name: str) -> str:
     champion = _champion(client, name)
     tau = float(version.tags[TAU])
     if champion is None:
@@ -136,9 +138,9 @@ def _judge(client: MlflowClient, name: str, version: ModelVersion) -> str:
         return f"challenger: {rival} was measured on other prompts or another target, so the two do not compare"
     best = float(champion.tags[TAU])
     if tau <= best:
-        return f"challenger: τ {tau:.3f} does not beat {rival}'s {best:.3f}"
+        return f"challenger: {score_name} {tau:.3f} does not beat {rival}'s {best:.3f}"
     _promote(client, name, version, champion)
-    return f"champion: τ {tau:.3f} beats {rival}'s {best:.3f}"
+    return f"champion: {score_name} {tau:.3f} beats {rival}'s {best:.3f}"
 
 
 def _promote(client: MlflowClient, name: str, version: ModelVersion, from_: ModelVersion | None) -> None:

@@ -87,13 +87,21 @@ def _data(metrics: Records) -> Lines:
 
 def _training(metrics: Records) -> Lines:
     found = metrics.get("train", {})
-    yield "draft parameters", _count(found.get("draft_params"))
+    is_draft = "params" not in found
+    name, size = ("draft parameters", "draft_params") if is_draft else ("parameters", "params")
+    yield name, _count(found.get(size))
     yield "optimizer steps", f"{_count(found.get('steps'))} (best at {_count(found.get('best_step'))})"
-    yield "draft_acc, held-out text", _number(found.get("val_draft_acc"), 3)
+    if is_draft:
+        yield "draft_acc, held-out text", _number(found.get("val_draft_acc"), 3)
+    else:
+        yield "masked_acc, held-out text", _number(found.get("val_masked_acc"), 3)
 
 
 def _decoding(metrics: Records) -> Lines:
     found = metrics.get("evaluate", {})
+    if "nelbo" in found:
+        yield from _diffusion(found)
+        return
     yield "τ micro, held-out prompts", _number(found.get("tau_micro"), 2)
     yield "τ macro, held-out prompts", _number(found.get("tau_macro"), 2)
     yield "tokens/s autoregressive", _number(found.get("tokens_per_s_ar"), 1)
@@ -101,6 +109,17 @@ def _decoding(metrics: Records) -> Lines:
     yield "speculative / autoregressive", f"{_number(found.get('speedup'), 2)} ×"
     same = found.get("greedy_identical")
     yield "same ids as greedy, float32", DASH if same is None else "yes" if same is True else f"NO ({same})"
+
+
+def _diffusion(found: dict[str, Any]) -> Lines:
+    yield "bound on held-out answers", f"{_number(found['nelbo'], 4)} ± {_number(found['nelbo_se'], 4)} nats a token"
+    if "ar_nll" in found:
+        yield "autoregressive, same weights", f"{_number(found['ar_nll'], 4)} nats a token"
+    for way in found["decodings"]:
+        name = "one plan of passes" if way["threshold"] is None else f"threshold {way['threshold']:g}"
+        exact = f"{_number(way['words_exact'], 3)} of words, {_number(way['answers_exact'], 3)} of answers exact"
+        pace = f"{_number(way['tokens_per_pass'], 2)} tokens a pass, {_number(way['tokens_per_s'], 1)} a second"
+        yield name, f"{exact}; {pace}"
 
 
 def _places(metrics: Records, root: Path) -> Lines:

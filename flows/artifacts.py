@@ -1,18 +1,83 @@
-"""What a flow run leaves in Prefect: the acceptance curve and a summary, under keys that stay the same."""
+"""What a flow run shows in Prefect: bars while it works, then the acceptance curve and a summary.
+
+Keys stay the same from run to run, so that Prefect lists them as versions of one thing.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from uuid import UUID
 
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+import httpx
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 
 STAGES = ("prepare", "regenerate", "train", "evaluate", "register")
 LOCAL_UI = "http://127.0.0.1:5000"
 """Where `make ui` opens MLflow when no server is named."""
 FIGURES = ("tau_micro", "tau_macro", "speedup", "tokens_per_s_ar", "tokens_per_s_spec", "greedy_identical")
+
+NUMBER = r"(\d+(?:\.\d+)?(?:e\+\d+)?)"
+PROGRESS = re.compile(rf"[\w -]+: {NUMBER}/{NUMBER} ")
+"""The start of a line that `dllm.progress.Progress` prints where it knows the total."""
+UPDATE_EVERY_S = 5.0
+"""Each update is a request to the server."""
+SILENCE_S = 60.0
+"""After a server that did not answer: a bar is no reason to hold up the work."""
+
+
+class ProgressBar:
+    """A bar under one key, moved by the lines that a child prints; lines of other kinds leave it alone.
+
+    Args:
+        key: lower-case letters, digits and dashes.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self._id: UUID | None = None
+        self._next = 0.0
+        self._latest = ""
+
+    def show(self, line: str) -> None:
+        """Move the bar to where the line says, unless it has only just moved."""
+        if share(line) is not None:
+            self._latest = line
+            if time.monotonic() >= self._next:
+                self.catch_up()
+
+    def catch_up(self) -> None:
+        """Move the bar to the last line it was shown."""
+        line, self._latest = self._latest, ""
+        done = share(line)
+        if done is None:
+            return
+        self._next = time.monotonic() + UPDATE_EVERY_S
+        try:
+            if self._id is None:
+                self._id = cast(UUID, create_progress_artifact(done * 100, key=self.key, description=line))
+            else:
+                update_progress_artifact(self._id, done * 100, description=line)
+        except httpx.HTTPError:
+            self._next = time.monotonic() + SILENCE_S
+
+
+def share(line: str) -> float | None:
+    """Read how far a line of progress is, from 0 to 1; None for lines that do not say."""
+    found = PROGRESS.match(line)
+    if found is None:
+        return None
+    done, total = map(float, found.groups())
+    return min(1.0, done / total) if total else None
 
 
 def publish(root: Path) -> None:

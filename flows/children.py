@@ -1,19 +1,22 @@
-"""Stages as child processes of a flow: one dvc a stage, its lines shown and kept, nothing left behind."""
+"""Child processes of a flow, a dvc for each stage or a verb: lines shown and kept, a bar, nothing left behind."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any, TypedDict
 
 from prefect import get_client, get_run_logger
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
@@ -21,8 +24,10 @@ from prefect.runtime import flow_run
 from dllm import process
 from dllm.errors import ServerError, StageError
 from dllm.stages import contract
+from flows.artifacts import ProgressBar
 
-GPU = "gpu"
+ROOT = Path(__file__).resolve().parents[1]
+GPU = f"gpu:{platform.node()}"
 """Name of the concurrency limit. One slot stands for all GPUs of the machine: torchrun takes them together."""
 DEADLINE_S = 7 * 24 * 3600.0
 """No stage takes so long: a hung one is stopped, and its slot comes free."""
@@ -51,9 +56,36 @@ def reproduce(root: Path, stage: str, force: bool = False) -> None:
     _run(root, stage, [sys.executable, "-m", *argv, *(["--force"] if force else [])])
 
 
-def run_verb(root: Path, verb: str) -> None:
-    """Run one verb of `python -m dllm`; raises as `reproduce` does."""
-    _run(root, verb, [sys.executable, "-m", "dllm", verb])
+def run_verb(root: Path, *words: str, name: str | None = None) -> None:
+    """Run one verb of `python -m dllm` with its arguments; raises as `reproduce` does.
+
+    Args:
+        root: the project's folder.
+        words: the verb, and what follows it.
+        name: what its log and its bar are called; the verb's own if None.
+    """
+    _run(root, name or words[0], [sys.executable, "-m", "dllm", *words])
+
+
+class Retries(TypedDict):
+    """How a task is tried again."""
+
+    retries: int
+    retry_delay_seconds: list[float]
+    retry_condition_fn: Callable[[Any, TaskRun, State[Any]], bool]
+
+
+def out_of_reach(_: object, run: TaskRun, state: State[Any]) -> bool:
+    """Tell the failure that time may heal, a server out of reach, from those it will not."""
+    return isinstance(state.result(raise_on_failure=False), ServerError)
+
+
+WHEN_A_SERVER_IS_BACK: Retries = {
+    "retries": 3,
+    "retry_delay_seconds": [10, 60, 300],
+    "retry_condition_fn": out_of_reach,
+}
+"""For tasks that keep what they have done and go on from there."""
 
 
 def gpu_slot() -> AbstractContextManager[None]:
@@ -85,6 +117,7 @@ def _run(root: Path, stage: str, argv: Sequence[str]) -> None:
     finally:  # cancelled, or out of memory: a stage that was killed outright has left its MLflow run open
         with contextlib.suppress(ServerError):
             contract.close(root, stage)
+    relay.bar.catch_up()
     get_run_logger().info("%s: exit code %d after %.1f s", stage, result.code, result.seconds)
     if result.code == 0:
         return
@@ -99,6 +132,7 @@ class _Relay:
     """Shows every line; sends the flow run's log one every few seconds, since each is a request to the server."""
 
     def __init__(self, stage: str) -> None:
+        self.bar = ProgressBar(f"{stage}-progress")
         self._logger = get_run_logger()
         self._recorded = 0.0
         print(f"\n== {stage} ==", flush=True)
@@ -107,6 +141,7 @@ class _Relay:
         if DVC_CHATTER.match(line):
             return
         print(line, flush=True)
+        self.bar.show(line)
         if COMPLAINT.match(line) or time.monotonic() - self._recorded > RECORD_EVERY_S:
             self._recorded = time.monotonic()
             self._logger.info(line)

@@ -7,24 +7,13 @@ no results and no caches. Each is called directly: cancellation reaches the main
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State, TaskRun
 
-from dllm.errors import ServerError
 from dllm.stages import contract
 from flows import artifacts
-from flows.children import gpu_slot, reproduce, run_verb
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def out_of_reach(_: object, run: TaskRun, state: State[Any]) -> bool:
-    """Tell the failure that time may heal, a server out of reach, from those it will not."""
-    return isinstance(state.result(raise_on_failure=False), ServerError)
+from flows.children import ROOT, WHEN_A_SERVER_IS_BACK, gpu_slot, reproduce, run_verb
 
 
 @task(name="prepare", cache_policy=NO_CACHE)
@@ -33,13 +22,7 @@ def prepare(force: bool) -> None:
     reproduce(ROOT, "prepare", force)
 
 
-@task(
-    name="regenerate",
-    cache_policy=NO_CACHE,
-    retries=3,
-    retry_delay_seconds=[10, 60, 300],
-    retry_condition_fn=out_of_reach,
-)
+@task(name="regenerate", cache_policy=NO_CACHE, **WHEN_A_SERVER_IS_BACK)
 def regenerate(force: bool) -> None:
     """Run DVC's stage `regenerate`, again where a server was out of reach: finished answers are kept."""
     with gpu_slot():

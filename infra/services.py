@@ -27,7 +27,9 @@ from dllm.tracking import is_local, tracking_uri
 ROOT = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"
 PREFECT_TOML = ROOT / "prefect.toml"
-POOL = "local"
+POOLS = {"local": 1, "parts": 2}
+"""Work pools, and how many flow runs at a time this machine takes from each. Runs in `local` share out/, where DVC and
+the stages refuse a second one. Runs in `parts` write folders of their own."""
 READY_S = 300.0
 
 
@@ -73,16 +75,14 @@ def serve() -> None:
     port = _port("PREFECT_PORT", 4200)
     _check_free(port, "PREFECT_PORT")
     server = _start_prefect(port)
-    _once("work-pool", "create", POOL, "--type", "process", "--overwrite")
+    for pool in POOLS:
+        _once("work-pool", "create", pool, "--type", "process", "--overwrite")
     _once("--no-prompt", "deploy", "--all")
-    # One flow run at a time: they share out/, and DVC and the stages refuse a second one there.
-    worker = _start(
-        "prefect-worker", ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--limit", "1"]
-    )
+    workers = [_start_worker(pool, limit) for pool, limit in POOLS.items()]
     print(f"Prefect  {_api(port).removesuffix('/api')}")
     print("run      . infra/env.sh && prefect deployment run 'pipeline/smollm2-dflash' --watch")
-    print("logs     logs/prefect-worker.log")
-    _stay([server, worker])
+    print("logs     logs/prefect-worker-local.log, logs/prefect-worker-parts.log")
+    _stay([server, *workers])
 
 
 def _start_prefect(port: int) -> subprocess.Popen[bytes]:
@@ -92,6 +92,11 @@ def _start_prefect(port: int) -> subprocess.Popen[bytes]:
     atexit.register(PREFECT_TOML.unlink, missing_ok=True)
     os.environ["PREFECT_API_URL"] = _api(port)
     return server
+
+
+def _start_worker(pool: str, limit: int) -> subprocess.Popen[bytes]:
+    argv = ["prefect", "worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit)]
+    return _start(f"prefect-worker-{pool}", argv)
 
 
 def _start(name: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:

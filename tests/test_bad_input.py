@@ -119,11 +119,11 @@ CASES = {
     ),
     "no training result to evaluate": (_remove("out/train"), "evaluate", [], 5, "out/train"),
     "a draft cut in half": (_damage("out/train/checkpoint/model.safetensors"), "evaluate", [], 6, "model.safetensors"),
-    "an engine without an address": (_nothing, "regenerate", ["regenerate.engine=openai"], 2, "regenerate.base_url"),
+    "an engine without an address": (_nothing, "regenerate", ["regenerate.engine=openai"], 2, "regenerate.servers"),
     "an engine out of reach": (
         _nothing,
         "regenerate",
-        ["regenerate.engine=openai", "regenerate.base_url=http://127.0.0.1:9/v1", "regenerate.max_retries=0"],
+        ["regenerate.engine=openai", "regenerate.servers=[http://127.0.0.1:9/v1]", "regenerate.max_retries=0"],
         4,
         "127.0.0.1:9",
     ),

@@ -45,6 +45,7 @@ BAD = [
     (["recipe", "show", "tiny"], 2, "did you mean tiny-dflash?"),
     (["generate", "--prompt", "hi"], 2, "--checkpoint"),
     (["generate", "--checkpoint", "x", "--prompt", "hi", "--sampler", "beam"], 2, "'dflash', 'ar'"),
+    (["generate", "--checkpoint", "x"], 3, "no prompt"),
     (["generate", "--checkpoint", "x", "--prompt", "hi", "--max-new-tokens", "0"], 2, "--max-new-tokens"),
     (["prepare", "--params", "absent.yaml"], 2, "no params file"),
     (["prepare", "--set", "train.epochs"], 2, "KEY=VALUE"),

@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -62,6 +63,45 @@ def test_deadline_stops_the_child(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"deadline of 0\.5 s"):
         process.run(python("import time; time.sleep(60)"), deadline_s=0.5)
     assert time.monotonic() - began < 10
+
+
+def test_a_background_child_runs_beside_its_caller_and_ends_with_the_block(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "x.log"
+    code = "import os, time; print('up', os.getpid(), flush=True); time.sleep(60)"
+    with process.background(python(code), log_file=log, grace_s=2) as child:
+        end = time.monotonic() + 20
+        while not child.tail:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert not child.ended
+        assert log.read_text().splitlines() == list(child.tail)
+        pid = int(child.tail[0].split()[1])
+        assert psutil.pid_exists(pid)
+    assert child.ended and not psutil.pid_exists(pid)
+    assert child.result().code == 143
+
+
+def test_a_background_child_that_ends_by_itself_keeps_its_last_words() -> None:
+    with process.background(python("print('a'); print('no end of line', end=''); raise SystemExit(3)")) as child:
+        result = child.result()
+    assert (result.code, result.tail) == (3, ("a", "no end of line"))
+
+
+def test_a_background_child_stops_when_its_lines_cannot_be_kept() -> None:
+    def full(line: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    code = "import itertools\nfor n in itertools.count(): print(n)"
+    with process.background(python(code), log=full, grace_s=1) as child, pytest.raises(OSError, match="No space"):
+        child.result()
+    assert child.ended
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
+def test_whatever_leaves_the_block_stops_the_background_child(error: type[BaseException]) -> None:
+    with pytest.raises(error), process.background(python("import time; time.sleep(60)"), grace_s=2) as child:
+        raise error
+    assert child.ended
 
 
 def test_stop_children_spares_those_named() -> None:

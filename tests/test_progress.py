@@ -33,6 +33,19 @@ def test_lines_come_every_few_seconds_and_once_at_the_end() -> None:
     assert len(stream.getvalue().splitlines()) == 1
 
 
+def test_a_line_comes_also_while_nothing_finishes_and_the_caller_may_know_the_time_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    stream = io.StringIO()
+    with Progress("regenerate", total=10, unit="answers", stream=stream) as bar:
+        bar.update(0, **{"tokens/s": 0.0, "in flight": 8})
+        bar.update(0, 185.0, **{"tokens/s": 12.34, "in flight": 8})
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "regenerate: 0/10 answers (0%)  0 answers/s  tokens/s 0  in flight 8"
+    assert lines[1] == "regenerate: 0/10 answers (0%)  0 answers/s  3m05s left  tokens/s 12.34  in flight 8"
+
+
 def test_work_of_an_earlier_call_does_not_flatter_the_rate() -> None:
     with Progress("x", total=2_000_000, initial=1_000_000, shown=False) as bar:
         bar.update(1)

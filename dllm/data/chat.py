@@ -5,12 +5,14 @@ Owns every use of a template, so that prepare, training, evaluation and a server
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from dllm.data.turns import Message
+from dllm.data.turns import Message, Tools
 from dllm.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,18 +22,48 @@ _PROBE = "Xyzzy answers plainly"
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], enable_thinking: bool | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    enable_thinking: bool | None = None,
+    *,
+    tools: Tools | None = None,
 ) -> list[int]:
     """Render a chat up to where the assistant begins to speak, as ids.
 
     Args:
         enable_thinking: passed to templates that know it; None leaves it out.
+        tools: schemas of the tools the assistant may call, passed to templates that know them.
 
     Raises:
         DataError: there is no template, it renders no assistant turn, or it refuses these messages.
     """
     _check_template(tokenizer, _template(tokenizer))
-    return list(_render(tokenizer, messages, enable_thinking, tokenize=True, return_dict=False))
+    return list(_render(tokenizer, messages, enable_thinking, tools=tools, tokenize=True, return_dict=False))
+
+
+def answer_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    answer: Message,
+    enable_thinking: bool | None = None,
+    *,
+    tools: Tools | None = None,
+) -> list[int]:
+    """Render an assistant's turn as the ids it would have been generated as, its stop id included.
+
+    For answers that a server took apart, text and calls, and of which no ids are left.
+
+    Raises:
+        DataError: in front of this answer the template renders another context than it asks with.
+    """
+    asked = prompt_ids(tokenizer, messages, enable_thinking, tools=tools)
+    options = {"tokenize": True, "return_dict": False, "add_generation_prompt": False}
+    said = list(_render(tokenizer, [*messages, answer], enable_thinking, tools=tools, **options))
+    end = end_of_turn_id(tokenizer)
+    rest = said[len(asked) :]
+    if said[: len(asked)] != asked or end not in rest:
+        raise DataError("the chat template renders an answer otherwise than it asks for it", where=_name(tokenizer))
+    return rest[: len(rest) - rest[::-1].index(end)]
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -100,18 +132,38 @@ def _answered(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], enable_thinking: bool | None, **options: Any
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    enable_thinking: bool | None,
+    *,
+    tools: Tools | None = None,
+    **options: Any,
 ) -> Any:
     from jinja2 import TemplateError
 
     options.setdefault("add_generation_prompt", True)
     if enable_thinking is not None:
         options["enable_thinking"] = enable_thinking
+    if tools is not None:
+        options["tools"] = tools
     try:
-        return tokenizer.apply_chat_template(list(messages), **options)
+        return tokenizer.apply_chat_template([_with_mappings(message) for message in messages], **options)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(f"the chat template refuses turns by {roles}: {error}", where=_name(tokenizer)) from None
+
+
+def _with_mappings(message: Message) -> Message:
+    """Give calls their arguments as mappings: servers show them so to templates, which write JSON themselves."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = dict(call["function"])
+        with contextlib.suppress(ValueError, TypeError):  # no JSON, or a mapping already: it stays as it is
+            function["arguments"] = json.loads(function["arguments"])
+        calls.append({**call, "function": function})
+    return {**message, "tool_calls": calls}
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

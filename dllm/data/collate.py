@@ -59,7 +59,7 @@ def make_examples(rows: Iterable[Row], max_length: int) -> Examples:
         if len(ids) - len(row.prompt_ids) < MIN_SUPERVISED:
             dropped += 1
         else:
-            kept.append(Example(f"{row.prompt_id}-{row.sample}", ids, len(row.prompt_ids)))
+            kept.append(Example(f"{row.prompt_id}-{row.sample}-{row.turn}", ids, len(row.prompt_ids)))
     if dropped and not kept:
         raise DataError(
             f"none of {dropped} rows has {MIN_SUPERVISED} supervised tokens within {max_length}",

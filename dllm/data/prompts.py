@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from dllm.config import Prepare, Source
 from dllm.data import sources
-from dllm.data.turns import Message, Unusable, to_prompt
+from dllm.data.columns import chat_fields, from_columns, to_columns
+from dllm.data.turns import Message, Tools, Unusable, given_answer, to_chat
 from dllm.data.whole_file import write_whole
 from dllm.errors import DataError
 
@@ -30,20 +31,24 @@ TRAIN, HELDOUT = "train", "heldout"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A chat that ends with the user's turn."""
+    """A chat that ends with a turn by the user or a tool."""
 
     id: str
-    """Hash of the messages, 16 hex digits."""
+    """Hash of the messages and tools, 16 hex digits."""
     source: str
     split: str
     """`train` or `heldout`."""
     messages: list[Message]
+    tools: Tools | None = None
+    """Schemas of the tools the assistant may call."""
+    given: str | None = None
+    """The answer the source itself gives, where it gives one."""
 
 
-def prompt_id(messages: Sequence[Message]) -> str:
-    """Hash a chat's roles and contents into 16 hex digits."""
-    turns = [{"content": m["content"], "role": m["role"]} for m in messages]
-    text = json.dumps(turns, ensure_ascii=False, separators=(",", ":"))
+def prompt_id(messages: Sequence[Message], tools: Tools | None = None) -> str:
+    """Hash a chat's turns, and its tools where there are any, into 16 hex digits."""
+    turns = [dict(sorted(message.items())) for message in messages]
+    text = json.dumps(turns if tools is None else [turns, tools], ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -55,6 +60,11 @@ def is_heldout(id: str, fraction: float) -> bool:
     # Hashed again: `limit` keeps the smallest ids, and those must not be the held-out ones.
     draw = int.from_bytes(hashlib.sha256(f"heldout {id}".encode()).digest()[:8])
     return draw < fraction * 2**64
+
+
+def split_of(id: str, fraction: float) -> str:
+    """Name the split a prompt belongs to."""
+    return HELDOUT if is_heldout(id, fraction) else TRAIN
 
 
 def collect(prepare: Prepare, root: Path) -> tuple[list[Prompt], dict[str, Any]]:
@@ -89,23 +99,23 @@ def collect(prepare: Prepare, root: Path) -> tuple[list[Prompt], dict[str, Any]]
 def _collect_one(
     source: Source, root: Path, others: dict[str, Prompt], fraction: float
 ) -> tuple[dict[str, Prompt], dict[str, Any]]:
-    found: dict[str, list[Message]] = {}
+    found: dict[str, tuple[list[Message], Tools | None, str | None]] = {}
     refused: Counter[str] = Counter()
     num_rows = duplicates = 0
-    for where, chat in sources.rows(source, root):
+    for where, chat, tools in sources.rows(source, root):
         num_rows += 1
         try:
-            messages = to_prompt(chat, where)
+            asked, given = to_chat(chat, tools, where), given_answer(chat, where)
         except Unusable as reason:
             refused[str(reason)] += 1
             continue
-        id = prompt_id(messages)
+        id = prompt_id(*asked)
         duplicates += id in found or id in others
         if id not in others:
-            found.setdefault(id, messages)
+            found.setdefault(id, (*asked, given))
     ids = sorted(found)[: source.limit]
     name = sources.label(source)
-    own = {id: Prompt(id, name, HELDOUT if is_heldout(id, fraction) else TRAIN, found[id]) for id in ids}
+    own = {id: Prompt(id, name, split_of(id, fraction), *found[id]) for id in ids}
     splits = Counter(prompt.split for prompt in own.values())
     tally = {
         "rows": num_rows,
@@ -149,9 +159,8 @@ def schema() -> pa.Schema:
     """Describe the columns of prompts.parquet."""
     import pyarrow as pa
 
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
     texts = [(name, pa.string()) for name in ("id", "source", "split")]
-    return pa.schema([*texts, ("messages", pa.list_(message))])
+    return pa.schema([*texts, *chat_fields(), ("given", pa.string())])
 
 
 def write_prompts(prompts: Iterable[Prompt], path: Path) -> None:
@@ -160,9 +169,8 @@ def write_prompts(prompts: Iterable[Prompt], path: Path) -> None:
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
-    pq.write_table(
-        pa.Table.from_pylist([vars(prompt) for prompt in prompts], schema=schema()), buffer, compression="zstd"
-    )
+    columns = [vars(prompt) | to_columns(prompt.messages, prompt.tools) for prompt in prompts]
+    pq.write_table(pa.Table.from_pylist(columns, schema=schema()), buffer, compression="zstd")
     write_whole(path, buffer.getvalue())
 
 
@@ -185,6 +193,7 @@ def read_prompts(dir: Path, split: str | None = None) -> list[Prompt]:
         reason = str(error).split("\n")[0]
         raise DataError(f"unreadable: {reason}", where=str(path), hint="run `python -m dllm prepare` again") from None
     if table.schema.names != schema().names:
-        raise DataError(f"columns {table.schema.names}, expected {schema().names}", where=str(path))
-    prompts = [Prompt(**row) for row in table.to_pylist()]
+        what = f"columns {table.schema.names}, expected {schema().names}"
+        raise DataError(what, where=str(path), hint="run `python -m dllm prepare` again")
+    prompts = [Prompt(**from_columns(row)) for row in table.to_pylist()]
     return [prompt for prompt in prompts if split is None or prompt.split == split]

@@ -10,27 +10,30 @@ import hashlib
 import io
 import itertools
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from dllm.data.turns import Message
+from dllm.data.columns import chat_fields, from_columns, to_columns
+from dllm.data.counts import ManifestCounts
+from dllm.data.turns import Message, Tools
 from dllm.data.whole_file import write_whole
 from dllm.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
+REJECTED = "rejected.jsonl"
+"""Requests that got no answer, one JSON object a line: `prompt_id`, `sample`, `turn` and `reason`."""
 _AGAIN = "run `python -m dllm regenerate` again"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One answer of the target to one prompt."""
+    """One turn of the target: what it said in one context."""
 
     prompt_id: str
     sample: int
@@ -39,14 +42,20 @@ class Row:
     split: str
     """`train` or `heldout`."""
     messages: list[Message]
-    """The prompt's turns and the new assistant turn."""
+    """The context's turns and the new assistant turn."""
     prompt_ids: list[int]
     answer_ids: list[int]
-    """Ends with the stop id where `finish_reason` is `stop`."""
+    """Ends with the stop id where `finish_reason` is `stop` or `tool_calls`."""
     finish_reason: str
-    """`stop` or `length`."""
+    """`stop`, `length` or `tool_calls`."""
     num_tokens: int
     """Ids in the answer."""
+    turn: int = 0
+    """0-based number of the turn among those the assistant has in the chat."""
+    tools: Tools | None = None
+    """Schemas of the tools it might call."""
+    flags: list[str] = field(default_factory=list)
+    """What is the matter with the answer, of `flags.FLAGS`."""
 
 
 class ShardEntry(TypedDict):
@@ -71,13 +80,15 @@ def schema() -> pa.Schema:
         [
             ("prompt_id", pa.string()),
             ("sample", pa.int32()),
+            ("turn", pa.int32()),
             ("source", pa.string()),
             ("split", pa.string()),
-            ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+            *chat_fields(),
             ("prompt_ids", ids),
             ("answer_ids", ids),
             ("finish_reason", pa.string()),
             ("num_tokens", pa.int32()),
+            ("flags", pa.list_(pa.string())),
         ]
     )
 
@@ -88,41 +99,26 @@ def write_shard(rows: Sequence[Row], path: Path) -> ShardEntry:
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([vars(row) for row in rows], schema=schema()), buffer, compression="zstd")
+    columns = [vars(row) | to_columns(row.messages, row.tools) for row in rows]
+    pq.write_table(pa.Table.from_pylist(columns, schema=schema()), buffer, compression="zstd")
     data = buffer.getvalue()
     write_whole(path, data)
     return {"file": path.name, "rows": len(rows), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def write_rows(rows: Iterable[Row], dir: Path, shard_size: int, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Write rows, already in order of prompt id and sample, as shards and a manifest; return the manifest.
+    """Write rows, already in order of prompt id, sample and turn, as shards and a manifest; return the manifest.
 
     Args:
         about: what else the manifest says: the target, the sampling, the inputs.
     """
     entries: list[ShardEntry] = []
-    counts: dict[str, Counter[str]] = {name: Counter() for name in ("finish_reasons", "splits", "sources")}
-    tokens: Counter[str] = Counter({"train": 0, "heldout": 0})
-    empty = 0
+    counts = ManifestCounts()
     pending = iter(rows)
     while chunk := list(itertools.islice(pending, shard_size)):
         entries.append(write_shard(chunk, dir / shard_name(len(entries))))
-        for row in chunk:
-            counts["finish_reasons"][row.finish_reason] += 1
-            counts["splits"][row.split] += 1
-            counts["sources"][row.source] += 1
-            tokens[row.split] += row.num_tokens
-            empty += row.num_tokens == 0
-    manifest = {
-        "schema": SCHEMA,
-        **about,
-        "rows": sum(entry["rows"] for entry in entries),
-        "tokens": tokens.total(),
-        "tokens_by_split": dict(tokens),
-        "empty_answers": empty,
-        **{name: dict(sorted(counter.items())) for name, counter in counts.items()},
-        "shards": entries,
-    }
+        counts += ManifestCounts.of(chunk)
+    manifest = {"schema": SCHEMA, **about, **counts.to_json(), "shards": entries}
     write_manifest(dir, manifest)
     return manifest
 
@@ -155,7 +151,7 @@ def read_manifest(dir: Path) -> dict[str, Any]:
 
 
 def read_rows(dir: Path, split: str | None = None) -> list[Row]:
-    """Read all rows, or one split's, in order of prompt id and sample; see `iter_rows`."""
+    """Read all rows, or one split's, in order; see `iter_rows`."""
     return list(iter_rows(dir, split))
 
 
@@ -166,12 +162,17 @@ def iter_rows(dir: Path, split: str | None = None) -> Iterator[Row]:
         DataError: the folder is unfinished, or a shard is missing, damaged or not the manifest's; it names the shard.
     """
     for entry in read_manifest(dir)["shards"]:
-        for row in _shard_rows(dir, entry):
-            if split is None or row["split"] == split:
-                yield Row(**row)
+        for row in read_shard(dir, entry):
+            if split is None or row.split == split:
+                yield row
 
 
-def _shard_rows(dir: Path, entry: ShardEntry) -> list[dict[str, Any]]:
+def read_shard(dir: Path, entry: ShardEntry) -> Iterator[Row]:
+    """Read one shard's rows; the whole of it is checked before the first is given.
+
+    Raises:
+        DataError: the shard is missing, damaged or not the manifest's; it names the shard.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -194,4 +195,5 @@ def _shard_rows(dir: Path, entry: ShardEntry) -> list[dict[str, Any]]:
         raise DataError(f"the shard is unreadable: {reason}", where=str(path), hint=_AGAIN) from None
     if table.schema != schema() or table.num_rows != entry["rows"]:
         raise DataError("the shard has other columns or rows than its manifest", where=str(path), hint=_AGAIN)
-    return table.to_pylist()
+    for row in table.to_pylist():
+        yield Row(**from_columns(row))

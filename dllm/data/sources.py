@@ -13,10 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from dllm.config import Source
+from dllm.data import arithmetic
 from dllm.data.readers import SUFFIXES, Record, json_lines, records
 from dllm.errors import DataError
 
+Chat = tuple[str, Any, Any]
+"""The place a row stands at, its chat and its tools, both as the row has them."""
+
 CHAT_COLUMNS = ("messages", "conversations")
+TOOLS_COLUMN = "tools"
 
 _HUMANEVAL = "Complete this Python function. Reply with the whole function.\n\n```python\n{prompt}```"
 
@@ -32,19 +37,25 @@ BUILTIN: dict[str, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], str]]]
 """Name of a built-in source: the package that carries it, its files in there, and its row's user turn."""
 
 
+GENERATED: dict[str, Callable[[], Iterator[Any]]] = {"arithmetic": arithmetic.chats}
+"""Name of a source that is made up on the spot: a function that gives its chats, the same ones every time."""
+
+
 def label(source: Source) -> str:
     """Name a source in tables and rows."""
     return source.name if source.subset is None else f"{source.name}:{source.subset}"
 
 
 def files(source: Source, root: Path) -> list[Path]:
-    """List the files a source is read from; none for a dataset of the hub.
+    """List the files a source is read from; none for one that is generated or a dataset of the hub.
 
     Raises:
         DataError: a built-in's package is not installed, or the file or folder does not exist.
     """
     if source.name in BUILTIN:
         return _builtin_files(source.name)
+    if source.name in GENERATED:
+        return []
     path = root / Path(source.name).expanduser()
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES) and p.name[0] != ".")
@@ -57,13 +68,13 @@ def files(source: Source, root: Path) -> list[Path]:
         return [path]
     if source.name.startswith((".", "/", "~")) or source.name.endswith(SUFFIXES) or source.name.count("/") > 1:
         raise DataError("no such file or folder", where=_key(source), hint="paths are taken from the project's folder")
-    near = difflib.get_close_matches(source.name.lower().replace("_", ""), BUILTIN, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(source.name.lower().replace("_", ""), [*BUILTIN, *GENERATED], n=1, cutoff=0.7)
     if near and "/" not in source.name:
         raise DataError("no such source", where=_key(source), hint=f"did you mean {near[0]}?")
     return []
 
 
-def rows(source: Source, root: Path) -> Iterator[Record]:
+def rows(source: Source, root: Path) -> Iterator[Chat]:
     """Read a source's rows in order.
 
     Raises:
@@ -73,11 +84,15 @@ def rows(source: Source, root: Path) -> Iterator[Record]:
         chat_of = BUILTIN[source.name][2]
         for path in files(source, root):
             for where, record in json_lines(path):
-                yield where, chat_of(record)
+                yield where, chat_of(record), None
+        return
+    if source.name in GENERATED:
+        for number, chat in enumerate(GENERATED[source.name](), 1):
+            yield f"{source.name} {number}", chat, None
         return
     found = files(source, root)
     for where, record in (row for path in found for row in records(path)) if found else _hub_records(source):
-        yield where, _chat(record, source.column, where)
+        yield where, _chat(record, source.column, where), record.get(TOOLS_COLUMN)
 
 
 def _chat(record: Any, column: str | None, where: str) -> Any:
@@ -108,23 +123,39 @@ def _builtin_files(name: str) -> list[Path]:
     return found
 
 
+def hub_fingerprint(source: Source) -> str:
+    """Return the fingerprint of a hub dataset's split: its repository's files, subset and split determine it.
+
+    A generated source's name says it all.
+
+    Raises:
+        DataError: the dataset cannot be had.
+    """
+    if source.name in GENERATED:
+        return source.name
+    return str(_hub_dataset(source)._fingerprint)
+
+
 def _hub_records(source: Source) -> Iterator[Record]:
+    for number, row in enumerate(_hub_dataset(source), 1):
+        yield f"{label(source)} {source.split} row {number}", row
+
+
+def _hub_dataset(source: Source) -> Any:
     import datasets
     import httpx
     from datasets.exceptions import DatasetsError
 
-    place = f"{label(source)} {source.split}"
     try:
-        rows = datasets.load_dataset(source.name, source.subset, split=source.split)
+        return datasets.load_dataset(source.name, source.subset, split=source.split)
     except (DatasetsError, OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        known = ", ".join([*BUILTIN, *GENERATED])
         raise DataError(
-            f"neither a built-in source ({', '.join(BUILTIN)}) nor a file nor a dataset that can be loaded: {reason}",
+            f"neither a built-in source ({known}) nor a file nor a dataset that can be loaded: {reason}",
             where=_key(source),
             hint="check the name, split and subset, and that the Hugging Face hub can be reached",
         ) from None
-    for number, row in enumerate(rows, 1):
-        yield f"{place} row {number}", row
 
 
 def _key(source: Source) -> str:

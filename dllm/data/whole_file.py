@@ -1,9 +1,17 @@
-"""Files that are whole or absent, never half-written."""
+"""Files and folders that are whole or absent, never half-written."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -17,3 +25,74 @@ def write_whole(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+    _sync(path.parent)
+
+
+def link_whole(source: Path, path: Path) -> None:
+    """Give a file a second place, in one step: a hard link, or a copy where there can be none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    aside = path.with_name(path.name + ".tmp")
+    aside.unlink(missing_ok=True)
+    source = source.resolve(strict=True)
+    try:
+        os.link(source, aside)
+    except OSError:  # another disk, one without links; what else may be wrong, the copy will say
+        shutil.copyfile(source, aside)
+        _sync(aside)
+    aside.replace(path)
+    aside.unlink(missing_ok=True)  # still there where both were links to one file: then replacing does nothing
+    _sync(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder to fill; at the end it goes to disk and becomes `path` in one step.
+
+    A reader, or a kill at any moment, sees the old folder or the new one. An exception inside leaves the old one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(left_over)
+    aside = _aside(path)
+    aside.mkdir()
+    try:
+        yield aside
+        for each in [*aside.rglob("*"), aside]:
+            _sync(each)
+        _swap(aside, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(path: Path) -> Path:
+    # Never the same name twice: of two processes that publish here, one may fail, but their files do not mix.
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+
+
+def _swap(new: Path, old: Path) -> None:
+    if not old.exists():
+        new.rename(old)
+    elif not _exchange(new, old):  # where the system has no exchange: two renames, the old folder is kept until the end
+        retired = _aside(old)
+        old.rename(retired)
+        new.rename(old)
+        shutil.rmtree(retired)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    return bool(rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

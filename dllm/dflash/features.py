@@ -60,25 +60,31 @@ def capture(model: Any, layer_ids: Sequence[int]) -> Iterator[Tap]:
             handle.remove()
 
 
-def compute(model: Any, layer_ids: Sequence[int], rows: Sequence[Sequence[int]]) -> list[Tensor]:
+def compute(
+    model: Any, layer_ids: Sequence[int], rows: Sequence[Sequence[int]], with_last: bool = False
+) -> list[Tensor]:
     """Run the target over rows of token ids and return each row's features.
 
     Rows are padded on the right: attention is causal, so padding changes nothing before it and needs no mask.
-    Shapes: returns one (S, F) tensor a row in the model's dtype.
+    Shapes: returns one (S, F) tensor a row in the model's dtype; with_last, what the model feeds its head follows,
+        (S, F + D).
     """
     width = max(len(row) for row in rows)
     ids_BS = torch.zeros(len(rows), width, dtype=torch.int64, device=model.device)
     for index, row in enumerate(rows):
         ids_BS[index, : len(row)] = torch.tensor(row)
     with torch.inference_mode(), capture(model, layer_ids) as tap:
-        model.get_decoder()(input_ids=ids_BS, use_cache=False)
-        features_BSF = tap.read()
+        last_BSD = model.get_decoder()(input_ids=ids_BS, use_cache=False).last_hidden_state
+        features_BSF = torch.cat([tap.read(), last_BSD], -1) if with_last else tap.read()
     return [features_BSF[index, : len(row)] for index, row in enumerate(rows)]
 
 
-def cache_key(target: dict[str, Any], layer_ids: Sequence[int], dtype: str, rows: Sequence[Sequence[int]]) -> str:
+def cache_key(
+    target: dict[str, Any], layer_ids: Sequence[int], dtype: str, rows: Sequence[Sequence[int]], with_last: bool = False
+) -> str:
     """Hash all that determines the features: the target's identity, taps, dtype and every token."""
-    digest = hashlib.sha256(json.dumps([SCHEMA, target, list(layer_ids), dtype], sort_keys=True).encode())
+    made_of = [SCHEMA, target, list(layer_ids), dtype, *(["last"] if with_last else [])]
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode())
     for row in rows:
         digest.update(json.dumps(list(row)).encode())
     return digest.hexdigest()[:16]
@@ -90,10 +96,11 @@ class FeatureCache:
     Args:
         directory: home of this cache; its name should be the `cache_key`.
         rows: token ids of every row, in a fixed order; row i of the cache is rows[i].
+        with_last: keep what the target feeds its head, too.
     """
 
-    def __init__(self, directory: Path, rows: Sequence[Sequence[int]]) -> None:
-        self.directory, self.rows = directory, rows
+    def __init__(self, directory: Path, rows: Sequence[Sequence[int]], with_last: bool = False) -> None:
+        self.directory, self.rows, self.with_last = directory, rows, with_last
         # Similar lengths side by side waste little on padding when the target runs over them.
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
         self.parts: list[list[int]] = []
@@ -118,7 +125,7 @@ class FeatureCache:
         while len(done) < len(members):
             width = len(self.rows[members[-1]])
             batch = members[len(done) : len(done) + max(1, batch_tokens // width)]
-            done += compute(model, layer_ids, [self.rows[row] for row in batch])
+            done += compute(model, layer_ids, [self.rows[row] for row in batch], self.with_last)
         features_TF = torch.cat(done)
         self.directory.mkdir(parents=True, exist_ok=True)
         aside = self._path(part).with_suffix(f".{os.getpid()}.tmp")

@@ -24,12 +24,14 @@ from dllm.models.draft import DFlashDraft
 class Batch:
     """Sequences with their target features, padded on the right.
 
-    Shapes: input_ids_BS int64, loss_mask_BS bool (false on padding), features_BSF.
+    Shapes: input_ids_BS int64, loss_mask_BS bool (false on padding), features_BSF, last_BSD (what the target feeds its
+    head; only to distil from).
     """
 
     input_ids_BS: Tensor
     loss_mask_BS: Tensor
     features_BSF: Tensor
+    last_BSD: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,19 @@ def block_hidden(draft: DFlashDraft, embedding_VD: Tensor, batch: Batch, anchors
     return hidden_BNPD[labels.valid_BNP]
 
 
+def teacher_hidden(batch: Batch, anchors: Anchors, labels: Labels) -> Tensor | None:
+    """Find what the target itself knew of each slot that counts: its last hidden state one token before.
+
+    Shapes: returns teacher_MD, or None where the batch carries none.
+    """
+    if batch.last_BSD is None:
+        return None
+    offset_P = torch.arange(labels.ids_BNP.shape[-1], device=anchors.pos_BN.device)
+    place_BNP = (anchors.pos_BN[..., None] + offset_P).clamp(max=batch.last_BSD.shape[1] - 1)
+    row_B11 = torch.arange(len(place_BNP), device=place_BNP.device)[:, None, None]
+    return batch.last_BSD[row_B11.expand_as(place_BNP)[labels.valid_BNP], place_BNP[labels.valid_BNP]]
+
+
 def dflash_terms(
     draft: DFlashDraft,
     embedding_VD: Tensor,
@@ -111,11 +126,13 @@ def dflash_terms(
     loss: str = "decay",
     chunk: int = 256,
     vocab_ids: Tensor | None = None,
+    distill: float = 0.0,
 ) -> StepTerms:
     """Compute the loss and the acceptance counts of one micro-batch.
 
     Shapes: head_VD the target's head in the compute dtype. With vocab_ids (sorted ids, V' of them) head_VD holds just
         those rows, and every label must be among them.
+    distill: the share of the loss against the target's own distribution; the batch must carry last_BSD.
     Source: DFlash, equation 4; D-PACE for loss "dpace".
     """
     size = draft.config.block_size
@@ -125,16 +142,17 @@ def dflash_terms(
     hidden_MD = block_hidden(draft, embedding_VD, batch, anchors, labels)
     if vocab_ids is not None:
         ids_M = torch.searchsorted(vocab_ids, ids_M)
-    nll_M, hit_M = linear_cross_entropy(hidden_MD, head_VD, ids_M, chunk)
+    teacher_MD = teacher_hidden(batch, anchors, labels) if distill else None
+    loss_M, nll_M, hit_M = linear_cross_entropy(hidden_MD, head_VD, ids_M, chunk, teacher_MD, distill)
     if loss == "dpace":
-        prob_BNP = torch.ones(valid.shape, device=valid.device).masked_scatter(valid, (-nll_M.detach()).exp())
+        prob_BNP = torch.ones(valid.shape, device=valid.device).masked_scatter(valid, (-nll_M).exp())
         weights_M = dpace_weights(prob_BNP, valid)[valid]
     else:
         weights_M = decay_weights(size, gamma).to(valid.device).expand(valid.shape)[valid]
     right_BNP = torch.zeros_like(valid).masked_scatter(valid, hit_M)
     runs_BN = right_BNP.long().cumprod(-1).sum(-1)
     return StepTerms(
-        numerator=(weights_M * nll_M).sum(),
+        numerator=(weights_M * loss_M).sum(),
         denominator=denominator(labels, size, gamma=gamma, loss=loss),
         correct_P=right_BNP.sum((0, 1)),
         count_P=valid.sum((0, 1)),

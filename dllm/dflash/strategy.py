@@ -26,7 +26,7 @@ class FeatureSource(Protocol):
     """Where the target's hidden states come from."""
 
     def features(self, split: Split, rows: Sequence[int]) -> list[Tensor]:
-        """Return the features of some rows of a split. Shapes: one (S, F) tensor a row."""
+        """Return the features of some rows of a split. Shapes: one (S, F) tensor a row, (S, F + D) to distil from."""
 
 
 class DflashStrategy:
@@ -57,6 +57,7 @@ class DflashStrategy:
         self.dtype = getattr(torch, settings.compute_dtype)
         self.device = embedding_VD.device
         self.embedding_VD, self.head_VD = embedding_VD.to(self.dtype), head_VD.to(self.dtype)
+        self.width = embedding_VD.shape[1]
         self.vocab_ids: Tensor | None = None
         self.train_head_VD = self.head_VD
         if settings.dflash.loss_vocab == "corpus":
@@ -77,10 +78,12 @@ class DflashStrategy:
             sampling=settings.anchor_sampling,
             seeds=[derive_seed(self.settings.seed, split, epoch, example.id) for example in examples],
         )
-        features_BSF = torch.nn.utils.rnn.pad_sequence(self.source.features(split, rows), batch_first=True)
-        device = self.device
-        batch = Batch(input_ids_BS.to(device), loss_mask_BS.to(device), features_BSF.to(device, self.dtype))
-        training = split == "train"
+        known_BSX = torch.nn.utils.rnn.pad_sequence(self.source.features(split, rows), batch_first=True)
+        device, training = self.device, split == "train"
+        features_BSF, last_BSD = known_BSX.to(device, self.dtype), None
+        if settings.distill:
+            features_BSF, last_BSD = features_BSF.split([known_BSX.shape[-1] - self.width, self.width], -1)
+        batch = Batch(input_ids_BS.to(device), loss_mask_BS.to(device), features_BSF, last_BSD)
         step = dflash_terms(
             self.model,
             self.embedding_VD,
@@ -91,6 +94,7 @@ class DflashStrategy:
             loss=settings.loss,
             chunk=settings.ce_chunk_size,
             vocab_ids=self.vocab_ids if training else None,
+            distill=settings.distill if training else 0.0,
         )
         return self._terms(step, anchors, tokens=sum(map(len, examples)))
 

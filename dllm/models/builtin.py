@@ -11,11 +11,10 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from dllm.data.whole_file import whole_folder
 from dllm.errors import ModelError
 from dllm.models import gguf_llama, tiny
 
@@ -64,15 +63,10 @@ def directory(model: str) -> Path:
 
 
 def _make_whole(make: Callable[[Path], None], place: Path) -> None:
-    aside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    try:
+    with whole_folder(place) as aside:
         make(aside)
         weights = (aside / "model.safetensors").read_bytes()
         (aside / DIGEST_FILE).write_text(hashlib.sha256(weights).hexdigest() + "\n")
-        aside.chmod(0o755)
-        aside.rename(place)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _make_smollm2(folder: Path) -> None:
@@ -94,4 +88,5 @@ def _make_smollm2(folder: Path) -> None:
 _MAKERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "smollm2-135m-instruct": ("1", _make_smollm2),
     "tiny": ("1", tiny.make),
+    "mini": ("1", tiny.make_mini),
 }

@@ -113,7 +113,7 @@ def load_target(
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # its bars would cut through a stage's own
@@ -123,6 +123,13 @@ def load_target(
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     read: Any = AutoModelForCausalLM.from_pretrained
+    own = (
+        getattr(AutoConfig.from_pretrained(path, trust_remote_code=True), "auto_map", {})
+        if target.trust_remote_code
+        else {}
+    )
+    if own and "AutoModelForCausalLM" not in own:  # as Nemotron-Labs-Diffusion's
+        read = AutoModel.from_pretrained
     try:
         model, report = read(path, dtype=dtype, trust_remote_code=target.trust_remote_code, output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:

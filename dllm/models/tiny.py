@@ -1,4 +1,5 @@
-"""`builtin:tiny`: a random Llama of under a million parameters, for tests and the tiny recipe.
+"""`builtin:tiny`: a random Llama of under a million parameters, for tests and the tiny recipe; `builtin:mini`: one of
+three million, a shape to train from scratch.
 
 Owns its shape, its seed and its tokenizer. Its weights are drawn wide enough that greedy text wanders, since a model
 that repeats one token would let an off-by-one pass unseen.
@@ -31,7 +32,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def make(folder: Path) -> None:
+def make_mini(folder: Path) -> None:
+    """Write the mini model; it differs from the tiny one in nothing but its size."""
+    make(folder, hidden=192, layers=6, inner=512, heads=6, kv_heads=6)
+
+
+def make(
+    folder: Path, *, hidden: int = HIDDEN, layers: int = LAYERS, inner: int = 192, heads: int = 4, kv_heads: int = 2
+) -> None:
     """Write the tiny model's config, weights and tokenizer into `folder`; the same bytes every time."""
     import torch
     from safetensors.torch import save_file
@@ -41,12 +49,12 @@ def make(folder: Path) -> None:
     rows = -(-len(vocab) // 64) * 64
     config = LlamaConfig(
         vocab_size=rows,
-        hidden_size=HIDDEN,
-        intermediate_size=192,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
         max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,

@@ -39,6 +39,10 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
         os.close(self._file)
 
     def __len__(self) -> int:
@@ -55,7 +59,10 @@ class Journal:
         """
         if answer.key in self._places:
             return
-        line = json.dumps([answer.key, answer.token_ids, answer.text, answer.finish_reason]).encode() + b"\n"
+        said: list[object] = [answer.key, answer.token_ids, answer.text, answer.finish_reason]
+        if answer.tool_calls:
+            said.append(answer.tool_calls)
+        line = json.dumps(said).encode() + b"\n"
         written = 0
         while written < len(line):
             written += os.write(self._file, line[written:])
@@ -97,5 +104,5 @@ class Journal:
 
 
 def _parse(line: bytes) -> Answer:
-    key, token_ids, text, finish_reason = json.loads(line)
-    return Answer(key, tuple(token_ids), text, finish_reason)
+    key, token_ids, text, finish_reason, *calls = json.loads(line)
+    return Answer(key, tuple(token_ids), text, finish_reason, *map(tuple, calls))

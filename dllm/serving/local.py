@@ -1,92 +1,32 @@
 """The in-process engine: batched decoding of many prompts with a static cache and continuous refill.
 
-A fixed number of slots decode together; a slot whose row has finished takes the next prompt. Keys and values are
-written in place, so nothing is copied as answers grow, and query heads read their shared keys without repeating them.
+A fixed number of slots decode together; a slot whose row has finished takes the next prompt. In bfloat16 on a CPU a
+row's products have the same bits whatever its neighbours. torch's attention has them on one thread; on several it
+rounds differently now and then with the thread a row falls to, and so an answer may part from itself (1 of 42 seen).
 
-Shape suffixes: B slots, S prompt, T cache places, V vocabulary, H query heads, G key/value heads, R = H / G,
-E head dim.
+Shape suffixes: B slots, S tokens of several prompts end to end, T cache places, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.errors import ModelError
 from dllm.models.packing import packed_linears
-from dllm.serving.engine import Answer, Request
+from dllm.serving.engine import Answer, Feed, Pace, Request
 from dllm.serving.sampling import pick
+from dllm.serving.slots import SlotCache, slot_attention
 
-ATTENTION = "dllm_slots"
 REFILL = 16
 """Free slots that are filled in one go: a prompt alone would waste the matrix units."""
-
-
-class SlotCache:
-    """Keys and values of every slot, written in place; has what transformers' decoders ask of a cache."""
-
-    def __init__(self, layers: int) -> None:
-        self.keys: list[Tensor] = [torch.empty(0)] * layers
-        self.values: list[Tensor] = [torch.empty(0)] * layers
-        self.shape: tuple[int, int] = (0, 0)
-        self.slots = torch.empty(0, dtype=torch.int64)
-        self.places = torch.empty(0, dtype=torch.int64)
-        self.is_prefill = False
-        self.seen = 0
-
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Store new keys and values, and return those the queries may read. Shapes: (B, G, S, E)."""
-        if not len(self.keys[layer]):
-            slots, places = self.shape
-            self.keys[layer] = key.new_zeros(slots, key.shape[1], places, key.shape[3])
-            self.values[layer] = value.new_zeros(slots, value.shape[1], places, value.shape[3])
-        if self.is_prefill:
-            self.keys[layer][self.slots, :, : key.shape[2]] = key
-            self.values[layer][self.slots, :, : value.shape[2]] = value
-            return key, value
-        self.keys[layer][self.slots, :, self.places] = key[:, :, 0]
-        self.values[layer][self.slots, :, self.places] = value[:, :, 0]
-        return self.keys[layer][:, :, : self.seen], self.values[layer][:, :, : self.seen]
-
-    def keep(self, slots: Tensor) -> None:
-        """Drop all other slots."""
-        self.keys = [key[slots] for key in self.keys]
-        self.values = [value[slots] for value in self.values]
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        """Return 0: positions are always given explicitly."""
-        return 0
-
-
-def _attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
-) -> tuple[Tensor, None]:
-    if query.shape[2] > 1 or mask is None:  # prefill: right padding lies behind every real token
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        return mixed.transpose(1, 2), None
-    # One token a slot: the R query heads that share a key head become the query's length.
-    batch, heads, size = query.shape[0], query.shape[1], query.shape[3]
-    grouped = query.view(batch, key.shape[1], heads // key.shape[1], size)
-    mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
-    return mixed.reshape(batch, 1, heads, size), None
-
-
-@contextmanager
-def _slot_attention(model: Any) -> Iterator[None]:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, _attend)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+LOOK_AHEAD = 16
+"""Requests held for each slot, so that rows of like length decode together."""
+TICK_S = 1.0
 
 
 class LocalEngine:
@@ -112,101 +52,144 @@ class LocalEngine:
                 hint="serve the target and use engine: openai",
             )
         self.model, self.tokenizer, self.stop_ids, self.batch_size = model, tokenizer, stop_ids, batch_size
+        self.pace = Pace()
+
+    def describe(self) -> dict[str, Any]:
+        """Say that the model runs here, with what."""
+        import transformers
+
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        return {"engine": "local", "batch_size": self.batch_size, "versions": versions}
 
     @torch.inference_mode()
-    def answer(self, requests: Sequence[Request]) -> Iterator[Answer]:
-        """Yield answers as they finish. Neighbours have similar lengths: longest prompts go first."""
-        queue = sorted(requests, key=lambda r: (len(r.prompt_ids), r.key))
-        if not queue:
-            return
-        places = max(len(r.prompt_ids) + r.max_new_tokens for r in queue)
-        with _slot_attention(self.model), packed_linears(self.model):
-            yield from _Decoding(self, queue, places).run()
+    def answer(self, feed: Feed) -> Iterator[Answer | None]:
+        """Yield answers as they finish, and None about once a second meanwhile.
+
+        Rows of similar length decode side by side: of the requests at hand the longest prompts go first.
+        """
+        with slot_attention(self.model), packed_linears(self.model):
+            yield from _Decoding(self, feed).run()
 
 
 class _Decoding:
     """The state of one call of `answer`: who sits in which slot, and how far each is."""
 
-    def __init__(self, engine: LocalEngine, queue: list[Request], places: int) -> None:
-        self.engine, self.queue = engine, queue
+    def __init__(self, engine: LocalEngine, feed: Feed) -> None:
+        self.engine, self.feed = engine, feed
         self.decoder = engine.model.get_decoder()
         self.head = engine.model.get_output_embeddings()
-        slots = min(engine.batch_size, len(queue))
-        self.rows: list[Request | None] = [None] * slots
-        self.tokens: list[list[int]] = [[] for _ in range(slots)]
-        self.generators: list[torch.Generator] = [torch.Generator() for _ in range(slots)]
-        self.length_B = torch.zeros(slots, dtype=torch.int64)
-        self.cache = SlotCache(engine.model.config.num_hidden_layers)
-        self.cache.shape = (slots, places)
+        self.device = engine.model.device
+        self.queue: list[Request] = []
+        self.rows: list[Request | None] = []
+        self.tokens: list[list[int]] = []
+        self.generators: list[torch.Generator] = []
+        self.length_B = torch.zeros(0, dtype=torch.int64)
+        self.cache = SlotCache(engine.model.config.num_hidden_layers, 0)
+        self.ticked = time.monotonic()
 
-    def run(self) -> Iterator[Answer]:
-        while self.queue or any(self.rows):
+    def run(self) -> Iterator[Answer | None]:
+        while self._look_ahead() or any(self.rows):
+            self._widen()
             free = [slot for slot, row in enumerate(self.rows) if row is None]
             if self.queue and len(free) >= min(REFILL, len(self.queue), len(self.rows)):
                 yield from self._prefill(free[:REFILL])
-                continue
-            if not self.queue and len(free) * 2 > len(self.rows):
-                self._shrink()
-            yield from self._step()
+            else:
+                if not self.queue and len(free) * 2 > len(self.rows):
+                    self._shrink(free)
+                yield from self._step()
+            if time.monotonic() - self.ticked > TICK_S:
+                self.ticked = time.monotonic()
+                yield None
+
+    def _look_ahead(self) -> bool:
+        """Take requests from the feed as far as there is room, and say whether any waits."""
+        room = LOOK_AHEAD * self.engine.batch_size - len(self.queue)
+        new = 0
+        while new < room and (request := self.feed.take()) is not None:
+            self.queue.append(request)
+            new += 1
+        if new:
+            self.queue.sort(key=lambda request: (len(request.prompt_ids), request.key))
+        return bool(self.queue)
+
+    def _widen(self) -> None:
+        """Have as many slots as there is work for."""
+        busy = sum(row is not None for row in self.rows)
+        slots = min(self.engine.batch_size, busy + len(self.queue))
+        more = slots - len(self.rows)
+        if more > 0:
+            self.rows += [None] * more
+            self.tokens += [[] for _ in range(more)]
+            self.generators += [torch.Generator() for _ in range(more)]
+            self.length_B = torch.cat([self.length_B, torch.zeros(more, dtype=torch.int64)])
+            self.cache.widen(slots)
 
     def _prefill(self, slots: list[int]) -> Iterator[Answer]:
         new = [self.queue.pop() for _ in slots[: len(self.queue)]]
         slots = slots[: len(new)]
-        width = max(len(r.prompt_ids) for r in new)
-        ids_BS = torch.zeros(len(new), width, dtype=torch.int64)
-        for index, request in enumerate(new):
-            ids_BS[index, : len(request.prompt_ids)] = torch.tensor(request.prompt_ids)
-            self.rows[slots[index]], self.tokens[slots[index]] = request, []
-            self.generators[slots[index]].manual_seed(request.seed)
-            self.length_B[slots[index]] = len(request.prompt_ids)
-        device = self.engine.model.device
-        self.cache.is_prefill, self.cache.slots = True, torch.tensor(slots, device=device)
-        hidden_BSD = self._decode(ids_BS, torch.arange(width).expand(len(new), -1), None)
-        last_B = self.length_B[slots] - 1
-        yield from self._commit(slots, self.head(hidden_BSD[torch.arange(len(new)), last_B]))
+        self.cache.reserve(max(len(request.prompt_ids) + request.max_new_tokens for request in new))
+        ids: list[int] = []
+        positions: list[int] = []
+        prompts: dict[tuple[int, ...], tuple[list[int], slice]] = {}
+        for slot, request in zip(slots, new, strict=True):
+            prompt = request.prompt_ids
+            if prompt not in prompts:  # samples of one prompt share its prefill
+                prompts[prompt] = ([], slice(len(ids), len(ids) + len(prompt)))
+                ids.extend(prompt)
+                positions.extend(range(len(prompt)))
+            prompts[prompt][0].append(slot)
+            self.rows[slot], self.tokens[slot] = request, []
+            self.generators[slot].manual_seed(request.seed)
+            self.length_B[slot] = len(prompt)
+        self.cache.prefill(list(prompts.values()))
+        parts = [part for _, part in prompts.values()]
+        hidden_1SD = self._decode(torch.tensor([ids]), torch.tensor([positions]), None, cu_seq_lens_q=parts)
+        last = [prompts[request.prompt_ids][1].stop - 1 for request in new]
+        yield from self._commit(slots, self.head(hidden_1SD[0, last]))
 
     def _step(self) -> Iterator[Answer]:
         last_B1 = torch.tensor([[tokens[-1] if tokens else 0] for tokens in self.tokens])
-        seen = int(self.length_B.max()) + 1
-        hidden_BT = torch.arange(seen) > self.length_B[:, None]
-        device = self.engine.model.device
-        mask_B11T = torch.zeros(hidden_BT.shape).masked_fill(hidden_BT, float("-inf"))[:, None, None]
-        mask_B11T = mask_B11T.to(device, self.engine.model.dtype)
-        self.cache.is_prefill, self.cache.seen = False, seen
-        self.cache.slots, self.cache.places = torch.arange(len(self.rows), device=device), self.length_B.to(device)
+        self.cache.decode(self.length_B, self.device)
+        unseen_BT = torch.arange(self.cache.seen) > self.length_B[:, None]
+        mask_B11T = torch.zeros(unseen_BT.shape).masked_fill(unseen_BT, float("-inf"))[:, None, None]
+        mask_B11T = mask_B11T.to(self.device, self.engine.model.dtype)
         hidden_B1D = self._decode(last_B1, self.length_B[:, None], mask_B11T)
-        self.length_B += 1
+        self.length_B += torch.tensor([row is not None for row in self.rows])
         yield from self._commit(list(range(len(self.rows))), self.head(hidden_B1D[:, 0]))
 
-    def _decode(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        device = self.engine.model.device
+    def _decode(self, ids: Tensor, positions: Tensor, mask: Tensor | None, **more: Any) -> Tensor:
         return self.decoder(
-            input_ids=ids.to(device),
-            position_ids=positions.to(device),
+            input_ids=ids.to(self.device),
+            position_ids=positions.to(self.device),
             attention_mask=mask,
             past_key_values=self.cache,
             use_cache=True,
+            **more,
         ).last_hidden_state
 
     def _commit(self, slots: list[int], logits_BV: Tensor) -> Iterator[Answer]:
         """Add each slot's next token, and give up the slots whose row has ended."""
         rows = [self.rows[slot] for slot in slots]
         picked = pick(logits_BV, rows, [self.generators[slot] for slot in slots])
+        pace, finished = self.engine.pace, []
         for slot, row, token in zip(slots, rows, picked, strict=True):
             if row is None:
                 continue
             tokens = self.tokens[slot]
             tokens.append(token)
+            pace.tokens += 1
             stopped = token in self.engine.stop_ids
             if stopped or len(tokens) == row.max_new_tokens:
                 text = self.engine.tokenizer.decode(tokens, skip_special_tokens=True)
-                yield Answer(row.key, tuple(tokens), text, "stop" if stopped else "length")
+                finished.append(Answer(row.key, tuple(tokens), text, "stop" if stopped else "length"))
                 self.rows[slot], self.tokens[slot], self.length_B[slot] = None, [], 0
+        pace.in_flight = sum(row is not None for row in self.rows)
+        yield from finished
 
-    def _shrink(self) -> None:
+    def _shrink(self, free: list[int]) -> None:
         """Drop the empty slots once no prompt waits for them."""
-        busy = [slot for slot, row in enumerate(self.rows) if row is not None]
-        self.cache.keep(torch.tensor(busy, device=self.engine.model.device))
+        busy = [slot for slot in range(len(self.rows)) if slot not in set(free)]
+        self.cache.keep(busy)
         self.rows = [self.rows[slot] for slot in busy]
         self.tokens = [self.tokens[slot] for slot in busy]
         self.generators = [self.generators[slot] for slot in busy]

@@ -7,13 +7,10 @@ that determines the result, so a killed stage finds its own work again and never
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from pydantic import BaseModel
 
 from dllm import config, process, provenance
 from dllm.config import Params
+from dllm.data.workplace import full_disk_is_one_line, own
 from dllm.errors import StageError
 from dllm.provenance import digest
 from dllm.stages.publication import publish_tree, write_json
@@ -37,7 +34,6 @@ from dllm.tracking import MlflowTracker, NullTracker, Status, Tracker, close_lef
 __all__ = ["Stage", "close", "digest", "forget", "open_stage"]
 
 SIDECAR = "stage.json"
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass
@@ -81,7 +77,7 @@ class Stage:
         if not self.is_main:
             return
         run = {**self.record, "status": "finished", "seconds": round(self.seconds, 3)}
-        with _full_disk_is_one_line(self.out):
+        with full_disk_is_one_line(self.out):
             publish_tree(self.out, files, {"metrics.json": metrics, "run.json": run})
         figures = {
             key: value
@@ -119,7 +115,7 @@ def open_stage(
         SystemExit: 143 after SIGTERM, 130 after SIGINT; the run then reads KILLED.
     """
     root = root.absolute()
-    with _signals_exit(), _full_disk_is_one_line(root):
+    with process.signals_exit(), full_disk_is_one_line(root):
         if "DVC_STAGE" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
             process.die_with_parent()  # neither dvc nor torchrun takes its children along when it is killed outright
         digests = {key: digest(path) for key, path in (inputs or {}).items()}
@@ -138,7 +134,7 @@ def open_stage(
         if not is_main:
             yield stage
             return
-        with _lock(work):
+        with own(work):
             yield from _tracked(stage, sections, made_of)
 
 
@@ -149,7 +145,7 @@ def forget(root: Path, name: str) -> None:
         StageError: a process works there.
     """
     for work in (root.absolute() / "work" / name).glob("*"):
-        with _lock(work):
+        with own(work):
             shutil.rmtree(work)
 
 
@@ -161,7 +157,7 @@ def close(root: Path, name: str) -> list[str]:
     """
     open_runs = []
     for sidecar in (root.absolute() / "work" / name).glob(f"*/{SIDECAR}"):
-        with contextlib.suppress(StageError), _lock(sidecar.parent):  # locked: its stage lives
+        with contextlib.suppress(StageError), own(sidecar.parent):  # locked: its stage lives
             open_runs.append(json.loads(sidecar.read_text())["mlflow_run_id"])
     return close_left_open(root, open_runs)
 
@@ -223,54 +219,3 @@ def _describe(tracker: MlflowTracker, stage: Stage, sections: Sequence[BaseModel
     if flow_run := os.environ.get("DLLM_FLOW_RUN"):
         tags["dllm.flow_run"] = flow_run
     tracker.set_tags(tags)
-
-
-@contextmanager
-def _lock(work: Path) -> Iterator[None]:
-    path = work / ".lock"
-    with path.open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.seek(0)
-            raise StageError(
-                f"another process works on this (pid {stream.read().strip() or 'unknown'})",
-                where=str(work),
-                hint="wait for it, or stop it",
-            ) from None
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
-        yield
-
-
-@contextmanager
-def _signals_exit() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into SystemExit once; later ones wait until the stage is closed."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
-        raise SystemExit(128 + number)
-
-    try:
-        before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread, where alone Python lets signals be handled
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _full_disk_is_one_line(where: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        hint = "free some space and run again; finished work is kept"
-        raise StageError("disk is full", where=str(error.filename or where), hint=hint) from None

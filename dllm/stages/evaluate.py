@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm.config import Params
+from dllm.data.whole_file import write_whole
 from dllm.errors import DataError
 from dllm.progress import Progress
 from dllm.stages.contract import Stage, open_stage
@@ -36,14 +37,17 @@ class Question:
 
 
 def run(params: Params, root: Path) -> dict[str, Any]:
-    """Measure the trained draft, publish out/evaluate/, and return its metrics.
+    """Measure the trained draft or diffusion model, publish out/evaluate/, and return its metrics.
 
     Raises:
         DataError: there is no held-out prompt that fits the target.
         ModelError: the target or the draft is missing, or they do not fit.
     """
     from dllm.models import targets
+    from dllm.stages import evaluate_diffusion
 
+    if evaluate_diffusion.is_diffusion(root):
+        return evaluate_diffusion.run(params, root)
     identity = targets.identity(params.target)
     with open_stage(
         "evaluate",
@@ -71,7 +75,7 @@ def _evaluate(params: Params, root: Path, stage: Stage) -> dict[str, Any]:
     speculative = comparison.speculative
     tokenizer = targets.load_tokenizer(params.target)
     stop_ids = targets.stop_ids(speculative.model, tokenizer)
-    questions, too_long = _questions(params, root, tokenizer, speculative.limit)
+    questions, passed_over = _questions(params, root, tokenizer, speculative.limit)
     draft, device = speculative.draft, speculative.model.device
     assert draft is not None
     with packed_linears(speculative.model, draft):  # both ways of decoding gain from it
@@ -85,7 +89,7 @@ def _evaluate(params: Params, root: Path, stage: Stage) -> dict[str, Any]:
         "block_size": speculative.block_size,
         "draft_params": sum(parameter.numel() for parameter in draft.parameters()),
         "draft_layers": draft.config.num_hidden_layers,
-        "prompts_too_long": too_long,
+        **passed_over,
         "heldout_digest": _heldout_digest([q.id for q in questions], params.evaluate.max_new_tokens),
         "dtype": params.target.dtype,
         "device": str(device),
@@ -109,30 +113,39 @@ def _load(params: Params, checkpoint: Path, dtype: str) -> Comparison:
     return Comparison(Decoder(model), Decoder(model, draft, params.evaluate.block_size))
 
 
-def _questions(params: Params, root: Path, tokenizer: Any, limit: int) -> tuple[list[Question], int]:
-    """Take the first held-out prompts of each source by id, those aside that leave the target no room to answer."""
+def _questions(params: Params, root: Path, tokenizer: Any, limit: int) -> tuple[list[Question], dict[str, int]]:
+    """Take the first held-out prompts of each source by id; count those that leave no room to answer, or that the
+    chat template refuses."""
     from dllm.data.chat import prompt_ids
     from dllm.data.prompts import HELDOUT, read_prompts
 
     taken: dict[str, list[Question]] = {}
-    too_long = 0
+    passed_over = {"prompts_too_long": 0, "prompts_refused": 0}
+    refusal: DataError | None = None
     for prompt in read_prompts(root / "out" / "prepare", HELDOUT):
         own = taken.setdefault(prompt.source, [])
         if len(own) == params.evaluate.num_prompts:
             continue
-        ids = prompt_ids(tokenizer, prompt.messages, params.target.enable_thinking)
+        try:
+            ids = prompt_ids(tokenizer, prompt.messages, params.target.enable_thinking, tools=prompt.tools)
+        except DataError as error:  # regenerate has set it aside, too
+            refusal, passed_over["prompts_refused"] = error, passed_over["prompts_refused"] + 1
+            continue
         if len(ids) >= limit:
-            too_long += 1
+            passed_over["prompts_too_long"] += 1
         else:
             own.append(Question(prompt.id, prompt.source, tuple(ids)))
     questions = sorted((q for own in taken.values() for q in own), key=lambda q: q.id)
+    if refusal and not questions:
+        raise refusal
     if not questions:
+        long = passed_over["prompts_too_long"]
         raise DataError(
             "no held-out prompt to evaluate on",
             where=str(root / "out" / "prepare"),
-            hint=f"{too_long} were longer than the target's {limit} positions; raise prepare.heldout_fraction",
+            hint=f"{long} were longer than the target's {limit} positions; raise prepare.heldout_fraction",
         )
-    return questions, too_long
+    return questions, passed_over
 
 
 def _compare(
@@ -157,9 +170,7 @@ def _compare(
                 source=question.source,
                 speculative_first=index % 2 == 1,
             )
-            aside = parts / f".{question.id}.partial"
-            aside.write_text(json.dumps(pair.to_json()))
-            aside.rename(parts / f"{question.id}.json")
+            write_whole(parts / f"{question.id}.json", json.dumps(pair.to_json()).encode())
             done[question.id] = pair
             so_far = figures(list(done.values()), comparison.speculative.block_size)
             shown = {"tau": so_far["tau_micro"], "speedup": so_far["speedup"]}

@@ -16,6 +16,9 @@ from dllm.errors import StageError
 from dllm.stages.contract import open_stage
 from dllm.stages.publication import publish_tree
 
+SCORE = {True: "tau_micro", False: "score"}
+"""What a draft, or else a diffusion model, is ranked by."""
+
 
 def run(params: Params, root: Path) -> dict[str, Any]:
     """Register out/train/checkpoint with what out/evaluate found; return name, version, aliases and verdict.
@@ -33,12 +36,13 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         hint = "run `dvc repro evaluate`"
         raise StageError("the evaluation is of another checkpoint", where="out/evaluate/run.json", hint=hint)
     _keep(root, checkpoint, digest, trained)
-    lock = root / "dvc.lock"
+    lock, is_draft = root / "dvc.lock", "tau_micro" in found
     done = registry.register(
         root,
         params.register_.model_name,
         digest=digest,
-        tau=found["tau_micro"],
+        tau=found[SCORE[is_draft]],
+        score_name="τ" if is_draft else found["score_is"],
         heldout_digest=found["heldout_digest"],
         target=json.dumps(evaluated["identity"]["target"], sort_keys=True),
         tags={
@@ -59,7 +63,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         "aliases": list(done.aliases),
         "uri": done.uri,
         "digest": digest,
-        "tau_micro": found["tau_micro"],
+        SCORE[is_draft]: found[SCORE[is_draft]],
     }
     return _note(params, root, {"checkpoint": checkpoint}, standing, done.verdict)
 

@@ -1,26 +1,30 @@
-"""Stage `train`: a draft learns to foresee the target's words.
+"""Stage `train`: a draft learns to foresee the target's words, or the target becomes a diffusion model.
 
-Alone (`python -m dllm train`) or as ranks of torchrun. Composes features, draft, strategy and loop; publishes the best
-checkpoint.
+Alone (`python -m dllm train`) or as ranks of torchrun. Composes strategy and loop; publishes the best checkpoint.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm.config import Params, Train
+from dllm.config import Params, Target, Train
 from dllm.stages.contract import Stage, open_stage
 
 if TYPE_CHECKING:
     from dllm.data.collate import Examples
     from dllm.dflash.feature_source import CachedFeatures, OnlineFeatures
     from dllm.dflash.strategy import DflashStrategy
+    from dllm.diffusion.strategy import DiffusionStrategy
     from dllm.training.distribution import Ranks
     from dllm.training.loop import Outcome
     from dllm.training.strategy import Split
+
+FEATURES = Path("work", "features")
+"""Of every configuration, the target's hidden states: gigabytes, and quicker read than made again."""
 
 
 def run(params: Params, root: Path) -> dict[str, Any]:
@@ -51,18 +55,30 @@ def run(params: Params, root: Path) -> dict[str, Any]:
 def _train(params: Params, root: Path, stage: Stage, ranks: Ranks, identity: dict[str, Any]) -> dict[str, Any]:
     import torch
 
+    from dllm.dflash import feature_source
+    from dllm.diffusion.strategy import DiffusionStrategy
     from dllm.training.loop import Loop
 
+    _check_thinking(params.target, root / "out" / "regenerate")
     train, heldout = _examples(params.train, root / "out" / "regenerate")
     if ranks.is_main:
         _announce(params.train, train, heldout, ranks)
-    strategy = _dflash(params, root, ranks, identity, {"train": train.kept, "heldout": heldout.kept})
+    splits: dict[Split, list[Any]] = {"train": train.kept, "heldout": heldout.kept}
+    strategy: DflashStrategy | DiffusionStrategy
+    if params.train.mode == "dflash":
+        strategy = _dflash(params, root, ranks, identity, splits)
+    else:
+        strategy = _diffusion(params, ranks, splits)
     dtype = getattr(torch, params.train.compute_dtype)
     loop = Loop(strategy, params.train, ranks, work=stage.work, tracker=stage.tracker, mfu_dtype=dtype)
     outcome = loop.run()
     metrics = _metrics(strategy, outcome, train)
     if ranks.is_main:
-        _publish(stage, strategy, outcome, metrics, dtype)
+        if isinstance(strategy, DiffusionStrategy):
+            _publish_model(stage, strategy, outcome, metrics, dtype)
+        else:
+            _publish_draft(stage, strategy, outcome, metrics, dtype)
+        feature_source.forget_old(root / FEATURES)
     return metrics
 
 
@@ -84,13 +100,41 @@ def _dflash(
     source: CachedFeatures | OnlineFeatures
     if settings.features == "cached":
         source = CachedFeatures(
-            root / "work" / "features", splits, identity=identity, layer_ids=layer_ids, dtype=params.target.dtype
+            root / FEATURES,
+            splits,
+            identity=identity,
+            layer_ids=layer_ids,
+            dtype=params.target.dtype,
+            with_last=settings.distill > 0,
         )
         source.fill(target, ranks)
     else:
-        source = OnlineFeatures(target, layer_ids, splits)
+        source = OnlineFeatures(target, layer_ids, splits, with_last=settings.distill > 0)
     del target  # with cached features only its embedding and head stay in memory
     return DflashStrategy(draft, embedding_VD, head_VD, splits, source, params.train)
+
+
+def _diffusion(params: Params, ranks: Ranks, splits: Mapping[Split, list[Any]]) -> DiffusionStrategy:
+    from dllm.diffusion.initial import initial_model
+    from dllm.diffusion.strategy import DiffusionStrategy
+
+    model = initial_model(params.target, params.train, ranks.device)
+    return DiffusionStrategy(model, splits, params.train)
+
+
+def _check_thinking(target: Target, folder: Path) -> None:
+    from dllm.data.shards import read_manifest
+    from dllm.errors import DataError
+    from dllm.regeneration.identity import THINKING
+
+    wanted = THINKING[target.enable_thinking]
+    found = read_manifest(folder).get("thinking", wanted)
+    if found != wanted:
+        raise DataError(
+            f"the answers were written with thinking {found}, and target.enable_thinking asks for {wanted}",
+            where=str(folder),
+            hint="regenerate, or set target.enable_thinking as it was",
+        )
 
 
 def _examples(settings: Train, folder: Path) -> tuple[Examples, Examples]:
@@ -102,7 +146,7 @@ def _examples(settings: Train, folder: Path) -> tuple[Examples, Examples]:
     if not train.kept:
         raise DataError("no training rows", where=str(folder), hint="lower prepare.heldout_fraction or add prompts")
     # Ids are hashes, so the first by id are a fair sample, the same for every seed.
-    rows = sorted(read_rows(folder, "heldout"), key=lambda row: (row.prompt_id, row.sample))
+    rows = sorted(read_rows(folder, "heldout"), key=lambda row: (row.prompt_id, row.sample, row.turn))
     heldout = make_examples(rows[: settings.validation_samples], settings.max_length)
     return train, heldout
 
@@ -118,7 +162,15 @@ def _announce(settings: Train, train: Examples, heldout: Examples, ranks: Ranks)
     print(f"train: {'; '.join(notes)}", file=sys.stderr, flush=True)
 
 
-def _metrics(strategy: DflashStrategy, outcome: Outcome, train: Examples) -> dict[str, Any]:
+def _metrics(strategy: DflashStrategy | DiffusionStrategy, outcome: Outcome, train: Examples) -> dict[str, Any]:
+    from dllm.dflash.strategy import DflashStrategy
+
+    size = sum(p.numel() for p in strategy.model.parameters())
+    about: dict[str, int | None]
+    if isinstance(strategy, DflashStrategy):
+        about = {"draft_params": size, "block_size": strategy.model.config.block_size}
+    else:
+        about = {"params": size, "block_size": strategy.model.note.block_size}
     return {
         **outcome.validation,
         "best_step": outcome.step,
@@ -127,27 +179,47 @@ def _metrics(strategy: DflashStrategy, outcome: Outcome, train: Examples) -> dic
         "rows_dropped": train.dropped,
         "rows_cut": train.cut,
         "tokens": outcome.tokens,
-        "block_positions": outcome.predictions,
+        strategy.predictions_name: outcome.predictions,
         "seconds": round(outcome.seconds, 3),
-        "draft_params": sum(p.numel() for p in strategy.model.parameters()),
-        "block_size": strategy.model.config.block_size,
+        **about,
     }
 
 
-def _publish(stage: Stage, strategy: DflashStrategy, outcome: Outcome, metrics: dict[str, Any], dtype: Any) -> None:
+def _publish_draft(
+    stage: Stage, strategy: DflashStrategy, outcome: Outcome, metrics: dict[str, Any], dtype: Any
+) -> None:
     from dllm.dflash.export import load_draft, save_draft
-    from dllm.training import curves, journal
 
     export = stage.work / "export"
     save_draft(load_draft(outcome.checkpoint), export, dtype)
-    log, picture = stage.work / "training.jsonl", stage.work / "curves.png"
     offsets = [f"draft_acc_k{k}" for k in range(1, strategy.model.config.block_size)]
-    curves.draw(journal.read(log), picture, [["loss"], ["acceptance_length"], ["draft_acc", *offsets]])
+    panels = [["loss"], ["acceptance_length"], ["draft_acc", *offsets]]
+    _publish(stage, {name: export / name for name in ("config.json", "model.safetensors")}, panels, outcome, metrics)
+
+
+def _publish_model(
+    stage: Stage, strategy: DiffusionStrategy, outcome: Outcome, metrics: dict[str, Any], dtype: Any
+) -> None:
+    from dllm.diffusion.strategy import LEVELS
+    from dllm.models.bidirectional import BidirectionalLM
+
+    export = stage.work / "export"
+    shutil.rmtree(export, ignore_errors=True)  # a killed call may have left half of one
+    BidirectionalLM.from_directory(outcome.checkpoint, dtype).save(export)
+    levels = [f"masked_acc_p{100 * (level + 1) // LEVELS}" for level in range(LEVELS)]
+    panels = [["loss"], ["nelbo", "masked_ce"], ["masked_acc", *levels]]
+    if strategy.hybrid is not None:
+        panels.insert(1, ["diffusion_loss", "ar_loss"])
+    _publish(stage, {path.name: path for path in sorted(export.iterdir())}, panels, outcome, metrics)
+
+
+def _publish(
+    stage: Stage, checkpoint: dict[str, Path], panels: list[list[str]], outcome: Outcome, metrics: dict[str, Any]
+) -> None:
+    from dllm.training import curves, journal
+
+    log, picture = stage.work / "training.jsonl", stage.work / "curves.png"
+    curves.draw(journal.read(log), picture, panels)
     stage.tracker.log_artifact(picture)
-    files = {
-        "checkpoint/config.json": export / "config.json",
-        "checkpoint/model.safetensors": export / "model.safetensors",
-        "training.jsonl": log,
-        "curves.png": picture,
-    }
-    stage.publish(files, metrics, step=outcome.steps)
+    files = {f"checkpoint/{name}": path for name, path in checkpoint.items()}
+    stage.publish({**files, "training.jsonl": log, "curves.png": picture}, metrics, step=outcome.steps)

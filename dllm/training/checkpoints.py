@@ -8,7 +8,6 @@ name one.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dllm.data.whole_file import whole_folder, write_whole
 from dllm.errors import ModelError, StageError
 
 SCHEMA = 1
@@ -65,18 +65,13 @@ class Checkpoints:
 
         final = self.root / f"step-{state.step:06d}"
         if not final.exists():
-            aside = self.root / f".{final.name}.partial"
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            try:
-                save_model(aside)
-                save_file(dict(optimizer), aside / "optimizer.safetensors")
-            except SafetensorError as error:
-                raise StageError(f"checkpoint cannot be written: {error}", where=str(aside)) from None
-            (aside / "state.json").write_text(json.dumps(asdict(state)))
-            for path in [*aside.iterdir(), aside]:
-                _sync(path)
-            aside.rename(final)
+            with whole_folder(final) as aside:
+                try:
+                    save_model(aside)
+                    save_file(dict(optimizer), aside / "optimizer.safetensors")
+                except SafetensorError as error:
+                    raise StageError(f"checkpoint cannot be written: {error}", where=str(final)) from None
+                (aside / "state.json").write_text(json.dumps(asdict(state)))
         self._point("latest", final.name)
         if state.best_step == state.step:
             self._point("best", final.name)
@@ -122,11 +117,7 @@ class Checkpoints:
         return path if path is not None and (path / "state.json").exists() else None
 
     def _point(self, name: str, target: str) -> None:
-        aside = self.root / f".{name}.partial"
-        aside.write_text(target + "\n")
-        _sync(aside)
-        aside.replace(self.root / name)
-        _sync(self.root)
+        write_whole(self.root / name, f"{target}\n".encode())
 
     def _prune(self) -> None:
         spared = {*self._complete()[-self.keep :], self._pointed("latest"), self._pointed("best")}
@@ -135,11 +126,3 @@ class Checkpoints:
                 path.rename(self.root / f".{path.name}.doomed")  # so that a half-deleted one is never taken for whole
         for doomed in self.root.glob(".*.doomed"):
             shutil.rmtree(doomed)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

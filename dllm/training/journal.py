@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from dllm.data.whole_file import write_whole
 from dllm.tracking import Tracker
 
 Kind = Literal["train", "validation"]
@@ -36,12 +37,12 @@ class Journal:
             return
         whole = [record for line in self._lines() if (record := _parse(line)) is not None]
         kept = [record for record in whole if record["step"] <= step]
-        _replace(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         known_by = self.path.with_suffix(".run")
         if known_by.exists() and known_by.read_text() == str(self.tracker.run_id):
             self._told = {(record["step"], record["kind"]) for record in whole}
         else:
-            _replace(known_by, str(self.tracker.run_id))
+            write_whole(known_by, str(self.tracker.run_id).encode())
             for record in kept:
                 self._tell(record)
 
@@ -75,9 +76,3 @@ def _parse(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and {"step", "kind"} <= record.keys() else None
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f"{path.name}.partial")
-    aside.write_text(text)
-    aside.replace(path)

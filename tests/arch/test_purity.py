@@ -9,7 +9,7 @@ from tests.arch.source_tree import ROOT, module_name, python_files
 WATCH = """
 import importlib, json, logging, os, signal, sys, threading
 # What third-party packages do when first imported is not ours to answer for.
-import datasets, matplotlib.pyplot, mlflow, openai, prefect, pyarrow.parquet, torch, transformers, typer
+import aiohttp, datasets, matplotlib.pyplot, mlflow, prefect, pyarrow.parquet, torch, transformers, typer
 import rich.progress, safetensors.torch, psutil, pydantic, yaml
 
 OUTWARD = {"socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.mkdir", "os.fork", "os.putenv"}
@@ -44,7 +44,7 @@ import sys
 import dllm.__main__, dllm.cli
 print([name for name in sys.argv[1:] if name in sys.modules])
 """
-SLOW_TO_IMPORT = ("torch", "transformers", "mlflow", "datasets", "pyarrow", "numpy", "matplotlib", "openai", "pydantic")
+SLOW_TO_IMPORT = ("torch", "transformers", "mlflow", "datasets", "pyarrow", "numpy", "matplotlib", "aiohttp", "pydantic")
 
 
 def test_importing_any_module_changes_nothing() -> None:

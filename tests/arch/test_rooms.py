@@ -9,7 +9,9 @@ MAY_USE = {
     "dllm": set(),
     "errors": set(),
     "yaml_reader": set(),
-    "config": {"errors", "yaml_reader"},
+    "section": set(),
+    "diffusion_settings": {"section"},
+    "config": {"errors", "yaml_reader", "section", "diffusion_settings"},
     "process": {"errors", "supervisor"},
     "supervisor": set(),
     "progress": set(),
@@ -22,10 +24,14 @@ MAY_USE = {
     "models": GROUND | {"data"},
     "serving": GROUND | {"data", "models"},
     "training": GROUND | {"data", "tracking"},
+    "regeneration": GROUND | {"tracking", "data", "models", "serving"},
     "dflash": GROUND | {"data", "models", "training"},
-    "stages": GROUND | {"tracking", "registry", "data", "models", "serving", "dflash", "training"},
-    "generation": GROUND | {"registry", "data", "models", "serving", "dflash"},
-    "cli": GROUND | {"recipe_book", "report", "generation", "stages"},
+    "diffusion": GROUND | {"data", "models", "training"},
+    "stages": GROUND
+    | {"tracking", "registry", "data", "models", "serving", "regeneration", "dflash", "diffusion", "training"},
+    "generation": GROUND | {"registry", "data", "models", "serving", "dflash", "diffusion"},
+    "verbs": GROUND | {"tracking", "data", "models", "serving", "regeneration"},
+    "cli": GROUND | {"recipe_book", "report", "generation", "diffusion", "stages", "verbs"},
     "__main__": {"errors", "cli"},
 }
 """Each room of dllm/ and the rooms it may import: only ever further down, so that no cycle can form."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 
@@ -91,3 +92,50 @@ def test_the_digest_changes_with_the_template(tokenizer) -> None:
     before = chat.template_digest(tokenizer)
     tokenizer.chat_template = THINKING
     assert chat.template_digest(tokenizer) != before and len(before) == 16
+
+
+WITH_TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{% for c in m['tool_calls'] %}{{ '<call>' + c['function']['name'] + (c['function']['arguments'] | tojson) }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "look", "description": "d"}}]
+
+
+def calling(arguments: str) -> dict[str, Any]:
+    call = {"id": "x", "type": "function", "function": {"name": "look", "arguments": arguments}}
+    return {"role": "assistant", "content": "so", "tool_calls": [call]}
+
+
+def test_tools_and_calls_reach_templates_that_know_them(tokenizer) -> None:
+    plain = chat.prompt_ids(tokenizer, ASKED)
+    assert chat.prompt_ids(tokenizer, ASKED, tools=TOOLS) == plain, "this template knows no tools"
+    tokenizer.chat_template = WITH_TOOLS
+    assert chat.prompt_ids(tokenizer, ASKED) == plain
+    message = calling('{"city": "K\u00f6ln"}')
+    ids = chat.prompt_ids(tokenizer, [*ASKED, message, {"role": "tool", "content": "grey"}], tools=TOOLS)
+    text = tokenizer.decode(ids)
+    assert '"name": "look", "description": "d"' in text
+    # Servers hand arguments to templates as mappings; as texts they would be quoted twice.
+    assert '<call>look{"city": "K\u00f6ln"}<|im_end|>' in text and "tool\ngrey<|im_end|>" in text
+    assert message == calling('{"city": "K\u00f6ln"}'), "the caller's message stays as it was"
+    assert '<call>look"not JSON"' in tokenizer.decode(chat.prompt_ids(tokenizer, [*ASKED, calling("not JSON"), *ASKED]))
+
+
+def test_an_answer_taken_apart_is_put_together_as_it_was_generated(tokenizer) -> None:
+    tokenizer.chat_template = WITH_TOOLS
+    asked = [*ASKED, calling("{}"), {"role": "tool", "content": "grey"}]
+    ids = chat.answer_ids(tokenizer, asked, calling('{"city": 1}'), tools=TOOLS)
+    assert tokenizer.decode(ids) == 'so<call>look{"city": 1}<|im_end|>'
+    assert ids[-1] == chat.end_of_turn_id(tokenizer) and ids.count(ids[-1]) == 1
+    whole = chat.prompt_ids(tokenizer, [*asked, calling('{"city": 1}'), *ASKED], tools=TOOLS)
+    start = len(chat.prompt_ids(tokenizer, asked, tools=TOOLS))
+    assert whole[start : start + len(ids)] == ids
+
+
+def test_a_template_that_renders_the_past_otherwise_gives_no_answer_ids(tokenizer) -> None:
+    tokenizer.chat_template = "{{ messages | length }}" + WITH_TOOLS
+    with pytest.raises(DataError, match=r"renders an answer otherwise.*tiny"):
+        chat.answer_ids(tokenizer, ASKED, calling("{}"))

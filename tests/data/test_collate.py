@@ -13,7 +13,7 @@ def row(prompt: list[int], answer: list[int], sample: int = 0) -> Row:
 
 def test_padding_and_prompt_are_unsupervised() -> None:
     examples = make_examples([row([5, 6], [7, 8, 9]), row([5], [3, 4], sample=1)], max_length=8)
-    assert [example.id for example in examples.kept] == ["00aa-0", "00aa-1"]
+    assert [example.id for example in examples.kept] == ["00aa-0-0", "00aa-1-0"]
     input_ids_BS, loss_mask_BS = collate(examples.kept)
     assert input_ids_BS.tolist() == [[5, 6, 7, 8, 9], [5, 3, 4, 0, 0]]
     assert loss_mask_BS.int().tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]]

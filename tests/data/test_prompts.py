@@ -25,6 +25,14 @@ def test_ids_stay_what_they_are() -> None:
     assert len({prompt_id(other) for other in [*others, chat]}) == 5
 
 
+def test_tools_calls_and_ids_of_calls_make_another_prompt() -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    other = [chat[0], {**chat[1], "tool_call_id": "x"}]
+    assert len({prompt_id(chat), prompt_id(chat, tools), prompt_id(other), prompt_id(other, tools)}) == 4
+    assert prompt_id([chat[0], {"tool_call_id": "x", **chat[1]}]) == prompt_id(other)
+
+
 @given(st.floats(0.01, 0.99), st.floats(0.01, 0.99))
 def test_a_larger_fraction_holds_out_a_superset(one: float, other: float) -> None:
     small, large = sorted((one, other))
@@ -103,6 +111,30 @@ def test_what_is_written_is_read_again_by_split(tmp_path: Path) -> None:
     assert path.read_bytes() == first
     assert read_prompts(tmp_path) == prompts
     assert read_prompts(tmp_path, HELDOUT) == [prompt for prompt in prompts if is_heldout(prompt.id, 0.3)]
+
+
+def test_tools_and_tool_turns_are_kept(tmp_path: Path) -> None:
+    calls = [{"function": {"name": "look", "arguments": {"city": "Köln"}}}]
+    chat = [{"role": "user", "content": "weather?"}, {"role": "assistant", "tool_calls": calls}]
+    row = {"messages": [*chat, {"role": "tool", "content": "grey"}], "tools": json.dumps([{"name": "look"}])}
+    rows = [row, *({"messages": str(n)} for n in range(20))]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts, report = collect(Prepare(sources=[Source(name="x.jsonl")], heldout_fraction=0.3), tmp_path)
+    write_prompts(prompts, tmp_path / "prompts.parquet")
+    assert read_prompts(tmp_path) == prompts and report["refused"] == 0
+    (kept,) = [prompt for prompt in prompts if prompt.tools]
+    assert kept.tools == [{"type": "function", "function": {"name": "look"}}]
+    assert [message["role"] for message in kept.messages] == ["user", "assistant", "tool"]
+    assert kept.messages[1]["tool_calls"][0]["id"] == kept.messages[2]["tool_call_id"]
+
+
+def test_a_table_of_the_last_version_says_what_to_run(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({name: ["a"] for name in ("id", "source", "split")}), tmp_path / "prompts.parquet")
+    with pytest.raises(DataError, match=r"columns .*python -m dllm prepare"):
+        read_prompts(tmp_path)
 
 
 def test_a_published_table_is_replaced_and_never_changed(tmp_path: Path) -> None:

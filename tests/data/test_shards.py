@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -24,6 +25,8 @@ def row(n: int) -> Row:
         answer_ids=list(range(n % 4)),
         finish_reason="stop" if n % 3 else "length",
         num_tokens=n % 4,
+        turn=n % 2,
+        flags=["length", "repetition"][: n % 3],
     )
 
 
@@ -49,7 +52,8 @@ def test_the_manifest_counts_what_is_there(folder: Path) -> None:
         ("shard-00002.parquet", 5),
     ]
     assert manifest["target"] == {"model": "m"}
-    assert manifest["rows"] == 25 and manifest["empty_answers"] == 7
+    assert manifest["rows"] == 25 and manifest["rejected"] == 0 and manifest["dropped"] == {}
+    assert manifest["flags"] == {"length": 16, "repetition": 8}
     assert manifest["tokens"] == sum(n % 4 for n in range(25)) == sum(manifest["tokens_by_split"].values())
     assert manifest["tokens_by_split"]["heldout"] == 0 + 1 + 2 + 3 + 0
     assert manifest["finish_reasons"] == {"length": 9, "stop": 16}
@@ -65,7 +69,25 @@ def test_equal_rows_make_equal_bytes(folder: Path, tmp_path_factory: pytest.Temp
 
 def test_the_usual_library_reads_a_shard(folder: Path) -> None:
     table = datasets.Dataset.from_parquet(str(folder / "shard-00002.parquet"), cache_dir=str(folder / "cache"))
-    assert table[0]["messages"] == ROWS[20].messages and table[0]["prompt_ids"] == [1, 2, 20]
+    assert [turn["content"] for turn in table[0]["messages"]] == ["Zwölf 20", "ja"]
+    assert table[0]["prompt_ids"] == [1, 2, 20] and table[0]["tools"] is None
+    assert table[0]["messages"][1] == dict.fromkeys(("tool_calls", "tool_call_id", "name")) | ROWS[20].messages[1]
+
+
+def test_rows_with_tools_lie_beside_rows_without(tmp_path: Path) -> None:
+    call = {"id": "x", "type": "function", "function": {"name": "look", "arguments": '{"city": "Köln"}'}}
+    said = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "grey", "tool_call_id": "x", "name": "look"},
+        {"role": "assistant", "content": "grey"},
+    ]
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"b": {}, "a": [1, None]}}}]
+    rows = [ROWS[1], replace(ROWS[2], messages=said, tools=tools), ROWS[3]]
+    shards.write_rows(rows, tmp_path, 10, {})
+    found = shards.read_rows(tmp_path)
+    assert found == rows
+    assert found[1].tools is not None and list(found[1].tools[0]["function"]["parameters"]) == ["b", "a"]
 
 
 def test_an_unfinished_folder_is_not_read(folder: Path) -> None:
@@ -91,7 +113,7 @@ def test_a_shard_that_is_not_the_manifest_s_is_named(folder: Path, damage: str) 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1}', '{"schema": 99, "shards": []}', "\udcff"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 2}', '{"schema": 99, "shards": []}', "\udcff"])
 def test_a_damaged_manifest_is_refused(folder: Path, text: str) -> None:
     (folder / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match=r"manifest.*manifest\.json"):

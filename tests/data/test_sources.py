@@ -23,7 +23,7 @@ def test_built_in_sources_come_from_their_packages(tmp_path: Path, name: str, co
     rows = list(sources.rows(Source(name=name), tmp_path))
     assert len(rows) == count
     assert rows[0][1].startswith(start) and rows[0][0].endswith(":1")
-    assert all(isinstance(chat, str) and chat for _, chat in rows)
+    assert all(isinstance(chat, str) and chat and tools is None for _, chat, tools in rows)
 
 
 def test_data_packages_are_found_but_never_imported(tmp_path: Path) -> None:
@@ -59,14 +59,19 @@ def test_a_folder_is_all_its_files_in_order_of_name(tmp_path: Path) -> None:
     jsonl(tmp_path / "d/b.jsonl", {"messages": "b"})
     jsonl(tmp_path / "d/a/z.jsonl", {"conversations": "a"})
     jsonl(tmp_path / "d/notes.txt", "not a row")
-    assert [chat for _, chat in sources.rows(Source(name="d"), tmp_path)] == ["a", "b"]
-    assert [chat for _, chat in sources.rows(Source(name=str(tmp_path / "d/b.jsonl")), Path("/"))] == ["b"]
+    assert [chat for _, chat, _ in sources.rows(Source(name="d"), tmp_path)] == ["a", "b"]
+    assert [chat for _, chat, _ in sources.rows(Source(name=str(tmp_path / "d/b.jsonl")), Path("/"))] == ["b"]
 
 
 def test_a_named_column_goes_before_the_usual_ones(tmp_path: Path) -> None:
     jsonl(tmp_path / "x.jsonl", {"messages": "m", "conversations": "c", "question": "q"})
     for column, chat in ((None, "m"), ("conversations", "c"), ("question", "q")):
-        assert [c for _, c in sources.rows(Source(name="x.jsonl", column=column), tmp_path)] == [chat]
+        assert [c for _, c, _ in sources.rows(Source(name="x.jsonl", column=column), tmp_path)] == [chat]
+
+
+def test_tools_come_along(tmp_path: Path) -> None:
+    jsonl(tmp_path / "x.jsonl", {"messages": "m", "tools": [{"name": "look"}]}, {"messages": "m"})
+    assert [tools for _, _, tools in sources.rows(Source(name="x.jsonl"), tmp_path)] == [[{"name": "look"}], None]
 
 
 @pytest.mark.parametrize(
@@ -91,6 +96,9 @@ def test_what_cannot_be_a_source_is_one_line(tmp_path: Path, name: str, line: st
     assert "\n" not in str(caught.value)
 
 
+SPLITS = ("train[:2]", "train[:2]", "train")
+
+
 def test_a_dataset_is_loaded_with_its_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -100,6 +108,8 @@ def test_a_dataset_is_loaded_with_its_split(tmp_path: Path, monkeypatch: pytest.
     found = list(sources._hub_records(Source(name=str(tmp_path / "repo"), split="train[:2]")))
     assert [row["messages"][0]["content"] for _, row in found] == ["0", "1"]
     assert found[1][0].endswith("repo train[:2] row 2")
+    marks = [sources.hub_fingerprint(Source(name=str(tmp_path / "repo"), split=split)) for split in SPLITS]
+    assert marks[0] == marks[1] != marks[2]
 
 
 def test_a_dataset_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:

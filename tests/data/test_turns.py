@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dllm.data.turns import Unusable, to_prompt
+from dllm.data.turns import Message, Unusable, to_chat
 from dllm.errors import DataError
 
 
@@ -16,6 +16,10 @@ def turn(role: str, content: Any) -> dict[str, Any]:
 
 def said(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
     return [{"from": role, "value": value} for role, value in turns]
+
+
+def to_prompt(chat: Any, where: str) -> list[Message]:
+    return to_chat(chat, None, where)[0]
 
 
 CHAT = [turn("system", "be kind"), turn("user", "hi"), turn("assistant", "hello"), turn("user", "why?")]
@@ -48,11 +52,8 @@ def test_a_bare_string_is_one_user_turn() -> None:
         ([turn("user", " \n")], "empty user turn"),
         ("", "empty user turn"),
         ([turn("user", [{"type": "image_url", "image_url": {}}])], "content other than text"),
-        ([turn("user", "a"), turn("tool", "b"), turn("user", "c")], "tool turns"),
-        (
-            [turn("user", "a"), {"role": "assistant", "tool_calls": [{}]}, turn("user", "c")],
-            "tool turns",
-        ),
+        ([turn("tool", "b")], "no user turn"),
+        ([turn("user", " "), {"role": "tool", "content": "b"}], "empty user turn"),
     ],
 )
 def test_a_row_without_a_prompt_gives_its_reason(chat: Any, reason: str) -> None:
@@ -69,8 +70,66 @@ def test_a_row_without_a_prompt_gives_its_reason(chat: Any, reason: str) -> None
         ([turn("wizard", "a")], "unknown role 'wizard'"),
         ([turn("user", None)], "turn 1 has no text .* null"),
         ([turn("user", "\ud83d")], "half a surrogate"),
+        ([turn("user", "a"), {"role": "assistant", "tool_calls": [{"id": "x"}]}], "turn 2 has a call without a `name`"),
+        ([turn("user", "a"), turn("function_call", "search(x)")], "turn 2 has a call that is not JSON"),
+        ([turn("user", "a"), turn("assistant", None)], "turn 2 has no text .* null"),
     ],
 )
 def test_what_is_no_chat_is_refused_with_its_place(chat: Any, line: str) -> None:
     with pytest.raises(DataError, match=f"{line}.*file:3"):
         to_prompt(chat, "file:3")
+
+
+def call(name: str, arguments: str, id: str) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+WITH_TOOLS = [
+    turn("user", "weather?"),
+    {"role": "assistant", "content": "", "tool_calls": [call("look", '{"city": "Köln"}', "call00000")]},
+    {"role": "tool", "content": '{"sky": "grey"}', "tool_call_id": "call00000"},
+]
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        WITH_TOOLS,
+        [*WITH_TOOLS, turn("assistant", "grey")],
+        said(
+            ("human", "weather?"),
+            ("function_call", '{"name": "look", "arguments": {"city": "Köln"}}'),
+            ("observation", '{"sky": "grey"}'),
+            ("gpt", "grey"),
+        ),
+        [
+            WITH_TOOLS[0],
+            {"role": "assistant", "content": None, "tool_calls": [{"name": "look", "arguments": {"city": "Köln"}}]},
+            turn("tool", {"sky": "grey"}),
+        ],
+        [
+            WITH_TOOLS[0],
+            {"role": "assistant", "content": None, "function_call": {"name": "look", "arguments": '{"city": "Köln"}'}},
+            turn("function", [{"type": "text", "text": '{"sky": '}, {"type": "text", "text": '"grey"}'}]),
+        ],
+    ],
+)
+def test_every_spelling_of_calls_and_results_makes_the_same_prompt(chat: Any) -> None:
+    assert to_prompt(chat, "here") == WITH_TOOLS
+
+
+def test_calls_and_results_keep_the_ids_they_have_and_get_those_they_lack_in_order() -> None:
+    two = {"role": "assistant", "tool_calls": [call("a", "{}", "mine"), {"function": {"name": "b"}}]}
+    chat = [turn("user", "go"), two, turn("tool", "of a"), turn("tool", "of b"), turn("user", "again"), two]
+    chat += [{"role": "tool", "content": "of b", "tool_call_id": "call00003", "name": "b"}, turn("tool", "of a")]
+    messages = to_prompt(chat, "here")
+    assert [message.get("tool_call_id") for message in messages if message["role"] == "tool"] == [
+        "mine", "call00001", "call00003", "mine"
+    ]  # fmt: skip
+    assert messages[6]["name"] == "b" and "name" not in messages[7]
+    assert messages[5]["tool_calls"][1] == call("b", "{}", "call00003")
+
+
+def test_an_assistant_s_last_words_go_and_a_system_turn_before_them_too() -> None:
+    assert to_prompt([*CHAT, turn("assistant", "so"), turn("system", "be brief")], "here") == CHAT
+    assert to_prompt([turn("assistant", "welcome"), *CHAT], "here") == [turn("assistant", "welcome"), *CHAT]

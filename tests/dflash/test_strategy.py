@@ -7,9 +7,11 @@ import torch
 
 from dllm import config
 from dllm.data.collate import Example
+from dllm.dflash.anchors import Anchors
 from dllm.dflash.feature_source import CachedFeatures, OnlineFeatures
 from dllm.dflash.flops import train_flops
 from dllm.dflash.initial import initial_draft
+from dllm.dflash.objective import Batch, block_labels, teacher_hidden
 from dllm.dflash.strategy import DflashStrategy
 from dllm.models import targets
 from dllm.training.distribution import Ranks
@@ -44,7 +46,7 @@ def strategy(target, source=None, **dflash) -> DflashStrategy:
         }
     )
     model = initial_draft(settings.dflash, target, targets.load_tokenizer(TARGET), seed=0)
-    source = source or OnlineFeatures(target, model.config.target_layer_ids, SPLITS)
+    source = source or OnlineFeatures(target, model.config.target_layer_ids, SPLITS, settings.dflash.distill > 0)
     weights = target.get_input_embeddings().weight, target.get_output_embeddings().weight
     return DflashStrategy(model, *weights, SPLITS, source, settings)
 
@@ -59,8 +61,9 @@ def pooled(parts) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize("loss", ["decay", "dpace"])
 @pytest.mark.parametrize("loss_vocab", ["full", "corpus"])
-def test_sums_do_not_depend_on_the_batch_split(target, loss, loss_vocab) -> None:
-    made = strategy(target, loss=loss, loss_vocab=loss_vocab)
+@pytest.mark.parametrize("distill", [0.0, 0.5])
+def test_sums_do_not_depend_on_the_batch_split(target, loss, loss_vocab, distill) -> None:
+    made = strategy(target, loss=loss, loss_vocab=loss_vocab, distill=distill)
     whole = pooled([made.terms("train", [0, 1, 2, 3], 1)])
     split = pooled([made.terms("train", [3, 0], 1), made.terms("train", [2], 1), made.terms("train", [1], 1)])
     for name, values in whole.items():
@@ -89,6 +92,23 @@ def test_cached_features_give_the_terms_of_online_ones(target, tmp_path) -> None
         left, right = online.terms(split, rows, 0), offline.terms(split, rows, 0)
         assert left.numerator.item() == pytest.approx(right.numerator.item(), rel=1e-5)
         assert torch.equal(left.counts["correct"], right.counts["correct"])
+
+
+def test_the_teacher_of_a_slot_is_what_the_target_said_there(target, tmp_path) -> None:
+    """Distilled from alone, a draft that says what the target says has no gradient left but the target's entropy."""
+    made = strategy(target, distill=1.0)
+    row = SPLITS["train"][2]
+    ids = torch.tensor([list(row.input_ids)])
+    with torch.no_grad():
+        logits_SV = target(input_ids=ids).logits[0].float()
+    known = made.source.features("train", [2])[0]
+    last_SD = known[:, -made.width :].float()
+    torch.testing.assert_close(last_SD @ made.head_VD.float().T, logits_SV, atol=1e-4, rtol=1e-4)
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), known[None, :, : -made.width], last_SD[None])
+    anchors = Anchors(torch.tensor([[1]]), torch.tensor([[True]]))
+    labels = block_labels(batch, anchors, 4)
+    # the slot at offset k stands for token 1 + k, which the target foresaw one token earlier
+    assert torch.equal(teacher_hidden(batch, anchors, labels), last_SD[1:4])
 
 
 def test_acceptance_length_is_of_leading_runs_not_a_product_of_accuracies(target) -> None:

@@ -1,12 +1,16 @@
 """A copy of the project in a folder of its own, with the tiny recipe made tinier, and its tools' environment."""
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -51,6 +55,38 @@ class Project:
     def flow(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run the flow as `make run` does."""
         return self.run(sys.executable, "-m", "flows.pipeline", *arguments)
+
+
+@contextlib.contextmanager
+def served(project: Project, port: int) -> Iterator[None]:
+    """Run `make serve` for the project, and see to it that nothing of it is left."""
+    log = project.folder / "serve.log"
+    with log.open("w") as stream:
+        serve = subprocess.Popen(
+            [sys.executable, "infra/services.py", "serve"],
+            cwd=project.folder,
+            env=project.environment | {"PREFECT_PORT": str(port)},
+            stdout=stream,
+        )
+    try:
+        while "Ctrl-C" not in log.read_text():
+            assert serve.poll() is None, log.read_text()
+            time.sleep(0.2)
+        yield
+    finally:
+        tree = psutil.Process(serve.pid).children(recursive=True)
+        serve.terminate()
+        serve.wait(timeout=60)
+    assert not [process for process in tree if process.is_running()], "servers outlive `make serve`"
+    assert not (project.folder / "prefect.toml").exists()
+
+
+def wait_until(true: Callable[[], object], seconds: float) -> None:
+    """Wait until something holds, and fail when it takes too long."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"still not after {seconds} s"
+        time.sleep(0.3)
 
 
 def copy_project(folder: Path) -> None:

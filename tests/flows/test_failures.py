@@ -1,5 +1,6 @@
 """A flow whose stages fail on purpose: what is retried, what is printed, and who holds the GPU."""
 
+import platform
 import sqlite3
 import subprocess
 import sys
@@ -71,7 +72,9 @@ def test_only_a_server_out_of_reach_is_tried_again(project: Project, prefect_hom
     assert last == "dllm: stage train failed: train is out of order (call 1) (logs/train.log)"
     assert "train is out of order" in (project.folder / "logs" / "train.log").read_text()
     with sqlite3.connect(prefect_home / "prefect.db") as database:
-        slots = database.execute('select "limit", active_slots from concurrency_limit_v2 where name = ?', ("gpu",))
+        slots = database.execute(
+            'select "limit", active_slots from concurrency_limit_v2 where name = ?', (f"gpu:{platform.node()}",)
+        )
         assert slots.fetchall() == [(1, 0)], "the slot was made, taken and given back"
 
 

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from dllm.serving.engine import Answer, request_key, request_origin, request_seed
 from dllm.serving.journal import Journal
 
-ANSWERS = [Answer(f"{n:016x}:{n % 3}", tuple(range(n)), f"zwölf\n{n}", "stop") for n in range(6)]
+CALLS = ({"id": "a", "type": "function", "function": {"name": "add", "arguments": "{}"}},)
+ANSWERS = [
+    Answer(f"{n:016x}:{n % 3}:0", tuple(range(n)), f"zwölf\n{n}", "stop", CALLS if n % 2 else ()) for n in range(6)
+]
 
 
 def fill(path: Path, answers: list[Answer] = ANSWERS) -> None:
@@ -27,7 +30,7 @@ def test_answers_are_found_again_by_key(tmp_path: Path) -> None:
     with Journal(tmp_path / "j") as journal:
         assert [journal.read(answer.key) for answer in ANSWERS] == ANSWERS
         assert len(journal) == 6 and journal.num_tokens == 0 + 1 + 2 + 3 + 4 + 5
-        assert "missing:0" not in journal
+        assert "missing:0:0" not in journal
 
 
 def test_an_answer_is_on_disk_before_the_next_is_asked_for(tmp_path: Path) -> None:
@@ -95,9 +98,9 @@ def test_a_full_disk_costs_only_the_line_it_met(tmp_path: Path, monkeypatch: pyt
 
 
 def test_seeds_are_a_request_s_own() -> None:
-    keys = [(id, sample) for id in ("a" * 16, "b" * 16) for sample in range(50)]
+    keys = [(id, sample, turn) for id in ("a" * 16, "b" * 16) for sample in range(25) for turn in range(2)]
     seeds = {request_seed(0, *key) for key in keys}
     assert len(seeds) == 100 and all(0 <= seed < 2**31 for seed in seeds)
     assert request_seed(1, *keys[0]) != request_seed(0, *keys[0])
-    assert request_seed(0, "a" * 16, 0) == 621153885
-    assert request_origin(request_key("a" * 16, 12)) == ("a" * 16, 12)
+    assert request_seed(0, "a" * 16, 0) == 575992124
+    assert request_origin(request_key("a" * 16, 12, 3)) == ("a" * 16, 12, 3)

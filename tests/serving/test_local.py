@@ -5,7 +5,7 @@ import torch
 
 from dllm.config import Target
 from dllm.models.targets import load_target
-from dllm.serving.engine import Request
+from dllm.serving.engine import ListFeed, Request
 from dllm.serving.local import LocalEngine
 from dllm.serving.sampling import pick
 
@@ -22,6 +22,14 @@ def model():
     return load_target(Target(model="builtin:tiny"), dtype="float32")
 
 
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def request(key: int, length: int, new: int = 12, temperature: float = 0.0, top_p: float = 1.0) -> Request:
     ids = torch.randint(5, 200, (length,), generator=torch.Generator().manual_seed(key)).tolist()
     return Request(str(key), tuple(ids), [], new, temperature, top_p, key)
@@ -29,7 +37,7 @@ def request(key: int, length: int, new: int = 12, temperature: float = 0.0, top_
 
 def answers(model, requests, batch_size=4, stop_ids=frozenset()):
     engine = LocalEngine(model, Plain(), set(stop_ids), batch_size)
-    return {answer.key: answer for answer in engine.answer(requests)}
+    return {answer.key: answer for answer in engine.answer(ListFeed(requests)) if answer is not None}
 
 
 def generated(model, request):
@@ -61,6 +69,44 @@ def test_a_sampled_answer_does_not_depend_on_its_neighbours(model, top_p):
     for one in requests[::4]:
         assert answers(model, [one])[one.key].token_ids == crowd[one.key].token_ids
     assert len({a.token_ids for a in crowd.values()}) == 9
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 products")
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_on_one_thread_in_bfloat16_an_answer_is_the_same_in_any_company(temperature, one_thread):
+    model = load_target(Target(model="builtin:tiny"), dtype="bfloat16")
+    requests = [request(key, 3 + 7 * key, 30, temperature, 0.9) for key in range(13)]
+    crowd = answers(model, requests, batch_size=13)
+    for company, slots in ((requests[::3], 2), (requests[5:6], 4), (requests[2:], 5)):
+        for key, answer in answers(model, company, batch_size=slots).items():
+            assert answer == crowd[key]
+
+
+class Dialogue:
+    """A feed that has a row's next turn only once its last has been answered."""
+
+    def __init__(self, requests, turns):
+        self.ready, self.left = list(requests), {r.key: (r, turns - 1) for r in requests}
+
+    def take(self):
+        return self.ready.pop() if self.ready else None
+
+    def accept(self, answer):
+        request, left = self.left[answer.key]
+        if left:
+            longer = Request(request.key, (*request.prompt_ids, *answer.token_ids), [], 12, 0.0, 1.0, 0)
+            self.left[answer.key] = (longer, left - 1)
+            self.ready.append(longer)
+
+
+def test_requests_that_come_up_with_the_answers_are_answered_too(model):
+    feed = Dialogue([request(key, 5 + key) for key in range(6)], turns=3)
+    counts = {}
+    for answer in LocalEngine(model, Plain(), set(), 4).answer(feed):
+        if answer is not None:
+            counts[answer.key] = counts.get(answer.key, 0) + 1
+            feed.accept(answer)
+    assert counts == {str(key): 3 for key in range(6)}
 
 
 def test_no_request_no_answer(model):

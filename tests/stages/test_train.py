@@ -154,3 +154,12 @@ def test_missing_answers_and_rows_without_words_are_refused(tmp_path, store) -> 
         train.run(params, tmp_path / "short")
     with pytest.raises(StageError, match="out/regenerate"):
         train.run(params, tmp_path / "nowhere")
+
+
+def test_answers_of_another_thinking_mode_are_refused(tmp_path, store) -> None:
+    params = prepare(tmp_path)
+    manifest = tmp_path / "out/regenerate/manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "thinking": "off"}))
+    with pytest.raises(DataError, match=r"thinking off, and target\.enable_thinking asks for template default"):
+        train.run(params, tmp_path)
+    assert not (tmp_path / "out/train").exists()

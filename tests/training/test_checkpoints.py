@@ -44,7 +44,7 @@ def test_an_unfinished_one_is_never_taken_for_whole(tmp_path) -> None:
     assert checkpoints.latest() == tmp_path / "step-000001"
     save(checkpoints, 2)
     assert checkpoints.latest() == tmp_path / "step-000002"
-    assert not list(tmp_path.glob(".*.partial"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_lost_pointer_costs_nothing(tmp_path) -> None:

@@ -1,0 +1,106 @@
+"""Forward passes over a canvas, block by block: who sees whom, and what need not be computed again.
+
+`none` runs everything at every step. `prefix` and `dual` (full attention) run everything once a block, then the columns
+from the block on, or the block alone, over keys and values that have grown stale: approximate, but exact at one step a
+block.
+`block` (block-causal attention) runs the block alone over finished ones: exact.
+
+Shape suffixes: B batch, K columns, Q query columns, C columns of a block, D hidden.
+Source: Fast-dLLM (arXiv 2505.22618), section 3.2; BD3-LM (Arriola et al. 2025) for block caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dllm.diffusion.sampler_canvas import Canvas
+from dllm.diffusion.sampler_settings import CacheKind
+from dllm.models.bidirectional import BidirectionalLM, Context
+from dllm.models.canvas_cache import CanvasCache
+
+
+class Passes:
+    """Runs a model over the block that is being written.
+
+    Args:
+        model: the model.
+        canvas: what it is run on; rows may leave it by `keep`.
+        context: how what lies before a block is seen.
+        cache: what is kept between passes.
+    """
+
+    def __init__(self, model: BidirectionalLM, canvas: Canvas, context: Context, cache: CacheKind) -> None:
+        self.model, self.canvas, self.context, self.kind = model, canvas, context, cache
+        self.cache = CanvasCache(canvas.position_ids_BK) if cache != "none" else None
+        self.final = 0
+        """Columns before this one are finished, and their keys and values will not change."""
+
+    def enter(self, begin: int, end: int) -> None:
+        """Turn to the columns of another block."""
+        self.begin, self.end, self.fresh = begin, end, True
+
+    def hidden(self, ids_BK: Tensor) -> Tensor:
+        """Run the model; return hidden_BCD of the block's columns. Shapes: ids_BK is the canvas's, or guidance's."""
+        first, last = self._columns()
+        seen = self.canvas.width if self.context == "full" else self.end
+        positions_BK = self.canvas.position_ids_BK
+        if self.cache is None and self.context == "full":
+            found = self.model.hidden(ids_BK, self.canvas.valid_BK, position_ids_BS=positions_BK)
+            return found[:, self.begin : self.end]
+        visible_BQK = self._visible(first, last, seen)
+        if self.cache is None:
+            found = self.model.hidden(
+                ids_BK[:, first:last], allowed_BSS=visible_BQK, position_ids_BS=positions_BK[:, first:last]
+            )
+        else:
+            self.cache.write(first, last, seen)
+            visible = self._everything(last - first, seen) if visible_BQK is None else visible_BQK
+            found = self.model.part(ids_BK[:, first:last], positions_BK[:, first:last], visible, self.cache)
+            if self.fresh:
+                self.final = self.begin
+        self.fresh = False
+        return found[:, self.begin - first : self.end - first]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop rows from the cache, as they were dropped from the canvas."""
+        if self.cache is not None:
+            self.cache.keep(torch.tensor(rows, dtype=torch.int64, device=self.canvas.ids_BK.device))
+
+    def _columns(self) -> tuple[int, int]:
+        """Say which columns the next pass must run."""
+        if self.kind == "none":
+            return 0, self.canvas.width if self.context == "full" else self.end
+        if self.kind == "block":
+            # The block before is run once more beside this one's first step: only now is it whole.
+            return (self.final if self.fresh else self.begin), self.end
+        if self.fresh:
+            return 0, self.canvas.width
+        return self.begin, (self.canvas.width if self.kind == "prefix" else self.end)
+
+    def _everything(self, queries: int, seen: int) -> Tensor:
+        return torch.ones(len(self.canvas.ids_BK), queries, seen, dtype=torch.bool, device=self.canvas.ids_BK.device)
+
+    def _visible(self, first: int, last: int, seen: int) -> Tensor | None:
+        """Say which columns before `seen` each of some columns may look at; None where that is all."""
+        canvas = self.canvas
+        valid_BK = canvas.valid_BK[:, :seen]
+        if self.context == "full":
+            if bool(valid_BK.all()):
+                return None
+            visible_BQK = valid_BK[:, None].expand(-1, last - first, -1)
+        else:
+            block_BQ, block_BK = canvas.block_BK[:, first:last], canvas.block_BK[:, :seen]
+            if self.context == "block":
+                visible_BQK = (block_BK[:, None] <= block_BQ[:, :, None]) & valid_BK[:, None]
+            else:
+                column_Q = torch.arange(first, last, device=valid_BK.device)
+                column_K = torch.arange(seen, device=valid_BK.device)
+                back_QK = column_K <= column_Q[:, None]
+                here_QK = (column_Q[:, None] >= self.begin) & (column_K >= self.begin)
+                visible_BQK = (back_QK | here_QK) & valid_BK[:, None]
+        # A column that sees nothing, such as padding, has no softmax: let each see itself.
+        own_QK = torch.eye(last, seen, dtype=torch.bool, device=valid_BK.device)[first:]
+        return visible_BQK | own_QK

@@ -1,0 +1,177 @@
+"""Which answer tokens are masked, and what chance each had: a function of the seed, the epoch and the row's id.
+
+Neither the batch a row sits in, nor the rank, nor a resumption has a say, and the global random state is not touched.
+
+Shape suffixes: S sequence, K blocks of one row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dllm.training.order import derive_seed
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+"""Multiples of it, modulo 1, lie evenly in [0, 1) however many are taken."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """One row's masks.
+
+    Shapes: masked_S bool; prob_S float32, the chance each place had of being masked (1 where it had none).
+    """
+
+    masked_S: Tensor
+    prob_S: Tensor
+
+    def complement(self, maskable_S: Tensor) -> Noise:
+        """Mask exactly what this one leaves clean. Source: LLaDA2.0, section on complementary masking."""
+        return Noise(maskable_S & ~self.masked_S, torch.where(maskable_S, 1 - self.prob_S, 1.0))
+
+
+class Times:
+    """The noise levels t of a split's rows, uniform on [0, 1).
+
+    With `low_discrepancy` the rows of an epoch, in the order in which they are visited, are spread evenly over [0, 1),
+    so that each stretch of training sees all levels alike. Source: MDLM (Sahoo et al. 2024), appendix C, made
+    independent of batches.
+    """
+
+    def __init__(self, ids: Sequence[str], seed: int, split: str, low_discrepancy: bool) -> None:
+        self.ids, self.seed, self.split, self.low_discrepancy = ids, seed, split, low_discrepancy
+        self._epoch, self._ranks = -1, list[int]()
+
+    def of(self, row: int, epoch: int, number: int, generator: torch.Generator) -> Tensor:
+        """Return the levels of a row's `number` blocks; those of one row differ by multiples of 1 / number.
+
+        Shapes: returns t_K float64.
+        """
+        if not self.low_discrepancy:
+            return torch.rand(number, generator=generator, dtype=torch.float64)
+        offset = derive_seed(self.seed, "times", self.split, epoch) / 2**63
+        first = offset + GOLDEN * self._rank(row, epoch)
+        places_K = torch.randperm(number, generator=generator).double() / number
+        return first % 1 / number + places_K
+
+    def _rank(self, row: int, epoch: int) -> int:
+        if epoch != self._epoch:
+            order = sorted(range(len(self.ids)), key=lambda i: derive_seed(self.seed, epoch, self.ids[i]))
+            self._epoch, self._ranks = epoch, [0] * len(order)
+            for rank, index in enumerate(order):
+                self._ranks[index] = rank
+        return self._ranks[row]
+
+
+def noise_generator(seed: int, split: str, epoch: int, id: str) -> torch.Generator:
+    """Seed a row's own source of random numbers."""
+    return torch.Generator().manual_seed(derive_seed(seed, "noise", split, epoch, id))
+
+
+def uniform_noise(
+    maskable_S: Tensor, block_S: Tensor, t_K: Tensor, generator: torch.Generator, *, eps: float, at_least_one: bool
+) -> Noise:
+    """Mask each maskable place of block k independently with probability p = (1 - eps) t_k + eps.
+
+    at_least_one: draw from those masks only that mask something in each block that has maskable places. A place's
+    chance is then p / (1 - (1 - p)^n), and with that as its weight's denominator the loss stays unbiased.
+    Shapes: maskable_S bool, block_S int64 (below 0 before the answer), t_K float64.
+    Source: LLaDA (Nie et al. 2025), equation 3 and appendix A; the conditional chance follows from Bayes.
+    """
+    p_K = (1 - eps) * t_K + eps
+    home_S = block_S.clamp_min(0)
+    p_S = p_K[home_S]
+    draw_S = torch.rand(len(maskable_S), generator=generator, dtype=torch.float64)
+    if at_least_one:
+        number_K, index_S = _counts(maskable_S, home_S, len(t_K))
+        some_K = -torch.expm1(number_K * torch.log1p(-p_K.clamp_max(1 - 1e-12)))  # 1 - (1 - p)^n
+        # The first masked place of a block follows a truncated geometric law; those after it are free.
+        u_K = torch.rand(len(t_K), generator=generator, dtype=torch.float64)
+        first_K = (torch.log1p(-u_K * some_K) / torch.log1p(-p_K.clamp_max(1 - 1e-12))).floor()
+        first_S = first_K.clamp(min=0).minimum((number_K - 1).clamp_min(0).double())[home_S]
+        masked_S = maskable_S & ((index_S == first_S) | ((index_S > first_S) & (draw_S < p_S)))
+        p_S = p_S / some_K.clamp_min(1e-300)[home_S]
+    else:
+        masked_S = maskable_S & (draw_S < p_S)
+    return Noise(masked_S, torch.where(maskable_S, p_S, 1.0).float())
+
+
+def exact_count_noise(
+    maskable_S: Tensor,
+    block_S: Tensor,
+    t_K: Tensor,
+    generator: torch.Generator,
+    *,
+    eps: float,
+    block_size: int,
+    half_life_ratio: float,
+    at_least_one: bool,
+) -> Noise:
+    """Mask round(r n) of the n maskable places of each block, r = (1 - eps) t + eps, later places sooner.
+
+    Place i of a block has log-weight ln 2 (1 - r) i / (half_life_ratio block_size) in a draw without replacement
+    (Gumbel-top-k). The chance is the block's k / n for all its places: their weights add up to n exactly, and late
+    places weigh more by as much as they are masked more often.
+    Source: Nemotron-Labs-Diffusion (arXiv 2607.05722), block-wise corruption; k and i count supervised places only.
+    """
+    home_S = block_S.clamp_min(0)
+    number_K, index_S = _counts(maskable_S, home_S, len(t_K))
+    r_K = (1 - eps) * t_K + eps
+    k_K = (r_K * number_K).round().clamp_min(1 if at_least_one else 0).minimum(number_K.double())
+    slope_K = math.log(2) * (1 - r_K) / (half_life_ratio * block_size)
+    u_S = torch.rand(len(maskable_S), generator=generator, dtype=torch.float64).clamp_min(1e-300)
+    score_S = slope_K[home_S] * index_S - torch.log(-torch.log(u_S))
+    score_S = score_S.masked_fill(~maskable_S, float("-inf"))
+    by_score_S = score_S.argsort(descending=True)
+    order_S = by_score_S[home_S[by_score_S].argsort(stable=True)]
+    place_S = torch.empty_like(order_S)
+    place_S[order_S] = torch.arange(len(order_S))
+    size_K = torch.bincount(home_S, minlength=len(t_K))
+    rank_S = place_S - (size_K.cumsum(0) - size_K)[home_S]
+    masked_S = maskable_S & (rank_S < k_K[home_S])
+    chance_S = (k_K / number_K.clamp_min(1))[home_S]
+    return Noise(masked_S, torch.where(maskable_S & (chance_S > 0), chance_S, 1.0).float())
+
+
+def exact_number_noise(maskable_S: Tensor, number: int, generator: torch.Generator) -> Noise:
+    """Mask exactly `number` maskable places, every choice as likely. Source: LLaDA, equation 6."""
+    score_S = torch.rand(len(maskable_S), generator=generator, dtype=torch.float64).masked_fill(~maskable_S, 2.0)
+    masked_S = torch.zeros_like(maskable_S)
+    masked_S[score_S.argsort()[:number]] = True
+    chance = number / max(1, int(maskable_S.sum()))
+    return Noise(masked_S & maskable_S, torch.where(maskable_S, chance, 1.0).float())
+
+
+def blocks_of(
+    length: int,
+    prompt_length: int,
+    block_size: int | None,
+    origin: Literal["sequence", "answer"],
+    prompt_blocks: bool = False,
+) -> Tensor:
+    """Number the blocks of a row: the one that holds the first answer token is 0, all before it is block -1.
+
+    The grid begins with the row (`sequence`, as LLaDA2 and BD3-LM have it: the first block may hold the prompt's
+    tail) or with the answer (`answer`, as Nemotron has it). Without a block size the whole row is block 0.
+    prompt_blocks: number the prompt's own blocks too (-1, -2, ...), for models that see by blocks even there.
+
+    Shapes: returns block_S int64.
+    """
+    if block_size is None:
+        return torch.zeros(length, dtype=torch.int64)
+    begin = prompt_length if origin == "answer" else prompt_length // block_size * block_size
+    block_S = torch.div(torch.arange(length) - begin, block_size, rounding_mode="floor")
+    return block_S if prompt_blocks else block_S.clamp_min(-1)
+
+
+def _counts(maskable_S: Tensor, home_S: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """Count each block's maskable places, and number every place among them."""
+    number_K = torch.zeros(blocks, dtype=torch.int64).index_add_(0, home_S, maskable_S.long())
+    index_S = maskable_S.long().cumsum(0) - 1 - (number_K.cumsum(0) - number_K)[home_S]
+    return number_K, index_S

@@ -1,0 +1,251 @@
+"""Write answers by unmasking a canvas, block by block, the surest tokens first.
+
+Every sampler of masked diffusion is this loop with other settings: LLaDA's plan, Fast-dLLM's threshold and factor,
+LLaDA2's editing, with any cache. Rows of a batch never meet: each gets what it would get alone.
+
+Shape suffixes: B batch, K columns, C columns of a block, M masked places, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dllm.diffusion import schedule
+from dllm.diffusion.cache_passes import Passes
+from dllm.diffusion.sampler_canvas import Canvas, Origin, for_answers, for_filling
+from dllm.diffusion.sampler_proposals import propose, row_generators
+from dllm.diffusion.sampler_settings import Settings
+from dllm.errors import ConfigError, DataError
+from dllm.models.bidirectional import BidirectionalLM, Context
+
+
+@dataclass
+class Answer:
+    """What became of one prompt.
+
+    `token_ids` ends with the first end token; `passes` counts forward passes in which this row was written (guidance
+    counts twice, as it runs twice). `steps` has what each step committed or edited, as (place in the answer, token)
+    pairs.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    passes: int = 0
+    steps: list[list[tuple[int, int]]] = field(default_factory=list)
+    stopped: bool = False
+
+
+Watch = Callable[[int, list[tuple[int, int]]], None]
+"""Called after each step of a row with its number and what was committed, as in `Answer.steps`."""
+
+
+@torch.no_grad()
+def sample(
+    model: BidirectionalLM,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    watch: Watch | None = None,
+    context: Context | None = None,
+) -> list[Answer]:
+    """Answer prompts, all in one batch. By default a model is decoded as it was trained: see `Note.context`.
+
+    Raises:
+        ConfigError: the settings do not fit the model.
+        DataError: a prompt is empty, or holds the mask token.
+    """
+    check_prompts(model, prompts, masks=False)
+    context = context or model.note.context
+    settings.check_cache(context)
+    block_size = settings.block_size or model.note.block_size or settings.max_new_tokens
+    origin: Origin = "sequence" if context == "block" else "answer"
+    device = model.head_VD.device
+    canvas = for_answers(
+        prompts, settings.max_new_tokens, block_size, model.mask_token_id, origin, model.prompt_blocks, device
+    )
+    answers = _Loop(model, canvas, settings, context, row_generators(prompts, settings.seed), watch).run(block_size)
+    return [trimmed(answer, model.eos_ids) for answer in answers]
+
+
+@torch.no_grad()
+def fill(
+    model: BidirectionalLM, texts: Sequence[Sequence[int]], settings: Settings, watch: Watch | None = None
+) -> list[Answer]:
+    """Replace the masks inside texts; `token_ids` are then whole texts. `max_new_tokens` has no say.
+
+    Raises:
+        ConfigError: the model is block-causal, and cannot look at what follows a mask.
+        DataError: a text is empty.
+    """
+    check_prompts(model, texts, masks=True)
+    if model.note.context != "full":
+        raise ConfigError(
+            "this model is block-causal: it cannot see what follows a mask", hint="infill needs full attention"
+        )
+    settings.check_cache("full")
+    canvas = for_filling(texts, settings.block_size, model.mask_token_id, model.head_VD.device)
+    loop = _Loop(model, canvas, settings, "full", row_generators(texts, settings.seed), watch, stop=False)
+    return loop.run(settings.block_size or canvas.width)
+
+
+def check_prompts(model: BidirectionalLM, prompts: Sequence[Sequence[int]], masks: bool) -> None:
+    """Refuse empty prompts, and unless `masks` those that hold the mask token.
+
+    Raises:
+        DataError: one is.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) == 0:
+            raise DataError("empty prompt", where=f"prompt {number}")
+        if not masks and model.mask_token_id in prompt:
+            raise DataError(
+                "the prompt holds the mask token", where=f"prompt {number}", hint="to fill masks, use --infill"
+            )
+
+
+def trimmed(answer: Answer, eos_ids: set[int]) -> Answer:
+    """Cut an answer after its first end token."""
+    end = next((place for place, token in enumerate(answer.token_ids) if token in eos_ids), None)
+    if end is not None:
+        answer.token_ids, answer.stopped = answer.token_ids[: end + 1], True
+    return answer
+
+
+class _Loop:
+    """The blocks of one canvas, one after the other."""
+
+    def __init__(
+        self,
+        model: BidirectionalLM,
+        canvas: Canvas,
+        settings: Settings,
+        context: Context,
+        generators: Sequence[torch.Generator],
+        watch: Watch | None,
+        stop: bool = True,
+    ) -> None:
+        self.model, self.canvas, self.settings, self.generators, self.watch = model, canvas, settings, generators, watch
+        self.stops = stop and settings.early_stop
+        self.eos_M = torch.tensor(sorted(model.eos_ids), dtype=torch.int64, device=canvas.ids_BK.device)
+        self.passes = [Passes(model, canvas, context, settings.cache)]
+        if settings.cfg_scale:
+            self.passes.append(Passes(model, canvas, context, settings.cache))
+        self.answers = [Answer() for _ in canvas.row_of_B]
+        # Where answers begin; for texts with masks inside, where the text does.
+        fixed_BK = canvas.given_BK if stop else torch.zeros_like(canvas.given_BK)
+        self.offset = [int((~fixed_BK[row] & canvas.valid_BK[row]).long().argmax()) for row in canvas.row_of_B]
+
+    def run(self, block_size: int) -> list[Answer]:
+        blocks = range(self.canvas.start, self.canvas.width, block_size)
+        steps = max(1, -(-(self.settings.steps or 1 << 60) // len(blocks)))
+        for begin in blocks:
+            end = min(begin + block_size, self.canvas.width)
+            self._block(begin, end, steps)
+            self._dismiss(end == self.canvas.width, end)
+            if not self.canvas.row_of_B:
+                break
+        return self.answers
+
+    def _block(self, begin: int, end: int, steps: int) -> None:
+        own_BC = self._own(begin, end)
+        masked_BC = own_BC.clone()
+        editing = self.settings.editing_threshold
+        plans = [schedule.planned_counts(m, min(steps, max(m, 1))) for m in masked_BC.sum(1).tolist()]
+        for passes in self.passes:
+            passes.enter(begin, end)
+        busy_B = masked_BC.any(1)
+        post_B = torch.zeros_like(busy_B, dtype=torch.int64)
+        step = 0
+        while bool(busy_B.any()):
+            candidates_BC = (masked_BC if editing is None else own_BC) & busy_B[:, None]
+            token_BC, score_BC = self._proposals(candidates_BC)
+            unmask_BC = score_BC.masked_fill(~masked_BC, float("-inf"))
+            chosen_BC = schedule.best(unmask_BC, self._counts(unmask_BC, plans, step))
+            post_B += busy_B & ~masked_BC.any(1)
+            masked_BC = masked_BC & ~chosen_BC
+            edited_B = torch.zeros_like(busy_B)
+            if editing is not None:
+                edits_BC = candidates_BC & ~masked_BC & ~chosen_BC & (score_BC > editing)
+                edits_BC &= token_BC != self.canvas.ids_BK[:, begin:end]
+                chosen_BC, edited_B = chosen_BC | edits_BC, edits_BC.any(1)
+            self.canvas.ids_BK[:, begin:end] = torch.where(chosen_BC, token_BC, self.canvas.ids_BK[:, begin:end])
+            self._note(chosen_BC, busy_B, begin)
+            busy_B = masked_BC.any(1) | (edited_B & (post_B < self.settings.max_post_steps))
+            if self.stops and editing is None:  # an edit could still take the end token back
+                busy_B = busy_B & ~self._ended(begin, end, masked_BC)
+            step += 1
+
+    def _own(self, begin: int, end: int) -> Tensor:
+        """Say which columns of a block are the model's to write."""
+        canvas, part = self.canvas, slice(begin, end)
+        return canvas.valid_BK[:, part] & ~canvas.given_BK[:, part]
+
+    def _counts(self, score_BC: Tensor, plans: list[list[int]], step: int) -> Tensor:
+        planned = [plan[step] if step < len(plan) else 1 for plan in plans]
+        settings, device = self.settings, score_BC.device
+        if settings.factor is not None:
+            return schedule.factor_counts(score_BC, settings.factor)
+        if settings.threshold is not None:
+            # With `steps` given, at least as many as planned, as in LLaDA2; else at least one.
+            least = planned if settings.steps is not None else [1] * len(planned)
+            return schedule.threshold_counts(score_BC, settings.threshold, torch.tensor(least, device=device))
+        return torch.tensor(planned, device=device)
+
+    def _proposals(self, active_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the model and propose a token at each active place. Shapes: returns token_BC and score_BC."""
+        canvas, settings = self.canvas, self.settings
+        logits_MV = self.model.logits(self.passes[0].hidden(canvas.ids_BK)[active_BC])
+        if settings.cfg_scale:
+            blind_BK = canvas.ids_BK.masked_fill(canvas.given_BK, self.model.mask_token_id)
+            without_MV = self.model.logits(self.passes[1].hidden(blind_BK)[active_BC])
+            logits_MV = logits_MV + settings.cfg_scale * (logits_MV - without_MV)
+        logits_MV = logits_MV.clone()
+        logits_MV[:, self.model.mask_token_id] = float("-inf")
+        row_M = active_BC.nonzero()[:, 0].tolist()
+        token_M, score_M = propose(
+            logits_MV,
+            [canvas.row_of_B[row] for row in row_M],
+            self.generators,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            remasking=settings.remasking,
+        )
+        token_BC = torch.zeros(active_BC.shape, dtype=torch.int64, device=active_BC.device)
+        score_BC = torch.full(active_BC.shape, float("-inf"), device=active_BC.device)
+        token_BC[active_BC], score_BC[active_BC] = token_M, score_M
+        return token_BC, score_BC
+
+    def _note(self, chosen_BC: Tensor, busy_B: Tensor, begin: int) -> None:
+        for row in busy_B.nonzero()[:, 0].tolist():
+            number = self.canvas.row_of_B[row]
+            answer = self.answers[number]
+            answer.passes += len(self.passes)
+            columns = (chosen_BC[row].nonzero()[:, 0] + begin).tolist()
+            tokens = self.canvas.ids_BK[row, columns].tolist()
+            answer.steps.append([(c - self.offset[number], t) for c, t in zip(columns, tokens, strict=True)])
+            if self.watch is not None:
+                self.watch(number, answer.steps[-1])
+
+    def _ended(self, begin: int, end: int, masked_BC: Tensor) -> Tensor:
+        """Say which rows have an end token in the block with no mask before it."""
+        written_BC = self._own(begin, end) & ~masked_BC
+        eos_BC = written_BC & torch.isin(self.canvas.ids_BK[:, begin:end], self.eos_M)
+        return (eos_BC & (masked_BC.long().cumsum(1) == 0)).any(1)
+
+    def _dismiss(self, last: bool, end: int) -> None:
+        """Take finished rows off the canvas."""
+        canvas = self.canvas
+        stay = []
+        for row, number in enumerate(canvas.row_of_B):
+            upto = slice(self.offset[number], end)
+            ids = canvas.ids_BK[row, upto][canvas.valid_BK[row, upto]].tolist()
+            if last or (self.stops and not self.model.eos_ids.isdisjoint(ids)):
+                self.answers[number].token_ids = ids
+            else:
+                stay.append(row)
+        if len(stay) < len(canvas.row_of_B):
+            canvas.keep(stay)
+            for passes in self.passes:
+                passes.keep(stay)

@@ -1,0 +1,76 @@
+"""What a model would write at masked places, and how sure it is of each.
+
+Shape suffixes: M masked places, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dllm.diffusion.sampler_settings import Remasking
+from dllm.training.order import derive_seed
+
+
+def row_generators(prompts: Sequence[Sequence[int]], seed: int) -> list[torch.Generator]:
+    """Give each prompt random numbers of its own, whatever shares its batch; equal prompts get different ones."""
+    seen: dict[tuple[int, ...], int] = {}
+    generators = []
+    for prompt in map(tuple, prompts):
+        seen[prompt] = seen.get(prompt, 0) + 1
+        generators.append(torch.Generator().manual_seed(derive_seed(seed, "sampler", prompt, seen[prompt])))
+    return generators
+
+
+def propose(
+    logits_MV: Tensor,
+    rows: Sequence[int],
+    generators: Sequence[torch.Generator],
+    *,
+    temperature: float,
+    top_p: float,
+    remasking: Remasking,
+) -> tuple[Tensor, Tensor]:
+    """Draw a token for each place, and score it by the logits as they are, whatever the temperature.
+
+    Shapes: rows tells whose place each is, in ascending order, and picks its generator. Returns token_M int64 and
+        score_M float32, larger for those to commit sooner: a probability (low_confidence), u (random), minus the
+        entropy in nats (entropy), the gap between the two largest probabilities (margin).
+    Source: LLaDA's generation code; argmax of z / T + Gumbel noise is a draw from softmax(z / T), and needs float64
+        (arXiv 2409.02908).
+    """
+    log_MV = torch.log_softmax(logits_MV.float(), -1)
+    if temperature == 0:
+        token_M = logits_MV.argmax(-1)
+    else:
+        token_M = (_nucleus(logits_MV.double() / temperature, top_p) + _gumbel(logits_MV, rows, generators)).argmax(-1)
+    if remasking == "low_confidence":
+        return token_M, log_MV.gather(1, token_M[:, None])[:, 0].exp()
+    if remasking == "entropy":
+        return token_M, torch.xlogy(log_MV.exp(), log_MV.exp()).sum(-1)
+    if remasking == "margin":
+        top_M2 = log_MV.topk(2, -1).values.exp()
+        return token_M, top_M2[:, 0] - top_M2[:, 1]
+    drawn = [torch.rand(rows.count(row), generator=generators[row]) for row in dict.fromkeys(rows)]
+    return token_M, torch.cat(drawn).to(logits_MV.device)
+
+
+def _gumbel(logits_MV: Tensor, rows: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    drawn = [
+        torch.rand(rows.count(row), logits_MV.shape[1], generator=generators[row], dtype=torch.float64)
+        for row in dict.fromkeys(rows)
+    ]
+    u_MV = torch.cat(drawn).clamp_min(1e-300).to(logits_MV.device)  # 0 would be an infinite wish
+    return -torch.log(-torch.log(u_MV))
+
+
+def _nucleus(logits_MV: Tensor, top_p: float) -> Tensor:
+    """Leave out the tokens beyond the smallest set of the likeliest that holds `top_p`."""
+    if top_p >= 1:
+        return logits_MV
+    by_MV, order_MV = logits_MV.sort(-1, descending=True)
+    before_MV = torch.softmax(by_MV, -1).cumsum(-1) - torch.softmax(by_MV, -1)
+    out_MV = torch.zeros_like(before_MV, dtype=torch.bool).scatter(1, order_MV, before_MV >= top_p)
+    return logits_MV.masked_fill(out_MV, float("-inf"))

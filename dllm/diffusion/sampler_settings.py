@@ -1,0 +1,83 @@
+"""What a person may ask of a sampler, and which wishes do not go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dllm.errors import ConfigError
+from dllm.models.bidirectional import Context
+
+Remasking = Literal["low_confidence", "random", "entropy", "margin"]
+CacheKind = Literal["none", "prefix", "dual", "block"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an answer is written.
+
+    Raises:
+        ConfigError: a value is out of range, or two of them do not go together.
+    """
+
+    max_new_tokens: int = 128
+    steps: int | None = None
+    """Forward passes over all blocks together; null takes one a token. Thresholds and factors may need fewer."""
+    block_size: int | None = None
+    """Columns written before the next ones are begun; null takes all at once."""
+    temperature: float = 0.0
+    top_p: float = 1.0
+    remasking: Remasking = "low_confidence"
+    """Which proposals are kept: the most probable, a random choice, those of least entropy, or of largest margin."""
+    threshold: float | None = None
+    """Commit every proposal whose probability (margin) is above this, and at least one."""
+    factor: float | None = None
+    """Commit by Fast-dLLM's factor rule instead."""
+    cfg_scale: float = 0.0
+    """Classifier-free guidance: logits z + w (z - z without the prompt). It doubles the forward passes."""
+    cache: CacheKind = "none"
+    """`prefix` and `dual` are approximate, for full attention; `block` is exact, for block-causal models."""
+    early_stop: bool = True
+    """Leave out work after an end token; the text is the same either way."""
+    seed: int = 0
+    editing_threshold: float | None = None
+    """Also rewrite tokens of the current block for which another one's probability is above this (LLaDA2.1)."""
+    max_post_steps: int = 16
+    """Most passes that only edit a block, once it has no mask."""
+
+    def __post_init__(self) -> None:
+        checks = [
+            (self.max_new_tokens >= 1, "max_new_tokens must be at least 1", None),
+            (self.steps is None or self.steps >= 1, "steps must be at least 1", None),
+            (self.block_size is None or self.block_size >= 1, "block_size must be at least 1", None),
+            (self.temperature >= 0, "temperature must not be negative", None),
+            (0 < self.top_p <= 1, "top_p must be above 0 and at most 1", None),
+            (self.cfg_scale >= 0, "cfg_scale must not be negative", None),
+            (self.max_post_steps >= 0, "max_post_steps must not be negative", None),
+            (self.factor is None or self.factor > 0, "factor must be above 0", None),
+            (self.threshold is None or self.factor is None, "threshold and factor exclude each other", "name one"),
+            (
+                (self.threshold is None and self.factor is None) or self.remasking in ("low_confidence", "margin"),
+                f"threshold and factor compare probabilities, which remasking {self.remasking} has none of",
+                "take low_confidence or margin",
+            ),
+        ]
+        for fine, message, hint in checks:
+            if not fine:
+                raise ConfigError(message, hint=hint)
+
+    def check_cache(self, context: Context) -> None:
+        """Refuse a cache that the model's attention has no use for.
+
+        Raises:
+            ConfigError: it is one for another kind of attention.
+        """
+        if self.cache == "block" and context == "full":
+            raise ConfigError(
+                "cache block is for block-causal models, and this one sees all of its canvas",
+                hint="take prefix or dual",
+            )
+        if self.cache in ("prefix", "dual") and context != "full":
+            raise ConfigError(
+                f"cache {self.cache} is for full attention, and this model is block-causal", hint="take block"
+            )

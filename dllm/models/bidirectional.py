@@ -1,0 +1,272 @@
+"""A causal language model with its causal mask lifted: every place may look at every other, and predicts itself.
+
+Owns the attention masks such a model is fed, and how its checkpoint is written and read. Any Llama,
+Qwen2, Qwen3, Mistral or Gemma3 of transformers will do; a saved checkpoint is an ordinary Hugging Face directory with a
+`dllm.json` beside it.
+
+Shape suffixes: B batch, S sequence, Q query columns, K key columns, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dllm.config import Target
+from dllm.data.chat import stop_ids
+from dllm.errors import DataError, ModelError
+from dllm.models import remote, targets
+from dllm.models.mask_row import settle_mask_token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dllm.models.canvas_cache import CanvasCache
+
+NOTE = "dllm.json"
+"""File beside config.json that says how a checkpoint is to be decoded."""
+
+Context = Literal["full", "block", "causal"]
+"""`full`: every place sees every other; `block`: a block sees itself and what is before; `causal`: the same, but
+finished text sees only what is before each place."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """What `dllm.json` says of a checkpoint."""
+
+    mode: Literal["mdlm", "hybrid"]
+    mask_token_id: int
+    block_size: int | None = None
+    """Columns of a block where none sees a later one (attention `block`); null where all is seen."""
+
+    @property
+    def context(self) -> Context:
+        """Tell how text before a block was seen in training."""
+        if self.block_size is None:
+            return "full"
+        return "causal" if self.mode == "hybrid" else "block"
+
+
+class BidirectionalLM(nn.Module):
+    """A language model whose place i predicts token i from all valid places, its own included."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.mask_token_id = mask_token_id
+        self.config = model.config.get_text_config()
+        self.eos_ids = _eos_ids(model, tokenizer)
+        self.prompt_blocks = False
+        """Whether a prompt's own blocks are block-causal too, as LLaDA2's are; else a prompt is seen as one block."""
+        self.kind = remote.kind_of(model)
+        """The published family of a model with code of its own; null for transformers' models."""
+        self.note = Note("mdlm", mask_token_id)
+        """How it was, or is being, trained; `save` writes it. A trainer sets it."""
+        if self.kind is not None:
+            self.note = Note(self.kind.mode, mask_token_id, self.kind.block_size)
+            self.prompt_blocks = self.kind.block_size is not None
+        # transformers then builds no causal mask of its own; masks given in full are taken as they are.
+        self.config.is_causal = False
+
+    @property
+    def head_VD(self) -> Tensor:
+        """Return the output embedding."""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Score every token at every place; place i is about token i.
+
+        Shapes: hidden (..., D); returns (..., V).
+        """
+        found = nn.functional.linear(hidden, self.head_VD.to(hidden.dtype))
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return found if cap is None else torch.tanh(found / cap) * cap
+
+    def hidden(
+        self,
+        ids_BS: Tensor,
+        valid_BS: Tensor | None = None,
+        *,
+        allowed_BSS: Tensor | None = None,
+        position_ids_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Return what the last layer makes of each place, with full attention over valid places.
+
+        Shapes: ids_BS int64; valid_BS bool, false on padding on either side (its default: all true); allowed_BSS bool,
+            true where a row's place may look at a column, instead of everywhere; position_ids_BS int64, by default
+            counted over valid places. Returns hidden_BSD.
+        """
+        if position_ids_BS is None:
+            position_ids_BS = places(ids_BS, valid_BS)
+        visible_BSS = _visible(ids_BS, valid_BS, allowed_BSS)
+        if self.kind is not None:
+            if self.kind.masks == "none" and allowed_BSS is not None:
+                raise ModelError("this model's code takes no attention mask", where=self.config.model_type)
+            return remote.run(self.model, self.kind, ids_BS, valid_BS, position_ids_BS, visible_BSS)
+        return self._run(ids_BS, position_ids_BS, visible_BSS, causal=False)
+
+    def causal_hidden(self, ids_BS: Tensor, valid_BS: Tensor | None = None) -> Tensor:
+        """Return the last layer with the causal mask in place: place i is then about token i + 1.
+
+        Shapes: as in `hidden`.
+        """
+        visible_BSS = None
+        if valid_BS is not None and not bool(valid_BS.all()):
+            length = ids_BS.shape[1]
+            before_SS = torch.ones(length, length, dtype=torch.bool, device=ids_BS.device).tril()
+            visible_BSS = _visible(ids_BS, valid_BS, before_SS.expand(len(ids_BS), -1, -1))
+        return self._run(ids_BS, places(ids_BS, valid_BS), visible_BSS, causal=True)
+
+    def part(self, ids_BQ: Tensor, position_ids_BQ: Tensor, visible_BQK: Tensor, cache: CanvasCache) -> Tensor:
+        """Run some columns against the keys and values that a cache holds of others; the cache takes in the new ones.
+
+        Shapes: visible_BQK bool over the cache's K columns, as `CanvasCache.write` left them. Returns hidden_BQD.
+        """
+        return self._run(ids_BQ, position_ids_BQ, visible_BQK, causal=False, cache=cache)
+
+    def _run(
+        self,
+        ids_BQ: Tensor,
+        position_ids_BQ: Tensor,
+        visible_BQK: Tensor | None,
+        *,
+        causal: bool,
+        cache: CanvasCache | None = None,
+    ) -> Tensor:
+        if self.kind is not None:
+            raise ModelError(
+                "no causal pass and no cache through a model's own code",
+                where=self.config.model_type,
+                hint="--cache none",
+            )
+        key_position_BK = position_ids_BQ if cache is None else cache.position_ids_BK
+        mask = self._masks(visible_BQK, position_ids_BQ, key_position_BK, causal)
+        found = self.model.base_model(
+            input_ids=ids_BQ,
+            attention_mask=mask,
+            position_ids=position_ids_BQ,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            is_causal=causal,
+        )
+        hidden_BQD: Tensor = found.last_hidden_state
+        return hidden_BQD
+
+    def _masks(
+        self, visible_BQK: Tensor | None, position_ids_BQ: Tensor, position_ids_BK: Tensor, causal: bool
+    ) -> Tensor | dict[str, Tensor | None] | None:
+        """Put masks as transformers wants them: one, or one a kind of layer. None sees everything (or before)."""
+        kinds = getattr(self.config, "layer_types", None)
+        window = getattr(self.config, "sliding_window", None)
+        full = None if visible_BQK is None else visible_BQK[:, None]
+        near = full
+        if window is not None and position_ids_BK.shape[1] > window:
+            # Both ways: a window of W reaches W - 1 places back, and as many ahead where looking ahead is allowed.
+            apart_BQK = position_ids_BQ[:, :, None] - position_ids_BK[:, None]
+            near_BQK = apart_BQK.abs() < window
+            if causal and visible_BQK is None:
+                near_BQK &= apart_BQK >= 0
+            near = (near_BQK if visible_BQK is None else near_BQK & visible_BQK)[:, None]
+        if kinds is not None:
+            return {"full_attention": full, "sliding_attention": near}
+        return full if window is None else near
+
+    def save(self, directory: Path) -> None:
+        """Write a Hugging Face directory that transformers loads, with the tokenizer and, from `note`, `dllm.json`."""
+        del self.config.is_causal
+        try:
+            self.model.save_pretrained(directory)
+        finally:
+            self.config.is_causal = False
+        self.tokenizer.save_pretrained(directory)
+        (Path(directory) / NOTE).write_text(json.dumps(asdict(self.note), indent=2) + "\n")
+
+    @classmethod
+    def from_directory(
+        cls, directory: Path, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+    ) -> BidirectionalLM:
+        """Read what `save` wrote; `note` then holds its `dllm.json`.
+
+        Raises:
+            ModelError: there is no such directory, it lacks tensors, or its `dllm.json` is missing or broken.
+        """
+        return load_bidirectional(Target(model=str(directory), dtype="float32"), dtype or "float32", device)
+
+
+def load_bidirectional(
+    target: Target,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    mask_token_id: int | None = None,
+) -> BidirectionalLM:
+    """Load a causal model frozen and in evaluation mode, with its mask lifted and a mask token settled.
+
+    Args:
+        target: which model; a checkpoint's directory brings its own mask token.
+        dtype: by default the target's.
+        device: where to.
+        mask_token_id: the mask's row, where neither the checkpoint nor the tokenizer has one; null adds a token.
+
+    Raises:
+        ModelError: the model cannot be read.
+        ConfigError: the mask token is no row of the embedding, or text uses it.
+    """
+    note = read_note(targets.locate(target))
+    tokenizer = targets.load_tokenizer(target)
+    model = targets.load_target(target, dtype, device)
+    wanted = note.mask_token_id if note is not None else mask_token_id
+    found = BidirectionalLM(model, tokenizer, settle_mask_token(model, tokenizer, wanted, _eos_ids(model, tokenizer)))
+    found.note = note or found.note
+    return found
+
+
+def read_note(directory: Path) -> Note | None:
+    """Read a checkpoint's `dllm.json`; None where it has none.
+
+    Raises:
+        ModelError: it does not say what it should.
+    """
+    path = directory / NOTE
+    if not path.is_file():
+        return None
+    try:
+        return Note(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"cannot read the checkpoint's note: {error}", where=str(path)) from None
+
+
+def places(ids_BS: Tensor, valid_BS: Tensor | None) -> Tensor:
+    """Number each row's valid places from 0. Shapes: returns position_ids_BS int64."""
+    if valid_BS is None:
+        return torch.arange(ids_BS.shape[1], device=ids_BS.device).expand(ids_BS.shape)
+    return (valid_BS.long().cumsum(1) - 1).clamp_min(0)
+
+
+def _visible(ids_BS: Tensor, valid_BS: Tensor | None, allowed_BSS: Tensor | None) -> Tensor | None:
+    """Join both masks; None where everything is seen. Padding sees itself alone, for a softmax over nothing is NaN."""
+    if valid_BS is None or bool(valid_BS.all()):
+        return allowed_BSS
+    seen_BSS = valid_BS[:, None].expand(-1, ids_BS.shape[1], -1)
+    if allowed_BSS is not None:
+        seen_BSS = seen_BSS & allowed_BSS
+    return seen_BSS | torch.eye(ids_BS.shape[1], dtype=torch.bool, device=ids_BS.device)
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Collect the ids that end an answer; a model without a chat template still has those of its configs."""
+    found: set[int] = set()
+    try:
+        found = stop_ids(tokenizer, model.generation_config)
+    except DataError:
+        if tokenizer.eos_token_id is not None:
+            found.add(int(tokenizer.eos_token_id))
+    ids: Any = model.config.get_text_config().eos_token_id
+    return found | ({ids} if isinstance(ids, int) else set(ids or ()))

@@ -1,0 +1,71 @@
+"""The row of the embedding that stands for "not written yet" in a diffusion model.
+
+Owns the choice of that token, and the growth of a model that has no row to spare.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from dllm.errors import ConfigError
+from dllm.models.remote import KINDS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MASK = "<|mask|>"
+
+
+def settle_mask_token(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, explicit: int | None, eos_ids: Collection[int] = ()
+) -> int:
+    """Return the mask id, and make the tokenizer and the embedding have it.
+
+    Tried in this order: `explicit`; the tokenizer's mask token; a special token called mask; the published model's
+    own; else `<|mask|>` is added to the tokenizer, and one row to the embedding (and head) if none is unused.
+
+    Raises:
+        ConfigError: the id is no row of the embedding, or text uses it.
+    """
+    embedding: Any = model.get_input_embeddings()
+    rows = len(embedding.weight)
+    found = _choose(model, tokenizer, explicit)
+    if found is None:
+        tokenizer.add_special_tokens({"mask_token": MASK})
+        added: Any = tokenizer.convert_tokens_to_ids(MASK)
+        found = int(added)
+        if found >= rows:
+            model.resize_token_embeddings(found + 1, mean_resizing=True)
+            rows = found + 1
+    elif tokenizer.mask_token_id is None and (token := tokenizer.convert_ids_to_tokens(found)) is not None:
+        tokenizer.add_special_tokens({"mask_token": token})
+    taken = _taken(tokenizer) | set(eos_ids)
+    if not 0 <= found < rows:
+        raise ConfigError(f"mask id {found} is outside the model's embedding of {rows} rows", where="mask_token_id")
+    if found in taken:
+        token = tokenizer.convert_ids_to_tokens(found)
+        raise ConfigError(f"mask id {found} is {token}, which ends or frames the model's text", where="mask_token_id")
+    return found
+
+
+def _choose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, explicit: int | None) -> int | None:
+    if explicit is not None:
+        return explicit
+    if tokenizer.mask_token_id is not None:
+        return int(tokenizer.mask_token_id)
+    added = tokenizer.added_tokens_decoder
+    for id in sorted(added):
+        if added[id].special and re.search("mask", added[id].content, re.IGNORECASE):
+            return int(id)
+    kind = KINDS.get(model.config.model_type)
+    return None if kind is None else kind.mask_token_id
+
+
+def _taken(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Collect ids that text uses: roles, and special tokens in the chat template."""
+    roles = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    template, added = str(tokenizer.chat_template or ""), tokenizer.added_tokens_decoder
+    framing = {id for id in added if added[id].special and added[id].content in template}
+    return {int(id) for id in roles if id is not None} | framing

@@ -1,0 +1,131 @@
+"""Keys and values of many rows that decode together, and the attention that reads them.
+
+Each row has a slot and its places are written in place, so nothing is copied as answers grow. What a row computes does
+not depend on its neighbours: prompts are laid end to end and attend each to itself, whatever is prefilled with them.
+
+Shape suffixes: B slots, S tokens of several prompts end to end, T cache places, H query heads, G key/value heads,
+R = H / G, E head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ATTENTION = "dllm_slots"
+PLACES_AT_ONCE = 16
+"""Places are added, and read, in multiples of it: a sum over them then has the same order however many there are."""
+
+
+class SlotCache:
+    """Keys and values of every slot; has what transformers' decoders ask of a cache.
+
+    Args:
+        layers: of the decoder.
+        slots: rows that decode together.
+    """
+
+    def __init__(self, layers: int, slots: int) -> None:
+        self.keys: list[Tensor] = [torch.empty(0)] * layers
+        self.values: list[Tensor] = [torch.empty(0)] * layers
+        self.slots, self.places, self.seen = slots, 0, 0
+        self.prompts: list[tuple[list[int], slice]] | None = None
+        self.at: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+
+    def reserve(self, places: int) -> None:
+        """Have room for so many places a slot; what is there stays."""
+        if places <= self.places:
+            return
+        self.places = -(-places // PLACES_AT_ONCE) * PLACES_AT_ONCE
+        self.keys = [self._grown(old) for old in self.keys]
+        self.values = [self._grown(old) for old in self.values]
+
+    def prefill(self, prompts: list[tuple[list[int], slice]]) -> None:
+        """Take what comes next as prompts end to end: the slots each is for (one a sample), and where it stands."""
+        self.prompts = prompts
+
+    def decode(self, length_B: Tensor, device: torch.device) -> None:
+        """Take what comes next as one token a slot, each at its own place."""
+        self.prompts = None
+        self.at = (torch.arange(len(length_B), device=device), length_B.to(device))
+        self.seen = min(self.places, -(-(int(length_B.max()) + 1) // PLACES_AT_ONCE) * PLACES_AT_ONCE)
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Store new keys and values, and return those the queries may read.
+
+        Shapes: (1, G, S, E) in prefill, (B, G, 1, E) after that.
+        """
+        if not len(self.keys[layer]):
+            self.keys[layer] = key.new_zeros(self.slots, key.shape[1], self.places, key.shape[3])
+            self.values[layer] = value.new_zeros(self.slots, value.shape[1], self.places, value.shape[3])
+        keys, values = self.keys[layer], self.values[layer]
+        if self.prompts is not None:
+            for slots_of_prompt, part in self.prompts:
+                keys[slots_of_prompt, :, : part.stop - part.start] = key[0, :, part]
+                values[slots_of_prompt, :, : part.stop - part.start] = value[0, :, part]
+            return key, value
+        slots, places = self.at
+        keys[slots, :, places] = key[:, :, 0]
+        values[slots, :, places] = value[:, :, 0]
+        return keys[:, :, : self.seen], values[:, :, : self.seen]
+
+    def keep(self, slots: Sequence[int]) -> None:
+        """Drop all other slots."""
+        self.keys = [key[list(slots)] for key in self.keys]
+        self.values = [value[list(slots)] for value in self.values]
+        self.slots = len(slots)
+
+    def widen(self, slots: int) -> None:
+        """Add empty slots, up to so many."""
+        more = slots - self.slots
+        self.keys = [torch.cat([key, key.new_zeros(more, *key.shape[1:])]) if len(key) else key for key in self.keys]
+        self.values = [torch.cat([v, v.new_zeros(more, *v.shape[1:])]) if len(v) else v for v in self.values]
+        self.slots = slots
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Return 0: positions are always given explicitly."""
+        return 0
+
+    def _grown(self, old: Tensor) -> Tensor:
+        if not len(old):
+            return old
+        new = old.new_zeros(*old.shape[:2], self.places, old.shape[3])
+        new[:, :, : old.shape[2]] = old
+        return new
+
+
+@contextmanager
+def slot_attention(model: Any) -> Iterator[None]:
+    """Let a transformers model attend by slots while the context lasts."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _attend)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **more: Any
+) -> tuple[Tensor, None]:
+    if mask is None:
+        ends = more["cu_seq_lens_q"]
+        return torch.cat([_one_prompt(query, key, value, part, scaling) for part in ends], 1), None
+    # One token a slot: the R query heads that share a key head become the query's length.
+    batch, heads, size = query.shape[0], query.shape[1], query.shape[3]
+    grouped = query.view(batch, key.shape[1], heads // key.shape[1], size)
+    mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    return mixed.reshape(batch, 1, heads, size), None
+
+
+def _one_prompt(query: Tensor, key: Tensor, value: Tensor, part: slice, scaling: float) -> Tensor:
+    own = (query[:, :, part], key[:, :, part], value[:, :, part])
+    return F.scaled_dot_product_attention(*own, is_causal=True, scale=scaling, enable_gqa=True).transpose(1, 2)

@@ -1,0 +1,180 @@
+"""Stage `evaluate` for a diffusion model: how likely it finds held-out answers, and how well and fast it writes them.
+
+The same prompts are decoded with one plan of passes and with each threshold, so that the table shows what writing
+several tokens at a time costs in right answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dllm.config import DiffusionEvaluation, Params
+from dllm.data.shards import MANIFEST, Row, read_rows
+from dllm.errors import DataError
+from dllm.progress import Progress
+from dllm.stages.contract import Stage, open_stage
+
+if TYPE_CHECKING:
+    from dllm.models.bidirectional import BidirectionalLM
+
+
+def is_diffusion(root: Path) -> bool:
+    """Tell whether out/train/checkpoint is a diffusion model rather than a draft."""
+    from dllm.models.bidirectional import NOTE
+
+    return (root / "out" / "train" / "checkpoint" / NOTE).is_file()
+
+
+def run(params: Params, root: Path) -> dict[str, Any]:
+    """Measure the trained model, publish out/evaluate/, and return its metrics.
+
+    Raises:
+        DataError: there is no held-out answer.
+        ModelError: the checkpoint is missing or cannot be read.
+    """
+    from dllm.models import targets
+
+    with open_stage(
+        "evaluate",
+        params,
+        sections=[params.target, params.evaluate],
+        inputs={
+            "answers": root / "out" / "regenerate" / MANIFEST,
+            "checkpoint": root / "out" / "train" / "checkpoint",
+        },
+        identity={"target": targets.identity(params.target)},
+        root=root,
+    ) as stage:
+        return _evaluate(params, root, stage)
+
+
+def _evaluate(params: Params, root: Path, stage: Stage) -> dict[str, Any]:
+    import torch
+
+    from dllm.data.collate import make_examples
+    from dllm.diffusion import likelihood
+    from dllm.models import targets
+    from dllm.models.bidirectional import BidirectionalLM
+
+    settings = params.evaluate.diffusion or DiffusionEvaluation()
+    folder = root / "out" / "regenerate"
+    heldout = sorted(read_rows(folder, "heldout"), key=lambda row: (row.prompt_id, row.sample, row.turn))
+    if not heldout:
+        raise DataError("no held-out answer", where=str(folder), hint="raise prepare.heldout_fraction")
+    checkpoint = root / "out" / "train" / "checkpoint"
+    model = BidirectionalLM.from_directory(checkpoint, params.target.dtype, targets.best_device()).eval()
+    examples = make_examples(heldout[: settings.likelihood_answers], model.config.max_position_embeddings).kept
+    with Progress("evaluate: likelihood", len(examples), "answers") as progress:
+        bound = likelihood.bound(
+            model,
+            examples,
+            samples=settings.likelihood_samples,
+            batch_size=settings.batch_size,
+            seed=0,
+            advance=progress.update,
+        ).figures()
+    if model.note.mode == "hybrid":
+        bound["ar_nll"] = likelihood.causal_nll(model, examples, batch_size=settings.batch_size)
+    rows = _first_of_each_source(heldout, params.evaluate.num_prompts)
+    decodings, written = _decode(params, settings, model, rows, _words(read_rows(folder, "train")))
+    score = -bound["nelbo"] if settings.score == "nelbo" else decodings[0]["words_exact"]
+    metrics = {
+        **bound,
+        **{name: decodings[0][name] for name in ("answers_exact", "words_exact", "words_unseen_exact")},
+        **{name: decodings[-1][name] for name in ("tokens_per_pass", "tokens_per_s")},
+        "decodings": decodings,
+        "score": score,
+        "score_is": settings.score,
+        "heldout_digest": _digest(settings, [example.id for example in examples], [row.prompt_id for row in rows]),
+        "mode": model.note.mode,
+        "block_size": model.note.block_size,
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": params.target.dtype,
+        "device": str(model.head_VD.device),
+        "threads": torch.get_num_threads(),
+    }
+    _publish(stage, written, metrics)
+    return metrics
+
+
+def _first_of_each_source(rows: Sequence[Row], number: int) -> list[Row]:
+    taken: dict[str, list[Row]] = {}
+    for row in rows:
+        own = taken.setdefault(row.source, [])
+        if len(own) < number:
+            own.append(row)
+    return [row for own in taken.values() for row in own]
+
+
+def _words(rows: Sequence[Row]) -> set[str]:
+    return {word for row in rows for word in str(row.messages[-1]["content"]).split()}
+
+
+def _decode(
+    params: Params, settings: DiffusionEvaluation, model: BidirectionalLM, rows: Sequence[Row], seen: set[str]
+) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
+    from dllm.diffusion.answering import figures, write_answers
+    from dllm.diffusion.sampler_settings import Settings
+
+    asked: dict[str, Any] = {
+        "max_new_tokens": params.evaluate.max_new_tokens,
+        "block_size": params.evaluate.block_size or None,
+    }
+    ways = [Settings(**asked, steps=settings.steps)]
+    ways += [Settings(**asked, threshold=threshold, cache=settings.cache) for threshold in settings.thresholds]
+    table: dict[str, list[Any]] = {name: [] for name in ("prompt_id", "threshold", "wanted", "written", "passes")}
+    found = []
+    with Progress("evaluate: decoding", len(ways) * len(rows), "answers") as progress:
+        for way in ways:
+            answers = write_answers(model, rows, way, settings.batch_size, progress.update)
+            found.append({"threshold": way.threshold, "steps": way.steps, **figures(answers, seen)})
+            for answer in answers:
+                values = (answer.id, way.threshold, answer.wanted, answer.text, answer.passes)
+                for name, value in zip(table, values, strict=True):
+                    table[name].append(value)
+    return found, table
+
+
+def _digest(settings: DiffusionEvaluation, likely: Sequence[str], decoded: Sequence[str]) -> str:
+    """Name what was measured on and how, so that two checkpoints are compared on the same terms only."""
+    about = json.dumps([settings.model_dump(mode="json"), list(likely), list(decoded)])
+    return hashlib.sha256(about.encode()).hexdigest()[:16]
+
+
+def _publish(stage: Stage, table: dict[str, list[Any]], metrics: dict[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows, picture = stage.work / "answers.parquet", stage.work / "noise.png"
+    with rows.open("wb") as file:
+        pq.write_table(pa.table(table), file)
+    _draw(metrics, picture)
+    for level in metrics["by_noise_level"]:
+        if level["accuracy"] is not None:
+            named = {"accuracy_at_noise": level["accuracy"], "cross_entropy_at_noise": level["cross_entropy"]}
+            stage.tracker.log_metrics(named, round(100 * level["masked_up_to"]))
+    stage.tracker.log_artifact(picture)
+    stage.publish({path.name: path for path in (rows, picture)}, metrics)
+
+
+def _draw(metrics: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    levels = [level for level in metrics["by_noise_level"] if level["accuracy"] is not None]
+    left.plot([level["masked_up_to"] for level in levels], [level["accuracy"] for level in levels], "o-")
+    left.set(xlabel="share of tokens masked, up to", ylabel="accuracy on masked tokens", ylim=(0, 1))
+    ways = metrics["decodings"]
+    right.plot([way["tokens_per_pass"] for way in ways], [way["words_exact"] or 0 for way in ways], "o-")
+    for way in ways:
+        name = "plain" if way["threshold"] is None else f"{way['threshold']:g}"
+        right.annotate(name, (way["tokens_per_pass"], way["words_exact"] or 0))
+    right.set(xlabel="tokens a pass", ylabel="words right", ylim=(0, 1.02))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,38 @@
+"""Random models of two layers, small enough to compare everything with everything."""
+
+import torch
+
+from dllm.config import Target
+from dllm.models.bidirectional import BidirectionalLM, Note
+from dllm.models.targets import load_tokenizer
+
+TINY = Target(model="builtin:tiny", dtype="float32")
+MASK = 500
+FAMILIES = [("Llama", None), ("Qwen2", None), ("Qwen3", None), ("Gemma3", 4), ("Mistral", 4), ("Qwen3", 4)]
+"""Families of transformers, and the sliding window of those that have one."""
+
+
+def small_model(
+    family: str = "Llama", window: int | None = None, note: Note | None = None, seed: int = 7, scale: float = 0.4
+) -> BidirectionalLM:
+    """Make a random model of a family; larger scales make it surer of itself."""
+    import transformers
+
+    torch.manual_seed(seed)
+    values = {
+        "vocab_size": 640, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    }  # fmt: skip
+    if window is not None:
+        values |= {"sliding_window": window}
+        if family != "Mistral":
+            values |= {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True}
+    config = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")(**values)
+    model = getattr(transformers, f"{family}ForCausalLM")._from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.normal_(0, scale)
+    found = BidirectionalLM(model, load_tokenizer(TINY), MASK)
+    found.note = note or found.note
+    return found

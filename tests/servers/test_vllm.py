@@ -1,0 +1,146 @@
+"""vLLM on the CPU, by `make test-vllm`: the same client, and what it accepts of a draft of ours by its own counters.
+
+DRAFT names the draft's directory; without it the one in out/train/checkpoint, else an untrained one, of which nothing
+is accepted.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dllm import process
+from dllm.config import Params
+from dllm.data import chat, shards
+from dllm.data.prompts import HELDOUT, Prompt, read_prompts
+from dllm.dflash.acceptance import Acceptance
+from dllm.dflash.export import load_draft, save_draft
+from dllm.dflash.initial import initial_draft
+from dllm.dflash.speculate import Decoder
+from dllm.models import targets
+from dllm.models.packing import packed_linears
+from dllm.serving.readiness import await_token
+from tests.arch.source_tree import ROOT
+from tests.servers.conftest import PROMPTS, SERVED, START_S, TOKENS, Project
+from tests.servers.questions import ask, metrics
+
+QUESTIONS, ANSWER_TOKENS = 16, 128
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": "",
+    "PYTHONSAFEPATH": "1",
+}
+
+
+@contextmanager
+def vllm(project: Project, *more: str) -> Iterator[str]:
+    """Serve the target and yield the address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    model = targets.locate(project.write().target)
+    bin = ROOT / ".venv-vllm" / "bin"
+    argv = [
+        str(bin / "vllm"), "serve", str(model), "--served-model-name", SERVED, "--dtype", "bfloat16",
+        "--max-model-len", "2048", "--max-num-seqs", "8", "--host", "127.0.0.1", "--port", str(port), *more,
+    ]  # fmt: skip
+    environment = {**ENVIRONMENT, "PATH": f"{bin}:{os.environ['PATH']}"}
+    log = project.root / "logs" / "vllm.log"
+    with process.background(argv, env=environment, cwd=project.root, log_file=log, grace_s=20) as child:
+        url = f"http://127.0.0.1:{port}"
+        await_token(url, SERVED, child, name="vllm", path=None, timeout_s=START_S)
+        assert not child.ended, "\n".join(child.tail)
+        yield f"{url}/v1"
+
+
+def test_regenerate_asks_it_as_it_asks_sglang(project: Project) -> None:
+    with vllm(project) as url:
+        project.run(*project.regenerate(url, "from-vllm", "--json"))
+    project.run("data", "verify", "from-vllm")
+    rows = shards.read_rows(project.root / "from-vllm")
+    assert len({row.prompt_id for row in rows}) == len(rows) == PROMPTS
+    assert Counter(row.finish_reason for row in rows).keys() <= {"stop", "length"}
+    assert all(1 <= row.num_tokens <= 1.2 * TOKENS and row.messages[-1]["content"] for row in rows)
+
+
+def test_it_accepts_of_a_draft_what_evaluate_says(project: Project, tmp_path: Path) -> None:
+    params = project.write()
+    trained, checkpoint = given_draft(), tmp_path / "untrained"
+    if trained:
+        checkpoint = trained
+    else:
+        model, tokenizer = targets.load_target(params.target), targets.load_tokenizer(params.target)
+        save_draft(initial_draft(params.train.dflash, model, tokenizer, seed=0), checkpoint, model.dtype)
+        del model
+    block = load_draft(checkpoint).config.block_size
+    asked = questions(project, checkpoint)
+    speculative = f'{{"method": "dflash", "model": "{checkpoint.resolve()}", "num_speculative_tokens": {block - 1}}}'
+    with vllm(project, "--speculative-config", speculative) as url:
+        before, began = metrics(url), time.monotonic()
+        words = [ask(url, prompt.messages, ANSWER_TOKENS) for prompt in asked]
+        seconds, after = time.monotonic() - began, metrics(url)
+    counted = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    rounds = counted["vllm:spec_decode_num_drafts_total"]
+    theirs = [by_position(counted, k) / rounds for k in range(block - 1)]
+    tokens = counted["vllm:generation_tokens_total"]
+    ours, texts = decode(params, checkpoint, asked)
+    show(theirs, ours, tokens / seconds, len(asked), checkpoint if trained else None)
+    # Both are the target's greedy answers; kernels round differently in bfloat16, so texts part sooner or later.
+    same = sum(a.split()[:5] == b.split()[:5] for a, b in zip(words, texts, strict=True))
+    assert same >= 0.8 * len(asked), list(zip(words, texts, strict=True))
+    assert ours.tau_micro is not None
+    assert abs(1 + sum(theirs) - ours.tau_micro) < 0.15 * ours.tau_micro
+    if trained:
+        assert theirs[0] > 0.2, "an engine that maps our weights wrongly accepts nothing"
+
+
+def given_draft() -> Path | None:
+    """Find the trained draft; one that is asked for must be there."""
+    named = os.environ.get("DRAFT")
+    found = Path(named or ROOT / "out" / "train" / "checkpoint").absolute()
+    if not (found / "config.json").is_file():
+        assert not named, f"no draft in {found}"
+        return None
+    return found
+
+
+def questions(project: Project, checkpoint: Path) -> list[Prompt]:
+    """Take prompts the draft was not trained on: held out by the project that trained it, else by ours."""
+    beside = checkpoint.parents[1] / "prepare"
+    return read_prompts(beside if beside.is_dir() else project.root / "out" / "prepare", HELDOUT)[:QUESTIONS]
+
+
+def by_position(counted: dict[str, float], position: int) -> float:
+    name, label = "vllm:spec_decode_num_accepted_tokens_per_pos_total{", f'position="{position}"'
+    return sum(value for key, value in counted.items() if key.startswith(name) and label in key)
+
+
+def decode(params: Params, checkpoint: Path, asked: Sequence[Prompt]) -> tuple[Acceptance, list[str]]:
+    """Decode the same prompts as stage `evaluate` does."""
+    model, tokenizer = targets.load_target(params.target), targets.load_tokenizer(params.target)
+    draft = load_draft(checkpoint, model.config).to(model.device, model.dtype)
+    decoder, found, texts = Decoder(model, draft), Acceptance(draft.config.block_size), []
+    stops = targets.stop_ids(model, tokenizer)
+    with packed_linears(model, draft):
+        for prompt in asked:
+            ids = chat.prompt_ids(tokenizer, prompt.messages)
+            answer = decoder.answer(ids, max_new_tokens=ANSWER_TOKENS, stop_ids=stops)
+            found.add(answer.rounds)
+            texts.append(tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+    return found, texts
+
+
+def show(theirs: Sequence[float], ours: Acceptance, rate: float, prompts: int, checkpoint: Path | None) -> None:
+    print(f"\n{checkpoint or 'an untrained draft'}: {prompts} held-out prompts, greedy, {ANSWER_TOKENS} tokens at most")
+    print("accepted at offset   vLLM   evaluate's loop")
+    for k, (one, other) in enumerate(zip(theirs, ours.unconditional, strict=True), start=1):
+        print(f"{k:>18} {one:>6.3f} {other or 0:>17.3f}")
+    print(f"{'tau micro':>18} {1 + sum(theirs):>6.2f} {ours.tau_micro or 0:>17.2f}")
+    print(f"vLLM wrote {rate:.1f} tokens/s for one client")

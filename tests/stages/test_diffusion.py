@@ -1,0 +1,75 @@
+"""The stages on a diffusion model: arithmetic, given answers, training, evaluation, the registry."""
+
+import json
+
+import pytest
+import yaml
+
+from dllm import config, recipe_book
+from dllm.models.bidirectional import BidirectionalLM, Note
+from dllm.stages import evaluate, prepare, regenerate, register, train
+
+SMALL = {
+    "target.model": "builtin:tiny",
+    "prepare.sources": [{"name": "arithmetic", "limit": 40}],
+    "prepare.heldout_fraction": 0.2,
+    "train.epochs": 0.5,
+    "train.batch_size": 4,
+    "train.compute_dtype": "float32",
+    "train.log_every": 1,
+    "train.validate_every": 2,
+    "train.validation_samples": 2,
+    "evaluate.num_prompts": 2,
+    "evaluate.max_new_tokens": 8,
+    "evaluate.diffusion.likelihood_answers": 2,
+    "evaluate.diffusion.likelihood_samples": 2,
+}
+
+
+def params(path, recipe: str, **changes) -> config.Params:
+    raw = yaml.safe_load(recipe_book.text(recipe))
+    for key, value in {**SMALL, **changes}.items():
+        *parents, last = key.split(".")
+        node = raw
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    (path / "params.yaml").write_text(yaml.safe_dump(raw))
+    return config.load(path / "params.yaml")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["tiny-mdlm", "smollm2-135m-hybrid"])
+def test_from_prompts_to_the_registry(tmp_path, monkeypatch, mlflow_store, recipe) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
+    given = {"engine": "given", "turns": "last", "max_new_tokens": 256}
+    asked = params(tmp_path, recipe, **{f"regenerate.{key}": value for key, value in given.items()})
+    prepare.run(asked, tmp_path)
+    answers = regenerate.run(asked, tmp_path)
+    assert answers["rows"] == 40
+    trained = train.run(asked, tmp_path)
+    assert trained["steps"] >= 4 and trained["masked_tokens"] > 0 and trained["val_nelbo"] > 0
+    checkpoint = tmp_path / "out" / "train" / "checkpoint"
+    model = BidirectionalLM.from_directory(checkpoint)
+    block = asked.train.hybrid.block_size if asked.train.mode == "hybrid" else None
+    assert model.note == Note(asked.train.mode, model.mask_token_id, block)
+    found = evaluate.run(asked, tmp_path)
+    assert found["nelbo"] > 0 and found["nelbo_se"] >= 0
+    assert [way["threshold"] for way in found["decodings"]] == [None, *asked.evaluate.diffusion.thresholds]
+    assert ("ar_nll" in found) == (asked.train.mode == "hybrid")
+    assert sum(level["tokens"] for level in found["by_noise_level"]) > 0
+    standing = register.run(asked, tmp_path)
+    assert standing["score"] == found["score"] and standing["verdict"].startswith("champion")
+    again = register.run(asked, tmp_path)
+    assert again["version"] == standing["version"]
+    record = json.loads((tmp_path / "out" / "evaluate" / "metrics.json").read_text())
+    assert record["heldout_digest"] == found["heldout_digest"]
+
+
+def test_the_other_modes_sections_shape_no_digest(tmp_path) -> None:
+    asked = params(tmp_path, "tiny-mdlm")
+    other = config.parse({**yaml.safe_load((tmp_path / "params.yaml").read_text())})
+    changed = other.train.model_copy(update={"hybrid": config.Hybrid(ar_loss_alpha=0.7)})
+    assert config.digest(changed) == config.digest(asked.train)
+    moved = other.train.model_copy(update={"mdlm": config.Mdlm(eps=0.01)})
+    assert config.digest(moved) != config.digest(asked.train)
