@@ -58,7 +58,7 @@ long:  ## the same for an hour, to a better draft
 test: setup  ## all tests
 	@$(ENV) python -m pytest $(ARGS)
 
-test-heavy: setup  ## parts over a work pool with two workers, killed and resumed: minutes
+test-heavy: setup  ## the tests of minutes: parts over two workers, killed and resumed; memory over many rows
 	@$(ENV) python -m pytest -m heavy $(ARGS)
 
 test-sglang: setup $(SGLANG)/installed  ## SGLang for real, without a GPU too: its whole life, and regenerate through it

@@ -42,7 +42,7 @@ BAD = [
     (["trian"], 2, "did you mean 'train'"),
     (["train", "--parms", "x"], 2, "no such option: --parms"),
     (["recipe", "shw"], 2, "did you mean 'show'"),
-    (["recipe", "show", "tiny"], 2, "did you mean tiny-dflash?"),
+    (["recipe", "show", "tiny-dflsh"], 2, "did you mean tiny-dflash?"),
     (["generate", "--prompt", "hi"], 2, "--checkpoint"),
     (["generate", "--checkpoint", "x", "--prompt", "hi", "--sampler", "beam"], 2, "'dflash', 'ar'"),
     (["generate", "--checkpoint", "x"], 3, "no prompt"),

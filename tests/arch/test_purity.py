@@ -44,7 +44,17 @@ import sys
 import dllm.__main__, dllm.cli
 print([name for name in sys.argv[1:] if name in sys.modules])
 """
-SLOW_TO_IMPORT = ("torch", "transformers", "mlflow", "datasets", "pyarrow", "numpy", "matplotlib", "aiohttp", "pydantic")
+SLOW_TO_IMPORT = (
+    "torch",
+    "transformers",
+    "mlflow",
+    "datasets",
+    "pyarrow",
+    "numpy",
+    "matplotlib",
+    "aiohttp",
+    "pydantic",
+)
 
 
 def test_importing_any_module_changes_nothing() -> None:

@@ -106,7 +106,7 @@ def open_runs(prefect_home: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.flows
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_parts_one_after_the_other_make_the_rows_of_one_run(
     project: Project, target: LoopbackServer, single: list[shards.Row], prefect_home: Path
 ) -> None:

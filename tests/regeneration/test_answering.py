@@ -275,7 +275,7 @@ def test_chats_that_the_template_refuses_are_set_aside_unless_they_are_many(tmp_
         answering.answer_all(many)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path) -> None:
     import psutil
 
