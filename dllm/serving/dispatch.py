@@ -1,7 +1,7 @@
 """One call of `OpenAIEngine.answer`: its event loop, its workers, and each request's way to an answer or a refusal.
 
-Owns who is asked next and how often. As many workers as may be in flight take requests from the feed; a worker sends
-its next request before it hands the finished answer over, so that no server waits for whoever reads the answers.
+Owns who is asked next and how often. A request gives up its place only once its answer was handed over: what a kill can
+cost is never more than what may be in flight.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from dllm.serving.servers import Server
 TICK_S = 1.0
 AT_ONCE = 16
 """Requests started before those in flight get their turn."""
-AHEAD = 2
-"""Answers that may wait to be read, for each request in flight."""
 
 
 class Dispatch:
@@ -70,7 +68,7 @@ class Dispatch:
                 while self._finished:
                     yield self._outcome(*self._finished.popleft())
                     self._outcomes.check()
-                    loop.run_until_complete(asyncio.sleep(0))  # what has arrived meanwhile frees room at the servers
+                    loop.run_until_complete(self._fill())  # its place is free: no server waits for the other answers
                 # What did finish is handed over before a failure ends the run: it need not be asked again.
                 if self._failures:
                     raise self._failures[0]
@@ -88,14 +86,21 @@ class Dispatch:
     async def _check(self, server: Server) -> object:
         return await self._look(self._client, server)
 
-    async def _turn(self) -> bool:
-        """Fill the free room and wait for something to happen; False when nothing is left to do."""
-        while len(self._workers) < self._settings.concurrency and (request := self._feed.take()) is not None:
+    async def _fill(self) -> None:
+        """Start requests as far as there is room beside those in flight and those whose answers wait to be read."""
+        while len(self._workers) + len(self._finished) < self._settings.concurrency:
+            if (request := self._feed.take()) is None:
+                break
             worker = asyncio.get_running_loop().create_task(self._work(request))
             self._workers.add(worker)
             worker.add_done_callback(self._ended)
             if len(self._workers) % AT_ONCE == 0:
                 await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    async def _turn(self) -> bool:
+        """Fill the free room and wait for something to happen; False when nothing is left to do."""
+        await self._fill()
         self._wake.clear()
         if self._workers and not self._finished and not self._failures:
             with contextlib.suppress(TimeoutError):
@@ -103,14 +108,14 @@ class Dispatch:
                     await self._wake.wait()
         return bool(self._workers or self._finished or self._failures)
 
-    async def _work(self, first: Request) -> None:
-        request: Request | None = first
-        while request is not None:
-            self._finished.append((request, await self._see_through(request)))
-            self._wake.set()
-            # A reader who falls behind stops the workers: `_turn` starts them again once all is read.
-            is_read = len(self._finished) < AHEAD * self._settings.concurrency
-            request = self._feed.take() if is_read else None
+    async def _work(self, request: Request) -> None:
+        found = await self._see_through(request)
+        # In one step: an answer must not count as in flight and as unread, nor as neither.
+        worker = asyncio.current_task()
+        assert worker is not None
+        self._workers.discard(worker)
+        self._finished.append((request, found))
+        self._wake.set()
 
     def _ended(self, worker: asyncio.Task[None]) -> None:
         self._workers.discard(worker)
