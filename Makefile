@@ -52,7 +52,7 @@ run: setup  ## the whole pipeline, then the table; RECIPE=name takes another rec
 	  PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL=CRITICAL python -m flows.pipeline $(if $(FORCE),--force); \
 	  python -m dllm report
 
-long:  ## the same for an hour, to a better draft
+long:  ## the same for some 75 minutes, to a better draft
 	@$(MAKE) --no-print-directory run RECIPE=smollm2-135m-dflash-long
 
 test: setup  ## all tests

@@ -84,6 +84,14 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationCo
     return found
 
 
+def framing_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Collect the ids that frame text: the tokenizer's roles, and special tokens that the chat template names."""
+    roles = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    template, added = str(tokenizer.chat_template or ""), tokenizer.added_tokens_decoder
+    named = {int(id) for id, token in added.items() if token.special and token.content in template}
+    return {int(id) for id in roles if id is not None} | named
+
+
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Find the id the template puts after an answer, else the tokenizer's end of sequence.
 

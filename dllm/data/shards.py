@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from dllm.data.columns import chat_fields, from_columns, to_columns
-from dllm.data.counts import ManifestCounts
 from dllm.data.turns import Message, Tools
 from dllm.data.whole_file import write_whole
 from dllm.errors import DataError
@@ -104,23 +102,6 @@ def write_shard(rows: Sequence[Row], path: Path) -> ShardEntry:
     data = buffer.getvalue()
     write_whole(path, data)
     return {"file": path.name, "rows": len(rows), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def write_rows(rows: Iterable[Row], dir: Path, shard_size: int, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Write rows, already in order of prompt id, sample and turn, as shards and a manifest; return the manifest.
-
-    Args:
-        about: what else the manifest says: the target, the sampling, the inputs.
-    """
-    entries: list[ShardEntry] = []
-    counts = ManifestCounts()
-    pending = iter(rows)
-    while chunk := list(itertools.islice(pending, shard_size)):
-        entries.append(write_shard(chunk, dir / shard_name(len(entries))))
-        counts += ManifestCounts.of(chunk)
-    manifest = {"schema": SCHEMA, **about, **counts.to_json(), "shards": entries}
-    write_manifest(dir, manifest)
-    return manifest
 
 
 def write_manifest(dir: Path, manifest: Mapping[str, Any]) -> Path:

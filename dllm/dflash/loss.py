@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dllm.training.hits import is_argmax
+
 PAPER_GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}
 
 
@@ -41,7 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 soft_M[part] = -(probs_CV.float().clamp_min(1e-37).log_() * wanted_CV).sum(-1)
                 probs_CV.sub_(wanted_CV, alpha=share)
             probs_CV[_rows(label_C1), label_C1[:, 0]] -= 1 - share
-            hit_M[part] = _is_argmax(logits_CV, label_C1)
+            hit_M[part] = is_argmax(logits_CV, label_C1[:, 0])
             if grad_MD is not None:
                 torch.mm(probs_CV, head_VD, out=grad_MD[part])
         ctx.save_for_backward(grad_MD)
@@ -53,19 +55,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss_M: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (grad_MD,) = ctx.saved_tensors
         return grad_MD * grad_loss_M[:, None].to(grad_MD.dtype), None, None, None, None, None
-
-
-def _is_argmax(logits_CV: Tensor, label_C1: Tensor) -> Tensor:
-    """Say where the label is the argmax; spoils logits_CV. One pass of amax, several times as fast as argmax."""
-    label_logit_C = logits_CV.gather(1, label_C1)[:, 0]
-    logits_CV[_rows(label_C1), label_C1[:, 0]] = float("-inf")
-    other_C = logits_CV.amax(-1)
-    hit_C = label_logit_C > other_C
-    # Coarse dtypes tie now and then; argmax takes the first of equals.
-    tie_T = (label_logit_C == other_C).nonzero()[:, 0]
-    if len(tie_T):
-        hit_C[tie_T] = label_C1[tie_T, 0] < logits_CV[tie_T].argmax(-1)
-    return hit_C
 
 
 def _rows(label_C1: Tensor) -> Tensor:

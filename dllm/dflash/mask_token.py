@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from dllm.data.chat import framing_ids
 from dllm.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def resolve_mask_id(
         ConfigError: the given id is no row of the embedding, or text uses it.
         ModelError: the tokenizer leaves no id unused.
     """
-    taken = _taken(tokenizer) | set(stop_ids)
+    taken = framing_ids(tokenizer) | set(stop_ids)
     if explicit is not None:
         if not 0 <= explicit < vocab_rows:
             raise ConfigError(
@@ -60,13 +61,6 @@ def resolve_mask_id(
         where=KEY,
         hint="name an id that the target's text never holds",
     )
-
-
-def _taken(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    roles = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-    template = str(tokenizer.chat_template or "")
-    framing = (i for token, i in _special(tokenizer) if token in template)
-    return {i for i in roles if i is not None} | set(framing)
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, int]]:

@@ -1,6 +1,6 @@
 """Cross-entropy where it counts: logits exist for scored places alone, a chunk at a time, and the head learns too.
 
-Shape suffixes: M scored places, C places of one chunk, D hidden, V vocabulary, E ties.
+Shape suffixes: M scored places, C places of one chunk, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from dllm.training.hits import is_argmax
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
@@ -33,7 +35,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             part = slice(begin, begin + chunk)
             label_C, place_C = labels_M[part], torch.arange(len(labels_M[part]), device=device)
             logits_CV = hidden_MD[part] @ head_VD.T
-            hit_M[part] = _is_argmax(logits_CV, label_C, place_C)
+            hit_M[part] = is_argmax(logits_CV, label_C)
             log_CV = torch.log_softmax(logits_CV, -1, dtype=torch.float32)
             nll_M[part] = -log_CV[place_C, label_C]
             if not wants_hidden and not wants_head:
@@ -59,19 +61,6 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _is_argmax(logits_CV: Tensor, label_C: Tensor, place_C: Tensor) -> Tensor:
-    """Say where the label is the argmax: amax takes a fraction of argmax's time on CPUs."""
-    own_C = logits_CV[place_C, label_C]
-    logits_CV[place_C, label_C] = float("-inf")
-    other_C = logits_CV.amax(-1)
-    logits_CV[place_C, label_C] = own_C
-    hit_C = own_C > other_C
-    # Coarse dtypes tie now and then; argmax takes the first of equals.
-    tie_E = (own_C == other_C).nonzero()[:, 0]
-    hit_C[tie_E] = logits_CV[tie_E].argmax(-1) == label_C[tie_E]
-    return hit_C
 
 
 def weighted_cross_entropy(

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from dllm.data.chat import framing_ids
 from dllm.errors import ConfigError
 from dllm.models.remote import KINDS
 
@@ -41,7 +42,7 @@ def settle_mask_token(
             rows = found + 1
     elif tokenizer.mask_token_id is None and (token := tokenizer.convert_ids_to_tokens(found)) is not None:
         tokenizer.add_special_tokens({"mask_token": token})
-    taken = _taken(tokenizer) | set(eos_ids)
+    taken = framing_ids(tokenizer) | set(eos_ids)
     if not 0 <= found < rows:
         raise ConfigError(f"mask id {found} is outside the model's embedding of {rows} rows", where="mask_token_id")
     if found in taken:
@@ -61,11 +62,3 @@ def _choose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, explicit
             return int(id)
     kind = KINDS.get(model.config.model_type)
     return None if kind is None else kind.mask_token_id
-
-
-def _taken(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Collect ids that text uses: roles, and special tokens in the chat template."""
-    roles = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-    template, added = str(tokenizer.chat_template or ""), tokenizer.added_tokens_decoder
-    framing = {id for id in added if added[id].special and added[id].content in template}
-    return {int(id) for id in roles if id is not None} | framing

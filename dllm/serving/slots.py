@@ -117,8 +117,9 @@ def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **more: Any
 ) -> tuple[Tensor, None]:
     if mask is None:
-        ends = more["cu_seq_lens_q"]
-        return torch.cat([_one_prompt(query, key, value, part, scaling) for part in ends], 1), None
+        # transformers hands this name on to the attention, unread: here it holds where each prompt stands.
+        parts = more["cu_seq_lens_q"]
+        return torch.cat([_one_prompt(query, key, value, part, scaling) for part in parts], 1), None
     # One token a slot: the R query heads that share a key head become the query's length.
     batch, heads, size = query.shape[0], query.shape[1], query.shape[3]
     grouped = query.view(batch, key.shape[1], heads // key.shape[1], size)

@@ -12,6 +12,7 @@ import pytest
 from dllm.data import shards
 from dllm.data.shards import Row
 from dllm.errors import DataError
+from tests.data.shard_folder import write_rows
 
 
 def row(n: int) -> Row:
@@ -35,7 +36,7 @@ ROWS = [row(n) for n in range(25)]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    shards.write_rows(iter(ROWS), tmp_path, 10, {"target": {"model": "m"}})
+    write_rows(iter(ROWS), tmp_path, 10, {"target": {"model": "m"}})
     return tmp_path
 
 
@@ -63,7 +64,7 @@ def test_the_manifest_counts_what_is_there(folder: Path) -> None:
 
 def test_equal_rows_make_equal_bytes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     other = tmp_path_factory.mktemp("other")
-    shards.write_rows(ROWS, other, 10, {"target": {"model": "m"}})
+    write_rows(ROWS, other, 10, {"target": {"model": "m"}})
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in other.iterdir()}
 
 
@@ -84,7 +85,7 @@ def test_rows_with_tools_lie_beside_rows_without(tmp_path: Path) -> None:
     ]
     tools = [{"type": "function", "function": {"name": "look", "parameters": {"b": {}, "a": [1, None]}}}]
     rows = [ROWS[1], replace(ROWS[2], messages=said, tools=tools), ROWS[3]]
-    shards.write_rows(rows, tmp_path, 10, {})
+    write_rows(rows, tmp_path, 10, {})
     found = shards.read_rows(tmp_path)
     assert found == rows
     assert found[1].tools is not None and list(found[1].tools[0]["function"]["parameters"]) == ["b", "a"]

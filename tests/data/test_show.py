@@ -10,13 +10,13 @@ import pytest
 from rich.console import Console
 
 from dllm.config import Target
-from dllm.data import shards
 from dllm.data.chat import prompt_ids, stop_ids
 from dllm.data.collate import collate, make_examples
 from dllm.data.shards import Row
 from dllm.data.show import CUT, GIVEN, SUPERVISED, header, parts, select, show
 from dllm.errors import DataError
 from dllm.models.targets import load_tokenizer
+from tests.data.shard_folder import write_rows
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_row_cannot_steer_the_terminal(tokenizer) -> None:
 
 def test_rows_are_found_by_number_by_prompt_and_from_the_start(tokenizer, tmp_path: Path) -> None:
     rows = [replace(row(tokenizer, n // 2), turn=n % 2) for n in range(25)]
-    shards.write_rows(rows, tmp_path, 10, {})
+    write_rows(rows, tmp_path, 10, {})
     assert list(select(tmp_path)) == list(enumerate(rows[:3]))
     assert list(select(tmp_path, limit=12)) == list(enumerate(rows[:12]))
     assert list(select(tmp_path, row=17)) == [(17, rows[17])]

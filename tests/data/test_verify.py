@@ -16,6 +16,7 @@ from dllm.data.counts import ManifestCounts
 from dllm.data.shards import Row
 from dllm.data.verify import verify
 from dllm.errors import DataError
+from tests.data.shard_folder import write_rows
 
 STOP = 99
 
@@ -68,7 +69,7 @@ def test_a_whole_folder_is_whole_and_what_was_checked_is_said(tmp_path: Path) ->
 
 
 def test_one_without_counts_a_shard_and_without_refusals_is_whole_too(tmp_path: Path) -> None:
-    shards.write_rows(ROWS, tmp_path, 10, {})
+    write_rows(ROWS, tmp_path, 10, {})
     assert verify(tmp_path)["counts"].startswith("75 tokens")
 
 

@@ -94,8 +94,7 @@ def test_cached_features_give_the_terms_of_online_ones(target, tmp_path) -> None
         assert torch.equal(left.counts["correct"], right.counts["correct"])
 
 
-def test_the_teacher_of_a_slot_is_what_the_target_said_there(target, tmp_path) -> None:
-    """Distilled from alone, a draft that says what the target says has no gradient left but the target's entropy."""
+def test_the_teacher_of_a_slot_is_what_the_target_said_there(target) -> None:
     made = strategy(target, distill=1.0)
     row = SPLITS["train"][2]
     ids = torch.tensor([list(row.input_ids)])

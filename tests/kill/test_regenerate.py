@@ -134,7 +134,8 @@ def test_killed_ten_times_each_turn_is_there_once_in_the_same_bytes(
         forking.start(*flags("killed"))
         assert forking.wait() == 0, (tmp_path / "said").read_text()
         asked = len(server.bodies)
-    assert set(ended) <= {0, -signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT}, ended
+    # Python gives signals their default back while it ends: a blow that late ends the process by itself.
+    assert set(ended) <= {0, *(-blow for blow in BLOWS), *(128 + blow for blow in BLOWS)}, ended
     assert sum(code != 0 for code in ended) >= 5, "most blows must have hit"
     rows = [(row.prompt_id, row.sample, row.turn) for row in shards.read_rows(tmp_path / "killed")]
     assert len(rows) == len(set(rows)) == turns == SAMPLES * sum(n % 3 + 1 for n in range(CHATS))

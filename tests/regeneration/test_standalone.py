@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from dllm import __main__ as command
 from dllm.data import merge, shards, verify, workplace
+from tests.regeneration.full_disk import full_disk_after
 from tests.serving.loopback_server import LoopbackServer, serving
 
 CHATS = 30
@@ -151,23 +151,12 @@ def test_a_second_process_is_refused(chats: Path, tmp_path: Path, capsys: Any) -
     assert server.bodies == []
 
 
-def test_a_full_disk_is_one_line_and_the_work_goes_on_afterwards(
-    chats: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, output, lines = os.write, tmp_path / "out", []
-
-    def full(file: int, data: bytes) -> int:
-        if data.startswith(b'["'):
-            lines.append(data)
-            if len(lines) > 20:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(file, data)
-
+def test_a_full_disk_is_one_line_and_the_work_goes_on_afterwards(chats: Path, tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "out"
     with serving() as server:
-        monkeypatch.setattr(os, "write", full)
-        code, _, err = call(*flags(chats, output, server, "--concurrency", 1), capsys=capsys)
-        assert code == 5 and "disk is full" in complaint(err)
-        monkeypatch.setattr(os, "write", real)
+        with full_disk_after(20):
+            code, _, err = call(*flags(chats, output, server, "--concurrency", 1), capsys=capsys)
+            assert code == 5 and "disk is full" in complaint(err)
         code, out, _ = call(*flags(chats, output, server, "--resume", "--json"), capsys=capsys)
     assert code == 0 and json.loads(out)["asked"] == TURNS - 20
     verify.verify(output)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import random
 import signal
 import subprocess
@@ -23,6 +21,7 @@ from dllm.data.prompts import TRAIN, collect, read_prompts, write_prompts
 from dllm.errors import DataError, StageError
 from dllm.models.targets import load_tokenizer
 from dllm.stages import regenerate
+from tests.regeneration.full_disk import full_disk_after
 from tests.serving.loopback_server import echo, serving
 
 PROMPTS = 40
@@ -154,22 +153,11 @@ def test_settings_of_the_machine_do_not_discard_work(root: Path) -> None:
     assert published(root) == first
 
 
-def test_a_full_disk_is_one_line_and_the_work_goes_on_afterwards(root: Path, monkeypatch) -> None:
-    real, writes = os.write, []
-
-    def full(file: int, data: bytes) -> int:
-        if data.startswith(b'["'):
-            writes.append(data)
-            if len(writes) > 10:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(file, data)
-
+def test_a_full_disk_is_one_line_and_the_work_goes_on_afterwards(root: Path) -> None:
     with serving() as server:
         asked = params(engine="openai", servers=[server.url], concurrency=1)
-        monkeypatch.setattr(os, "write", full)
-        with pytest.raises(StageError, match="disk is full"):
+        with full_disk_after(10), pytest.raises(StageError, match="disk is full"):
             regenerate.run(asked, root)
-        monkeypatch.setattr(os, "write", real)
         assert not (root / "out/regenerate").exists()
         assert regenerate.run(asked, root)["asked"] == PROMPTS - 10
 

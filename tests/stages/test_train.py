@@ -16,10 +16,11 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from dllm import config
-from dllm.data.shards import Row, write_rows
+from dllm.data.shards import Row
 from dllm.dflash.export import load_draft
 from dllm.errors import DataError, StageError
 from dllm.stages import train
+from tests.data.shard_folder import write_rows
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 8

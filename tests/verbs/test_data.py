@@ -9,8 +9,9 @@ import pytest
 
 from dllm import __main__ as command
 from dllm.config import Target
-from dllm.data import chat, shards
+from dllm.data import chat
 from dllm.models.targets import load_tokenizer
+from tests.data.shard_folder import write_rows
 from tests.data.test_merge import part
 from tests.data.test_show import row
 
@@ -40,7 +41,7 @@ def tokenizer():
 @pytest.fixture
 def folder(tokenizer, tmp_path: Path) -> Path:
     about = {"target": {"model": "builtin:tiny"}, "template": chat.template_digest(tokenizer)}
-    shards.write_rows([row(tokenizer, n) for n in range(5)], tmp_path, 2, about)
+    write_rows([row(tokenizer, n) for n in range(5)], tmp_path, 2, about)
     return tmp_path
 
 
@@ -70,7 +71,7 @@ def test_show_prints_the_first_rows_in_brackets_where_there_is_no_terminal(folde
 def test_show_takes_another_tokenizer_and_says_where_that_one_speaks_otherwise(
     tokenizer, tmp_path: Path, capsys
 ) -> None:
-    shards.write_rows([row(tokenizer)], tmp_path, 2, {"target": {"model": "/no/such/model"}, "template": "another"})
+    write_rows([row(tokenizer)], tmp_path, 2, {"target": {"model": "/no/such/model"}, "template": "another"})
     code, _, err = call("data", "show", tmp_path, capsys=capsys)
     assert code == 6 and "/no/such/model" in err and "--model" in err and err.count("\n") == 1
     code, out, err = call("data", "show", tmp_path, "--model", "builtin:tiny", capsys=capsys)
