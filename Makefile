@@ -12,7 +12,8 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
   $$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 ENV := . infra/env.sh;
 
-.PHONY: help setup setup-sglang run test test-heavy test-sglang test-vllm lint ui serve bench bench-train-step bench-regenerate-client long clean
+.PHONY: help setup setup-sglang run test test-heavy test-sglang test-vllm lint ui serve bench bench-train-step bench-local-engine bench-regenerate-client \
+  bench-mdlm-step bench-diffusion-decoding bench-self-speculation long clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 26
@@ -56,7 +57,8 @@ long:  ## the same for some 75 minutes, to a better draft
 	@$(MAKE) --no-print-directory run RECIPE=smollm2-135m-dflash-long
 
 test: setup  ## all tests
-	@$(ENV) python -m pytest $(ARGS)
+	@# By file: what a file's tests share is made once. In order, so that the long ones are under way early.
+	@$(ENV) python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-heavy: setup  ## the tests of minutes: parts over two workers, killed and resumed; memory over many rows
 	@$(ENV) python -m pytest -m heavy $(ARGS)
@@ -76,15 +78,29 @@ ui: setup  ## MLflow and Prefect in the browser, on loopback; MLFLOW_PORT and PR
 serve: setup  ## a Prefect server and its workers on loopback, with the flows deployed
 	@$(ENV) exec python infra/services.py serve
 
-bench: bench-train-step bench-regenerate-client  ## every benchmark
+bench: bench-train-step bench-local-engine bench-regenerate-client bench-mdlm-step  ## every benchmark that needs no checkpoint
 
 bench-train-step: setup  ## one exact training step: ours against NeMo AutoModel's
 	@$(PY) -c 'import nemo_automodel' 2>/dev/null || $(PIP) --no-deps nemo-automodel==0.7.0
 	@$(ENV) python benchmarks/train_step.py
 
+bench-local-engine: setup  ## answers in process: the local engine against transformers' generate
+	@$(ENV) python benchmarks/local_engine.py $(ARGS)
+
 bench-regenerate-client: setup  ## how full a client keeps a server: ours, a bare loop, NeMo AutoModel's script
 	@$(PY) -c 'import nemo_automodel' 2>/dev/null || $(PIP) --no-deps nemo-automodel==0.7.0
 	@$(ENV) python benchmarks/regenerate_client.py $(ARGS)
+
+bench-mdlm-step: setup  ## one mdlm training step against a plain causal one of the same model
+	@$(ENV) python benchmarks/mdlm_step.py $(ARGS)
+
+CHECKPOINT ?= out/train/checkpoint
+
+bench-diffusion-decoding: setup  ## cached threshold decoding against one token a pass; CHECKPOINT of recipe tiny-mdlm
+	@$(ENV) python benchmarks/diffusion_decoding.py --checkpoint $(CHECKPOINT) $(ARGS)
+
+bench-self-speculation: setup  ## block cache and self-speculation against none; CHECKPOINT of a hybrid recipe
+	@$(ENV) python benchmarks/self_speculation.py --checkpoint $(CHECKPOINT) $(ARGS)
 
 clean:  ## remove results, work and caches; keeps environments, dvc.lock, and the registry
 	@rm -rf out work logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -99,20 +99,22 @@ def generate(
     show: Annotated[bool, typer.Option("--show", help="Show the canvas as it fills.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Forward passes; by default one a token.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0, the default, is greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that hold so much.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Draw from the likeliest tokens that hold so much.")
+    ] = None,
     remasking: Annotated[
         Literal["low_confidence", "random", "entropy", "margin"] | None,
         typer.Option(help="Which proposals are kept first."),
     ] = None,
-    threshold: Annotated[float | None, typer.Option(help="Commit all proposals surer than this.")] = None,
-    factor: Annotated[float | None, typer.Option(help="Commit by Fast-dLLM's factor rule.")] = None,
+    threshold: Annotated[float | None, typer.Option(min=0, max=1, help="Commit all proposals surer than this.")] = None,
+    factor: Annotated[float | None, typer.Option(min=0, help="Commit by Fast-dLLM's factor rule.")] = None,
     cfg_scale: Annotated[float | None, typer.Option(min=0, help="Guidance by the prompt; doubles the passes.")] = None,
     cache: Annotated[
         Literal["none", "prefix", "dual", "block"] | None,
         typer.Option(help="Keys and values kept between passes; `block` is exact, for block-causal models."),
     ] = None,
     editing_threshold: Annotated[
-        float | None, typer.Option(help="Rewrite a block's tokens where another is surer than this.")
+        float | None, typer.Option(min=0, max=1, help="Rewrite a block's tokens where another is surer than this.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of what is drawn at temperatures above 0.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that a diffusion model writes together.")] = 8,
@@ -156,6 +158,61 @@ def generate(
     )
 
 
+@app.command("lm-eval")
+def lm_eval(
+    checkpoint: Annotated[str, typer.Option(help="As for generate, or builtin:NAME; plain causal models too.")],
+    tasks: Annotated[str, typer.Option(metavar="NAME[,NAME]", help="Tasks, groups or tags.")],
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder of task files; without it the harness's own tasks, off the hub.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many documents of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of one pass.")] = 8,
+    samples: Annotated[int, typer.Option(min=2, help="Masks an answer, where its likelihood is a bound.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of masks and of sampling.")] = 0,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens a text may have; at most the model's.")] = None,
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Ask as chats.")] = False,
+    check_greedy: Annotated[
+        bool, typer.Option("--check-greedy", help="Also decode, where a task asks if an answer is the greedy one.")
+    ] = False,
+    sampler: Annotated[
+        Literal["ar", "llada", "llada2", "nemotron", "self-spec"] | None,
+        typer.Option(help="By default the one that fits the checkpoint."),
+    ] = None,
+    gen: Annotated[
+        list[str],
+        typer.Option(metavar="KEY=VALUE", help="Goes before a task's generation_kwargs, e.g. steps=32. Repeatable."),
+    ] = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code the model brings.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Commit of a hub model with code of its own.")] = None,
+    root: Root = Path(),
+    debug: Debug = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness on a checkpoint; print a table, and what its likelihoods are."""
+    from dllm.verbs import lm_eval as verb
+
+    verb.run(
+        checkpoint=checkpoint,
+        tasks=[name.strip() for name in tasks.split(",") if name.strip()],
+        include_path=include_path,
+        root=root.resolve(),
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        samples=samples,
+        seed=seed,
+        max_length=max_length,
+        apply_chat_template=apply_chat_template,
+        check_greedy=check_greedy,
+        sampler=sampler,
+        generation=gen,
+        as_json=as_json,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
+
+
 @app.command()
 def serve(
     params: ParamsPath = Path("params.yaml"),
@@ -185,7 +242,7 @@ def list_recipes(debug: Debug = False) -> None:
     from dllm import recipe_book
 
     for name, summary in recipe_book.summaries().items():
-        typer.echo(f"{name:28}{summary}")
+        typer.echo(f"{name:34}{summary}")
 
 
 @recipes.command("show")

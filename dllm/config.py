@@ -26,6 +26,7 @@ from pydantic import (
 from dllm import yaml_reader
 from dllm.diffusion_settings import DiffusionEvaluation as DiffusionEvaluation
 from dllm.diffusion_settings import Hybrid as Hybrid
+from dllm.diffusion_settings import Lora as Lora
 from dllm.diffusion_settings import Masking as Masking
 from dllm.diffusion_settings import Mdlm as Mdlm
 from dllm.errors import ConfigError
@@ -41,6 +42,7 @@ class Target(Section):
     """Commit of the Hugging Face repository; null takes the newest, and records it."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     trust_remote_code: bool = False
+    """Run code that comes with the model; from the hub only at a commit that `revision` names in full."""
     enable_thinking: bool | None = None
     """Passed to the chat template by templates that know it; null leaves it out."""
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from dllm.section import NonNegativeInt, PositiveInt, Section
+
+
+class Lora(Section):
+    """Low-rank matrices that are trained in place of the weights, which stay in train.compute_dtype."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    """What the matrices add is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Annotated[list[str], Field(min_length=1)]
+    """Last parts of the names of the linear maps that get them, such as q_proj."""
 
 
 class Masking(Section):
@@ -33,12 +44,22 @@ class Masking(Section):
     scored like text. 0 fills nothing."""
     ce_chunk_size: PositiveInt = 512
     """Scored tokens whose logits exist at one time."""
+    lora: Lora | None = None
+    """Train adapters instead of the weights; null trains the weights."""
 
     @model_validator(mode="after")
     def _blocks_have_a_size(self) -> Masking:
         if self.attention == "block" and self.block_size is None:
             raise ValueError("attention block needs a block_size, such as 32")
+        if self.lora is not None and self.init == "random":
+            raise ValueError("lora adapts weights that are there; set init to target")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave lora out where there is none: what was trained before it existed needs no rerun."""
+        sections: dict[str, Any] = write(self)
+        return {key: value for key, value in sections.items() if key != "lora" or value is not None}
 
 
 class Mdlm(Masking):

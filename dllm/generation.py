@@ -60,23 +60,18 @@ def generate(
         DataError: there is no prompt.
     """
     from dllm.models.bidirectional import read_note
-    from dllm.models.remote import published
+    from dllm.models.remote import kind_at
 
     if not prompts:
         raise DataError("no prompt", hint="give --prompt or --batch-file")
-    if trust_remote_code and targets.looks_like_hub_id(checkpoint) and not Path(checkpoint).exists():
-        folder = targets.locate(Target(model=checkpoint, revision=revision, trust_remote_code=True))
-    else:
-        folder = find(checkpoint, root)
-    note = read_note(folder)
-    if sampler == "dflash" or (note is None and sampler in (None, "ar") and not published(folder)):
-        asked = [name for name, value in wishes.settings.items() if value is not None]
-        asked += [name for name, value in (("raw", wishes.raw), ("infill", wishes.infill), ("show", show)) if value]
-        if asked:
-            flag = asked[0].replace("_", "-")
-            raise ConfigError(f"--{flag} is for diffusion models, and this is a draft", where=str(folder))
+    folder = find(checkpoint, root, trust_remote_code, revision)
+    note, kind = read_note(folder), kind_at(folder)
+    named = {name for name, value in wishes.settings.items() if value is not None}
+    if note is None and kind is None:
+        own = {"raw": wishes.raw, "infill": wishes.infill, "show": show, "own_generate": wishes.own_generate}
+        _check_draft(folder, sampler, [*sorted(named), *(name for name, value in own.items() if value)])
         return run(
-            checkpoint=checkpoint,
+            checkpoint=str(folder),
             prompts=prompts,
             root=root,
             sampler="ar" if sampler == "ar" else "dflash",
@@ -86,19 +81,20 @@ def generate(
             as_json=as_json,
             stream=stream,
         )
-    if note is not None and note.mode == "mdlm" and sampler in ("nemotron", "self-spec", "ar"):
+    mode = note.mode if note is not None else kind.mode if kind is not None else "mdlm"
+    _check_model(folder, mode, sampler, wishes, target)
+    if kind is not None and not trust_remote_code:
         raise ConfigError(
-            f"sampler {sampler} needs a model that also learnt to write causally, and this one's mode is mdlm",
-            where=str(folder),
-            hint="take llada, or llada2 if it is block-causal",
+            "this model runs code of its own", where=str(folder), hint="read it, then give --trust-remote-code"
         )
+    assert sampler != "dflash"  # refused above
     return _write(
         folder,
         prompts,
         replace(
             wishes,
             sampler=sampler,
-            enable_thinking=_thinking(folder, root),
+            enable_thinking=thinking(folder, root),
             settings={**wishes.settings, "max_new_tokens": max_new_tokens, "block_size": block_size or None},
         ),
         trust_remote_code,
@@ -106,6 +102,42 @@ def generate(
         show,
         stream or sys.stdout,
     )
+
+
+def _check_draft(folder: Path, sampler: Sampler | None, asked: Sequence[str]) -> None:
+    """Refuse what a draft and its target cannot do.
+
+    Raises:
+        ConfigError: it was asked for.
+    """
+    if sampler not in (None, "dflash", "ar"):
+        raise ConfigError(
+            f"sampler {sampler} is for diffusion models, which have a dllm.json, and this has none",
+            where=str(folder),
+            hint="a draft takes dflash or ar",
+        )
+    if asked:
+        flag = asked[0].replace("_", "-")
+        raise ConfigError(f"--{flag} is for diffusion models, and this is a draft", where=str(folder))
+
+
+def _check_model(folder: Path, mode: str, sampler: Sampler | None, wishes: Wishes, target: str | None) -> None:
+    """Refuse what a diffusion model cannot do, as far as its mode tells.
+
+    Raises:
+        ConfigError: it was asked for.
+    """
+    if sampler == "dflash" or target is not None:
+        what = "--target" if target is not None else "sampler dflash"
+        raise ConfigError(f"{what} is for drafts, and this is a diffusion model", where=str(folder))
+    if mode == "mdlm" and sampler in ("nemotron", "self-spec", "ar"):
+        raise ConfigError(
+            f"sampler {sampler} needs a model that also learnt to write causally, and this one's mode is mdlm",
+            where=str(folder),
+            hint="take llada, or llada2 if it is block-causal",
+        )
+    if (wishes.settings.get("top_p") or 1) < 1 and not wishes.settings.get("temperature"):
+        raise ConfigError("--top-p is for drawing, and temperature 0 draws nothing", hint="give a --temperature too")
 
 
 def _write(
@@ -129,15 +161,19 @@ def _write(
     settings = Target(model=str(folder), trust_remote_code=trust_remote_code)
     model = load_bidirectional(settings, dtype, device)
     shown = []
-    for record in write(model, prompts, wishes, stream if show else None):
+    watched = sys.stderr if as_json else stream  # the replay would stand between the objects
+    for record in write(model, prompts, wishes, watched if show else None):
         record["checkpoint"] = str(folder)
-        rate = f"{record['tokens']} tokens in {record['passes']} passes; {record['tokens_per_s']:.1f} tokens/s"
+        passes = (
+            f"{record['passes']} pass{'' if record['passes'] == 1 else 'es'}" if record["passes"] else "no pass told"
+        )
+        rate = f"{record['tokens']} tokens in {passes}; {record['tokens_per_s']:.1f} tokens/s"
         print(json.dumps(record) if as_json else f"{record['text']}\n\n[{rate}]", file=stream, flush=True)
         shown.append(record)
     return shown
 
 
-def _thinking(folder: Path, root: Path) -> bool | None:
+def thinking(folder: Path, root: Path) -> bool | None:
     """Find how the checkpoint's target was asked; None, the template's own way, where nothing says."""
     try:
         return target_of(folder, root).enable_thinking
@@ -154,7 +190,8 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = [line for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the prompts: {error}", where=str(path)) from None
+        told = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise DataError(f"cannot read the prompts: {told}", where=str(path)) from None
     if path.suffix != ".jsonl":
         return lines
     prompts = []
@@ -228,12 +265,25 @@ def run(
     return shown
 
 
-def find(checkpoint: str, root: Path) -> Path:
+def find(checkpoint: str, root: Path, trust_remote_code: bool = False, revision: str | None = None) -> Path:
     """Return the directory of a checkpoint, registered or not.
+
+    Args:
+        trust_remote_code: take the code along that a Hugging Face repository brings.
+        revision: commit of that repository.
 
     Raises:
         ModelError: nothing by that name holds a checkpoint.
+        ConfigError: a revision is given of what is in no repository.
     """
+    is_here = any(path.exists() for path in (Path(checkpoint), root / checkpoint))
+    on_hub = targets.looks_like_hub_id(checkpoint) and not is_here
+    if on_hub and (trust_remote_code or revision is not None):
+        return targets.locate(Target(model=checkpoint, revision=revision, trust_remote_code=trust_remote_code))
+    if revision is not None:
+        raise ConfigError(
+            "--revision is for models off the Hugging Face hub", where=checkpoint, hint="a directory has no commit"
+        )
     if checkpoint.startswith(REGISTRY_PREFIX):
         from dllm import registry
 

@@ -3,7 +3,7 @@
 `dllm.process.run` starts this file by its path. Signals reach one process group, and torchrun puts every rank into a
 session of its own, so a caller that dies or kills a group leaves ranks behind. The supervisor adopts orphans (where the
 system lets it), notices that its caller is gone because a pipe closes, and climbs one ladder in every case: SIGTERM to
-the child's group, a grace period, SIGKILL to whatever is left, wherever it sits.
+the child's group and then to what it leaves behind, a grace period, SIGKILL to whatever is left, wherever it sits.
 """
 
 from __future__ import annotations
@@ -49,9 +49,13 @@ def main(arguments: list[str]) -> int:
             stop.asked = True
         tree.look_now_and_then()
     if stop.asked:
+        end = time.monotonic() + grace_s
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGTERM)
-        tree.wait_gone(grace_s, child)
+        tree.wait_gone(grace_s, child, or_child=True)
+        # What sits in sessions of its own has heard nothing if the child did not hand the word on.
+        _signal(tree.look(), signal.SIGTERM)
+        tree.wait_gone(end - time.monotonic(), child)
     elif tree.look():
         _signal(tree.look(), signal.SIGTERM)
         tree.wait_gone(LEFT_BEHIND_GRACE_S, child)
@@ -97,11 +101,12 @@ class _Tree:
         self._seen = {process for process in self._seen if _runs(process)}
         return list(self._seen)
 
-    def wait_gone(self, timeout_s: float, child: subprocess.Popen[bytes]) -> None:
-        """Wait until none is left, at most so long."""
+    def wait_gone(self, timeout_s: float, child: subprocess.Popen[bytes], *, or_child: bool = False) -> None:
+        """Wait until none is left, or with `or_child` until the child itself is gone; at most so long."""
         end = time.monotonic() + timeout_s
         while self.look() and time.monotonic() < end:
-            child.poll()
+            if child.poll() is not None and or_child:
+                return
             time.sleep(LOOK_EVERY_S)
 
     def _reap_adopted(self) -> None:

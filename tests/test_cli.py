@@ -47,6 +47,8 @@ BAD = [
     (["generate", "--checkpoint", "x", "--prompt", "hi", "--sampler", "beam"], 2, "'dflash', 'ar'"),
     (["generate", "--checkpoint", "x"], 3, "no prompt"),
     (["generate", "--checkpoint", "x", "--prompt", "hi", "--max-new-tokens", "0"], 2, "--max-new-tokens"),
+    (["lm-eval", "--checkpoint", "x"], 2, "--tasks"),
+    (["lm-eval", "--checkpoint", "x", "--tasks", "t", "--include-path", "absent"], 2, "no such folder of task files"),
     (["prepare", "--params", "absent.yaml"], 2, "no params file"),
     (["prepare", "--set", "train.epochs"], 2, "KEY=VALUE"),
     (["train", "--set", "train.dflash.block_size=1"], 2, "block of 1 has nothing to predict"),

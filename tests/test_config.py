@@ -1,5 +1,6 @@
 """params.yaml: what is refused, how the refusal reads, and what shipped recipes hold."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,24 @@ def test_a_recipe_is_whole_valid_and_named_after_its_file(name: str) -> None:
     params = config.parse(raw, where=name)
     assert params.model_dump(mode="json", by_alias=True) == raw, "a recipe spells out every key"
     assert params.recipe == name == params.register_.model_name
+
+
+MASKS = {"llada": 126336, "llada2": 156895, "nemotron": 100}
+
+
+def test_recipes_that_run_foreign_code_pin_it_and_name_its_mask() -> None:
+    seen = set()
+    for name in recipe_book.names():
+        params = config.parse(yaml.safe_load(recipe_book.text(name)))
+        family = name.split("-")[0]
+        assert params.target.trust_remote_code == (family in MASKS), name
+        if family in MASKS:
+            assert re.fullmatch("[0-9a-f]{40}", params.target.revision or ""), name
+            section = params.train.hybrid if params.train.mode == "hybrid" else params.train.mdlm
+            assert section.mask_token_id == MASKS[family], name
+            assert (section.lora is not None) == name.endswith("-lora"), name
+            seen.add(family)
+    assert seen == set(MASKS)
 
 
 PAPER = {

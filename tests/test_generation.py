@@ -9,7 +9,8 @@ import pytest
 from dllm import generation
 from dllm.config import Target
 from dllm.dflash.export import save_draft
-from dllm.errors import ModelError
+from dllm.diffusion.writing import Wishes
+from dllm.errors import ConfigError, DllmError, ModelError
 from dllm.models import targets
 from dllm.models.draft import DFlashDraft
 from tests.dflash import stand_in_drafts
@@ -110,3 +111,49 @@ def test_a_registered_checkpoint_is_found(root: Path, monkeypatch: pytest.Monkey
 def test_a_block_the_draft_cannot_do_is_one_line(root: Path) -> None:
     with pytest.raises(ModelError, match="block size 9 for a draft that was trained on blocks of 4"):
         generated(root, ["x"], block_size=9)
+
+
+def asked(root: Path, checkpoint: str = "out/train", **options) -> str:
+    """Ask for what cannot be; return the one line."""
+    names = {"raw", "infill", "own_generate", "settings"} & options.keys()
+    wishes = Wishes(**{name: options.pop(name) for name in names})
+    options |= {"prompts": ["x"], "root": root, "stream": io.StringIO()}
+    with pytest.raises(DllmError) as caught:
+        generation.generate(checkpoint=checkpoint, wishes=wishes, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_draft_refuses_what_only_diffusion_models_do(root: Path) -> None:
+    for sampler in ("llada", "llada2", "nemotron", "self-spec"):
+        assert f"sampler {sampler} is for diffusion models" in asked(root, sampler=sampler)
+    assert "--steps is for diffusion models" in asked(root, settings={"steps": 3})
+    for flag in ("raw", "infill", "show", "own_generate"):
+        assert f"--{flag.replace('_', '-')} is for diffusion models" in asked(root, **{flag: True})
+
+
+def test_a_diffusion_model_refuses_what_only_drafts_do(root: Path) -> None:
+    folder = root / "out" / "train" / "checkpoint"
+    (folder / "dllm.json").write_text('{"mode": "mdlm", "mask_token_id": 3, "block_size": null}')
+    assert "sampler dflash is for drafts" in asked(root, sampler="dflash")
+    assert "--target is for drafts" in asked(root, target="builtin:tiny")
+    for sampler in ("nemotron", "self-spec", "ar"):
+        assert "mode is mdlm" in asked(root, sampler=sampler)
+    assert "give a --temperature" in asked(root, settings={"top_p": 0.9})
+    assert "--revision is for models off the Hugging Face hub" in asked(root, revision="abc")
+
+
+def test_a_published_model_runs_its_code_only_when_told(root: Path) -> None:
+    folder = root / "out" / "train" / "checkpoint"
+    (folder / "config.json").write_text('{"model_type": "llada"}')
+    assert "give --trust-remote-code" in asked(root)
+    assert "mode is mdlm" in asked(root, sampler="ar", trust_remote_code=True)
+    (folder / "config.json").write_text('{"model_type": "nemotron_labs_diffusion"}')
+    assert "give --trust-remote-code" in asked(root, sampler="ar")
+
+
+def test_the_hubs_code_needs_a_commit_and_a_folder_has_none(root: Path) -> None:
+    assert "pinned commit" in asked(root, "some/model", trust_remote_code=True)
+    with pytest.raises(ConfigError, match="no commit"):
+        generation.find("out/train", root, revision="abc")
+    assert generation.find("out/train", root, trust_remote_code=True).name == "checkpoint", "no hub is asked"

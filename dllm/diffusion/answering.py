@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm.data.shards import Row
+from dllm.diffusion.own_generate import generate_with_own_code
 from dllm.diffusion.sampler import sample
 from dllm.diffusion.sampler_settings import Settings
 from dllm.models.bidirectional import BidirectionalLM
@@ -36,7 +37,7 @@ def write_answers(
     batch_size: int,
     advance: Callable[[int], object] = lambda answers: None,
 ) -> list[Written]:
-    """Answer the rows' prompts, batch by batch.
+    """Answer the rows' prompts, batch by batch; a model that sets its own masks answers by its own `generate`.
 
     Args:
         advance: told how many more answers are done.
@@ -45,7 +46,9 @@ def write_answers(
     for begin in range(0, len(rows), batch_size):
         part = rows[begin : begin + batch_size]
         clock = time.perf_counter()
-        answers = sample(model, [row.prompt_ids for row in part], settings)
+        prompts = [row.prompt_ids for row in part]
+        own = model.lays_out_pairs
+        answers = generate_with_own_code(model, prompts, settings) if own else sample(model, prompts, settings)
         seconds = (time.perf_counter() - clock) / len(part)
         for row, answer in zip(part, answers, strict=True):
             text = str(model.tokenizer.decode(answer.token_ids, skip_special_tokens=True))

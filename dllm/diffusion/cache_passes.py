@@ -37,28 +37,41 @@ class Passes:
         self.cache = CanvasCache(canvas.position_ids_BK) if cache != "none" else None
         self.final = 0
         """Columns before this one are finished, and their keys and values will not change."""
+        self._masks: dict[tuple[int, int], Tensor | None] = {}
+        """Of the passes of this block so far, by their columns."""
 
     def enter(self, begin: int, end: int) -> None:
         """Turn to the columns of another block."""
         self.begin, self.end, self.fresh = begin, end, True
+        self._masks.clear()
 
-    def hidden(self, ids_BK: Tensor) -> Tensor:
-        """Run the model; return hidden_BCD of the block's columns. Shapes: ids_BK is the canvas's, or guidance's."""
+    def hidden(self, ids_BK: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Run the model; return hidden_BCD of the block's columns.
+
+        Shapes: ids_BK is the canvas's, or guidance's; rows int64 names those to run, after a block's first pass, which
+            is of all: the next block looks at what it leaves. Returns a row for each that was run.
+        """
         first, last = self._columns()
         seen = self.canvas.width if self.context == "full" else self.end
-        positions_BK = self.canvas.position_ids_BK
+        valid_BK, positions_BK = self.canvas.valid_BK, self.canvas.position_ids_BK
+        if rows is not None:
+            ids_BK, valid_BK, positions_BK = ids_BK[rows], valid_BK[rows], positions_BK[rows]
         if self.cache is None and self.context == "full":
-            found = self.model.hidden(ids_BK, self.canvas.valid_BK, position_ids_BS=positions_BK)
+            found = self.model.hidden(ids_BK, valid_BK, position_ids_BS=positions_BK)
             return found[:, self.begin : self.end]
-        visible_BQK = self._visible(first, last, seen)
+        if (first, last) not in self._masks:
+            self._masks[first, last] = self._visible(first, last, seen)
+        visible_BQK = self._masks[first, last]
+        if visible_BQK is not None and rows is not None:
+            visible_BQK = visible_BQK[rows]
+        ids_BQ, positions_BQ = ids_BK[:, first:last], positions_BK[:, first:last]
         if self.cache is None:
-            found = self.model.hidden(
-                ids_BK[:, first:last], allowed_BSS=visible_BQK, position_ids_BS=positions_BK[:, first:last]
-            )
+            found = self.model.hidden(ids_BQ, allowed_BSS=visible_BQK, position_ids_BS=positions_BQ)
         else:
-            self.cache.write(first, last, seen)
-            visible = self._everything(last - first, seen) if visible_BQK is None else visible_BQK
-            found = self.model.part(ids_BK[:, first:last], positions_BK[:, first:last], visible, self.cache)
+            self.cache.write(first, last, seen, rows)
+            if visible_BQK is None:
+                visible_BQK = torch.ones(len(ids_BQ), last - first, seen, dtype=torch.bool, device=ids_BQ.device)
+            found = self.model.part(ids_BQ, positions_BQ, visible_BQK, self.cache)
             if self.fresh:
                 self.final = self.begin
         self.fresh = False
@@ -66,6 +79,7 @@ class Passes:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop rows from the cache, as they were dropped from the canvas."""
+        self._masks.clear()
         if self.cache is not None:
             self.cache.keep(torch.tensor(rows, dtype=torch.int64, device=self.canvas.ids_BK.device))
 
@@ -79,9 +93,6 @@ class Passes:
         if self.fresh:
             return 0, self.canvas.width
         return self.begin, (self.canvas.width if self.kind == "prefix" else self.end)
-
-    def _everything(self, queries: int, seen: int) -> Tensor:
-        return torch.ones(len(self.canvas.ids_BK), queries, seen, dtype=torch.bool, device=self.canvas.ids_BK.device)
 
     def _visible(self, first: int, last: int, seen: int) -> Tensor | None:
         """Say which columns before `seen` each of some columns may look at; None where that is all."""

@@ -1,4 +1,4 @@
-"""The model that training starts from: the target with its causal mask lifted, or its mere shape."""
+"""The model that training starts from: the target with its causal mask lifted, its mere shape, or with adapters."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ from typing import Literal
 import torch
 
 from dllm import config
-from dllm.errors import ModelError
+from dllm.errors import ConfigError, ModelError
+from dllm.models import remote, targets
+from dllm.models.adapters import Adapter
 from dllm.models.bidirectional import BidirectionalLM, Note, load_bidirectional
 
 
 def initial_model(target: config.Target, settings: config.Train, device: torch.device | str) -> BidirectionalLM:
-    """Load the model to train, with float32 weights that may move.
+    """Load the model to train, with float32 weights that may move, or frozen ones beside float32 adapters.
 
     Raises:
         ModelError: the target cannot be read, or bends its logits in a way that the chunked loss does not know.
-        ConfigError: the mask token does not fit the target.
+        ConfigError: the mask token or the way of training does not fit the target.
     """
     masking = masking_of(settings)
+    check_family(target, settings)
+    dtype = torch.float32 if masking.lora is None else getattr(torch, settings.compute_dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)  # an added mask row is drawn at random
-        model = load_bidirectional(target, torch.float32, device, masking.mask_token_id)
+        model = load_bidirectional(target, dtype, device, masking.mask_token_id, paired=masking.block_size)
     if getattr(model.config, "final_logit_softcapping", None) is not None:
         raise ModelError("soft-capped logits cannot be trained here", where=f"target.model: {target.model}")
     if masking.init == "random":
@@ -29,7 +33,32 @@ def initial_model(target: config.Target, settings: config.Train, device: torch.d
             torch.manual_seed(settings.seed)
             fresh = type(model.model)(model.model.config)
         model.model.load_state_dict(fresh.state_dict())
-    return model.requires_grad_(True)
+    if masking.lora is None:
+        return model.requires_grad_(True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model.adapter = Adapter(model.model, masking.lora, target.model, target.revision)
+    return model
+
+
+def check_family(target: config.Target, settings: config.Train) -> None:
+    """Refuse a way of training that a published model's own code cannot do, before its gigabytes are read.
+
+    Raises:
+        ConfigError: with the way that it can be trained.
+    """
+    kind = remote.kind_at(targets.locate(target)) if target.trust_remote_code else None
+    by_block = masking_of(settings).attention == "block"
+    if kind is not None and kind.masks == "none" and (settings.mode == "hybrid" or by_block):
+        raise ConfigError(
+            "this model's code takes no attention mask: mode mdlm with attention full is all it can be trained with",
+            where=f"target.model: {target.model}",
+        )
+    if kind is not None and kind.masks == "own" and not (settings.mode == "hybrid" and by_block):
+        raise ConfigError(
+            "this model's code lays out blocks itself: train it with mode hybrid and attention block",
+            where=f"target.model: {target.model}",
+        )
 
 
 def masking_of(settings: config.Train) -> config.Masking:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 
 from dllm.diffusion.sampler import Answer, check_prompts, trimmed
+from dllm.diffusion.sampler_proposals import row_generators
 from dllm.diffusion.sampler_settings import Settings
 from dllm.errors import ConfigError, ModelError
 from dllm.models.bidirectional import BidirectionalLM
+
+
+def unknown_to_own_code(model: BidirectionalLM, named: Mapping[str, Any]) -> list[str]:
+    """List the settings that differ from their defaults and that a model's own `generate` has no argument for."""
+    generate: Any = model.model.generate
+    accepted = inspect.signature(generate).parameters
+    # It writes one prompt at a time, to a length and from a seed that are ours to set.
+    ours = {"max_new_tokens", "block_size", "seed", "early_stop", "max_post_steps"}
+    defaults = {field.name: field.default for field in fields(Settings)}
+    return [n for n, value in named.items() if n not in ours and n not in accepted and value != defaults[n]]
 
 
 @torch.no_grad()
@@ -50,8 +62,11 @@ def generate_with_own_code(
     }
     asked = {name: value for name, value in asked.items() if name in accepted and value is not None}
     answers = []
-    for prompt in prompts:
-        found = generate(**{first: torch.tensor([list(prompt)], device=model.head_VD.device)}, **asked)
+    device = model.head_VD.device
+    for prompt, generator in zip(prompts, row_generators(prompts, settings.seed), strict=True):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(generator.initial_seed())  # such code draws from the global state
+            found = generate(**{first: torch.tensor([list(prompt)], device=device)}, **asked)
         ids, passes = found if isinstance(found, tuple) else (found, 0)
         written = ids[0].tolist()
         if written[: len(prompt)] == list(prompt):  # some return the prompt as well

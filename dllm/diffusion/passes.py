@@ -17,10 +17,14 @@ from dllm.diffusion.noise import blocks_of
 from dllm.models.bidirectional import BidirectionalLM, Context
 
 
-def grid(example: Example, mode: str, block_size: int | None, prompt_blocks: bool = False) -> Tensor:
-    """Number a row's blocks as its mode counts them. Shapes: returns block_S int64."""
-    origin: Literal["answer", "sequence"] = "answer" if mode == "hybrid" else "sequence"
-    return blocks_of(len(example), example.prompt_length, block_size, origin, prompt_blocks)
+def origin_of(model: BidirectionalLM) -> Literal["answer", "sequence"]:
+    """Tell where a model counts blocks from: a published one from the row's first column, in either mode."""
+    return "answer" if model.note.mode == "hybrid" and model.kind is None else "sequence"
+
+
+def grid_of(model: BidirectionalLM, example: Example, block_size: int | None) -> Tensor:
+    """Number a row's blocks as a model counts them. Shapes: returns block_S int64."""
+    return blocks_of(len(example), example.prompt_length, block_size, origin_of(model), model.prompt_blocks)
 
 
 def padded(values: Sequence[Tensor], fill: float) -> Tensor:
@@ -42,6 +46,9 @@ def masked_pass(
 
     Shapes: returns hidden_MD and clean_BSD or None.
     """
+    if model.lays_out_pairs:
+        noisy_BSD, clean_BSD = model.paired(ids_BS, valid_BS, masked_BS)
+        return noisy_BSD[masked_BS], clean_BSD
     noisy_BS = ids_BS.masked_fill(masked_BS, model.mask_token_id)
     if context == "full":
         return model.hidden(noisy_BS, valid_BS)[masked_BS], None

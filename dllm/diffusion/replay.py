@@ -1,36 +1,48 @@
-"""`generate --show`: the canvas as it fills, in place on a terminal, line by line elsewhere."""
+"""`generate --show`: an answer as it fills, in place on a terminal, line by line elsewhere."""
 
 from __future__ import annotations
 
+import time
+import unicodedata
+from collections.abc import Sequence
 from itertools import groupby
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from dllm.models.bidirectional import BidirectionalLM
 
-BLANK = "░"
-"""How a place that is not written yet is shown."""
+BLANK, END = "░", "■"
+"""How a place that is not written yet is shown, and an end token."""
+FRAME = 0.06
+"""Seconds for which a step stays on a terminal at least: small models write faster than anyone can see."""
 
 
 class Replay:
-    """Shows the answers of one batch while they are written; `watch` fits the samplers.
+    """Shows one answer while it is written; `watch` fits the samplers.
+
+    On a terminal the last step's tokens stand out, and what does not fit is cut around them; at the end the picture is
+    wiped, for the finished text follows.
 
     Args:
-        tokenizer: what spells tokens.
-        canvases: each row's tokens before the first step, None where there is a mask; they grow if written beyond.
+        model: whose answer it is.
+        canvas: tokens before the first step, None where there is a mask; what is written beyond is not shown.
         stream: where to.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, canvases: list[list[int | None]], stream: TextIO) -> None:
-        self.tokenizer, self.canvases, self.stream = tokenizer, canvases, stream
-        console = Console(file=stream)
-        self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
-        self.steps = [0] * len(canvases)
+    def __init__(self, model: BidirectionalLM, canvas: list[int | None], stream: TextIO) -> None:
+        self.tokenizer, self.eos_ids = model.tokenizer, model.eos_ids
+        self.canvas, self.stream = canvas, stream
+        self.seconds = 0.0
+        """Spent here, not on writing."""
+        self.console = Console(file=stream, highlight=False)
+        moves = self.console.is_terminal and not self.console.is_dumb_terminal
+        self.live = Live(console=self.console, auto_refresh=False, transient=True) if moves else None
+        self.step, self.new = 0, set[int]()
 
     def __enter__(self) -> Replay:
         if self.live is not None:
@@ -43,23 +55,53 @@ class Replay:
         if self.live is not None:
             self.live.stop()
 
-    def watch(self, row: int, written: list[tuple[int, int]]) -> None:
+    def watch(self, _: int, pairs: list[tuple[int, int]]) -> None:
         """Take in what a step has written."""
-        canvas = self.canvases[row]
-        for place, token in written:
-            canvas += [None] * (place + 1 - len(canvas))
-            canvas[place] = token
-        self.steps[row] += 1
+        began = time.perf_counter()
+        self.new = {place for place, _ in pairs if place < len(self.canvas)}
+        for place, token in pairs:
+            if place in self.new:
+                self.canvas[place] = token
+        self.step += 1
         if self.live is None:
-            print(f"[{row + 1}:{self.steps[row]}] {self.text(row)!r}", file=self.stream, flush=True)
+            print(f"[{self.step}] {self.text()!r}", file=self.stream, flush=True)
         else:
-            self.live.update(Text("\n\n".join(self.text(each) for each in range(len(self.canvases)))), refresh=True)
+            self.live.update(self._picture(), refresh=True)
+            time.sleep(max(0.0, FRAME - (time.perf_counter() - began)))
+        self.seconds += time.perf_counter() - began
 
-    def text(self, row: int) -> str:
-        """Spell a row's canvas, with a blank for each mask."""
+    def text(self) -> str:
+        """Spell the canvas, with a blank for each mask."""
+        return self._spell(self.canvas)
+
+    def _spell(self, tokens: Sequence[int | None]) -> str:
         parts = []
-        for blank, group in groupby(self.canvases[row], lambda token: token is None):
-            tokens = list(group)
-            known = [token for token in tokens if token is not None]
-            parts.append(BLANK * len(tokens) if blank else str(self.tokenizer.decode(known)))
+        for mark, group in groupby(tokens, self._mark):
+            run = list(group)
+            known = [token for token in run if token is not None]
+            parts.append(str(self.tokenizer.decode(known)) if mark is None else mark * len(run))
         return "".join(parts)
+
+    def _mark(self, token: int | None) -> str | None:
+        return BLANK if token is None else END if token in self.eos_ids else None
+
+    def _picture(self) -> Group:
+        """Draw the canvas in as many lines as the terminal has room for, the newest tokens among them."""
+        body = Text()
+        for (is_blank, is_new), group in groupby(
+            range(len(self.canvas)), lambda place: (self.canvas[place] is None, place in self.new)
+        ):
+            style = "dim" if is_blank else "bold green" if is_new else ""
+            body.append(_printable(self._spell([self.canvas[place] for place in group])), style)
+        lines = body.wrap(self.console, self.console.width)
+        room = max(1, self.console.height - 3)
+        newest = max((n for n, line in enumerate(lines) if any("bold" in str(s.style) for s in line.spans)), default=0)
+        first = min(max(0, newest - room // 2), max(0, len(lines) - room))
+        masks = sum(token is None for token in self.canvas)
+        head = f"step {self.step}: {len(self.new)} new, {masks} to go"
+        return Group(Text(head, style="dim"), *list(lines)[first : first + room])
+
+
+def _printable(text: str) -> str:
+    """Keep what a model writes from steering the terminal."""
+    return "".join(c if c == "\n" or unicodedata.category(c) != "Cc" else "·" for c in text)

@@ -160,7 +160,9 @@ class _Loop:
         step = 0
         while bool(busy_B.any()):
             candidates_BC = (masked_BC if editing is None else own_BC) & busy_B[:, None]
-            token_BC, score_BC = self._proposals(candidates_BC)
+            # After the first pass, rows that are done need not be run along.
+            rows = None if step == 0 or bool(busy_B.all()) else busy_B.nonzero()[:, 0]
+            token_BC, score_BC = self._proposals(candidates_BC, rows)
             unmask_BC = score_BC.masked_fill(~masked_BC, float("-inf"))
             chosen_BC = schedule.best(unmask_BC, self._counts(unmask_BC, plans, step))
             post_B += busy_B & ~masked_BC.any(1)
@@ -193,21 +195,23 @@ class _Loop:
             return schedule.threshold_counts(score_BC, settings.threshold, torch.tensor(least, device=device))
         return torch.tensor(planned, device=device)
 
-    def _proposals(self, active_BC: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the model and propose a token at each active place. Shapes: returns token_BC and score_BC."""
+    def _proposals(self, active_BC: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run the model and propose a token at each active place.
+
+        Shapes: rows int64, all that have an active place, or None. Returns token_BC and score_BC.
+        """
         canvas, settings = self.canvas, self.settings
-        logits_MV = self.model.logits(self.passes[0].hidden(canvas.ids_BK)[active_BC])
+        run_BC = active_BC if rows is None else active_BC[rows]
+        logits_MV = self.model.logits(self.passes[0].hidden(canvas.ids_BK, rows)[run_BC])
         if settings.cfg_scale:
             blind_BK = canvas.ids_BK.masked_fill(canvas.given_BK, self.model.mask_token_id)
-            without_MV = self.model.logits(self.passes[1].hidden(blind_BK)[active_BC])
+            without_MV = self.model.logits(self.passes[1].hidden(blind_BK, rows)[run_BC])
             logits_MV = logits_MV + settings.cfg_scale * (logits_MV - without_MV)
-        logits_MV = logits_MV.clone()
         logits_MV[:, self.model.mask_token_id] = float("-inf")
-        row_M = active_BC.nonzero()[:, 0].tolist()
         token_M, score_M = propose(
             logits_MV,
-            [canvas.row_of_B[row] for row in row_M],
-            self.generators,
+            active_BC.sum(1).tolist(),
+            [self.generators[number] for number in canvas.row_of_B],
             temperature=settings.temperature,
             top_p=settings.top_p,
             remasking=settings.remasking,
@@ -218,15 +222,17 @@ class _Loop:
         return token_BC, score_BC
 
     def _note(self, chosen_BC: Tensor, busy_B: Tensor, begin: int) -> None:
-        for row in busy_B.nonzero()[:, 0].tolist():
+        found: dict[int, list[tuple[int, int]]] = {row: [] for row in busy_B.nonzero()[:, 0].tolist()}
+        tokens = self.canvas.ids_BK[:, begin : begin + chosen_BC.shape[1]][chosen_BC].tolist()
+        for (row, column), token in zip(chosen_BC.nonzero().tolist(), tokens, strict=True):
+            found[row].append((begin + column - self.offset[self.canvas.row_of_B[row]], token))
+        for row, pairs in found.items():
             number = self.canvas.row_of_B[row]
             answer = self.answers[number]
             answer.passes += len(self.passes)
-            columns = (chosen_BC[row].nonzero()[:, 0] + begin).tolist()
-            tokens = self.canvas.ids_BK[row, columns].tolist()
-            answer.steps.append([(c - self.offset[number], t) for c, t in zip(columns, tokens, strict=True)])
+            answer.steps.append(pairs)
             if self.watch is not None:
-                self.watch(number, answer.steps[-1])
+                self.watch(number, pairs)
 
     def _ended(self, begin: int, end: int, masked_BC: Tensor) -> Tensor:
         """Say which rows have an end token in the block with no mask before it."""

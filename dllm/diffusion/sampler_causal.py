@@ -76,10 +76,17 @@ class _Row:
         self.start, self.answer = len(prompt), Answer()
         self.position_ids_BK = torch.arange(len(prompt) + columns, device=self.device)[None]
         self.cache = CanvasCache(self.position_ids_BK)
-        self.first_logits_V = self.run(list(prompt), 0, causal=True)[-1]
+        self.first_logits_V = self.run_causally(list(prompt), 0)
 
-    def run(self, ids: Sequence[int], begin: int, *, causal: bool) -> Tensor:
-        """Run some columns over those before them; return their logits, the mask's left out. Shapes: logits_CV."""
+    def run_causally(self, ids: Sequence[int], begin: int) -> Tensor:
+        """Run some columns, none of which sees a later one; return what is to follow. Shapes: logits_V."""
+        return self.run(ids, begin, causal=True, wanted=slice(len(ids) - 1, None))[0]
+
+    def run(self, ids: Sequence[int], begin: int, *, causal: bool, wanted: slice = slice(None)) -> Tensor:
+        """Run some columns over those before them; return logits of those wanted, the mask's left out.
+
+        Shapes: returns logits_CV.
+        """
         end = begin + len(ids)
         visible_CK = torch.ones(len(ids), end, dtype=torch.bool, device=self.device)
         if causal:
@@ -88,7 +95,7 @@ class _Row:
         self.cache.write(begin, end, end)
         hidden_BCD = self.model.part(ids_BC, self.position_ids_BK[:, begin:end], visible_CK[None], self.cache)
         self.answer.passes += 1
-        logits_CV = self.model.logits(hidden_BCD[0]).clone()
+        logits_CV = self.model.logits(hidden_BCD[0, wanted])
         logits_CV[:, self.model.mask_token_id] = float("-inf")
         return logits_CV
 
@@ -97,7 +104,7 @@ class _Row:
         settings = self.settings
         return propose(
             logits_CV,
-            [0] * len(logits_CV),
+            [len(logits_CV)],
             [self.generator],
             temperature=settings.temperature,
             top_p=settings.top_p,
@@ -144,7 +151,7 @@ def _causally(row: _Row, _: int) -> list[int]:
         written.append(token)
         if row.ended([token]) or len(written) == row.settings.max_new_tokens:
             return written
-        logits_V = row.run([token], row.start + len(written) - 1, causal=True)[-1]
+        logits_V = row.run_causally([token], row.start + len(written) - 1)
 
 
 def _seeded(row: _Row, size: int) -> list[int]:
@@ -171,7 +178,7 @@ def _seeded(row: _Row, size: int) -> list[int]:
         written += block
         if row.ended(block) or len(written) == limit:
             return written
-        logits_V = row.run(block, row.start + begin, causal=True)[-1]
+        logits_V = row.run_causally(block, row.start + begin)
 
 
 def _ends_whole(row: _Row, block: Sequence[int]) -> bool:
@@ -181,13 +188,13 @@ def _ends_whole(row: _Row, block: Sequence[int]) -> bool:
 
 
 def _count(settings: Settings, score_BC: Tensor, plan: list[int]) -> Tensor:
+    planned = torch.tensor([max(1, plan.pop(0) if plan else 1)], device=score_BC.device)
     if settings.factor is not None:
         return schedule.factor_counts(score_BC, settings.factor)
     if settings.threshold is not None:
-        return schedule.threshold_counts(
-            score_BC, settings.threshold, torch.ones(1, dtype=torch.int64, device=score_BC.device)
-        )
-    return torch.tensor([max(1, plan.pop(0) if plan else 1)], device=score_BC.device)
+        least = planned if settings.steps is not None else torch.ones_like(planned)
+        return schedule.threshold_counts(score_BC, settings.threshold, least)
+    return planned
 
 
 def _speculated(row: _Row, size: int) -> list[int]:
@@ -196,7 +203,8 @@ def _speculated(row: _Row, size: int) -> list[int]:
     row.commit([(0, written[0])])
     while not row.ended(written) and len(written) < limit:
         begin = row.start + len(written) - 1
-        draft = row.run([written[-1]] + [mask] * (size - 1), begin, causal=False)[1:].argmax(-1).tolist()
+        asked = [written[-1]] + [mask] * (size - 1)
+        draft = row.run(asked, begin, causal=False, wanted=slice(1, None)).argmax(-1).tolist()
         verified = row.run([written[-1], *draft], begin, causal=True).argmax(-1).tolist()
         agreed = next((n for n, (a, b) in enumerate(zip(draft, verified, strict=False)) if a != b), len(draft))
         new = [*draft[:agreed], verified[agreed]]  # after the agreed ones, causal decoding's own next token

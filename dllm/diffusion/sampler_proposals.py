@@ -26,7 +26,7 @@ def row_generators(prompts: Sequence[Sequence[int]], seed: int) -> list[torch.Ge
 
 def propose(
     logits_MV: Tensor,
-    rows: Sequence[int],
+    counts: Sequence[int],
     generators: Sequence[torch.Generator],
     *,
     temperature: float,
@@ -35,8 +35,8 @@ def propose(
 ) -> tuple[Tensor, Tensor]:
     """Draw a token for each place, and score it by the logits as they are, whatever the temperature.
 
-    Shapes: rows tells whose place each is, in ascending order, and picks its generator. Returns token_M int64 and
-        score_M float32, larger for those to commit sooner: a probability (low_confidence), u (random), minus the
+    Shapes: counts tells how many places each row has, row after row; each row has a generator. Returns token_M int64
+        and score_M float32, larger for those to commit sooner: a probability (low_confidence), u (random), minus the
         entropy in nats (entropy), the gap between the two largest probabilities (margin).
     Source: LLaDA's generation code; argmax of z / T + Gumbel noise is a draw from softmax(z / T), and needs float64
         (arXiv 2409.02908).
@@ -45,7 +45,8 @@ def propose(
     if temperature == 0:
         token_M = logits_MV.argmax(-1)
     else:
-        token_M = (_nucleus(logits_MV.double() / temperature, top_p) + _gumbel(logits_MV, rows, generators)).argmax(-1)
+        wish_MV = _nucleus(logits_MV.double() / temperature, top_p) + _gumbel(logits_MV, counts, generators)
+        token_M = wish_MV.argmax(-1)
     if remasking == "low_confidence":
         return token_M, log_MV.gather(1, token_M[:, None])[:, 0].exp()
     if remasking == "entropy":
@@ -53,14 +54,14 @@ def propose(
     if remasking == "margin":
         top_M2 = log_MV.topk(2, -1).values.exp()
         return token_M, top_M2[:, 0] - top_M2[:, 1]
-    drawn = [torch.rand(rows.count(row), generator=generators[row]) for row in dict.fromkeys(rows)]
+    drawn = [torch.rand(n, generator=generator) for n, generator in zip(counts, generators, strict=True)]
     return token_M, torch.cat(drawn).to(logits_MV.device)
 
 
-def _gumbel(logits_MV: Tensor, rows: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+def _gumbel(logits_MV: Tensor, counts: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
     drawn = [
-        torch.rand(rows.count(row), logits_MV.shape[1], generator=generators[row], dtype=torch.float64)
-        for row in dict.fromkeys(rows)
+        torch.rand(n, logits_MV.shape[1], generator=generator, dtype=torch.float64)
+        for n, generator in zip(counts, generators, strict=True)
     ]
     u_MV = torch.cat(drawn).clamp_min(1e-300).to(logits_MV.device)  # 0 would be an infinite wish
     return -torch.log(-torch.log(u_MV))

@@ -21,7 +21,7 @@ from dllm.data.collate import Example
 from dllm.diffusion.initial import masking_of, note_of
 from dllm.diffusion.losses import weighted_cross_entropy
 from dllm.diffusion.noise import Noise, Times, exact_count_noise, noise_generator, uniform_noise
-from dllm.diffusion.passes import batch_of, grid, masked_pass, padded
+from dllm.diffusion.passes import batch_of, grid_of, masked_pass, origin_of, padded
 from dllm.models.bidirectional import BidirectionalLM
 from dllm.training.strategy import Rows, Split, Terms
 
@@ -64,8 +64,10 @@ class DiffusionStrategy:
         self.hybrid = settings.hybrid if settings.mode == "hybrid" else None
         self.dtype, self.device = getattr(torch, settings.compute_dtype), next(model.parameters()).device
         fill = self.noise.eos_padding
+        # Where blocks are counted from the row's first column, it is the row that fills them, not the answer.
+        whole = self.noise.attention == "block" and origin_of(model) == "sequence"
         self.splits: dict[Split, list[Example]] = {
-            name: [padded_with_eos(example, fill, model.eos_ids, settings.max_length) for example in examples]
+            name: [padded_with_eos(example, fill, model.eos_ids, settings.max_length, whole) for example in examples]
             for name, examples in splits.items()
         }
         self.train_rows, self.heldout_rows = _rows(self.splits["train"]), _rows(self.splits["heldout"])
@@ -80,7 +82,7 @@ class DiffusionStrategy:
         if self.hybrid is not None:
             self.counts |= {"ar_nll": 1, "ar_correct": 1}
             self.shown = ("loss", "diffusion_loss", "ar_loss", "masked_acc", "val_loss")
-        self._parameters = sum(p.numel() for p in model.parameters()) - model.head_VD.numel()
+        self._flops_a_token = _flops_a_token(model)
 
     def corrupt(self, split: Split, rows: Sequence[int], epoch: int) -> Corrupted:
         """Draw each row's masks from its own seed; they lie among its answer's tokens."""
@@ -91,7 +93,7 @@ class DiffusionStrategy:
         for index, (row, example) in enumerate(zip(rows, examples, strict=True)):
             # Drawn at the row's own length: what it is padded to is the batch's business.
             maskable_S = maskable_BS[index, : len(example)]
-            blocks.append(grid(example, self.settings.mode, self._block_size, self.model.prompt_blocks))
+            blocks.append(grid_of(self.model, example, self._block_size))
             noise = self._draw(split, row, epoch, example.id, blocks[-1], maskable_S)
             for side, view in zip(sides, [noise, noise.complement(maskable_S)], strict=False):
                 side.append(view)
@@ -178,12 +180,34 @@ class DiffusionStrategy:
         return (-validation["val_loss"],)
 
     def save(self, directory: Path) -> None:
-        """Write the model as a directory that transformers loads, in float32."""
-        self.model.save(directory)
+        """Write the model as a directory that transformers loads, in float32; of an adapted one the adapter alone."""
+        if self.model.adapter is not None:
+            self.model.adapter.save(directory)
+        else:
+            self.model.save(directory)
 
     def load(self, directory: Path) -> None:
         """Take back the weights that `save` wrote, exactly."""
-        self.model.load_state_dict(type(self.model).from_directory(directory).state_dict())
+        if self.model.adapter is not None:
+            self.model.adapter.load(directory)
+        else:
+            self.model.load_state_dict(self._read(directory, torch.float32).state_dict())
+
+    def export(self, checkpoint: Path, directory: Path, dtype: torch.dtype) -> None:
+        """Write what `save` wrote into a checkpoint as a model in `dtype`, the adapter merged.
+
+        Nothing can be trained afterwards.
+        """
+        if self.model.adapter is None:
+            return self._read(checkpoint, dtype).save(directory)
+        self.model.adapter.load(checkpoint)
+        self.model.adapter.merge()
+        self.model.adapter = None
+        self.model.to(dtype).save(directory)
+
+    def _read(self, directory: Path, dtype: torch.dtype) -> BidirectionalLM:
+        # The code in a checkpoint is the target's, which the recipe already allowed to run.
+        return BidirectionalLM.from_directory(directory, dtype, trust_remote_code=self.model.kind is not None)
 
     @property
     def _paired(self) -> bool:
@@ -240,24 +264,42 @@ class DiffusionStrategy:
         return torch.ones(len(supervised_B), device=self.device)
 
     def _flops(self, batch: Corrupted, predictions: int) -> float:
-        """Count 6 operations a parameter and token, the head for scored places only (Kaplan et al. 2020, section 2)."""
+        """Count a step's operations, the head for scored places only."""
         passes = 2 if self.noise.attention == "block" or self.hybrid is not None else 1
         tokens = int(batch.valid_BS.sum()) * len(batch.views) * passes
-        return 6.0 * (self._parameters * tokens + self.model.head_VD.numel() * predictions)
+        head_VD = self.model.head_VD
+        return self._flops_a_token * tokens + (6 if head_VD.requires_grad else 4) * head_VD.numel() * predictions
 
 
-def padded_with_eos(example: Example, multiple: int, eos_ids: set[int], max_length: int) -> Example:
-    """Fill a finished answer with its own end token up to a multiple of `multiple` answer tokens.
+def _flops_a_token(model: BidirectionalLM) -> float:
+    """Count 6 operations a weight, 4 where it does not move, and of experts only the share a token meets.
+
+    The head is left out. Source: Kaplan et al. 2020, section 2.
+    """
+    experts = getattr(model.config, "num_experts", None)
+    share = model.config.num_experts_per_tok / experts if experts else 1.0
+    head_VD = model.head_VD
+    return sum(
+        (6 if p.requires_grad else 4) * p.numel() * (share if ".experts." in name else 1.0)
+        for name, p in model.named_parameters()
+        if p is not head_VD
+    )
+
+
+def padded_with_eos(
+    example: Example, multiple: int, eos_ids: set[int], max_length: int, whole: bool = False
+) -> Example:
+    """Fill a finished answer with its own end token up to a multiple of so many tokens, its own or the `whole` row's.
 
     The fill is text like any other: seen, masked and scored. A row's fill is its own affair, not its batch's. An answer
     that was cut, and so does not end, gets none.
     Source: LLaDA, section 2.3 (the model learns where to stop).
     """
-    answer = len(example) - example.prompt_length
+    filled = len(example) - (0 if whole else example.prompt_length)
     if not multiple or example.input_ids[-1] not in eos_ids:
         return example
     room = max(0, max_length - len(example))
-    fill = min(-answer % multiple, room)
+    fill = min(-filled % multiple, room)
     ids = array("i", example.input_ids)
     ids.extend([example.input_ids[-1]] * fill)
     return Example(example.id, ids, example.prompt_length)

@@ -5,15 +5,14 @@ Owns which sampler fits which model, and what each takes where nothing is said.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TextIO, get_args
 
-from dllm.data.chat import prompt_ids
-from dllm.diffusion.own_generate import generate_with_own_code
+from dllm.diffusion.encoding import filled, span_ids, text_ids
+from dllm.diffusion.own_generate import generate_with_own_code, unknown_to_own_code
 from dllm.diffusion.replay import Replay
 from dllm.diffusion.sampler import Answer, Watch, fill, sample
 from dllm.diffusion.sampler_causal import decode_causally, decode_seeded, speculate_on_itself
@@ -23,7 +22,6 @@ from dllm.models.bidirectional import BidirectionalLM
 
 Sampler = Literal["llada", "llada2", "nemotron", "self-spec", "ar"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
-SPAN = re.compile(r"\[MASK(?::([1-9]\d*))?\]")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llada": {"block_size": 32},
     "llada2": {"block_size": 32, "threshold": 0.95},
@@ -46,7 +44,7 @@ class Wishes:
     infill: bool = False
     """Write the text's [MASK] (one token) and [MASK:n] (n tokens) spans."""
     batch_size: int = 8
-    """Texts written together."""
+    """Texts written together, unless they are shown."""
     own_generate: bool = False
     """Through the generation code that the model brings; always so where ours cannot set its masks."""
     enable_thinking: bool | None = None
@@ -60,30 +58,39 @@ def write(
     """Answer each text; yield its record, in order.
 
     A record has: prompt, text, token_ids, tokens, passes, tokens_per_pass (the prompt's pass included where there is
-    one), seconds and tokens_per_s (of its whole batch), stopped, sampler, block_size.
+    one), seconds and tokens_per_s (of its whole batch, what was spent on showing left out), stopped, sampler,
+    block_size.
+
+    Args:
+        show: where to show each answer while it is written, one after the other.
 
     Raises:
         ConfigError: the sampler does not fit the model, or the settings do not go together.
-        DataError: a text is empty, or has no span to fill.
+        DataError: a text is empty, too long, or has no span to fill.
     """
-    sampler = wishes.sampler or ("nemotron" if model.note.mode == "hybrid" else "llada")
+    sampler = wishes.sampler or default_sampler(model)
     settings = settle(model, sampler, wishes)
-    for begin in range(0, len(texts), wishes.batch_size):
-        part = texts[begin : begin + wishes.batch_size]
-        ids = [_encode(model, text, wishes) for text in part]
-        canvases = [_canvas(model, row, wishes, settings) for row in ids]
+    own = _by_own_code(model, wishes)
+    if own and show is not None:
+        raise ConfigError("the model's own generate cannot be watched", hint="leave out --show")
+    encoded = [_encode(model, text, wishes, settings, number) for number, text in enumerate(texts, 1)]
+    size = wishes.batch_size if show is None else 1
+    for begin in range(0, len(texts), size):
+        part, ids = texts[begin : begin + size], encoded[begin : begin + size]
         began = time.perf_counter()
-        with nullcontext() if show is None else Replay(model.tokenizer, canvases, show) as replay:
-            answers = _sample(model, sampler, ids, wishes, settings, None if replay is None else replay.watch)
-        seconds = time.perf_counter() - began
+        with nullcontext() if show is None else Replay(model, _canvas(model, ids[0], wishes, settings), show) as replay:
+            answers = write_ids(model, sampler, ids, wishes, settings, None if replay is None else replay.watch)
+            seconds = time.perf_counter() - began - (0.0 if replay is None else replay.seconds)
         written = [
             row.count(model.mask_token_id) if wishes.infill else len(answer.token_ids)
             for row, answer in zip(ids, answers, strict=True)
         ]
-        for text, answer, tokens in zip(part, answers, written, strict=True):
+        for text, given, answer, tokens in zip(part, ids, answers, written, strict=True):
             yield {
                 "prompt": text,
-                "text": str(model.tokenizer.decode(answer.token_ids, skip_special_tokens=True)),
+                "text": filled(model.tokenizer, text, given, answer.token_ids, model.mask_token_id)
+                if wishes.infill
+                else str(model.tokenizer.decode(answer.token_ids, skip_special_tokens=True)),
                 "token_ids": answer.token_ids,
                 "tokens": tokens,
                 "passes": answer.passes,
@@ -91,9 +98,14 @@ def write(
                 "seconds": seconds,
                 "tokens_per_s": sum(written) / seconds,
                 "stopped": answer.stopped,
-                "sampler": sampler,
+                "sampler": "own" if own else sampler,
                 "block_size": settings.block_size,
             }
+
+
+def default_sampler(model: BidirectionalLM) -> Sampler:
+    """Return the sampler that shows a model its text as training did."""
+    return "nemotron" if model.note.mode == "hybrid" and model.note.context == "causal" else "llada"
 
 
 def _canvas(model: BidirectionalLM, ids: Sequence[int], wishes: Wishes, settings: Settings) -> list[int | None]:
@@ -109,22 +121,34 @@ def settle(model: BidirectionalLM, sampler: str, wishes: Wishes) -> Settings:
     Raises:
         ConfigError: they do not go together.
     """
-    context = model.note.context
+    context, own = model.note.context, _by_own_code(model, wishes)
     if sampler == "llada2" and context == "full":
         raise ConfigError(
             "sampler llada2 is for block-causal models, and this one sees all of its canvas", hint="take llada"
         )
-    if wishes.infill and sampler != "llada":
-        raise ConfigError(f"sampler {sampler} cannot infill", hint="take llada")
+    if wishes.infill and (own or sampler != "llada"):
+        what = "the model's own generate" if own else f"sampler {sampler}"
+        raise ConfigError(f"{what} cannot infill", hint="take a model with full attention, and sampler llada")
+    if own and model.kind is None:
+        raise ConfigError("this model brings no generation code", hint="leave out --own-generate")
+    if model.lays_out_pairs and sampler != "nemotron":
+        raise ConfigError(
+            f"sampler {sampler} cannot reach this model, which writes by its own generate only", hint="take nemotron"
+        )
     named = {name: value for name, value in wishes.settings.items() if value is not None}
-    if unknown := [name for name in named if sampler in ("ar", "self-spec") and name in _UNMASKING]:
-        raise ConfigError(f"sampler {sampler} has no {', '.join(unknown)}", hint="leave it out, or take llada")
+    unknown = unknown_to_own_code(model, named) if own else [name for name in named if name in UNUSED[sampler]]
+    if unknown:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
+        raise ConfigError(
+            f"{'the own generate of this model' if own else f'sampler {sampler}'} has no use for {flags}",
+            hint="leave it out" if own else "leave it out, or take sampler llada",
+        )
     defaults = dict(DEFAULTS[sampler])
     if model.note.block_size is not None and sampler != "ar":
         defaults["block_size"] = model.note.block_size
     if wishes.infill:
         defaults.pop("block_size", None)  # spans lie anywhere: all of the text is one block
-    if "factor" in named:
+    if "factor" in named or named.get("remasking") in ("entropy", "random"):
         defaults.pop("threshold", None)
     if context != "full" and model.kind is None and sampler in ("llada", "llada2"):
         defaults["cache"] = "block"
@@ -132,14 +156,37 @@ def settle(model: BidirectionalLM, sampler: str, wishes: Wishes) -> Settings:
 
 
 _UNMASKING = ("steps", "remasking", "threshold", "factor", "cfg_scale", "cache", "editing_threshold")
+UNUSED: dict[str, tuple[str, ...]] = {
+    "llada": (),
+    "llada2": (),
+    "nemotron": ("cfg_scale", "cache", "editing_threshold"),
+    "self-spec": (*_UNMASKING, "top_p"),
+    "ar": (*_UNMASKING, "block_size"),
+}
+"""What each sampler would pass over in silence."""
 
 
-def _sample(
-    model: BidirectionalLM, sampler: str, ids: list[list[int]], wishes: Wishes, settings: Settings, watch: Watch | None
+def _by_own_code(model: BidirectionalLM, wishes: Wishes) -> bool:
+    return wishes.own_generate or model.lays_out_pairs
+
+
+def write_ids(
+    model: BidirectionalLM,
+    sampler: str,
+    ids: list[list[int]],
+    wishes: Wishes,
+    settings: Settings,
+    watch: Watch | None = None,
 ) -> list[Answer]:
+    """Answer prompts given as ids, all in one batch, with settings that `settle` has completed.
+
+    Raises:
+        ConfigError: the settings do not fit the model.
+        DataError: a prompt is empty, or holds the mask token.
+    """
     if wishes.infill:
         return fill(model, ids, settings, watch)
-    if wishes.own_generate or (model.kind is not None and model.kind.masks == "own"):
+    if _by_own_code(model, wishes):
         return generate_with_own_code(model, ids, settings)
     if sampler in ("llada", "llada2"):
         return sample(model, ids, settings, watch)
@@ -147,22 +194,20 @@ def _sample(
     return decode(model, ids, settings, watch)
 
 
-def _encode(model: BidirectionalLM, text: str, wishes: Wishes) -> list[int]:
-    tokenizer, chat = model.tokenizer, [{"role": "user", "content": text}]
-    if not wishes.infill:
-        if wishes.raw:
-            return list(tokenizer(text)["input_ids"])
-        return prompt_ids(tokenizer, chat, wishes.enable_thinking)
-    if SPAN.search(text) is None:
-        raise DataError("nothing to fill in", where=f"prompt {text[:40]!r}", hint="write [MASK] or [MASK:n] into it")
-    rendered = (
-        text if wishes.raw else str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False))
-    )
-    ids: list[int] = []
-    # Split at spans: text, number, text, number, ..., text.
-    for place, piece in enumerate(SPAN.split(rendered)):
-        if place % 2:
-            ids += [model.mask_token_id] * int(piece or 1)
-        else:
-            ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+def _encode(model: BidirectionalLM, text: str, wishes: Wishes, settings: Settings, number: int) -> list[int]:
+    longest = model.longest
+    if wishes.infill:
+        ids, new = span_ids(model.tokenizer, text, wishes.raw, model.mask_token_id, longest, number), 0
+    else:
+        ids, new = text_ids(model.tokenizer, text, wishes.raw, wishes.enable_thinking, number), settings.max_new_tokens
+        if model.mask_token_id in ids:
+            raise DataError(
+                "the prompt holds the mask token", where=f"prompt {number}", hint="to fill masks, use --infill"
+            )
+    if len(ids) + new > longest:
+        raise DataError(
+            f"{len(ids)} tokens and {new} new ones are more than this model's {longest}",
+            where=f"prompt {number}",
+            hint="shorten it" if wishes.infill else "shorten it, or lower --max-new-tokens",
+        )
     return ids

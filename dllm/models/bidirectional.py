@@ -10,7 +10,7 @@ Shape suffixes: B batch, S sequence, Q query columns, K key columns, D hidden, V
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,7 @@ from dllm.models.mask_row import settle_mask_token
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from dllm.models.adapters import Adapter
     from dllm.models.canvas_cache import CanvasCache
 
 NOTE = "dllm.json"
@@ -69,11 +70,30 @@ class BidirectionalLM(nn.Module):
         """The published family of a model with code of its own; null for transformers' models."""
         self.note = Note("mdlm", mask_token_id)
         """How it was, or is being, trained; `save` writes it. A trainer sets it."""
+        self.adapter: Adapter | None = None
+        """What alone is trained, where the weights themselves stay as they are."""
+        self.code: Path | None = None
+        """Where the model's own code lies; `save` copies it."""
+        self.set_for_training: dict[str, Any] = {}
+        """Entries of the config that were changed so that its code can train; `save` restores them."""
         if self.kind is not None:
             self.note = Note(self.kind.mode, mask_token_id, self.kind.block_size)
             self.prompt_blocks = self.kind.block_size is not None
         # transformers then builds no causal mask of its own; masks given in full are taken as they are.
         self.config.is_causal = False
+
+    @property
+    def lays_out_pairs(self) -> bool:
+        """Tell whether its own code puts noisy beside clean text, so that only `paired` can run it."""
+        return self.kind is not None and self.kind.masks == "own"
+
+    @property
+    def longest(self) -> int:
+        """Return how many tokens a text may have."""
+        for name in ("max_position_embeddings", "max_sequence_length"):
+            if (found := getattr(self.config, name, None)) is not None:
+                return int(found)
+        return 1 << 30
 
     @property
     def head_VD(self) -> Tensor:
@@ -118,12 +138,35 @@ class BidirectionalLM(nn.Module):
 
         Shapes: as in `hidden`.
         """
+        if self.lays_out_pairs:
+            everything_BS = torch.ones_like(ids_BS, dtype=torch.bool) if valid_BS is None else valid_BS
+            return self.paired(ids_BS, everything_BS, torch.zeros_like(everything_BS))[1]
+        if self.kind is not None:
+            before_SS = torch.ones(ids_BS.shape[1], ids_BS.shape[1], dtype=torch.bool, device=ids_BS.device).tril()
+            return self.hidden(ids_BS, valid_BS, allowed_BSS=before_SS.expand(len(ids_BS), -1, -1))
         visible_BSS = None
         if valid_BS is not None and not bool(valid_BS.all()):
             length = ids_BS.shape[1]
             before_SS = torch.ones(length, length, dtype=torch.bool, device=ids_BS.device).tril()
             visible_BSS = _visible(ids_BS, valid_BS, before_SS.expand(len(ids_BS), -1, -1))
         return self._run(ids_BS, places(ids_BS, valid_BS), visible_BSS, causal=True)
+
+    def paired(self, ids_BS: Tensor, valid_BS: Tensor, masked_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Run code that lays out noisy blocks beside the clean text itself, on blocks counted from the first column.
+
+        What follows a row's end is shown as masks up to the end of its block: so it is when an answer is written, and
+        who shares its batch changes nothing.
+
+        Shapes: valid_BS bool, false on padding on the right; returns hidden_BSD of the noisy half, and of the clean
+            one, which sees only what is before each place.
+        """
+        size, length = self.note.block_size, ids_BS.shape[1]
+        if not self.lays_out_pairs or size is None:
+            raise ModelError("this model has no layout of its own", where=self.config.model_type)
+        room = (0, -length % size)
+        shown_BS = nn.functional.pad(masked_BS | ~valid_BS, room, value=True)
+        noisy_BSD, clean_BSD = remote.run_paired(self.model, nn.functional.pad(ids_BS, room), shown_BS, size)
+        return noisy_BSD[:, :length], clean_BSD[:, :length]
 
     def part(self, ids_BQ: Tensor, position_ids_BQ: Tensor, visible_BQK: Tensor, cache: CanvasCache) -> Tensor:
         """Run some columns against the keys and values that a cache holds of others; the cache takes in the new ones.
@@ -180,25 +223,42 @@ class BidirectionalLM(nn.Module):
         return full if window is None else near
 
     def save(self, directory: Path) -> None:
-        """Write a Hugging Face directory that transformers loads, with the tokenizer and, from `note`, `dllm.json`."""
+        """Write a Hugging Face directory that transformers loads, with the tokenizer and, from `note`, `dllm.json`.
+
+        A model with code of its own takes it along.
+        """
         del self.config.is_causal
         try:
             self.model.save_pretrained(directory)
         finally:
             self.config.is_causal = False
         self.tokenizer.save_pretrained(directory)
+        if self.code is not None:
+            remote.copy_code(self.code, Path(directory), self.set_for_training)
         (Path(directory) / NOTE).write_text(json.dumps(asdict(self.note), indent=2) + "\n")
 
     @classmethod
     def from_directory(
-        cls, directory: Path, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+        cls,
+        directory: Path,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        *,
+        trust_remote_code: bool = False,
+        paired: bool = False,
     ) -> BidirectionalLM:
         """Read what `save` wrote; `note` then holds its `dllm.json`.
+
+        Args:
+            trust_remote_code: run the code that lies in the directory.
+            paired: as in `load_bidirectional`, with the note's blocks.
 
         Raises:
             ModelError: there is no such directory, it lacks tensors, or its `dllm.json` is missing or broken.
         """
-        return load_bidirectional(Target(model=str(directory), dtype="float32"), dtype or "float32", device)
+        target = Target(model=str(directory), dtype="float32", trust_remote_code=trust_remote_code)
+        note = read_note(Path(directory)) if paired else None
+        return load_bidirectional(target, dtype or "float32", device, paired=None if note is None else note.block_size)
 
 
 def load_bidirectional(
@@ -206,6 +266,7 @@ def load_bidirectional(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     mask_token_id: int | None = None,
+    paired: int | None = None,
 ) -> BidirectionalLM:
     """Load a causal model frozen and in evaluation mode, with its mask lifted and a mask token settled.
 
@@ -214,17 +275,26 @@ def load_bidirectional(
         dtype: by default the target's.
         device: where to.
         mask_token_id: the mask's row, where neither the checkpoint nor the tokenizer has one; null adds a token.
+        paired: tokens a block, to set up code that lays out noisy and clean text itself for training and likelihood
+            instead of generation; other models are as they are.
 
     Raises:
         ModelError: the model cannot be read.
-        ConfigError: the mask token is no row of the embedding, or text uses it.
+        ConfigError: the mask token is no row of the embedding, text uses it, or a published model has another one.
     """
-    note = read_note(targets.locate(target))
+    path = targets.locate(target)
+    note = read_note(path)
+    kind = remote.kind_at(path) if target.trust_remote_code else None
+    values = remote.paired_config(paired) if kind is not None and kind.masks == "own" and paired is not None else {}
     tokenizer = targets.load_tokenizer(target)
-    model = targets.load_target(target, dtype, device)
+    model = targets.load_target(target, dtype, device, values)
     wanted = note.mask_token_id if note is not None else mask_token_id
     found = BidirectionalLM(model, tokenizer, settle_mask_token(model, tokenizer, wanted, _eos_ids(model, tokenizer)))
     found.note = note or found.note
+    if paired is not None and found.lays_out_pairs:
+        found.note = replace(found.note, block_size=paired)
+    if found.kind is not None:
+        found.code, found.set_for_training = path, values
     return found
 
 

@@ -28,28 +28,33 @@ class CanvasCache:
         self._values: dict[int, Tensor] = {}
         self.write(0, position_ids_BK.shape[1])
 
-    def write(self, begin: int, end: int, seen: int | None = None) -> CanvasCache:
-        """Say which columns the next pass brings, and that it looks at columns before `seen` (by default all)."""
-        self.begin, self.end = begin, end
+    def write(self, begin: int, end: int, seen: int | None = None, rows: Tensor | None = None) -> CanvasCache:
+        """Say which columns the next pass brings, that it looks at columns before `seen`, and of which rows it is.
+
+        By default it looks at all columns and is of all rows. Shapes: rows int64, ascending.
+        """
+        self.begin, self.end, self.rows = begin, end, rows
         self.seen = self._all_position_ids_BK.shape[1] if seen is None else seen
         return self
 
     @property
     def position_ids_BK(self) -> Tensor:
         """Return the positions of the columns that the next pass looks at."""
-        return self._all_position_ids_BK[:, : self.seen]
+        positions_BK = self._all_position_ids_BK[:, : self.seen]
+        return positions_BK if self.rows is None else positions_BK[self.rows]
 
     def update(self, key_BGQE: Tensor, value_BGQE: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Take in a layer's new keys and values; return those of all columns that are looked at."""
         if layer_idx not in self._keys:
-            batch, heads, _columns, size = key_BGQE.shape
-            columns = self._all_position_ids_BK.shape[1]
+            _rows, heads, _columns, size = key_BGQE.shape
+            batch, columns = self._all_position_ids_BK.shape
             self._keys[layer_idx] = key_BGQE.new_zeros(batch, heads, columns, size)
             self._values[layer_idx] = value_BGQE.new_zeros(batch, heads, columns, value_BGQE.shape[-1])
         keys, values = self._keys[layer_idx], self._values[layer_idx]
-        keys[:, :, self.begin : self.end] = key_BGQE
-        values[:, :, self.begin : self.end] = value_BGQE
-        return keys[:, :, : self.seen], values[:, :, : self.seen]
+        rows = slice(None) if self.rows is None else self.rows
+        keys[rows, :, self.begin : self.end] = key_BGQE
+        values[rows, :, self.begin : self.end] = value_BGQE
+        return keys[rows, :, : self.seen], values[rows, :, : self.seen]
 
     def keep(self, rows: Tensor) -> CanvasCache:
         """Drop all rows but some. Shapes: rows int64 or bool over B."""

@@ -11,17 +11,19 @@ from typing import Any
 
 from dllm.errors import ModelError
 
-CONFIG, WEIGHTS = "config.json", "*.safetensors"
-POINTERS = ("best", "latest")
-"""One-line files that name a step, in the order in which a run's top directory is read."""
+CONFIG, WEIGHTS, ADAPTER = "config.json", "*.safetensors", "adapter_config.json"
+POINTERS = ("best", "latest", "LATEST", "LATEST.txt")
+"""Links, or one-line files, that name a step, in the order in which a run's top directory is read."""
+EXPORTS = (".", "checkpoint", "out/train/checkpoint", "consolidated", "model/consolidated", "model")
+"""Where in a directory a checkpoint may lie: itself, a stage's output, a project's, a NeMo AutoModel step's."""
 
 
 def resolve(name: str | Path, root: Path) -> Path:
     """Return the directory with config.json and weights that a name stands for.
 
     Tried in this order: a directory that is a checkpoint (an export or a training step), a stage's output (its
-    `checkpoint/`), a run's top directory (its best step, else its latest), a project's folder (its
-    `out/train/checkpoint/`), a Hugging Face id. Registered models are `dllm.registry`'s.
+    `checkpoint/`), a project's folder (its `out/train/checkpoint/`), a step of NeMo AutoModel (its `consolidated/`), a
+    run's top directory (its best step, else its latest), a Hugging Face id. Registered models are `dllm.registry`'s.
 
     Args:
         name: what was typed; relative paths start at the current directory, else at `root`.
@@ -33,13 +35,16 @@ def resolve(name: str | Path, root: Path) -> Path:
     given = Path(name).expanduser()
     for path in dict.fromkeys((given, root / given)):
         if path.is_dir():
-            return _inside(path) or _refuse(
-                name, "no checkpoint in this directory", "expected config.json and model.safetensors, or a run's steps"
-            )
-    from dllm.models.targets import hub_snapshot, looks_like_hub_id
+            if (found := _inside(path)) is not None:
+                return found
+            if any((step / ADAPTER).is_file() for step in _steps(path)):
+                return _refuse(name, "this is an adapter alone", "name out/train/checkpoint, where it is merged")
+            expected = "expected config.json and model.safetensors, or a run's steps"
+            return _refuse(name, "no checkpoint in this directory", expected)
+    from dllm.models.targets import HUB_FILES, hub_snapshot, looks_like_hub_id
 
     if "/" in str(name) and looks_like_hub_id(str(name)):
-        return hub_snapshot(str(name), None, ["*.json", "*.safetensors"], where="checkpoint")
+        return hub_snapshot(str(name), None, HUB_FILES, where="checkpoint")
     return _refuse(name, "no such checkpoint", "name a directory, or models:/NAME@ALIAS for a registered one")
 
 
@@ -57,16 +62,14 @@ def trained_for(checkpoint: Path) -> dict[str, Any] | None:
 
 def _inside(path: Path) -> Path | None:
     """Find the checkpoint that a directory is or holds."""
-    if _holds_weights(path):
-        return path
-    for child in (path / "checkpoint", path / "out" / "train" / "checkpoint"):
-        if _holds_weights(child):
-            return child
-    for steps in (path, path / "checkpoints"):
-        for pointer in POINTERS:
-            if (pointed := _follow(steps / pointer)) and _holds_weights(pointed):
-                return pointed
-    return None
+    places = (folder / part for folder in _steps(path) for part in EXPORTS)
+    return next(filter(_holds_weights, places), None)
+
+
+def _steps(path: Path) -> list[Path]:
+    """List a directory and the steps that its pointers name."""
+    pointed = (_follow(steps / pointer) for steps in (path, path / "checkpoints") for pointer in POINTERS)
+    return [path, *(step for step in pointed if step is not None)]
 
 
 def _follow(pointer: Path) -> Path | None:

@@ -24,11 +24,12 @@ def settle_mask_token(
 ) -> int:
     """Return the mask id, and make the tokenizer and the embedding have it.
 
-    Tried in this order: `explicit`; the tokenizer's mask token; a special token called mask; the published model's
-    own; else `<|mask|>` is added to the tokenizer, and one row to the embedding (and head) if none is unused.
+    A model of a published family has its own (its config's, else the family's), and no other will do. Else, in this
+    order: `explicit`; the tokenizer's mask token; a special token called mask; else `<|mask|>` is added to the
+    tokenizer, and one row to the embedding (and head) if none is unused.
 
     Raises:
-        ConfigError: the id is no row of the embedding, or text uses it.
+        ConfigError: the id is no row of the embedding, text uses it, or a published model has another one.
     """
     embedding: Any = model.get_input_embeddings()
     rows = len(embedding.weight)
@@ -52,13 +53,22 @@ def settle_mask_token(
 
 
 def _choose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, explicit: int | None) -> int | None:
+    kind = KINDS.get(model.config.model_type)
+    own = None if kind is None else getattr(model.config, "mask_token_id", None) or kind.mask_token_id
+    if explicit is None and tokenizer.mask_token_id is not None:
+        explicit = int(tokenizer.mask_token_id)
+    if own is not None:
+        if explicit not in (None, own):
+            raise ConfigError(
+                f"mask id {explicit}, and {model.config.model_type} was trained with {own}", where="mask_token_id"
+            )
+        if tokenizer.convert_ids_to_tokens(own) is None:
+            raise ConfigError(f"mask id {own} is no token of the model's tokenizer", where="mask_token_id")
+        return int(own)
     if explicit is not None:
         return explicit
-    if tokenizer.mask_token_id is not None:
-        return int(tokenizer.mask_token_id)
     added = tokenizer.added_tokens_decoder
     for id in sorted(added):
         if added[id].special and re.search("mask", added[id].content, re.IGNORECASE):
             return int(id)
-    kind = KINDS.get(model.config.model_type)
-    return None if kind is None else kind.mask_token_id
+    return None

@@ -2,13 +2,15 @@
 
 Owns what is known of each by its `model_type`: mask token, blocks, and what its forward pass accepts.
 
-Shape suffixes: B batch, S sequence, Q query columns, K key columns, D hidden.
+Shape suffixes: B batch, S sequence, R rows of equal length, Q query columns, K key columns, D hidden.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +33,8 @@ class Kind:
     mode: Literal["mdlm", "hybrid"]
     block_size: int | None
     masks: Literal["none", "additive", "own"]
-    """What its forward pass accepts: no mask that can be relied on; a 4-dimensional one that is added to scores; masks
-    that only its own generation knows how to set."""
+    """What its forward pass accepts: no mask that can be relied on; a 4-dimensional one that is added to scores; none,
+    for it sets its own, and lays out noisy and clean text itself."""
 
 
 KINDS = {
@@ -51,12 +53,18 @@ def kind_of(model: PreTrainedModel) -> Kind | None:
     return KINDS.get(model.config.model_type)
 
 
-def published(directory: Path) -> bool:
-    """Tell from its config whether a directory holds a model of such a family."""
+def kind_at(directory: Path) -> Kind | None:
+    """Tell from its config to which published family a directory's model belongs."""
     try:
-        return json.loads((directory / "config.json").read_text()).get("model_type") in KINDS
+        return KINDS.get(json.loads((directory / "config.json").read_text()).get("model_type"))
     except (OSError, ValueError, AttributeError):
-        return False
+        return None
+
+
+def paired_config(block_size: int) -> dict[str, Any]:
+    """Say how a config must read for code with masks of its own to train; as published it reads for generation."""
+    # The other training layout, block_diff, gives no next-token logits.
+    return {"dlm_paradigm": "sbd_block_diff", "block_size": block_size}
 
 
 def run(
@@ -76,24 +84,105 @@ def run(
         raise ModelError(
             "this model's code sets its own masks", where=model.config.model_type, hint="use --own-generate"
         )
+    plainly = _accepted(model, use_cache=False, return_dict=True)
+    dtype, call = _in_one_dtype(model, ids_BQ.device.type)
     with _without_head(model) as width:
         if kind.masks == "additive":
             if visible_BQK is None:
                 visible_BQK = torch.ones(*ids_BQ.shape, ids_BQ.shape[1], dtype=torch.bool, device=ids_BQ.device)
-            scores = torch.zeros(visible_BQK.shape, dtype=model.dtype, device=ids_BQ.device)
-            scores = scores.masked_fill(~visible_BQK, torch.finfo(model.dtype).min)
-            return _checked(model(ids_BQ, attention_mask=scores[:, None], position_ids=position_ids_BQ).logits, width)
+            scores = torch.zeros(visible_BQK.shape, dtype=dtype, device=ids_BQ.device)
+            scores = scores.masked_fill(~visible_BQK, torch.finfo(dtype).min)[:, None]
+            found = call(ids_BQ, attention_mask=scores, position_ids=position_ids_BQ, **plainly)
+            return _checked(found.logits, width)
         if valid_BQ is None or bool(valid_BQ.all()):
-            return _checked(model(ids_BQ).logits, width)
-        # Whether this code heeds padding masks depends on its age: rows go one by one, without padding.
-        found = None
-        for row, valid_Q in enumerate(valid_BQ):
-            hidden_1SD = _checked(model(ids_BQ[row : row + 1, valid_Q]).logits, width)
-            if found is None:
-                found = hidden_1SD.new_zeros(*ids_BQ.shape, width)
-            found[row, valid_Q] = hidden_1SD[0]
-        assert found is not None
-        return found
+            return _checked(call(ids_BQ, **plainly).logits, width)
+        return _by_length(call, ids_BQ, valid_BQ, plainly, width)
+
+
+def _by_length(
+    call: Callable[..., Any], ids_BQ: Tensor, valid_BQ: Tensor, plainly: dict[str, Any], width: int
+) -> Tensor:
+    """Run rows of equal length together, and no padding at all; return hidden_BQD, 0 on padding.
+
+    Whether such code heeds padding masks depends on its age. Nothing is lost: what models of this size cost is
+    arithmetic, and padding would only add to it.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, length in enumerate(valid_BQ.sum(1).tolist()):
+        groups.setdefault(length, []).append(row)
+    hidden_BQD: Tensor | None = None
+    for length, rows in groups.items():
+        here_BQ = torch.zeros_like(valid_BQ)
+        here_BQ[rows] = valid_BQ[rows]
+        hidden_RSD = _checked(call(ids_BQ[here_BQ].view(len(rows), length), **plainly).logits, width)
+        if hidden_BQD is None:
+            hidden_BQD = hidden_RSD.new_zeros(*ids_BQ.shape, width)
+        hidden_BQD[here_BQ] = hidden_RSD.flatten(0, 1)
+    assert hidden_BQD is not None
+    return hidden_BQD
+
+
+def run_paired(model: PreTrainedModel, ids_BS: Tensor, masked_BS: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Give clean ids and the places to mask to code that lays out [x_t | x_0] itself.
+
+    Shapes: S a multiple of block_size; returns hidden_BSD of the noisy half, and of the clean, causal one.
+
+    Raises:
+        ModelError: its forward pass takes no masked_indices, or gives no causal logits.
+    """
+    needed = {"labels": ids_BS, "masked_indices": masked_BS, "skip_loss": True}
+    asked = _accepted(model, **needed, block_size=block_size)
+    family = model.config.model_type
+    if missing := sorted(set(needed) - set(asked)):
+        raise ModelError(f"the model's forward pass takes no {missing[0]}", where=family)
+    if (own := getattr(model.config, "dlm_paradigm", None)) != "sbd_block_diff":
+        raise ModelError(f"the model's code was set up for {own}, not for training", where=family)
+    _, call = _in_one_dtype(model, ids_BS.device.type)
+    with _without_head(model) as width:
+        found = call(ids_BS, **asked)
+    noisy, clean = found.logits, getattr(found, "causal_logits", None)
+    if clean is None and noisy.shape[1] == 2 * ids_BS.shape[1]:  # older code hands out both halves as one
+        noisy, clean = noisy.chunk(2, 1)
+    if clean is None:
+        raise ModelError("the model's code gives no causal logits", where=family)
+    return _checked(noisy, width), _checked(clean, width)
+
+
+def copy_code(source: Path, directory: Path, values: dict[str, Any]) -> None:
+    """Put a model's code beside a checkpoint of it, and its config's `values` and `auto_map` as they were published."""
+    for file in sorted(source.glob("*.py")):
+        shutil.copyfile(file, directory / file.name)
+    path = directory / "config.json"
+    written, published = json.loads(path.read_text()), json.loads((source / "config.json").read_text())
+    for name in (*values, "auto_map"):
+        written.pop(name, None)
+        if name in published:
+            written[name] = published[name]
+    path.write_text(json.dumps(written, indent=2) + "\n")
+
+
+def _in_one_dtype(model: PreTrainedModel, device: str) -> tuple[torch.dtype, Callable[..., Any]]:
+    """Return the dtype in which a model's code is to compute, and how to call it.
+
+    Where autocast asks for another dtype than the weights', they are converted as a whole, and gradients flow back to
+    them: such code gathers, adds and attends across dtypes that autocast would mix.
+    """
+    if not torch.is_autocast_enabled(device):
+        return model.dtype, model
+    dtype = torch.get_autocast_dtype(device)
+    weights = {name: p.to(dtype) for name, p in model.named_parameters() if p.dtype != dtype and p.is_floating_point()}
+
+    def call(ids: Tensor, **asked: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return torch.func.functional_call(model, weights, (ids,), asked)
+
+    return dtype, call
+
+
+def _accepted(model: PreTrainedModel, **values: Any) -> dict[str, Any]:
+    """Keep the arguments that a model's forward pass names."""
+    names = inspect.signature(model.forward).parameters
+    return {name: value for name, value in values.items() if name in names}
 
 
 def _checked(hidden: Tensor, width: int) -> Tensor:

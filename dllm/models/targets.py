@@ -10,19 +10,20 @@ import functools
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm.config import Target
 from dllm.data import chat
-from dllm.errors import ModelError
+from dllm.errors import ConfigError, ModelError
 from dllm.models import builtin
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def locate(target: Target) -> Path:
@@ -30,6 +31,7 @@ def locate(target: Target) -> Path:
 
     Raises:
         ModelError: there is no such built-in, directory or hub repository, or the hub is out of reach.
+        ConfigError: the hub's code is to be run, and no commit is pinned.
     """
     if target.model.startswith(builtin.PREFIX):
         return builtin.directory(target.model)
@@ -42,7 +44,15 @@ def locate(target: Target) -> Path:
         return path
     if not looks_like_hub_id(target.model):
         raise ModelError("no such model directory", where=f"target.model: {target.model}")
-    patterns = [*_HUB_FILES, "*.py"] if target.trust_remote_code else _HUB_FILES
+    patterns = HUB_FILES
+    if target.trust_remote_code:
+        patterns = [*HUB_FILES, "*.py"]
+        if re.fullmatch("[0-9a-f]{40}", target.revision or "") is None:
+            raise ConfigError(
+                "code from the hub is run only at a pinned commit, and a branch or tag may move",
+                where=f"target.revision: {target.revision}",
+                hint="give the 40 digits of the commit whose code you have read (`--revision` for generate)",
+            )
     return hub_snapshot(target.model, target.revision, patterns, where="target.model")
 
 
@@ -104,17 +114,26 @@ def load_tokenizer(target: Target) -> PreTrainedTokenizerBase:
 
 
 def load_target(
-    target: Target, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+    target: Target,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load the target frozen and in evaluation mode, in `dtype` (else `target.dtype`) on `device` (else the best one).
 
+    Args:
+        values: entries of its config to be replaced, for a model whose code is built otherwise by them.
+
     Raises:
-        ModelError: the directory holds no causal model that can be read.
+        ModelError: the directory holds no causal model that can be read, or its own code does not load here.
     """
     import torch
+    import transformers
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     from transformers.utils import logging
+
+    from dllm.models import older_code
 
     logging.disable_progress_bar()  # its bars would cut through a stage's own
     path = locate(target)
@@ -123,17 +142,33 @@ def load_target(
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     read: Any = AutoModelForCausalLM.from_pretrained
-    own = (
-        getattr(AutoConfig.from_pretrained(path, trust_remote_code=True), "auto_map", {})
-        if target.trust_remote_code
-        else {}
-    )
-    if own and "AutoModelForCausalLM" not in own:  # as Nemotron-Labs-Diffusion's
-        read = AutoModel.from_pretrained
+    asked: dict[str, Any] = {"dtype": dtype, "trust_remote_code": target.trust_remote_code}
+    own: dict[str, str] = {}
     try:
-        model, report = read(path, dtype=dtype, trust_remote_code=target.trust_remote_code, output_loading_info=True)
+        if target.trust_remote_code:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+            own = getattr(config, "auto_map", None) or {}
+            if values:
+                for name, value in values.items():
+                    setattr(config, name, value)
+                asked["config"] = config
+        kind = next((name for name in ("AutoModelForCausalLM", "AutoModel") if name in own), None)
+        if kind is not None:
+            older_code.prepare(own[kind], path)
+        if kind == "AutoModel":  # as Nemotron-Labs-Diffusion's
+            read = AutoModel.from_pretrained
+        model, report = read(path, output_loading_info=True, **asked)
+        if kind is not None:
+            older_code.settle(model)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot read the target: {_first_line(error)}", where=str(path)) from None
+    except (ImportError, AttributeError, TypeError, KeyError) as error:
+        if not (target.trust_remote_code and any(path.glob("*.py"))):
+            raise
+        told = f"{type(error).__name__}: {_first_line(error)}"
+        raise ModelError(
+            f"the model's own code fails with transformers {transformers.__version__} ({told})", where=str(path)
+        ) from error
     if missing := sorted(report["missing_keys"]):  # transformers would draw them at random
         raise ModelError(f"the target lacks {len(missing)} tensors, {missing[0]} among them", where=str(path))
     place: Any = best_device() if device is None else device
@@ -150,14 +185,18 @@ def best_device() -> torch.device:
 
 
 def identity(target: Target) -> dict[str, Any]:
-    """Say which model this is: its name, its hub commit (None off the hub) and the hash of its weights."""
+    """Say which model this is: its name, its hub commit (None off the hub), the hash of its weights and of its code."""
     path = locate(target)
     from_hub = not target.model.startswith(builtin.PREFIX) and path.parent.name == "snapshots"
-    return {
+    found = {
         "model": target.model,
         "revision": path.name if from_hub else None,
         "weights": weights_digest(path),
     }
+    if target.trust_remote_code:
+        code = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.glob("*.py"))]
+        found["code"] = hashlib.sha256("\n".join(code).encode()).hexdigest()
+    return found
 
 
 def weights_digest(directory: Path) -> str:

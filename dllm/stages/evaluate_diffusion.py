@@ -66,8 +66,10 @@ def _evaluate(params: Params, root: Path, stage: Stage) -> dict[str, Any]:
     if not heldout:
         raise DataError("no held-out answer", where=str(folder), hint="raise prepare.heldout_fraction")
     checkpoint = root / "out" / "train" / "checkpoint"
-    model = BidirectionalLM.from_directory(checkpoint, params.target.dtype, targets.best_device()).eval()
-    examples = make_examples(heldout[: settings.likelihood_answers], model.config.max_position_embeddings).kept
+    asked: dict[str, Any] = {"dtype": params.target.dtype, "device": targets.best_device()}
+    trusted = params.target.trust_remote_code
+    model = BidirectionalLM.from_directory(checkpoint, **asked, trust_remote_code=trusted, paired=True).eval()
+    examples = make_examples(heldout[: settings.likelihood_answers], model.longest).kept
     with Progress("evaluate: likelihood", len(examples), "answers") as progress:
         bound = likelihood.bound(
             model,
@@ -79,6 +81,8 @@ def _evaluate(params: Params, root: Path, stage: Stage) -> dict[str, Any]:
         ).figures()
     if model.note.mode == "hybrid":
         bound["ar_nll"] = likelihood.causal_nll(model, examples, batch_size=settings.batch_size)
+    if model.lays_out_pairs:  # such code is built one way for likelihood and another for generation
+        model = BidirectionalLM.from_directory(checkpoint, **asked, trust_remote_code=trusted).eval()
     rows = _first_of_each_source(heldout, params.evaluate.num_prompts)
     decodings, written = _decode(params, settings, model, rows, _words(read_rows(folder, "train")))
     score = -bound["nelbo"] if settings.score == "nelbo" else decodings[0]["words_exact"]

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dllm.config import Params, Target, Train
@@ -170,7 +171,8 @@ def _metrics(strategy: DflashStrategy | DiffusionStrategy, outcome: Outcome, tra
     if isinstance(strategy, DflashStrategy):
         about = {"draft_params": size, "block_size": strategy.model.config.block_size}
     else:
-        about = {"params": size, "block_size": strategy.model.note.block_size}
+        trained = sum(p.numel() for p in strategy.model.parameters() if p.requires_grad)
+        about = {"params": size, "trained_params": trained, "block_size": strategy.model.note.block_size}
     return {
         **outcome.validation,
         "best_step": outcome.step,
@@ -201,25 +203,32 @@ def _publish_model(
     stage: Stage, strategy: DiffusionStrategy, outcome: Outcome, metrics: dict[str, Any], dtype: Any
 ) -> None:
     from dllm.diffusion.strategy import LEVELS
-    from dllm.models.bidirectional import BidirectionalLM
+    from dllm.models import adapters
 
     export = stage.work / "export"
     shutil.rmtree(export, ignore_errors=True)  # a killed call may have left half of one
-    BidirectionalLM.from_directory(outcome.checkpoint, dtype).save(export)
+    strategy.export(outcome.checkpoint, export, dtype)
+    beside = {f"adapter/{name}": outcome.checkpoint / name for name in adapters.FILES}
+    beside = {name: path for name, path in beside.items() if path.is_file()}
     levels = [f"masked_acc_p{100 * (level + 1) // LEVELS}" for level in range(LEVELS)]
     panels = [["loss"], ["nelbo", "masked_ce"], ["masked_acc", *levels]]
     if strategy.hybrid is not None:
         panels.insert(1, ["diffusion_loss", "ar_loss"])
-    _publish(stage, {path.name: path for path in sorted(export.iterdir())}, panels, outcome, metrics)
+    _publish(stage, {path.name: path for path in sorted(export.iterdir())}, panels, outcome, metrics, beside)
 
 
 def _publish(
-    stage: Stage, checkpoint: dict[str, Path], panels: list[list[str]], outcome: Outcome, metrics: dict[str, Any]
+    stage: Stage,
+    checkpoint: dict[str, Path],
+    panels: list[list[str]],
+    outcome: Outcome,
+    metrics: dict[str, Any],
+    beside: Mapping[str, Path] = MappingProxyType({}),
 ) -> None:
     from dllm.training import curves, journal
 
     log, picture = stage.work / "training.jsonl", stage.work / "curves.png"
     curves.draw(journal.read(log), picture, panels)
     stage.tracker.log_artifact(picture)
-    files = {f"checkpoint/{name}": path for name, path in checkpoint.items()}
+    files = {f"checkpoint/{name}": path for name, path in checkpoint.items()} | dict(beside)
     stage.publish({**files, "training.jsonl": log, "curves.png": picture}, metrics, step=outcome.steps)

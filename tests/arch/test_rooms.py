@@ -27,10 +27,13 @@ MAY_USE = {
     "regeneration": GROUND | {"tracking", "data", "models", "serving"},
     "dflash": GROUND | {"data", "models", "training"},
     "diffusion": GROUND | {"data", "models", "training"},
+    "harness": GROUND | {"data", "models", "training", "diffusion"},
     "stages": GROUND
     | {"tracking", "registry", "data", "models", "serving", "regeneration", "dflash", "diffusion", "training"},
     "generation": GROUND | {"registry", "data", "models", "serving", "dflash", "diffusion"},
-    "verbs": GROUND | {"tracking", "data", "models", "serving", "regeneration"},
+    "verbs": GROUND
+    | {"yaml_reader", "tracking", "data", "models", "serving", "regeneration"}
+    | {"training", "diffusion", "generation", "harness"},
     "cli": GROUND | {"recipe_book", "report", "generation", "diffusion", "stages", "verbs"},
     "__main__": {"errors", "cli"},
 }

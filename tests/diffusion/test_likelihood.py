@@ -63,12 +63,12 @@ def test_neither_batch_nor_order_has_a_say(model) -> None:
 
 @pytest.mark.parametrize("samples", [3, 8])
 def test_counts_are_uniform_over_one_to_n(model, samples) -> None:
-    from dllm.diffusion.likelihood import _masks
+    from dllm.diffusion.likelihood import _plan
 
     example = ANSWERS[1]  # three answer tokens
     counts = torch.zeros(4)
     for seed in range(150):
-        for masked, chance, _ in _masks(model, example, samples, seed):
+        for masked, chance, _ in _plan(model, example, samples, seed, False).masks:
             counts[int(masked.sum())] += 1
             assert chance[-1] == pytest.approx(int(masked.sum()) / 3)
     assert counts[0] == 0

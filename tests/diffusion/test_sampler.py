@@ -116,6 +116,17 @@ def test_stale_caches_are_exact_at_one_step_a_block(cache, wish) -> None:
     assert sample(model, PROMPTS, dataclasses.replace(settings, cache=cache)) == sample(model, PROMPTS, settings)
 
 
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+def test_a_row_runs_no_more_passes_in_a_batch_than_alone(cache) -> None:
+    model = endless(small_model())
+    run: list[int] = []
+    model.model.get_input_embeddings().register_forward_pre_hook(lambda _, given: run.append(len(given[0])))
+    answers = sample(model, PROMPTS, dataclasses.replace(PLAIN, threshold=0.5, cache=cache))
+    assert len({answer.passes for answer in answers}) > 1
+    assert sum(run) < len(PROMPTS) * len(run)
+    assert sum(run) == sum(answer.passes for answer in answers)
+
+
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 @pytest.mark.parametrize("wish", [{}, {"threshold": 0.1}, {"factor": 1.2, "cfg_scale": 0.5}], ids=str)
 def test_cached_batches_equal_cached_single_runs(cache, wish) -> None:

@@ -1,7 +1,7 @@
 """How many tokens a step commits: the laws of each rule."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.diffusion.schedule import best, factor_counts, planned_counts, threshold_counts
@@ -38,6 +38,38 @@ def test_the_factor_rule_takes_the_longest_prefix_that_passes(scores: list[float
     assert factor_counts(torch.tensor([scores]), low).tolist() == [max(passing, default=1)]
     assert factor_counts(torch.tensor([scores]), high) >= factor_counts(torch.tensor([scores]), low)
     assert factor_counts(torch.tensor([scores]), len(scores) + 1.01).tolist() == [len(scores)]
+
+
+def marginal(joint: torch.Tensor, places: list[int]) -> torch.Tensor:
+    """Sum a joint over all but some places."""
+    rest = [place for place in range(joint.dim()) if place not in places]
+    return joint.sum(rest) if rest else joint
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 3), st.integers(0, 2**31), st.floats(1, 40), st.floats(0.05, 1))
+def test_what_the_factor_rule_takes_together_is_the_joints_own_choice(places, seed, sharpness, factor) -> None:
+    """Law: factor guarantee, Fast-dLLM theorem 1: at most 1, the best of each place are the best of all together."""
+    generator = torch.Generator().manual_seed(seed)
+    joint = torch.rand((3,) * places, generator=generator, dtype=torch.float64) ** sharpness
+    joint /= joint.sum()
+    best_of_each = [marginal(joint, [place]).max(0) for place in range(places)]
+    scores = torch.stack([found.values for found in best_of_each])[None]
+    count = int(factor_counts(scores, factor))
+    taken = best(scores, torch.tensor([count]))[0].nonzero()[:, 0].tolist()
+    if count > 1:
+        assert (count + 1) * (1 - float(scores[0, taken].min())) < 1
+    together = marginal(joint, taken)
+    assert together[tuple(int(best_of_each[place].indices) for place in taken)] == together.max()
+
+
+def test_beyond_the_guarantee_the_best_of_each_place_may_not_be_the_best_together() -> None:
+    """A joint over two places whose likeliest pair is (1, 1), while place by place 0 is likelier at the first."""
+    joint = torch.tensor([[0.3, 0.3], [0.0, 0.4]], dtype=torch.float64)
+    scores = torch.stack([marginal(joint, [place]).max(0).values for place in (0, 1)])[None]  # .6 and .7
+    assert factor_counts(scores, 1.0).tolist() == [1]
+    assert factor_counts(scores, 2.0).tolist() == [2]
+    assert joint.argmax() == 3 and marginal(joint, [0]).argmax() == 0
 
 
 @given(SCORES, st.integers(0, 12))

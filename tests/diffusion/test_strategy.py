@@ -141,12 +141,13 @@ def test_the_autoregressive_term_is_that_of_the_causal_model(model, kind) -> Non
 
 def test_blocks_of_one_token_are_autoregressive_in_form(model) -> None:
     """All masked, block size 1: what is said of token i depends on clean tokens before i alone."""
-    from dllm.diffusion.passes import grid, masked_pass
+    from dllm.diffusion.noise import blocks_of
+    from dllm.diffusion.passes import masked_pass
 
     example = SPLITS["train"][1]
     ids = torch.tensor([list(example.input_ids)])
     masked = torch.arange(ids.shape[1])[None] >= example.prompt_length
-    block = grid(example, "mdlm", 1)[None]
+    block = blocks_of(len(example), example.prompt_length, 1, "sequence")[None]
     changed = ids.clone()
     changed[0, example.prompt_length + 5] += 1
     with torch.no_grad():
@@ -157,25 +158,28 @@ def test_blocks_of_one_token_are_autoregressive_in_form(model) -> None:
 
 
 def test_one_block_is_the_plain_bidirectional_pass(model) -> None:
-    from dllm.diffusion.passes import grid, masked_pass
+    from dllm.diffusion.noise import blocks_of
+    from dllm.diffusion.passes import masked_pass
 
     example = row("x", 12, 0, 3)
     ids = torch.tensor([list(example.input_ids)])
     masked = torch.rand(1, 12, generator=torch.Generator().manual_seed(1)) < 0.5
     valid = torch.ones_like(masked)
     with torch.no_grad():
-        paired = masked_pass(model, ids, valid, grid(example, "mdlm", 12)[None], masked, "block")[0]
+        block = blocks_of(len(example), example.prompt_length, 12, "sequence")[None]
+        paired = masked_pass(model, ids, valid, block, masked, "block")[0]
         plain = masked_pass(model, ids, valid, torch.zeros_like(ids), masked, "full")[0]
     torch.testing.assert_close(paired, plain, atol=1e-4, rtol=1e-4)
 
 
 def test_a_later_answer_block_never_leaks_into_an_earlier_one(model) -> None:
-    from dllm.diffusion.passes import grid, masked_pass
+    from dllm.diffusion.noise import blocks_of
+    from dllm.diffusion.passes import masked_pass
 
     example = row("x", 16, 4, 3)
     ids = torch.tensor([list(example.input_ids)])
     masked = torch.arange(16)[None] >= 4
-    valid, block = torch.ones_like(masked), grid(example, "mdlm", 4)[None]
+    valid, block = torch.ones_like(masked), blocks_of(len(example), example.prompt_length, 4, "sequence")[None]
     for begin in (4, 8, 12):
         changed = ids.clone()
         changed[0, begin:] = 7
@@ -187,6 +191,7 @@ def test_a_later_answer_block_never_leaks_into_an_earlier_one(model) -> None:
 def test_eos_padding_is_text_and_each_rows_own() -> None:
     ended = Example("a", array("i", [5, 6, 7, 8, 2]), 2)
     assert padded_with_eos(ended, 4, {2}, 100).input_ids.tolist() == [5, 6, 7, 8, 2, 2]
+    assert padded_with_eos(ended, 4, {2}, 100, whole=True).input_ids.tolist() == [5, 6, 7, 8, 2, 2, 2, 2]
     assert padded_with_eos(ended, 4, {2}, 5) == ended
     assert padded_with_eos(ended, 3, {2}, 100) == ended
     assert padded_with_eos(ended, 0, {2}, 100) == ended

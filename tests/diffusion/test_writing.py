@@ -6,7 +6,8 @@ import json
 import pytest
 
 from dllm import generation
-from dllm.diffusion.writing import Wishes, settle, write
+from dllm.diffusion.encoding import span_ids
+from dllm.diffusion.writing import Wishes, default_sampler, settle, write
 from dllm.errors import ConfigError, DataError
 from dllm.models.bidirectional import BidirectionalLM, Note, load_bidirectional
 from tests.models.small_models import TINY
@@ -44,40 +45,99 @@ def test_a_record_says_what_was_written_and_at_what_cost(model: BidirectionalLM)
 
 @pytest.mark.parametrize("sampler", ["llada", "llada2", "nemotron", "self-spec", "ar"])
 def test_every_sampler_writes_with_a_hybrid(hybrid: BidirectionalLM, sampler) -> None:
-    (record,) = write(hybrid, TEXTS[:1], Wishes(sampler=sampler, settings=short()))
+    asked = {"max_new_tokens": 8} if sampler == "ar" else short()
+    (record,) = write(hybrid, TEXTS[:1], Wishes(sampler=sampler, settings=asked))
     assert record["sampler"] == sampler
     assert record["tokens"] >= 1
 
 
 def test_self_speculation_says_what_ar_says(hybrid: BidirectionalLM) -> None:
     spec = list(write(hybrid, TEXTS, Wishes(sampler="self-spec", settings=short())))
-    plain = list(write(hybrid, TEXTS, Wishes(sampler="ar", settings=short())))
+    plain = list(write(hybrid, TEXTS, Wishes(sampler="ar", settings={"max_new_tokens": 8})))
     assert [r["token_ids"] for r in spec] == [r["token_ids"] for r in plain]
 
 
 @pytest.mark.parametrize("raw", [True, False])
 def test_infilling_keeps_the_text_around_its_spans(model: BidirectionalLM, raw: bool) -> None:
-    text = "He sells [MASK:3] and [MASK] more."
+    text = "He sells [MASK:3] and [MASK][MASK:2] more."
     (record,) = write(model, [text], Wishes(raw=raw, infill=True))
-    assert record["tokens"] == 4
-    before, between, after = "He sells ", " and ", " more."
-    found = record["text"]
-    assert before in found and between in found.split(before)[1] and after in found
-    if raw:
-        assert found.startswith(before) and found.endswith(after)
+    assert record["tokens"] == 6
+    assert record["text"].startswith("He sells ") and record["text"].endswith(" more.")
+    first, second = record["text"].removeprefix("He sells ").removesuffix(" more.").split(" and ", 1)
+    new = [token for token, old in zip(record["token_ids"], _spans(model, text, raw), strict=True) if old is None]
+    assert [first, second] == [model.tokenizer.decode(part, skip_special_tokens=True) for part in (new[:3], new[3:])]
+
+
+def _spans(model: BidirectionalLM, text: str, raw: bool) -> list[int | None]:
+    """Encode text with a None for each token of its spans."""
+    ids = span_ids(model.tokenizer, text, raw, model.mask_token_id, model.longest, 1)
+    return [None if id == model.mask_token_id else id for id in ids]
+
+
+def refused(model, wishes: Wishes, message: str, text: str = TEXTS[0], kind=ConfigError, **more) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        list(write(model, [text], wishes, **more))
+    assert "\n" not in str(caught.value)
 
 
 def test_what_does_not_go_together_is_refused(model: BidirectionalLM) -> None:
     for wishes, message in [
         (Wishes(sampler="llada2"), "block-causal"),
-        (Wishes(sampler="ar", infill=True), "cannot infill"),
-        (Wishes(sampler="ar", settings={"threshold": 0.5}), "has no threshold"),
+        (Wishes(sampler="ar", infill=True), "sampler ar cannot infill"),
+        (Wishes(sampler="ar", settings={"threshold": 0.5}), "sampler ar has no use for --threshold"),
+        (Wishes(sampler="ar", settings={"block_size": 4, "cache": "dual"}), "no use for --block-size, --cache"),
+        (Wishes(sampler="self-spec", settings={"top_p": 0.9}), "no use for --top-p"),
+        (Wishes(sampler="nemotron", settings={"cache": "none", "cfg_scale": 1.0}), "no use for --cache, --cfg-scale"),
+        (Wishes(sampler="nemotron", settings={"editing_threshold": 0.5}), "no use for --editing-threshold"),
         (Wishes(settings={"threshold": 0.5, "factor": 1.0}), "exclude"),
+        (Wishes(settings={"threshold": 0.5, "remasking": "random"}), "take low_confidence or margin"),
+        (Wishes(settings={"cache": "block"}), "take prefix or dual"),
+        (Wishes(own_generate=True), "brings no generation code"),
+        (Wishes(own_generate=True, infill=True), "cannot infill"),
+        (Wishes(settings={"steps": 0}), "steps must be"),
+        (Wishes(settings={"top_p": 0.0}), "top_p must be"),
     ]:
-        with pytest.raises(ConfigError, match=message):
-            list(write(model, TEXTS[:1], wishes))
-    with pytest.raises(DataError, match="nothing to fill"):
-        list(write(model, TEXTS[:1], Wishes(infill=True)))
+        refused(model, wishes, message)
+
+
+def test_texts_that_cannot_be_answered_are_refused_before_any_is(model: BidirectionalLM) -> None:
+    fill, raw = Wishes(infill=True, raw=True), Wishes(raw=True)
+    refused(model, fill, "nothing to fill", kind=DataError)
+    refused(model, fill, r"\[MASK:0\] is no span", "a [MASK] and [MASK:0]", DataError)
+    refused(model, fill, r"\[MASK:x\] is no span", "[MASK:x]", DataError)
+    refused(model, fill, "the mask token itself", f"[MASK] {model.tokenizer.mask_token}", DataError)
+    refused(model, fill, "100000 tokens, and a text of this model has 2048", "a [MASK:100000]", DataError)
+    refused(model, raw, "more than this model's 2048", "How " * 2000, DataError)
+    refused(model, raw, "holds the mask token", f"a {model.tokenizer.mask_token}", DataError)
+    for wishes in (raw, Wishes()):
+        refused(model, wishes, "empty prompt", " ", DataError)
+    answers = write(model, [*TEXTS, ""], Wishes(batch_size=1, settings=short()))
+    with pytest.raises(DataError, match="prompt 4"):
+        next(answers)
+
+
+def test_without_a_chat_template_text_is_taken_raw_only(model: BidirectionalLM, monkeypatch) -> None:
+    monkeypatch.setattr(model.tokenizer, "chat_template", None)
+    for wishes, text in ((Wishes(), "Why?"), (Wishes(infill=True), "Why [MASK]?")):
+        refused(model, wishes, "no chat template; give --raw", text, DataError)
+    assert len(list(write(model, ["Why?"], Wishes(raw=True, settings=short())))) == 1
+
+
+def test_a_sampler_is_taken_that_shows_text_as_training_did(model: BidirectionalLM, monkeypatch) -> None:
+    for note, sampler in [
+        (Note("mdlm", model.mask_token_id), "llada"),
+        (Note("mdlm", model.mask_token_id, 4), "llada"),
+        (Note("hybrid", model.mask_token_id, 4), "nemotron"),
+        (Note("hybrid", model.mask_token_id), "llada"),  # its blocks were never seen behind causal text
+    ]:
+        monkeypatch.setattr(model, "note", note)
+        assert default_sampler(model) == sampler
+
+
+def test_a_default_threshold_gives_way_to_an_order_without_probabilities(hybrid: BidirectionalLM) -> None:
+    for sampler in ("llada2", "nemotron"):
+        assert settle(hybrid, sampler, Wishes(settings={"remasking": "entropy"})).threshold is None
+        assert settle(hybrid, sampler, Wishes(settings={"remasking": "margin"})).threshold is not None
 
 
 def test_defaults_give_way_to_the_model_and_both_to_what_is_named(hybrid: BidirectionalLM) -> None:
@@ -90,12 +150,13 @@ def test_defaults_give_way_to_the_model_and_both_to_what_is_named(hybrid: Bidire
 
 def test_the_replay_ends_with_the_text(model: BidirectionalLM) -> None:
     stream = io.StringIO()
-    (record,) = write(model, TEXTS[:1], Wishes(settings=short()), show=stream)
+    first, second = write(model, TEXTS[:2], Wishes(raw=True, settings=short()), show=stream)
     lines = stream.getvalue().splitlines()
-    assert len(lines) == record["passes"]
+    assert len(lines) == first["passes"] + second["passes"]
     assert "░" in lines[0]
-    whole = str(model.tokenizer.decode(record["token_ids"]))
-    assert repr(whole)[1:-1] in lines[-1]
+    assert lines[first["passes"] - 1].startswith(f"[{first['passes']}] ")
+    written = str(model.tokenizer.decode(second["token_ids"], skip_special_tokens=True))
+    assert repr(written)[1:-1] in lines[-1]
 
 
 def test_generate_reads_a_saved_checkpoint_and_a_batch_file(model: BidirectionalLM, tmp_path) -> None:

@@ -13,7 +13,12 @@ FAMILIES = [("Llama", None), ("Qwen2", None), ("Qwen3", None), ("Gemma3", 4), ("
 
 
 def small_model(
-    family: str = "Llama", window: int | None = None, note: Note | None = None, seed: int = 7, scale: float = 0.4
+    family: str = "Llama",
+    window: int | None = None,
+    note: Note | None = None,
+    seed: int = 7,
+    scale: float = 0.4,
+    tied: bool | None = None,
 ) -> BidirectionalLM:
     """Make a random model of a family; larger scales make it surer of itself."""
     import transformers
@@ -23,6 +28,8 @@ def small_model(
         "vocab_size": 640, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
     }  # fmt: skip
+    if tied is not None:
+        values["tie_word_embeddings"] = tied
     if window is not None:
         values |= {"sliding_window": window}
         if family != "Mistral":

@@ -1,6 +1,7 @@
 """Causal models with the mask lifted, of each family, and their checkpoints."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +95,33 @@ def test_saved_and_read_back_it_is_the_same_model(tmp_path) -> None:
     assert "is_causal" not in json.loads((tmp_path / "config.json").read_text())
     ids = torch.arange(20, 30)[None]
     assert torch.equal(model.hidden(ids), again.hidden(ids))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("family", "window"), FAMILIES)
+def test_each_family_is_saved_and_read_back_bidirectional(
+    family: str, window: int | None, tied: bool, tmp_path: Path
+) -> None:
+    model = small_model(family, window, tied=tied)
+    assert (model.head_VD is model.model.get_input_embeddings().weight) == tied
+    model.note = Note("mdlm", model.mask_token_id)
+    model.save(tmp_path)
+    again = BidirectionalLM.from_directory(tmp_path)
+    assert (again.head_VD is again.model.get_input_embeddings().weight) == tied
+    ids = torch.randint(0, 500, (2, 7))  # longer than any window, and as far as two layers of it reach
+    changed = ids.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 500
+    with torch.no_grad():
+        assert torch.equal(again.logits(again.hidden(ids)), model.logits(model.hidden(ids)))
+        assert ((again.hidden(ids) - again.hidden(changed)).abs().amax(-1) > 0).all()
+
+
+@pytest.mark.parametrize(("family", "window"), FAMILIES)
+def test_gradients_reach_every_weight_of_each_family(family: str, window: int | None) -> None:
+    model = small_model(family, window, tied=True).requires_grad_(True)
+    model.logits(model.hidden(torch.randint(0, 500, (2, 9)))).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
 def test_an_embedding_without_a_spare_row_grows_by_one(tmp_path) -> None:

@@ -50,6 +50,30 @@ def test_a_runs_top_directory_gives_its_best_then_its_latest(tmp_path: Path) -> 
     assert checkpoints.resolve(gone, tmp_path).name == "step-000010"
 
 
+def test_an_adapters_step_says_where_the_model_is(tmp_path: Path) -> None:
+    step = tmp_path / "checkpoints" / "step-000010"
+    step.mkdir(parents=True)
+    (step / "adapter_config.json").write_text("{}")
+    (step / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "checkpoints" / "latest").write_text("step-000010\n")
+    for name in (step, tmp_path):
+        with pytest.raises(ModelError, match=r"an adapter alone.*out/train/checkpoint"):
+            checkpoints.resolve(name, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["link", "line", "text file"])
+def test_nemo_automodels_folders_are_read_too(tmp_path: Path, form: str) -> None:
+    """Its top directory names a step by LATEST, and a step holds model/consolidated."""
+    top, step = tmp_path / "run", tmp_path / "run" / "epoch_0_step_499"
+    whole = a_checkpoint(step / "model" / "consolidated")
+    if form == "link":
+        (top / "LATEST").symlink_to(step.name)
+    else:
+        (top / ("LATEST" if form == "line" else "LATEST.txt")).write_text(f"{step.name}\n")
+    for name in (whole, step / "model", step, top):
+        assert checkpoints.resolve(name, tmp_path).resolve() == whole
+
+
 def test_what_the_training_loop_writes_is_found(tmp_path: Path) -> None:
     import torch
 

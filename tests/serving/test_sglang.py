@@ -161,7 +161,7 @@ def test_a_port_is_claimed_before_the_server_listens(python: Path, tmp_path: Pat
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         port = other.getsockname()[1]
-    start = [sys.executable, "-m", "dllm", "serve", "--root", str(tmp_path)]
+    start = [sys.executable, "-c", SERVE, "serve", "--root", str(tmp_path)]
     write_params(tmp_path, python, port)
     environment = {**os.environ, "FAULT": "never healthy"}
     first = subprocess.Popen(start, env=environment, stderr=subprocess.PIPE, text=True)
@@ -172,6 +172,16 @@ def test_a_port_is_claimed_before_the_server_listens(python: Path, tmp_path: Pat
     finally:
         first.terminate()
         first.communicate(timeout=30)
+
+
+# `python -m dllm serve`, with less patience: the monkeypatch above does not reach another process.
+SERVE = """
+import sys
+from dllm.__main__ import main
+from dllm.serving import sglang
+sglang.GRACE_S = 2.0
+main(sys.argv[1:])
+"""
 
 
 def write_params(root: Path, python: Path, port: int = 0) -> None:
@@ -187,7 +197,7 @@ def test_serve_stays_until_it_is_told_and_leaves_no_orphan(
 ) -> None:
     write_params(tmp_path, python)
     caller = subprocess.Popen(
-        [sys.executable, "-m", "dllm", "serve", "--root", str(tmp_path)],
+        [sys.executable, "-c", SERVE, "serve", "--root", str(tmp_path)],
         env={**os.environ, "FAULT": fault},
         stdout=subprocess.PIPE,
         text=True,
@@ -206,7 +216,7 @@ def test_serve_stays_until_it_is_told_and_leaves_no_orphan(
 def test_serve_says_when_the_server_ends(python: Path, tmp_path: Path) -> None:
     write_params(tmp_path, python)
     caller = subprocess.Popen(
-        [sys.executable, "-m", "dllm", "serve", "--root", str(tmp_path)],
+        [sys.executable, "-c", SERVE, "serve", "--root", str(tmp_path)],
         env={**os.environ, "FAULT": "dies later"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

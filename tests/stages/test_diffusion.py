@@ -8,6 +8,7 @@ import yaml
 from dllm import config, recipe_book
 from dllm.models.bidirectional import BidirectionalLM, Note
 from dllm.stages import evaluate, prepare, regenerate, register, train
+from tests.models.remote_code import checkpoint
 
 SMALL = {
     "target.model": "builtin:tiny",
@@ -49,8 +50,7 @@ def test_from_prompts_to_the_registry(tmp_path, monkeypatch, mlflow_store, recip
     assert answers["rows"] == 40
     trained = train.run(asked, tmp_path)
     assert trained["steps"] >= 4 and trained["masked_tokens"] > 0 and trained["val_nelbo"] > 0
-    checkpoint = tmp_path / "out" / "train" / "checkpoint"
-    model = BidirectionalLM.from_directory(checkpoint)
+    model = BidirectionalLM.from_directory(tmp_path / "out" / "train" / "checkpoint")
     block = asked.train.hybrid.block_size if asked.train.mode == "hybrid" else None
     assert model.note == Note(asked.train.mode, model.mask_token_id, block)
     found = evaluate.run(asked, tmp_path)
@@ -64,6 +64,31 @@ def test_from_prompts_to_the_registry(tmp_path, monkeypatch, mlflow_store, recip
     assert again["version"] == standing["version"]
     record = json.loads((tmp_path / "out" / "evaluate" / "metrics.json").read_text())
     assert record["heldout_digest"] == found["heldout_digest"]
+
+
+@pytest.mark.slow
+def test_a_published_model_is_adapted_and_measured_through_its_own_code(tmp_path, monkeypatch, mlflow_store) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
+    target = checkpoint(tmp_path / "published", "nemotron_labs_diffusion", every_word=True)
+    changes = {
+        "target": target.model_dump(),
+        "regenerate.engine": "given",
+        "regenerate.turns": "last",
+        "regenerate.max_new_tokens": 64,
+        "train.hybrid.block_size": 4,
+        "train.hybrid.lora": {"rank": 2, "target_modules": ["q_proj"]},
+    }
+    asked = params(tmp_path, "smollm2-135m-hybrid", **changes)
+    for stage in (prepare, regenerate, train, evaluate):
+        found = stage.run(asked, tmp_path)
+    assert found["nelbo"] > 0 and found["ar_nll"] > 0
+    assert {way["tokens_per_pass"] for way in found["decodings"]} == {8 / 5}  # its generate says 5 passes
+    out = tmp_path / "out" / "train"
+    assert {path.name for path in (out / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    written = json.loads((out / "checkpoint" / "config.json").read_text())
+    assert written["dlm_paradigm"] == "bidirectional" and (out / "checkpoint" / "layout.py").is_file()
+    trained = json.loads((out / "metrics.json").read_text())
+    assert trained["trained_params"] < trained["params"] / 50
 
 
 def test_the_other_modes_sections_shape_no_digest(tmp_path) -> None:

@@ -1,0 +1,65 @@
+"""A model's own generation code: what reaches it, what is refused, and whose random numbers it draws."""
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+
+from dllm.diffusion.writing import Wishes, write
+from dllm.errors import ConfigError
+from dllm.models.bidirectional import BidirectionalLM, load_bidirectional
+from tests.models.remote_code import checkpoint
+
+SIZE = {"max_new_tokens": 6, "block_size": 4}
+
+
+def written(model: BidirectionalLM, sampler=None, own: bool = True, show=None, **named) -> list[dict]:
+    wishes = Wishes(sampler=sampler, own_generate=own, settings={**SIZE, **named})
+    return list(write(model, ["Why?", "How?"], wishes, show))
+
+
+@pytest.fixture
+def llada2(tmp_path: Path) -> BidirectionalLM:
+    return load_bidirectional(checkpoint(tmp_path, "llada2_moe"))
+
+
+@pytest.fixture
+def nemotron(tmp_path: Path) -> BidirectionalLM:
+    return load_bidirectional(checkpoint(tmp_path, "nemotron_labs_diffusion"))
+
+
+def test_a_record_says_that_the_models_own_code_wrote(llada2, nemotron) -> None:
+    for model, own, passes in ((llada2, True, 0), (nemotron, False, 5)):
+        for record in written(model, own=own):
+            assert record["sampler"] == "own" and record["token_ids"] == [9] * 6
+            assert record["passes"] == passes
+            assert record["tokens_per_pass"] == (6 / passes if passes else None)
+
+
+def test_what_own_code_cannot_do_is_refused(llada2, nemotron) -> None:
+    for model, named, flag in [
+        (llada2, {"factor": 1.0}, "--factor"),
+        (llada2, {"remasking": "random", "cfg_scale": 2.0}, "--remasking, --cfg-scale"),
+        (nemotron, {"top_p": 0.9, "temperature": 1.0}, "--top-p"),
+    ]:
+        with pytest.raises(ConfigError, match=f"own generate of this model has no use for {flag};"):
+            written(model, **named)
+    with pytest.raises(ConfigError, match="cannot be watched"):
+        written(llada2, show=io.StringIO())
+    for sampler in ("llada", "llada2", "ar", "self-spec"):
+        with pytest.raises(ConfigError, match="by its own generate only"):
+            written(nemotron, sampler, own=False)
+
+
+def test_own_code_draws_from_our_seed_and_leaves_the_global_state(llada2, monkeypatch) -> None:
+    def generate(self, inputs, temperature=0.0, block_length=32, gen_length=6):
+        return torch.randint(10, 400, (1, gen_length))
+
+    monkeypatch.setattr(type(llada2.model), "generate", generate)
+    state = torch.get_rng_state()
+    one, again, other = (written(llada2, temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    ids = [[record["token_ids"] for record in records] for records in (one, again, other)]
+    assert ids[0] == ids[1] and ids[0] != ids[2]
+    assert ids[0][0] != ids[0][1], "each prompt has numbers of its own"
