@@ -24,7 +24,9 @@ from prefect.artifacts import (
 STAGES = ("prepare", "regenerate", "train", "evaluate", "register")
 LOCAL_UI = "http://127.0.0.1:5000"
 """Where `make ui` opens MLflow when no server is named."""
-FIGURES = ("tau_micro", "tau_macro", "speedup", "tokens_per_s_ar", "tokens_per_s_spec", "greedy_identical")
+DRAFT_FIGURES = ("tau_micro", "tau_macro", "speedup", "tokens_per_s_ar", "tokens_per_s_spec", "greedy_identical")
+DIFFUSION_FIGURES = ("nelbo", "nelbo_se", "masked_acc", "words_exact", "words_unseen_exact", "tokens_per_pass")
+DECODING = ("threshold", "steps", "words_exact", "answers_exact", "tokens_per_pass", "tokens_per_s")
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e\+\d+)?)"
 PROGRESS = re.compile(rf"[\w -]+: {NUMBER}/{NUMBER} ")
@@ -81,30 +83,34 @@ def share(line: str) -> float | None:
 
 
 def publish(root: Path) -> None:
-    """Write the table `acceptance-curve` and the text `summary` from the records under out/."""
+    """Write a table, `acceptance-curve` or `decodings`, and the text `summary` from the records under out/."""
     evaluated = _read(root, "evaluate", "metrics.json")
-    create_table_artifact(
-        table=curve(evaluated),
-        key="acceptance-curve",
-        description="Acceptance by offset in the block, held-out prompts.",
-    )
+    key, description, table = figures(evaluated)
+    create_table_artifact(table=table, key=key, description=description)
     create_markdown_artifact(markdown=summary(root, evaluated), key="summary", description="The run in figures.")
 
 
-def curve(evaluated: dict[str, Any]) -> list[dict[str, Any]]:
-    """Lay the curve out as rows, one an offset."""
+def figures(evaluated: dict[str, Any]) -> tuple[str, str, list[dict[str, Any]]]:
+    """Lay out what evaluate found: of a draft a row an offset, of a diffusion model a row a way of decoding.
+
+    Returns: the table's key, what it shows, its rows.
+    """
+    if "decodings" in evaluated:
+        rows = [{name: way[name] for name in DECODING} for way in evaluated["decodings"]]
+        return "decodings", "Held-out prompts, decoded with a plan of passes and with each threshold.", rows
     given = evaluated.get("conditional_acceptance_by_offset", [])
-    return [
+    rows = [
         {"offset": k, "accepted": reached, "accepted given k-1": given[k - 1] if k <= len(given) else None}
         for k, reached in enumerate(evaluated["acceptance_by_offset"], start=1)
     ]
+    return "acceptance-curve", "Acceptance by offset in the block, held-out prompts.", rows
 
 
 def summary(root: Path, evaluated: dict[str, Any]) -> str:
     """Write the main figures, the registered version, and links to each stage's MLflow run."""
     registered = _read(root, "register", "metrics.json")
     lines = ["| figure | value |", "|---|---|"]
-    lines += [f"| {name} | {_show(evaluated[name])} |" for name in FIGURES if name in evaluated]
+    lines += [f"| {name} | {_show(evaluated[name])} |" for name in DRAFT_FIGURES + DIFFUSION_FIGURES if name in evaluated]
     aliases = " ".join(f"@{alias}" for alias in registered["aliases"])
     lines += [f"| registered | {registered['model_name']} version {registered['version']} {aliases} |", ""]
     lines += ["| stage | MLflow run | seconds |", "|---|---|---|"]

@@ -8,6 +8,7 @@ import yaml
 from dllm import config, recipe_book
 from dllm.models.bidirectional import BidirectionalLM, Note
 from dllm.stages import evaluate, prepare, regenerate, register, train
+from flows import artifacts
 from tests.models.remote_code import checkpoint
 
 SMALL = {
@@ -64,6 +65,9 @@ def test_from_prompts_to_the_registry(tmp_path, monkeypatch, mlflow_store, recip
     assert again["version"] == standing["version"]
     record = json.loads((tmp_path / "out" / "evaluate" / "metrics.json").read_text())
     assert record["heldout_digest"] == found["heldout_digest"]
+    key, _, rows = artifacts.figures(record)
+    assert key == "decodings" and [row["threshold"] for row in rows] == [w["threshold"] for w in found["decodings"]]
+    assert f"| nelbo | {found['nelbo']:.3f} |" in artifacts.summary(tmp_path, record)
 
 
 @pytest.mark.slow
