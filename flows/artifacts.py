@@ -110,7 +110,8 @@ def summary(root: Path, evaluated: dict[str, Any]) -> str:
     """Write the main figures, the registered version, and links to each stage's MLflow run."""
     registered = _read(root, "register", "metrics.json")
     lines = ["| figure | value |", "|---|---|"]
-    lines += [f"| {name} | {_show(evaluated[name])} |" for name in DRAFT_FIGURES + DIFFUSION_FIGURES if name in evaluated]
+    shown = [name for name in DRAFT_FIGURES + DIFFUSION_FIGURES if name in evaluated]
+    lines += [f"| {name} | {_show(evaluated[name])} |" for name in shown]
     aliases = " ".join(f"@{alias}" for alias in registered["aliases"])
     lines += [f"| registered | {registered['model_name']} version {registered['version']} {aliases} |", ""]
     lines += ["| stage | MLflow run | seconds |", "|---|---|---|"]
