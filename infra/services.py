@@ -86,6 +86,7 @@ def serve() -> None:
 
 
 def _start_prefect(port: int) -> subprocess.Popen[bytes]:
+    os.environ["PREFECT_SERVER_UI_API_URL"] = _api(port)  # else its pages ask port 4200, whatever the server's own
     server = _start("prefect-server", ["prefect", "server", "start", "--host", HOST, "--port", str(port)])
     _wait_ready(server, f"{_api(port)}/health", "prefect-server")
     PREFECT_TOML.write_text(f'# Written by infra/services.py while its server runs.\n[api]\nurl = "{_api(port)}"\n')

@@ -172,13 +172,17 @@ def _draw(metrics: dict[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     levels = [level for level in metrics["by_noise_level"] if level["accuracy"] is not None]
     left.plot([level["masked_up_to"] for level in levels], [level["accuracy"] for level in levels], "o-")
-    left.set(xlabel="share of tokens masked, up to", ylabel="accuracy on masked tokens", ylim=(0, 1))
+    left.set(xlabel="share of tokens masked, up to", ylabel="accuracy on masked tokens", ylim=(0, 1.05))
     ways = metrics["decodings"]
     right.plot([way["tokens_per_pass"] for way in ways], [way["words_exact"] or 0 for way in ways], "o-")
+    named: dict[tuple[float, float], list[str]] = {}
     for way in ways:
         name = "plain" if way["threshold"] is None else f"{way['threshold']:g}"
-        right.annotate(name, (way["tokens_per_pass"], way["words_exact"] or 0))
-    right.set(xlabel="tokens a pass", ylabel="words right", ylim=(0, 1.02))
+        named.setdefault((way["tokens_per_pass"], way["words_exact"] or 0), []).append(name)
+    for point, names in named.items():
+        right.annotate(", ".join(names), point, xytext=(0, -12), textcoords="offset points", ha="center")
+    right.margins(x=0.2)
+    right.set(xlabel="tokens a pass", ylabel="words right", ylim=(0, 1.05))
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
