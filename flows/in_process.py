@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from typing import Any
@@ -16,6 +17,8 @@ from dllm.errors import DllmError, ServerError
 def run(flow: Flow[Any, Any], **parameters: Any) -> int:
     """Run the flow, against Prefect's server if one is named and else a temporary one, and return its exit code."""
     began = time.monotonic()
+    # Until the flow listens itself: dying of the signal would leave the temporary server behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         _reach_server()
         flow(**parameters)

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
-from tests.flows.conftest import Project, copy_project
+from tests.flows.conftest import Project, copy_project, wait_until
 
 pytestmark = [pytest.mark.flows, pytest.mark.slow]
 
@@ -92,3 +93,20 @@ def test_prefect_out_of_reach_is_one_line(project: Project) -> None:
     assert done.returncode == 4
     assert len(done.stdout.splitlines()) == 1
     assert "Prefect's server out of reach" in done.stdout and "http://127.0.0.1:9/api" in done.stdout
+
+
+def test_sigterm_before_the_flow_begins_leaves_no_temporary_server(project: Project) -> None:
+    flow = subprocess.Popen(
+        [sys.executable, "-m", "flows.pipeline"],
+        cwd=project.folder,
+        env=project.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_until(lambda: psutil.Process(flow.pid).children(), 120)
+    servers = psutil.Process(flow.pid).children(recursive=True)
+    flow.terminate()
+    said, _ = flow.communicate(timeout=60)
+    assert flow.returncode == 143 and "Traceback" not in said
+    assert not psutil.wait_procs(servers, timeout=20)[1]
