@@ -99,10 +99,10 @@ class DiffusionEvaluation(Section):
     batch_size: PositiveInt = 32
     """Masked answers, or prompts, in one pass."""
     thresholds: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default=[0.9])
-    """Prompts are decoded once with `steps` passes, and once for each confidence above which tokens stay."""
-    steps: PositiveInt | None = None
-    """Passes an answer takes without a threshold; null takes one a token."""
+    """Prompts are decoded once for each confidence above which tokens stay, and once for each of `steps`."""
+    steps: Annotated[list[PositiveInt | None], Field(min_length=1)] = Field(default=[None])
+    """Passes an answer takes where no threshold says so; null takes one a token. The first is the plain way."""
     cache: Literal["none", "prefix", "dual", "block"] = "none"
     """Keys and values kept while a block is written, in decoding with a threshold."""
     score: Literal["nelbo", "exact"] = "nelbo"
-    """What makes a champion: the bound on held-out answers, or the share of their words met without threshold."""
+    """What makes a champion: the bound on held-out answers, or the share of their words met in the plain way."""

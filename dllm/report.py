@@ -116,7 +116,8 @@ def _diffusion(found: dict[str, Any]) -> Lines:
     if "ar_nll" in found:
         yield "autoregressive, same weights", f"{_number(found['ar_nll'], 4)} nats a token"
     for way in found["decodings"]:
-        name = "one plan of passes" if way["threshold"] is None else f"threshold {way['threshold']:g}"
+        passes = "one token a pass" if way["steps"] is None else f"{way['steps']} passes"
+        name = passes if way["threshold"] is None else f"threshold {way['threshold']:g}"
         exact = f"{_number(way['words_exact'], 3)} of words, {_number(way['answers_exact'], 3)} of answers exact"
         pace = f"{_number(way['tokens_per_pass'], 2)} tokens a pass, {_number(way['tokens_per_s'], 1)} a second"
         yield name, f"{exact}; {pace}"

@@ -25,7 +25,14 @@ STAGES = ("prepare", "regenerate", "train", "evaluate", "register")
 LOCAL_UI = "http://127.0.0.1:5000"
 """Where `make ui` opens MLflow when no server is named."""
 DRAFT_FIGURES = ("tau_micro", "tau_macro", "speedup", "tokens_per_s_ar", "tokens_per_s_spec", "greedy_identical")
-DIFFUSION_FIGURES = ("nelbo", "nelbo_se", "masked_acc", "words_exact", "words_unseen_exact", "tokens_per_pass")
+LIKELIHOOD_FIGURES = ("nelbo", "nelbo_se", "masked_acc")
+WRITING_FIGURES = (
+    "words_exact",
+    "words_unseen_exact",
+    "parallel_words_exact",
+    "parallel_tokens_per_pass",
+    "parallel_tokens_per_s",
+)
 DECODING = ("threshold", "steps", "words_exact", "answers_exact", "tokens_per_pass", "tokens_per_s")
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e\+\d+)?)"
@@ -97,7 +104,7 @@ def figures(evaluated: dict[str, Any]) -> tuple[str, str, list[dict[str, Any]]]:
     """
     if "decodings" in evaluated:
         rows = [{name: way[name] for name in DECODING} for way in evaluated["decodings"]]
-        return "decodings", "Held-out prompts, decoded with a plan of passes and with each threshold.", rows
+        return "decodings", "Held-out prompts, decoded in so many passes and with each threshold.", rows
     given = evaluated.get("conditional_acceptance_by_offset", [])
     rows = [
         {"offset": k, "accepted": reached, "accepted given k-1": given[k - 1] if k <= len(given) else None}
@@ -110,7 +117,7 @@ def summary(root: Path, evaluated: dict[str, Any]) -> str:
     """Write the main figures, the registered version, and links to each stage's MLflow run."""
     registered = _read(root, "register", "metrics.json")
     lines = ["| figure | value |", "|---|---|"]
-    shown = [name for name in DRAFT_FIGURES + DIFFUSION_FIGURES if name in evaluated]
+    shown = [name for name in DRAFT_FIGURES + LIKELIHOOD_FIGURES + WRITING_FIGURES if name in evaluated]
     lines += [f"| {name} | {_show(evaluated[name])} |" for name in shown]
     aliases = " ".join(f"@{alias}" for alias in registered["aliases"])
     lines += [f"| registered | {registered['model_name']} version {registered['version']} {aliases} |", ""]

@@ -8,6 +8,7 @@ import yaml
 from dllm import config, recipe_book
 from dllm.models.bidirectional import BidirectionalLM, Note
 from dllm.stages import evaluate, prepare, regenerate, register, train
+from dllm.stages.evaluate_diffusion import most_parallel
 from flows import artifacts
 from tests.models.remote_code import checkpoint
 
@@ -56,7 +57,9 @@ def test_from_prompts_to_the_registry(tmp_path, monkeypatch, mlflow_store, recip
     assert model.note == Note(asked.train.mode, model.mask_token_id, block)
     found = evaluate.run(asked, tmp_path)
     assert found["nelbo"] > 0 and found["nelbo_se"] >= 0
-    assert [way["threshold"] for way in found["decodings"]] == [None, *asked.evaluate.diffusion.thresholds]
+    ways = [(steps, None) for steps in asked.evaluate.diffusion.steps]
+    ways += [(None, threshold) for threshold in asked.evaluate.diffusion.thresholds]
+    assert [(way["steps"], way["threshold"]) for way in found["decodings"]] == ways
     assert ("ar_nll" in found) == (asked.train.mode == "hybrid")
     assert sum(level["tokens"] for level in found["by_noise_level"]) > 0
     standing = register.run(asked, tmp_path)
@@ -93,6 +96,17 @@ def test_a_published_model_is_adapted_and_measured_through_its_own_code(tmp_path
     assert written["dlm_paradigm"] == "bidirectional" and (out / "checkpoint" / "layout.py").is_file()
     trained = json.loads((out / "metrics.json").read_text())
     assert trained["trained_params"] < trained["params"] / 50
+
+
+def test_the_most_parallel_way_loses_no_more_than_a_point() -> None:
+    def way(words: float | None, tokens: float) -> dict[str, float | None]:
+        return {"words_exact": words, "tokens_per_pass": tokens}
+
+    plain, close, loose = way(0.97, 1.0), way(0.9601, 6.0), way(0.9599, 30.0)
+    assert most_parallel([plain, loose, close]) is close
+    assert most_parallel([plain, loose]) is plain
+    nothing_to_score = [way(None, 1.0), way(None, 4.0)]
+    assert most_parallel(nothing_to_score) is nothing_to_score[1]
 
 
 def test_the_other_modes_sections_shape_no_digest(tmp_path) -> None:
