@@ -119,8 +119,9 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Of what is drawn at temperatures above 0.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that a diffusion model writes together.")] = 8,
     own_generate: Annotated[
-        bool, typer.Option("--own-generate", help="Through the generation code that the model brings.")
-    ] = False,
+        bool | None,
+        typer.Option("--own-generate/--no-own-generate", help="Through the generation code that the model brings."),
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code the model brings.")] = False,
     revision: Annotated[str | None, typer.Option(help="Commit of a hub model with code of its own.")] = None,
     root: Root = Path(),

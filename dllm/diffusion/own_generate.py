@@ -13,13 +13,35 @@ from dllm.diffusion.sampler import Answer, check_prompts, trimmed
 from dllm.diffusion.sampler_proposals import row_generators
 from dllm.diffusion.sampler_settings import Settings
 from dllm.errors import ConfigError, ModelError
+from dllm.models import older_code
 from dllm.models.bidirectional import BidirectionalLM
 
+METHODS = {"ar": "ar_generate", "self-spec": "linear_spec_generate"}
+"""What samplers are called in Nemotron-Labs-Diffusion's code; all others are `generate`."""
 
-def unknown_to_own_code(model: BidirectionalLM, named: Mapping[str, Any]) -> list[str]:
-    """List the settings that differ from their defaults and that a model's own `generate` has no argument for."""
-    generate: Any = model.model.generate
-    accepted = inspect.signature(generate).parameters
+
+def own_method(model: BidirectionalLM, sampler: str) -> Any:
+    """Find the method of a model's own code that writes as a sampler does.
+
+    Raises:
+        ConfigError: the model brings no code of its own, or none that writes so.
+    """
+    if model.kind is None:
+        raise ConfigError("this model brings no generation code", hint="leave out --own-generate")
+    name = METHODS.get(sampler, "generate")
+    found = getattr(model.model, name, None)
+    if found is None:
+        raise ConfigError(f"this model's own code has no {name}", hint="leave out --own-generate")
+    return found
+
+
+def unknown_to_own_code(model: BidirectionalLM, sampler: str, named: Mapping[str, Any]) -> list[str]:
+    """List the settings that differ from their defaults and that a model's own code has no argument for.
+
+    Raises:
+        ConfigError: as in `own_method`.
+    """
+    accepted = inspect.signature(own_method(model, sampler)).parameters
     # It writes one prompt at a time, to a length and from a seed that are ours to set.
     ours = {"max_new_tokens", "block_size", "seed", "early_stop", "max_post_steps"}
     defaults = {field.name: field.default for field in fields(Settings)}
@@ -28,23 +50,21 @@ def unknown_to_own_code(model: BidirectionalLM, named: Mapping[str, Any]) -> lis
 
 @torch.no_grad()
 def generate_with_own_code(
-    model: BidirectionalLM, prompts: Sequence[Sequence[int]], settings: Settings
+    model: BidirectionalLM, prompts: Sequence[Sequence[int]], settings: Settings, sampler: str = "nemotron"
 ) -> list[Answer]:
-    """Call a model's own `generate`, as LLaDA2's and Nemotron-Labs-Diffusion's read; `passes` is 0 where it tells none.
+    """Call a model's own code, as LLaDA2's and Nemotron-Labs-Diffusion's read; `passes` is 0 where it tells none.
 
     Raises:
-        ConfigError: the model brings no code of its own.
-        ModelError: its `generate` is not of a known kind.
+        ConfigError: as in `own_method`.
+        ModelError: its code is not of a known kind.
     """
-    if model.kind is None:
-        raise ConfigError("this model brings no generation code", hint="leave out --own-generate")
+    generate = own_method(model, sampler)
     check_prompts(model, prompts, masks=False)
-    generate: Any = model.model.generate
     accepted = inspect.signature(generate).parameters
     first = next((name for name in ("inputs", "prompt_ids") if name in accepted), None)
-    if first is None or "block_length" not in accepted:
-        raise ModelError("the model's own generate takes no block_length", where=model.config.model_type)
-    size = settings.block_size or model.kind.block_size or 32
+    if first is None or (sampler != "ar" and "block_length" not in accepted):
+        raise ModelError(f"the model's own {generate.__name__} takes no block_length", where=model.config.model_type)
+    size = settings.block_size or (model.kind.block_size if model.kind is not None else None) or 32
     asked: dict[str, Any] = {
         "gen_length": settings.max_new_tokens,
         "max_new_tokens": -(-settings.max_new_tokens // size) * size,  # Nemotron's must be a multiple of the block
@@ -64,7 +84,7 @@ def generate_with_own_code(
     answers = []
     device = model.head_VD.device
     for prompt, generator in zip(prompts, row_generators(prompts, settings.seed), strict=True):
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with older_code.cut_to_length(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(generator.initial_seed())  # such code draws from the global state
             found = generate(**{first: torch.tensor([list(prompt)], device=device)}, **asked)
         ids, passes = found if isinstance(found, tuple) else (found, 0)

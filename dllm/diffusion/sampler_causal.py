@@ -2,7 +2,7 @@
 
 The text before a block is always seen causally, so that its keys and values are final once written.
 
-Shape suffixes: B batch (1), K columns, C columns of a block, V vocabulary.
+Shape suffixes: B batch (1), C columns of a block, D hidden, V vocabulary.
 Source: Nemotron-Labs-Diffusion (arXiv 2607.05722), section on inference, and its remote code.
 """
 
@@ -19,7 +19,7 @@ from dllm.diffusion.sampler_proposals import propose, row_generators
 from dllm.diffusion.sampler_settings import Settings
 from dllm.errors import ConfigError
 from dllm.models.bidirectional import BidirectionalLM
-from dllm.models.canvas_cache import CanvasCache
+from dllm.models.columns import columns_of
 
 
 @torch.no_grad()
@@ -74,8 +74,7 @@ class _Row:
         self.model, self.settings, self.generator, self.number, self.watch = model, settings, generator, number, watch
         self.device = model.head_VD.device
         self.start, self.answer = len(prompt), Answer()
-        self.position_ids_BK = torch.arange(len(prompt) + columns, device=self.device)[None]
-        self.cache = CanvasCache(self.position_ids_BK)
+        self.columns = columns_of(model, len(prompt) + columns)
         self.first_logits_V = self.run_causally(list(prompt), 0)
 
     def run_causally(self, ids: Sequence[int], begin: int) -> Tensor:
@@ -87,13 +86,8 @@ class _Row:
 
         Shapes: returns logits_CV.
         """
-        end = begin + len(ids)
-        visible_CK = torch.ones(len(ids), end, dtype=torch.bool, device=self.device)
-        if causal:
-            visible_CK = visible_CK.tril(begin)
         ids_BC = torch.tensor([list(ids)], dtype=torch.int64, device=self.device)
-        self.cache.write(begin, end, end)
-        hidden_BCD = self.model.part(ids_BC, self.position_ids_BK[:, begin:end], visible_CK[None], self.cache)
+        hidden_BCD = self.columns.run(ids_BC, begin, causal)
         self.answer.passes += 1
         logits_CV = self.model.logits(hidden_BCD[0, wanted])
         logits_CV[:, self.model.mask_token_id] = float("-inf")

@@ -45,8 +45,8 @@ class Wishes:
     """Write the text's [MASK] (one token) and [MASK:n] (n tokens) spans."""
     batch_size: int = 8
     """Texts written together, unless they are shown."""
-    own_generate: bool = False
-    """Through the generation code that the model brings; always so where ours cannot set its masks."""
+    own_generate: bool | None = None
+    """Through the generation code that the model brings; null does so for Nemotron-Labs-Diffusion's blocks alone."""
     enable_thinking: bool | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     """Fields of `Settings`, for those that were named."""
@@ -70,7 +70,7 @@ def write(
     """
     sampler = wishes.sampler or default_sampler(model)
     settings = settle(model, sampler, wishes)
-    own = _by_own_code(model, wishes)
+    own = _by_own_code(model, sampler, wishes)
     if own and show is not None:
         raise ConfigError("the model's own generate cannot be watched", hint="leave out --show")
     encoded = [_encode(model, text, wishes, settings, number) for number, text in enumerate(texts, 1)]
@@ -121,7 +121,7 @@ def settle(model: BidirectionalLM, sampler: str, wishes: Wishes) -> Settings:
     Raises:
         ConfigError: they do not go together.
     """
-    context, own = model.note.context, _by_own_code(model, wishes)
+    context, own = model.note.context, _by_own_code(model, sampler, wishes)
     if sampler == "llada2" and context == "full":
         raise ConfigError(
             "sampler llada2 is for block-causal models, and this one sees all of its canvas", hint="take llada"
@@ -129,14 +129,10 @@ def settle(model: BidirectionalLM, sampler: str, wishes: Wishes) -> Settings:
     if wishes.infill and (own or sampler != "llada"):
         what = "the model's own generate" if own else f"sampler {sampler}"
         raise ConfigError(f"{what} cannot infill", hint="take a model with full attention, and sampler llada")
-    if own and model.kind is None:
-        raise ConfigError("this model brings no generation code", hint="leave out --own-generate")
-    if model.lays_out_pairs and sampler != "nemotron":
-        raise ConfigError(
-            f"sampler {sampler} cannot reach this model, which writes by its own generate only", hint="take nemotron"
-        )
+    if model.lays_out_pairs and sampler in ("llada", "llada2"):
+        raise ConfigError(f"sampler {sampler} cannot set this model's masks", hint="take nemotron, self-spec or ar")
     named = {name: value for name, value in wishes.settings.items() if value is not None}
-    unknown = unknown_to_own_code(model, named) if own else [name for name in named if name in UNUSED[sampler]]
+    unknown = unknown_to_own_code(model, sampler, named) if own else [name for name in named if name in UNUSED[sampler]]
     if unknown:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in unknown)
         raise ConfigError(
@@ -166,8 +162,10 @@ UNUSED: dict[str, tuple[str, ...]] = {
 """What each sampler would pass over in silence."""
 
 
-def _by_own_code(model: BidirectionalLM, wishes: Wishes) -> bool:
-    return wishes.own_generate or model.lays_out_pairs
+def _by_own_code(model: BidirectionalLM, sampler: str, wishes: Wishes) -> bool:
+    if wishes.own_generate is not None:
+        return wishes.own_generate
+    return model.lays_out_pairs and sampler == "nemotron"
 
 
 def write_ids(
@@ -186,8 +184,8 @@ def write_ids(
     """
     if wishes.infill:
         return fill(model, ids, settings, watch)
-    if _by_own_code(model, wishes):
-        return generate_with_own_code(model, ids, settings)
+    if _by_own_code(model, sampler, wishes):
+        return generate_with_own_code(model, ids, settings, sampler)
     if sampler in ("llada", "llada2"):
         return sample(model, ids, settings, watch)
     decode = {"nemotron": decode_seeded, "self-spec": speculate_on_itself, "ar": decode_causally}[sampler]

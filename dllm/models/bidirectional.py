@@ -186,7 +186,7 @@ class BidirectionalLM(nn.Module):
     ) -> Tensor:
         if self.kind is not None:
             raise ModelError(
-                "no causal pass and no cache through a model's own code",
+                "no cache of ours through a model's own code",
                 where=self.config.model_type,
                 hint="--cache none",
             )
@@ -285,7 +285,9 @@ def load_bidirectional(
     path = targets.locate(target)
     note = read_note(path)
     kind = remote.kind_at(path) if target.trust_remote_code else None
-    values = remote.paired_config(paired) if kind is not None and kind.masks == "own" and paired is not None else {}
+    values: dict[str, Any] = {}
+    if kind is not None and kind.masks == "own" and paired is not None:
+        values = remote.paired_config(path, paired)
     tokenizer = targets.load_tokenizer(target)
     model = targets.load_target(target, dtype, device, values)
     wanted = note.mask_token_id if note is not None else mask_token_id

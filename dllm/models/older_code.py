@@ -2,12 +2,15 @@
 
 Owns the places in which such code is known to fail: a `tie_weights` that takes no arguments and a constructor that
 never calls `post_init` (LLaDA); a plain list of tied weights, and plain rotary frequencies, whose formula transformers
-5 no longer lists and which it leaves unset after loading (LLaDA2).
+5 no longer lists and which it leaves unset after loading (LLaDA2); a cache that is cut to a length (Nemotron), where
+transformers 5 has it told how much to cut off.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +61,24 @@ def settle(model: PreTrainedModel) -> None:
             frequencies, _ = compute(module.config, None)
             held: Any = module.inv_freq
             held.copy_(frequencies.to(held.device))
+
+
+@contextmanager
+def cut_to_length() -> Iterator[None]:
+    """Let `DynamicCache.crop` take a positive number as the length that is to be left."""
+    from transformers import DynamicCache
+
+    patched: Any = DynamicCache
+    crop = patched.crop
+
+    def either(self: DynamicCache, number: int) -> None:
+        crop(self, number if number <= 0 else min(0, number - self.get_seq_length()))
+
+    patched.crop = either
+    try:
+        yield
+    finally:
+        patched.crop = crop
 
 
 def plain_rope(config: Any, device: Any = None, *_: Any, **__: Any) -> tuple[torch.Tensor, float]:

@@ -61,10 +61,15 @@ def kind_at(directory: Path) -> Kind | None:
         return None
 
 
-def paired_config(block_size: int) -> dict[str, Any]:
+PAIRED = ("block_diff", "sbd_block_diff")
+"""Values of `dlm_paradigm` for training: in the code as published the first has a causal clean half; where there is a
+second, as in code before it, only that one has."""
+
+
+def paired_config(directory: Path, block_size: int) -> dict[str, Any]:
     """Say how a config must read for code with masks of its own to train; as published it reads for generation."""
-    # The other training layout, block_diff, gives no next-token logits.
-    return {"dlm_paradigm": "sbd_block_diff", "block_size": block_size}
+    knows_both = any(PAIRED[1] in file.read_text(errors="replace") for file in directory.glob("*.py"))
+    return {"dlm_paradigm": PAIRED[knows_both], "block_size": block_size}
 
 
 def run(
@@ -86,16 +91,16 @@ def run(
         )
     plainly = _accepted(model, use_cache=False, return_dict=True)
     dtype, call = _in_one_dtype(model, ids_BQ.device.type)
-    with _without_head(model) as width:
+    with without_head(model) as width:
         if kind.masks == "additive":
             if visible_BQK is None:
                 visible_BQK = torch.ones(*ids_BQ.shape, ids_BQ.shape[1], dtype=torch.bool, device=ids_BQ.device)
             scores = torch.zeros(visible_BQK.shape, dtype=dtype, device=ids_BQ.device)
             scores = scores.masked_fill(~visible_BQK, torch.finfo(dtype).min)[:, None]
             found = call(ids_BQ, attention_mask=scores, position_ids=position_ids_BQ, **plainly)
-            return _checked(found.logits, width)
+            return checked(found.logits, width)
         if valid_BQ is None or bool(valid_BQ.all()):
-            return _checked(call(ids_BQ, **plainly).logits, width)
+            return checked(call(ids_BQ, **plainly).logits, width)
         return _by_length(call, ids_BQ, valid_BQ, plainly, width)
 
 
@@ -114,7 +119,7 @@ def _by_length(
     for length, rows in groups.items():
         here_BQ = torch.zeros_like(valid_BQ)
         here_BQ[rows] = valid_BQ[rows]
-        hidden_RSD = _checked(call(ids_BQ[here_BQ].view(len(rows), length), **plainly).logits, width)
+        hidden_RSD = checked(call(ids_BQ[here_BQ].view(len(rows), length), **plainly).logits, width)
         if hidden_BQD is None:
             hidden_BQD = hidden_RSD.new_zeros(*ids_BQ.shape, width)
         hidden_BQD[here_BQ] = hidden_RSD.flatten(0, 1)
@@ -135,17 +140,17 @@ def run_paired(model: PreTrainedModel, ids_BS: Tensor, masked_BS: Tensor, block_
     family = model.config.model_type
     if missing := sorted(set(needed) - set(asked)):
         raise ModelError(f"the model's forward pass takes no {missing[0]}", where=family)
-    if (own := getattr(model.config, "dlm_paradigm", None)) != "sbd_block_diff":
+    if (own := getattr(model.config, "dlm_paradigm", None)) not in PAIRED:
         raise ModelError(f"the model's code was set up for {own}, not for training", where=family)
     _, call = _in_one_dtype(model, ids_BS.device.type)
-    with _without_head(model) as width:
+    with without_head(model) as width:
         found = call(ids_BS, **asked)
     noisy, clean = found.logits, getattr(found, "causal_logits", None)
     if clean is None and noisy.shape[1] == 2 * ids_BS.shape[1]:  # older code hands out both halves as one
         noisy, clean = noisy.chunk(2, 1)
     if clean is None:
         raise ModelError("the model's code gives no causal logits", where=family)
-    return _checked(noisy, width), _checked(clean, width)
+    return checked(noisy, width), checked(clean, width)
 
 
 def copy_code(source: Path, directory: Path, values: dict[str, Any]) -> None:
@@ -185,14 +190,19 @@ def _accepted(model: PreTrainedModel, **values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in names}
 
 
-def _checked(hidden: Tensor, width: int) -> Tensor:
+def checked(hidden: Tensor, width: int) -> Tensor:
+    """Return what came out in the place of logits, if it is what goes into the head.
+
+    Raises:
+        ModelError: it is of another width, so the head was not the last step.
+    """
     if hidden.shape[-1] != width:
         raise ModelError("the model's code does not go through its output embedding", hint="use --own-generate")
     return hidden
 
 
 @contextmanager
-def _without_head(model: PreTrainedModel) -> Iterator[int]:
+def without_head(model: PreTrainedModel) -> Iterator[int]:
     """Let a model's head pass its input through, so that logits are computed only where they are wanted."""
     found = model.get_output_embeddings()
     if not isinstance(found, nn.Linear):

@@ -14,8 +14,9 @@ from tests.models.remote_code import checkpoint
 SIZE = {"max_new_tokens": 6, "block_size": 4}
 
 
-def written(model: BidirectionalLM, sampler=None, own: bool = True, show=None, **named) -> list[dict]:
-    wishes = Wishes(sampler=sampler, own_generate=own, settings={**SIZE, **named})
+def written(model: BidirectionalLM, sampler=None, own: bool | None = True, show=None, **named) -> list[dict]:
+    size = {**SIZE, "block_size": None} if sampler == "ar" else SIZE
+    wishes = Wishes(sampler=sampler, own_generate=own, settings={**size, **named})
     return list(write(model, ["Why?", "How?"], wishes, show))
 
 
@@ -26,11 +27,11 @@ def llada2(tmp_path: Path) -> BidirectionalLM:
 
 @pytest.fixture
 def nemotron(tmp_path: Path) -> BidirectionalLM:
-    return load_bidirectional(checkpoint(tmp_path, "nemotron_labs_diffusion"))
+    return load_bidirectional(checkpoint(tmp_path, "nemotron_labs_diffusion", every_word=True))
 
 
 def test_a_record_says_that_the_models_own_code_wrote(llada2, nemotron) -> None:
-    for model, own, passes in ((llada2, True, 0), (nemotron, False, 5)):
+    for model, own, passes in ((llada2, True, 0), (nemotron, None, 5)):
         for record in written(model, own=own):
             assert record["sampler"] == "own" and record["token_ids"] == [9] * 6
             assert record["passes"] == passes
@@ -47,9 +48,23 @@ def test_what_own_code_cannot_do_is_refused(llada2, nemotron) -> None:
             written(model, **named)
     with pytest.raises(ConfigError, match="cannot be watched"):
         written(llada2, show=io.StringIO())
-    for sampler in ("llada", "llada2", "ar", "self-spec"):
-        with pytest.raises(ConfigError, match="by its own generate only"):
-            written(nemotron, sampler, own=False)
+    for sampler in ("llada", "llada2"):
+        with pytest.raises(ConfigError, match="cannot set this model's masks"):
+            written(nemotron, sampler, own=None)
+
+
+def test_only_nemotrons_blocks_are_written_by_its_own_code_unasked(nemotron) -> None:
+    for sampler, own, by in [
+        (None, None, "own"),
+        ("nemotron", False, "nemotron"),
+        ("self-spec", None, "self-spec"),
+        ("self-spec", True, "own"),
+        ("ar", None, "ar"),
+        ("ar", True, "own"),
+    ]:
+        assert [record["sampler"] for record in written(nemotron, sampler, own)] == [by, by]
+    ids = [[r["token_ids"] for r in written(nemotron, "ar", own)] for own in (None, True)]
+    assert ids[0] == ids[1]
 
 
 def test_own_code_draws_from_our_seed_and_leaves_the_global_state(llada2, monkeypatch) -> None:

@@ -83,10 +83,10 @@ class Model(LlamaForCausalLM):
 NEMOTRON = """
 import torch
 from dataclasses import dataclass
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.utils import ModelOutput
 
-from .layout import pairs
+from .layout import PARADIGMS, pairs
 
 
 class Config(LlamaConfig):
@@ -97,42 +97,92 @@ class Config(LlamaConfig):
 class Output(ModelOutput):
     logits: torch.FloatTensor | None = None
     causal_logits: torch.FloatTensor | None = None
+    past_key_values: object = None
 
 
 class Model(LlamaForCausalLM):
     config_class = Config
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, labels=None, split_len=None,
-                past_key_values=None, block_size=None, block_diff_ppl=False, eps=1e-3, is_teacher=False,
-                masked_indices=None, p_mask=None, teacher_logits=None, loss_mask=None, skip_loss=False, **kwargs):
-        assert labels is not None and skip_loss and not kwargs, kwargs
+    def __init__(self, config):
+        if config.dlm_paradigm not in PARADIGMS:
+            raise ValueError(f"Unsupported DLM paradigm: {config.dlm_paradigm}")
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.self_attn.diffusion_lm = config.dlm_paradigm != "autoregressive"
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, labels=None, split_len=None,
+                past_key_values=None, block_size=None, eps=1e-3, is_teacher=False, masked_indices=None, p_mask=None,
+                teacher_logits=None, masked_indices_teacher=None, loss_mask=None, ce_loss_weight=1.0,
+                output_last_hidden_states_only=False, skip_loss=False, **kwargs):
         batch, length = input_ids.shape
+        if labels is None:
+            return self.write(input_ids, past_key_values, **kwargs)
+        assert skip_loss and not kwargs, kwargs
         noisy = torch.where(masked_indices, self.config.mask_token_id, input_ids)
-        seen = pairs(length, block_size, self.config.dlm_paradigm).expand(batch, 1, -1, -1)
+        seen = pairs(length, self.config.block_size, self.config.dlm_paradigm).expand(batch, 1, -1, -1)
         places = torch.arange(length).repeat(2)[None].expand(batch, -1)
         hidden = self.model(torch.cat([noisy, input_ids], 1), attention_mask=seen, position_ids=places)[0]
         logits = self.lm_head(hidden)
-        causal = logits[:, length:] if self.config.dlm_paradigm == "sbd_block_diff" else None
+        causal = logits[:, length:] if self.config.dlm_paradigm == PARADIGMS[-1] else None
         return Output(logits=logits[:, :length], causal_logits=causal)
 
+    def write(self, input_ids, cache, use_cache=None, use_causal_mask=False):
+        # Over a cache; without use_cache it is looked at and left as it is.
+        before = cache.get_seq_length() if cache is not None else 0
+        length = input_ids.shape[1]
+        seen = torch.ones(length, before + length, dtype=torch.bool)
+        if use_causal_mask:
+            assert not self.model.layers[0].self_attn.diffusion_lm
+            seen = seen.tril(before)
+        found = super().forward(input_ids, attention_mask=seen[None, None], past_key_values=cache, use_cache=True)
+        if cache is not None and not use_cache:
+            cache.crop(-length)
+        return Output(logits=found.logits, past_key_values=found.past_key_values)
+
     @torch.no_grad()
-    def generate(self, prompt_ids, max_new_tokens=512, steps=512, block_length=32, shift_logits=False, threshold=0.9,
-                 causal_context=True, temperature=0, eos_token_id=None):
+    def generate(self, prompt_ids, max_new_tokens, block_length, threshold=None, causal_context=True, temperature=0.0,
+                 eos_token_id=None, max_thinking_tokens=None, end_think_token_id=None):
         assert self.config.dlm_paradigm == "bidirectional", "set up for training"
         return torch.cat([prompt_ids, torch.full((1, max_new_tokens), 9)], 1), 5
+
+    @torch.no_grad()
+    def ar_generate(self, prompt_ids, max_new_tokens=128, temperature=0.0, eos_token_id=None, max_thinking_tokens=None,
+                    end_think_token_id=None):
+        for layer in self.model.layers:
+            layer.self_attn.diffusion_lm = False
+        ids = prompt_ids
+        for _ in range(max_new_tokens):
+            logits = self(ids, use_cache=False, use_causal_mask=True).logits[:, -1].clone()
+            logits[:, self.config.mask_token_id] = float("-inf")
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+        return ids, max_new_tokens
+
+    @torch.no_grad()
+    def linear_spec_generate(self, prompt_ids, max_new_tokens=128, block_length=32, temperature=0.0,
+                             mask_token_id=None, eos_token_id=None, max_thinking_tokens=None, end_think_token_id=None,
+                             threshold=0.0):
+        cache = DynamicCache()
+        self(prompt_ids, past_key_values=cache, use_cache=True)
+        cache.crop(2)  # to this length, as the published code says it
+        assert cache.get_seq_length() == 2
+        return self.ar_generate(prompt_ids, max_new_tokens)[0], block_length
 """
 
 LAYOUT = """
 import torch
+
+PARADIGMS = ("bidirectional", "autoregressive", "block_diff")
 
 
 def pairs(length, size, paradigm):
     block = torch.arange(length) // size
     same, before = block[:, None] == block[None], block[None] < block[:, None]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    clean = causal if paradigm == "sbd_block_diff" else same | before
+    clean = causal if paradigm == PARADIGMS[-1] else same | before
     return torch.cat([torch.cat([same, before], 1), torch.cat([torch.zeros_like(same), clean], 1)])
 """
+PARADIGMS = '"bidirectional", "autoregressive", "block_diff"'
+OLDER_PARADIGMS = PARADIGMS + ', "sbd_block_diff"'
 
 OLDER = """
 import torch

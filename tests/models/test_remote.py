@@ -9,11 +9,12 @@ import torch
 from dllm.config import Target
 from dllm.diffusion.own_generate import generate_with_own_code
 from dllm.diffusion.sampler import sample
+from dllm.diffusion.sampler_causal import decode_causally, decode_seeded, speculate_on_itself
 from dllm.diffusion.sampler_settings import Settings
 from dllm.errors import ConfigError, ModelError
 from dllm.models import targets
 from dllm.models.bidirectional import BidirectionalLM, load_bidirectional
-from tests.models.remote_code import CODES, checkpoint, older_checkpoint
+from tests.models.remote_code import CODES, OLDER_PARADIGMS, PARADIGMS, checkpoint, older_checkpoint
 from tests.models.small_models import small_model
 
 PROMPTS = [[21, 22, 23, 24, 25], [40, 41]]
@@ -69,10 +70,34 @@ def test_nemotron_is_asked_through_its_own_generate(tmp_path: Path) -> None:
     (answer,) = generate_with_own_code(model, PROMPTS[:1], WISH)
     assert answer.token_ids == [9] * 6
     assert answer.passes == 5
+    wish = Settings(max_new_tokens=6, block_size=4)
+    own = [generate_with_own_code(model, PROMPTS, wish, sampler) for sampler in ("ar", "self-spec")]
+    assert own[0] != own[1] and [a.token_ids for a in own[0]] == [a.token_ids for a in own[1]]
     with pytest.raises(ModelError, match="own-generate"):
         model.hidden(torch.tensor(PROMPTS[:1]))
     with pytest.raises(ModelError, match="bidirectional, not for training"):
         model.paired(IDS, VALID, VALID)
+
+
+@pytest.mark.parametrize("decode", [decode_causally, speculate_on_itself, decode_seeded])
+def test_nemotron_is_written_by_our_samplers_too_as_any_other_model(tmp_path: Path, decode) -> None:
+    model, plain = load_bidirectional(checkpoint(tmp_path, "nemotron_labs_diffusion")), small_model()
+    plain.mask_token_id = model.mask_token_id
+    model.eos_ids = plain.eos_ids = set()
+    found = decode(model, PROMPTS, WISH)
+    assert found == decode(plain, PROMPTS, WISH)
+    own = generate_with_own_code(model, PROMPTS, WISH, "ar")
+    assert decode is decode_seeded or [a.token_ids for a in own] == [a.token_ids for a in found]
+    with pytest.raises(ModelError, match="set up for training"):
+        decode(load_bidirectional(checkpoint(tmp_path, "nemotron_labs_diffusion"), paired=4), PROMPTS, WISH)
+
+
+def test_nemotron_is_set_up_for_training_in_the_words_that_its_code_knows(tmp_path: Path) -> None:
+    target = checkpoint(tmp_path, "nemotron_labs_diffusion")
+    assert load_bidirectional(target, paired=4).model.config.dlm_paradigm == "block_diff"
+    layout = tmp_path / "layout.py"
+    layout.write_text(layout.read_text().replace(PARADIGMS, OLDER_PARADIGMS))
+    assert load_bidirectional(target, paired=4).model.config.dlm_paradigm == "sbd_block_diff"
 
 
 def test_nemotron_lays_out_noisy_beside_clean_text_and_no_neighbour_changes_that(tmp_path: Path) -> None:
