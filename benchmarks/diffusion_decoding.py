@@ -32,7 +32,7 @@ from dllm.diffusion.answering import Written, figures, write_answers
 from dllm.diffusion.sampler_settings import Settings
 from dllm.models.bidirectional import BidirectionalLM
 
-RECIPE, NEW_TOKENS, POINT = "tiny-mdlm", 256, 0.01
+RECIPE, SAMPLER, NEW_TOKENS, POINT = "tiny-mdlm", "llada", 256, 0.01
 PLAIN = Settings(max_new_tokens=NEW_TOKENS)
 CACHES, BLOCKS, THRESHOLDS = ("dual", "prefix"), (32, 64, 256), (0.5, 0.7, 0.9, 0.95)
 
@@ -51,7 +51,7 @@ def heldout_rows(model: BidirectionalLM) -> list[Row]:
 
 def measure(model: BidirectionalLM, rows: Sequence[Row], way: Settings, batch: int) -> dict[str, Any]:
     """Write the rows' answers; return what `answering.figures` makes of them."""
-    return figures(write_answers(model, rows, way, batch), set())
+    return figures(write_answers(model, rows, SAMPLER, way, batch), set())
 
 
 def candidates() -> Iterator[Settings]:
@@ -84,7 +84,7 @@ def compare(model: BidirectionalLM, rows: Sequence[Row], way: Settings, batch: i
     rates: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds):
         for name in sorted(arms, reverse=bool(turn % 2)):
-            answers = write_answers(model, rows[turn::rounds], arms[name], batch)
+            answers = write_answers(model, rows[turn::rounds], SAMPLER, arms[name], batch)
             rates[name].append(figures(answers, set())["tokens_per_s"])
             written[name] += answers
     found = {name: figures(answers, set()) for name, answers in written.items()}

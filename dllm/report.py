@@ -75,6 +75,9 @@ def _table(title: str, metrics: Records, runs: Records, root: Path) -> "Table":
     if offsets := _curve(metrics):
         table.add_row("by offset in the block", _curve_table(offsets))
         table.add_section()
+    if ways := metrics.get("evaluate", {}).get("decodings"):
+        table.add_row("held-out, share right", _ways_table(ways))
+        table.add_section()
     table.add_row("stages", _stages(runs))
     return table
 
@@ -115,12 +118,6 @@ def _diffusion(found: dict[str, Any]) -> Lines:
     yield "bound on held-out answers", f"{_number(found['nelbo'], 4)} ± {_number(found['nelbo_se'], 4)} nats a token"
     if "ar_nll" in found:
         yield "autoregressive, same weights", f"{_number(found['ar_nll'], 4)} nats a token"
-    for way in found["decodings"]:
-        passes = "one token a pass" if way["steps"] is None else f"{way['steps']} passes"
-        name = passes if way["threshold"] is None else f"threshold {way['threshold']:g}"
-        exact = f"{_number(way['words_exact'], 3)} of words, {_number(way['answers_exact'], 3)} of answers exact"
-        pace = f"{_number(way['tokens_per_pass'], 2)} tokens a pass, {_number(way['tokens_per_s'], 1)} a second"
-        yield name, f"{exact}; {pace}"
 
 
 def _places(metrics: Records, root: Path) -> Lines:
@@ -157,6 +154,19 @@ def _curve_table(offsets: list[tuple[Any, Any, Any]]) -> "Table":
     for offset, (guessed, given, reached) in enumerate(offsets, start=1):
         bar = "█" * round(20 * (reached or 0))
         table.add_row(str(offset), _number(guessed, 3), _number(given, 3), _number(reached, 3), bar)
+    return table
+
+
+def _ways_table(ways: list[dict[str, Any]]) -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("way", no_wrap=True)
+    columns = {"words_exact": 3, "answers_exact": 3, "tokens_per_pass": 2, "tokens_per_s": 1}
+    for name in ("words", "answers", "tokens a pass", "tokens/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for way in ways:
+        table.add_row(way["way"], *(_number(way[name], digits) for name, digits in columns.items()))
     return table
 
 

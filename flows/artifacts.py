@@ -33,7 +33,7 @@ WRITING_FIGURES = (
     "parallel_tokens_per_pass",
     "parallel_tokens_per_s",
 )
-DECODING = ("threshold", "steps", "words_exact", "answers_exact", "tokens_per_pass", "tokens_per_s")
+DECODING = ("way", "sampler", "words_exact", "answers_exact", "tokens_per_pass", "tokens_per_s")
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e\+\d+)?)"
 PROGRESS = re.compile(rf"[\w -]+: {NUMBER}/{NUMBER} ")
@@ -104,7 +104,7 @@ def figures(evaluated: dict[str, Any]) -> tuple[str, str, list[dict[str, Any]]]:
     """
     if "decodings" in evaluated:
         rows = [{name: way[name] for name in DECODING} for way in evaluated["decodings"]]
-        return "decodings", "Held-out prompts, decoded in so many passes and with each threshold.", rows
+        return "decodings", "Held-out prompts, decoded in each way.", rows
     given = evaluated.get("conditional_acceptance_by_offset", [])
     rows = [
         {"offset": k, "accepted": reached, "accepted given k-1": given[k - 1] if k <= len(given) else None}

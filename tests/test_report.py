@@ -108,6 +108,18 @@ def test_the_curve_has_one_row_an_offset(root: Path) -> None:
     ]
 
 
+def test_a_diffusion_model_has_one_row_a_way_of_writing(root: Path) -> None:
+    ways = [("one token a pass", 1.0, 1.0, 0.99, 28.6), ("threshold 0.9", 0.996, None, 84.33, 2204.0)]
+    names = ("way", "words_exact", "answers_exact", "tokens_per_pass", "tokens_per_s")
+    found = {"nelbo": 0.1426, "nelbo_se": 0.002, "decodings": [dict(zip(names, way, strict=True)) for way in ways]}
+    (root / "out" / "evaluate" / "metrics.json").write_text(json.dumps(found))
+    text = _printed(root)
+    assert "0.1426 ± 0.0020 nats a token" in _row(text, "bound on held-out answers")
+    assert _row(text, "one token a pass").split("│")[2].split()[-4:] == ["1.000", "1.000", "0.99", "28.6"]
+    assert _row(text, "threshold 0.9").split("│")[2].split()[-4:] == ["0.996", report.DASH, "84.33", "2204.0"]
+    assert "τ micro" not in text
+
+
 def test_each_stage_shows_its_seconds_and_its_run(root: Path) -> None:
     text = _printed(root)
     assert _row(text, "3" * 12).split("│")[2].split() == ["train", "301.5", "3" * 12, "c0ffeec0", "+", "edits"]

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm.data.shards import Row
-from dllm.diffusion.own_generate import generate_with_own_code
-from dllm.diffusion.sampler import sample
 from dllm.diffusion.sampler_settings import Settings
+from dllm.diffusion.writing import Wishes, write_ids
 from dllm.models.bidirectional import BidirectionalLM
 
 
@@ -30,14 +29,26 @@ class Written:
     seconds: float
 
 
+def name_of(sampler: str, settings: Settings) -> str:
+    """Name a way of decoding in tables: by what decides how many tokens a pass writes."""
+    if sampler in ("ar", "self-spec"):
+        return sampler
+    if settings.threshold is not None:
+        return f"threshold {settings.threshold:g}"
+    if settings.steps is None:
+        return "one token a pass"
+    return f"{settings.steps} pass{'' if settings.steps == 1 else 'es'}"
+
+
 def write_answers(
     model: BidirectionalLM,
     rows: Sequence[Row],
+    sampler: str,
     settings: Settings,
     batch_size: int,
     advance: Callable[[int], object] = lambda answers: None,
 ) -> list[Written]:
-    """Answer the rows' prompts, batch by batch; a model that sets its own masks answers by its own `generate`.
+    """Answer the rows' prompts, batch by batch, as `generate` would.
 
     Args:
         advance: told how many more answers are done.
@@ -46,9 +57,7 @@ def write_answers(
     for begin in range(0, len(rows), batch_size):
         part = rows[begin : begin + batch_size]
         clock = time.perf_counter()
-        prompts = [row.prompt_ids for row in part]
-        own = model.lays_out_pairs
-        answers = generate_with_own_code(model, prompts, settings) if own else sample(model, prompts, settings)
+        answers = write_ids(model, sampler, [row.prompt_ids for row in part], Wishes(), settings)
         seconds = (time.perf_counter() - clock) / len(part)
         for row, answer in zip(part, answers, strict=True):
             text = str(model.tokenizer.decode(answer.token_ids, skip_special_tokens=True))

@@ -125,25 +125,30 @@ def _words(rows: Sequence[Row]) -> set[str]:
 def _decode(
     params: Params, settings: DiffusionEvaluation, model: BidirectionalLM, rows: Sequence[Row], seen: set[str]
 ) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
-    from dllm.diffusion.answering import figures, write_answers
+    from dllm.diffusion.answering import figures, name_of, write_answers
     from dllm.diffusion.sampler_settings import Settings
+    from dllm.diffusion.writing import default_sampler
 
     asked: dict[str, Any] = {
         "max_new_tokens": params.evaluate.max_new_tokens,
         "block_size": params.evaluate.block_size or None,
     }
-    ways = [Settings(**asked, steps=steps) for steps in settings.steps]
-    ways += [Settings(**asked, threshold=threshold, cache=settings.cache) for threshold in settings.thresholds]
-    columns = ("prompt_id", "steps", "threshold", "wanted", "written", "passes")
+    own = default_sampler(model)
+    ways = [(own, Settings(**asked, steps=steps)) for steps in settings.steps]
+    ways += [(own, Settings(**asked, threshold=threshold, cache=settings.cache)) for threshold in settings.thresholds]
+    if model.note.context == "causal":
+        ways += [(sampler, Settings(**asked)) for sampler in ("ar", "self-spec")]
+    columns = ("prompt_id", "way", "wanted", "written", "passes")
     table: dict[str, list[Any]] = {name: [] for name in columns}
     found = []
     with Progress("evaluate: decoding", len(ways) * len(rows), "answers") as progress:
-        for way in ways:
-            answers = write_answers(model, rows, way, settings.batch_size, progress.update)
-            found.append({"threshold": way.threshold, "steps": way.steps, **figures(answers, seen)})
+        for sampler, way in ways:
+            answers = write_answers(model, rows, sampler, way, settings.batch_size, progress.update)
+            about = {"way": name_of(sampler, way), "sampler": sampler, "threshold": way.threshold, "steps": way.steps}
+            found.append({**about, **figures(answers, seen)})
             for answer in answers:
-                values = (answer.id, way.steps, way.threshold, answer.wanted, answer.text, answer.passes)
-                for name, value in zip(table, values, strict=True):
+                values = (answer.id, about["way"], answer.wanted, answer.text, answer.passes)
+                for name, value in zip(columns, values, strict=True):
                     table[name].append(value)
     return found, table
 
@@ -185,16 +190,17 @@ def _draw(metrics: dict[str, Any], path: Path) -> None:
     levels = [level for level in metrics["by_noise_level"] if level["accuracy"] is not None]
     left.plot([level["masked_up_to"] for level in levels], [level["accuracy"] for level in levels], "o-")
     left.set(xlabel="share of tokens masked, up to", ylabel="accuracy on masked tokens", ylim=(0, 1.05))
-    ways = metrics["decodings"]
     named: dict[tuple[float, float], list[str]] = {}
-    for label, key, mark in (("so many passes", "steps", "s--"), ("threshold", "threshold", "o-")):
-        own = [way for way in ways if (way["threshold"] is None) == (key == "steps")]
-        places = [(way["tokens_per_pass"], way["words_exact"] or 0) for way in own]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for way in metrics["decodings"]:
+        place = (way["tokens_per_pass"], way["words_exact"] or 0.0)
+        named.setdefault(place, []).append(way["way"].removeprefix("threshold "))
+        kind = "threshold" if way["threshold"] is not None else way["sampler"]
+        lines.setdefault(kind if kind in ("threshold", "ar", "self-spec") else "so many passes", []).append(place)
+    for (label, places), mark in zip(lines.items(), ("s--", "o-", "^", "v"), strict=False):
         right.plot(*zip(*places, strict=True), mark, label=label)
-        for place, way in zip(places, own, strict=True):
-            named.setdefault(place, []).append("one a token" if way[key] is None else f"{way[key]:g}")
     for place, names in named.items():
-        right.annotate(", ".join(names), place, xytext=(0, -12), textcoords="offset points", ha="center")
+        right.annotate(", ".join(names), place, xytext=(0, -12), textcoords="offset points", ha="center", fontsize=8)
     right.legend()
     right.margins(x=0.2)
     right.set(xlabel="tokens a pass", ylabel="words right", ylim=(0, 1.05))

@@ -59,7 +59,12 @@ def test_from_prompts_to_the_registry(tmp_path, monkeypatch, mlflow_store, recip
     assert found["nelbo"] > 0 and found["nelbo_se"] >= 0
     ways = [(steps, None) for steps in asked.evaluate.diffusion.steps]
     ways += [(None, threshold) for threshold in asked.evaluate.diffusion.thresholds]
+    ways += [(None, None)] * 2 if asked.train.mode == "hybrid" else []  # ar and self-spec
     assert [(way["steps"], way["threshold"]) for way in found["decodings"]] == ways
+    if asked.train.mode == "hybrid":
+        ar, speculated = found["decodings"][-2:]
+        assert (ar["way"], speculated["way"]) == ("ar", "self-spec")
+        assert ar["words_exact"] == speculated["words_exact"] and ar["tokens"] == speculated["tokens"]
     assert ("ar_nll" in found) == (asked.train.mode == "hybrid")
     assert sum(level["tokens"] for level in found["by_noise_level"]) > 0
     standing = register.run(asked, tmp_path)
@@ -69,7 +74,7 @@ def test_from_prompts_to_the_registry(tmp_path, monkeypatch, mlflow_store, recip
     record = json.loads((tmp_path / "out" / "evaluate" / "metrics.json").read_text())
     assert record["heldout_digest"] == found["heldout_digest"]
     key, _, rows = artifacts.figures(record)
-    assert key == "decodings" and [row["threshold"] for row in rows] == [w["threshold"] for w in found["decodings"]]
+    assert key == "decodings" and [row["way"] for row in rows] == [w["way"] for w in found["decodings"]]
     assert f"| nelbo | {found['nelbo']:.3f} |" in artifacts.summary(tmp_path, record)
 
 
@@ -89,7 +94,8 @@ def test_a_published_model_is_adapted_and_measured_through_its_own_code(tmp_path
     for stage in (prepare, regenerate, train, evaluate):
         found = stage.run(asked, tmp_path)
     assert found["nelbo"] > 0 and found["ar_nll"] > 0
-    assert {way["tokens_per_pass"] for way in found["decodings"]} == {8 / 5}  # its generate says 5 passes
+    by_own_code = [way for way in found["decodings"] if way["sampler"] == "nemotron"]
+    assert {way["tokens_per_pass"] for way in by_own_code} == {8 / 5}  # its generate says 5 passes
     out = tmp_path / "out" / "train"
     assert {path.name for path in (out / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     written = json.loads((out / "checkpoint" / "config.json").read_text())
