@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dllm.errors import StageError
+from dllm.errors import ConfigError, StageError
 
 TIMEOUT = timedelta(minutes=30)
 """Longest wait of one rank for another; one rank may fill its share of the feature cache while others wait."""
@@ -115,13 +115,14 @@ class Join:
     those that do not notice. A rank that was killed outright is reported by the first peer to miss it.
 
     Raises:
+        ConfigError: there are GPUs, but fewer than ranks.
         StageError: another rank ended early and had no time to say why.
     """
 
     def __enter__(self) -> Ranks:
         self.world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-        cuda = torch.cuda.is_available()
-        device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        device = device_of(local, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        cuda = device.type == "cuda"
         if cuda:
             torch.cuda.set_device(device)
         if self.world == 1:
@@ -143,6 +144,23 @@ class Join:
             dist.destroy_process_group()
         elif isinstance(error, Exception) and not _first_to_fail():
             raise SystemExit(getattr(error, "exit_code", 1)) from None
+
+
+def device_of(local: int, gpus: int) -> torch.device:
+    """Give a machine's ranks a GPU each, or all of them the CPU.
+
+    Raises:
+        ConfigError: there are GPUs, but none left for this rank.
+    """
+    if gpus == 0:
+        return torch.device("cpu")
+    if local >= gpus:
+        raise ConfigError(
+            f"more ranks than the {gpus} GPU{'s' if gpus > 1 else ''} of this machine",
+            where="train.nproc",
+            hint=f"set it to {gpus}, or hide the GPUs by CUDA_VISIBLE_DEVICES= and train on the CPU",
+        )
+    return torch.device("cuda", local)
 
 
 def _first_to_fail() -> bool:

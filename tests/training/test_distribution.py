@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dllm.training.distribution import PeerLost
+from dllm.errors import ConfigError
+from dllm.training.distribution import PeerLost, device_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,3 +83,10 @@ def test_sigterm_to_torchrun_checkpoints(tmp_path) -> None:
     code, lines = finish(process)
     assert code != 0 and lines == []
     assert (tmp_path / "checkpoints/latest").exists()
+
+
+def test_ranks_have_a_gpu_each_or_none_at_all() -> None:
+    assert [device_of(local, 0).type for local in range(2)] == ["cpu", "cpu"]
+    assert [device_of(local, 2) for local in range(2)] == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    with pytest.raises(ConfigError, match="more ranks than the 1 GPU of this machine"):
+        device_of(1, 1)
