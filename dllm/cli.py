@@ -98,6 +98,9 @@ def generate(
     ] = False,
     show: Annotated[bool, typer.Option("--show", help="Show the canvas as it fills.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Forward passes; by default one a token.")] = None,
+    schedule: Annotated[
+        Literal["even", "cosine"] | None, typer.Option(help="How tokens are spread over steps: cosine has few first.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0, the default, is greedy.")] = None,
     top_p: Annotated[
         float | None, typer.Option(min=0, max=1, help="Draw from the likeliest tokens that hold so much.")
@@ -108,6 +111,9 @@ def generate(
     ] = None,
     threshold: Annotated[float | None, typer.Option(min=0, max=1, help="Commit all proposals surer than this.")] = None,
     factor: Annotated[float | None, typer.Option(min=0, help="Commit by Fast-dLLM's factor rule.")] = None,
+    entropy_bound: Annotated[
+        float | None, typer.Option(min=0, help="Commit the places of least entropy; needs --remasking entropy.")
+    ] = None,
     cfg_scale: Annotated[float | None, typer.Option(min=0, help="Guidance by the prompt; doubles the passes.")] = None,
     cache: Annotated[
         Literal["none", "prefix", "dual", "block"] | None,
@@ -133,11 +139,13 @@ def generate(
 
     named = {
         "steps": steps,
+        "schedule": schedule,
         "temperature": temperature,
         "top_p": top_p,
         "remasking": remasking,
         "threshold": threshold,
         "factor": factor,
+        "entropy_bound": entropy_bound,
         "cfg_scale": cfg_scale,
         "cache": cache,
         "editing_threshold": editing_threshold,

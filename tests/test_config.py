@@ -33,6 +33,7 @@ REFUSED = [
     ("trian", {}, "trian: unknown key; did you mean train?"),
     ("train.dflash.blocksize", 8, "train.dflash.blocksize: unknown key; did you mean block_size?"),
     ("train.dflash.overlap_anchors", True, "use anchor_sampling"),
+    ("train.mdlm.unshifted", True, "train.mdlm.unshifted: not a key here; use nothing: data are never shifted"),
     ("train.batch_size", "8", "train.batch_size: Input should be a valid integer, got '8'"),
     ("train.batch_size", 0, "train.batch_size: Input should be greater than or equal to 1, got 0"),
     ("train.batch_size", True, "train.batch_size"),

@@ -1,7 +1,7 @@
 """Write answers by unmasking a canvas, block by block, the surest tokens first.
 
 Every sampler of masked diffusion is this loop with other settings: LLaDA's plan, Fast-dLLM's threshold and factor,
-LLaDA2's editing, with any cache. Rows of a batch never meet: each gets what it would get alone.
+entropy bounds, LLaDA2's editing, with any cache. Rows of a batch never meet: each gets what it would get alone.
 
 Shape suffixes: B batch, K columns, C columns of a block, M masked places, D hidden, V vocabulary.
 """
@@ -152,7 +152,7 @@ class _Loop:
         own_BC = self._own(begin, end)
         masked_BC = own_BC.clone()
         editing = self.settings.editing_threshold
-        plans = [schedule.planned_counts(m, min(steps, max(m, 1))) for m in masked_BC.sum(1).tolist()]
+        plans = [schedule.plan(m, steps, self.settings.schedule) for m in masked_BC.sum(1).tolist()]
         for passes in self.passes:
             passes.enter(begin, end)
         busy_B = masked_BC.any(1)
@@ -189,6 +189,8 @@ class _Loop:
         settings, device = self.settings, score_BC.device
         if settings.factor is not None:
             return schedule.factor_counts(score_BC, settings.factor)
+        if settings.entropy_bound is not None:
+            return schedule.entropy_bound_counts(-score_BC, settings.entropy_bound)
         if settings.threshold is not None:
             # With `steps` given, at least as many as planned, as in LLaDA2; else at least one.
             least = planned if settings.steps is not None else [1] * len(planned)

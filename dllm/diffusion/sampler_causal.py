@@ -159,7 +159,7 @@ def _seeded(row: _Row, size: int) -> list[int]:
         row.commit([(begin, seed)])
         masked_BC = torch.ones(1, length, dtype=torch.bool, device=row.device)
         masked_BC[:, 0] = False
-        plan = schedule.planned_counts(length - 1, max(1, -(-(row.settings.steps or limit) // blocks)))
+        plan = schedule.plan(length - 1, -(-(row.settings.steps or limit) // blocks), row.settings.schedule)
         while bool(masked_BC.any()) and not _ends_whole(row, block):
             token_C, score_C = row.choose(row.run(block, row.start + begin, causal=False))
             score_BC = score_C[None].masked_fill(~masked_BC, float("-inf"))
@@ -185,6 +185,8 @@ def _count(settings: Settings, score_BC: Tensor, plan: list[int]) -> Tensor:
     planned = torch.tensor([max(1, plan.pop(0) if plan else 1)], device=score_BC.device)
     if settings.factor is not None:
         return schedule.factor_counts(score_BC, settings.factor)
+    if settings.entropy_bound is not None:
+        return schedule.entropy_bound_counts(-score_BC, settings.entropy_bound)
     if settings.threshold is not None:
         least = planned if settings.steps is not None else torch.ones_like(planned)
         return schedule.threshold_counts(score_BC, settings.threshold, least)

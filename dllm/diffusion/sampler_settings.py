@@ -9,6 +9,7 @@ from dllm.errors import ConfigError
 from dllm.models.bidirectional import Context
 
 Remasking = Literal["low_confidence", "random", "entropy", "margin"]
+Schedule = Literal["even", "cosine"]
 CacheKind = Literal["none", "prefix", "dual", "block"]
 
 
@@ -23,6 +24,8 @@ class Settings:
     max_new_tokens: int = 128
     steps: int | None = None
     """Forward passes over all blocks together; null takes one a token. Thresholds and factors may need fewer."""
+    schedule: Schedule = "even"
+    """How the plan spreads a block's tokens over its steps: evenly, or with few first and many later (`cosine`)."""
     block_size: int | None = None
     """Columns written before the next ones are begun; null takes all at once."""
     temperature: float = 0.0
@@ -33,6 +36,8 @@ class Settings:
     """Commit every proposal whose probability (margin) is above this, and at least one."""
     factor: float | None = None
     """Commit by Fast-dLLM's factor rule instead."""
+    entropy_bound: float | None = None
+    """Commit the places of least entropy, all but the last with no more nats than this together."""
     cfg_scale: float = 0.0
     """Classifier-free guidance: logits z + w (z - z without the prompt). It doubles the forward passes."""
     cache: CacheKind = "none"
@@ -55,16 +60,37 @@ class Settings:
             (self.cfg_scale >= 0, "cfg_scale must not be negative", None),
             (self.max_post_steps >= 0, "max_post_steps must not be negative", None),
             (self.factor is None or self.factor > 0, "factor must be above 0", None),
-            (self.threshold is None or self.factor is None, "threshold and factor exclude each other", "name one"),
+            (self.entropy_bound is None or self.entropy_bound >= 0, "entropy_bound must not be negative", None),
+            (
+                [self.threshold, self.factor, self.entropy_bound].count(None) >= 2,
+                "threshold, factor and entropy_bound exclude each other",
+                "name one",
+            ),
             (
                 (self.threshold is None and self.factor is None) or self.remasking in ("low_confidence", "margin"),
                 f"threshold and factor compare probabilities, which remasking {self.remasking} has none of",
                 "take low_confidence or margin",
             ),
+            (
+                self.entropy_bound is None or self.remasking == "entropy",
+                f"entropy_bound adds up entropies, and remasking {self.remasking} has none of them",
+                "take remasking entropy",
+            ),
+            (
+                self.schedule == "even" or self.follows_plan,
+                f"schedule {self.schedule} shapes a plan, and there is none to follow",
+                "name steps, and neither factor nor entropy_bound",
+            ),
         ]
         for fine, message, hint in checks:
             if not fine:
                 raise ConfigError(message, hint=hint)
+
+    @property
+    def follows_plan(self) -> bool:
+        """Tell whether a plan of steps has a say in how many tokens are committed."""
+        ruled = self.factor is not None or self.entropy_bound is not None
+        return not ruled and (self.threshold is None or self.steps is not None)
 
     def check_cache(self, context: Context) -> None:
         """Refuse a cache that the model's attention has no use for.

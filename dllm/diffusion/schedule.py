@@ -1,12 +1,51 @@
-"""How many masked tokens a step commits: by plan, by confidence above a threshold, or by the factor rule.
+"""How many masked tokens a step commits: by plan, by confidence above a threshold, by the factor rule, or by entropy.
 
 All rules commit the best-scored tokens; they differ in how many. Shape suffixes: B batch, C columns of a block.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
 import torch
 from torch import Tensor
+
+from dllm.diffusion.sampler_settings import Schedule
+
+
+def plan(masks: int, steps: int, schedule: Schedule) -> list[int]:
+    """Plan how many of some masks each step commits; more steps than masks are as many as masks."""
+    steps = max(1, min(steps, masks))
+    return planned_counts(masks, steps) if schedule == "even" else derived_counts(masks, steps, cosine)
+
+
+def cosine(t: float) -> float:
+    """Return the share that is clean at time t of the cosine schedule. Source: MaskGIT (Chang et al. 2022)."""
+    return 1 - math.cos(math.pi * (1 - t) / 2)
+
+
+def transfer_shares(steps: int, alpha: Callable[[float], float]) -> list[float]:
+    """Return what share of its masks each step unmasks, from time t = 1 to 0, so that a share alpha(t) is clean at t.
+
+    It is (alpha(s) - alpha(t)) / (1 - alpha(t)) on the way from t to s, and 1 in the last step.
+    Source: MDLM (Sahoo et al. 2024), its reverse posterior.
+    """
+    clean = [alpha(1 - step / steps) for step in range(steps)] + [1.0]
+    return [(after - before) / (1 - before) for before, after in pairwise(clean)]
+
+
+def derived_counts(masks: int, steps: int, alpha: Callable[[float], float]) -> list[int]:
+    """Spread masks over steps as a noise schedule alpha has it, of what is left; a step without any is dropped.
+
+    Source: as `transfer_shares`, the expected number in place of a draw.
+    """
+    counts, left = [], masks
+    for share in transfer_shares(steps, alpha):
+        counts.append(round(left * share))
+        left -= counts[-1]
+    return [count for count in counts if count]
 
 
 def planned_counts(masks: int, steps: int) -> list[int]:
@@ -37,6 +76,18 @@ def factor_counts(score_BC: Tensor, factor: float) -> Tensor:
     best_BC = score_BC.sort(1, descending=True).values.double()
     rank_C = torch.arange(1, best_BC.shape[1] + 1, device=best_BC.device)
     return ((rank_C + 1) * (1 - best_BC) < factor).sum(1).clamp_min(1)
+
+
+def entropy_bound_counts(entropy_BC: Tensor, bound: float) -> Tensor:
+    """Count the k places of least entropy of which all but the last have no more than `bound` together; at least one.
+
+    Shapes: entropy_BC holds inf where there is nothing to commit; returns count_B.
+    Units: nats.
+    Source: Ben-Hamu et al. 2025 (arXiv 2505.24857), and DiffusionGemma's generation in transformers.
+    """
+    least_BC = entropy_BC.sort(1).values.double()
+    before_BC = torch.nn.functional.pad(least_BC.cumsum(1)[:, :-1], (1, 0))
+    return ((before_BC <= bound) & least_BC.isfinite()).sum(1).clamp_min(1)
 
 
 def best(score_BC: Tensor, count_B: Tensor) -> Tensor:

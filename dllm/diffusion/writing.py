@@ -144,14 +144,16 @@ def settle(model: BidirectionalLM, sampler: str, wishes: Wishes) -> Settings:
         defaults["block_size"] = model.note.block_size
     if wishes.infill:
         defaults.pop("block_size", None)  # spans lie anywhere: all of the text is one block
-    if "factor" in named or named.get("remasking") in ("entropy", "random"):
+    if {"factor", "entropy_bound"} & named.keys() or named.get("remasking") in ("entropy", "random"):
         defaults.pop("threshold", None)
     if context != "full" and model.kind is None and sampler in ("llada", "llada2"):
         defaults["cache"] = "block"
     return Settings(**{**defaults, **named})
 
 
-_UNMASKING = ("steps", "remasking", "threshold", "factor", "cfg_scale", "cache", "editing_threshold")
+_UNMASKING = (
+    "steps", "schedule", "remasking", "threshold", "factor", "entropy_bound", "cfg_scale", "cache", "editing_threshold",
+)  # fmt: skip
 UNUSED: dict[str, tuple[str, ...]] = {
     "llada": (),
     "llada2": (),

@@ -88,6 +88,9 @@ def test_what_does_not_go_together_is_refused(model: BidirectionalLM) -> None:
         (Wishes(sampler="ar", settings={"block_size": 4, "cache": "dual"}), "no use for --block-size, --cache"),
         (Wishes(sampler="self-spec", settings={"top_p": 0.9}), "no use for --top-p"),
         (Wishes(sampler="nemotron", settings={"cache": "none", "cfg_scale": 1.0}), "no use for --cache, --cfg-scale"),
+        (Wishes(sampler="ar", settings={"schedule": "cosine"}), "no use for --schedule"),
+        (Wishes(sampler="self-spec", settings={"entropy_bound": 1.0}), "no use for --entropy-bound"),
+        (Wishes(settings={"entropy_bound": 1.0}), "take remasking entropy"),
         (Wishes(sampler="nemotron", settings={"editing_threshold": 0.5}), "no use for --editing-threshold"),
         (Wishes(settings={"threshold": 0.5, "factor": 1.0}), "exclude"),
         (Wishes(settings={"threshold": 0.5, "remasking": "random"}), "take low_confidence or margin"),
@@ -144,6 +147,9 @@ def test_defaults_give_way_to_the_model_and_both_to_what_is_named(hybrid: Bidire
     assert settle(hybrid, "nemotron", Wishes()).block_size == 4
     assert settle(hybrid, "nemotron", Wishes()).threshold == 0.9
     assert settle(hybrid, "nemotron", Wishes(settings={"factor": 1.0})).threshold is None
+    bounded = {"entropy_bound": 1.0, "remasking": "entropy"}
+    assert settle(hybrid, "nemotron", Wishes(settings=bounded)).threshold is None
+    assert settle(hybrid, "llada", Wishes(settings={"schedule": "cosine"})).schedule == "cosine"
     assert settle(hybrid, "llada2", Wishes(settings={"block_size": 8})).block_size == 8
     assert settle(hybrid, "llada2", Wishes()).cache == "block"
 

@@ -34,6 +34,9 @@ def test_stop_strings_seeds_and_settings_of_samplers_go_through() -> None:
     assert asked.named == {
         "seed": 4, "steps": 8, "top_p": 0.5, "cache": "dual", "temperature": 0.0, "max_new_tokens": 256,
     }  # fmt: skip
+    bounded = {"remasking": "entropy", "entropy_bound": 0.5}
+    assert read(bounded, 2).named.items() >= bounded.items()
+    assert read({"schedule": "cosine", "steps": 4}, 2).named["schedule"] == "cosine"
     assert read({"until": ["a", "b"]}, 2).until == ("a", "b")
     assert read({}, 2).named["seed"] == 2
 
@@ -51,6 +54,8 @@ def test_arguments_that_make_no_difference_are_no_fault() -> None:
         ({"until": [1]}, "until must be"),
         ({"temperature": "hot"}, "temperature: input should be a valid number"),
         ({"max_gen_toks": 0}, "max_new_tokens must be at least 1"),
+        ({"entropy_bound": 1.0}, "take remasking entropy"),
+        ({"schedule": "linear"}, "schedule: input should be"),
         ({"cache": "huge"}, "cache: input should be"),
     ],
 )
