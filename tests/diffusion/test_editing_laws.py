@@ -84,7 +84,7 @@ def test_a_pass_shows_what_the_passes_before_have_left(tau_edit, post, seed) -> 
 
 
 def test_edits_end_where_a_pass_finds_nothing_to_edit() -> None:
-    """Law: without a mask and without an edit a step is a fixed point, and the last: the answer is what it was shown."""
+    """Law: without a mask and without an edit a step is a fixed point, and the last, and was shown the answer."""
     watched = Watched("block", scale=0.3)
     asked = Settings(max_new_tokens=NEW, block_size=NEW, threshold=0.3, editing_threshold=0.1, max_post_steps=16)
     answer, shown = written(watched, asked)

@@ -1,7 +1,8 @@
 """The pair [x_t | x_0]: counted, and looked through."""
 
-import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dllm.diffusion.layout import paired_layout
 from dllm.diffusion.noise import blocks_of
@@ -13,10 +14,12 @@ def layout(length: int, prompt: int, size: int, clean_half="block", origin="sequ
     return paired_layout(ids + 100, ids, torch.ones(1, length, dtype=torch.bool), block, clean_half)
 
 
-@pytest.mark.parametrize(("length", "size"), [(8, 1), (8, 2), (8, 4), (8, 8), (12, 3)])
-def test_as_many_pairs_may_look_as_the_papers_say(length, size) -> None:
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 8))
+def test_as_many_pairs_may_look_as_the_papers_say(size, blocks) -> None:
+    """Law: L = B K: L^2 + L B pairs, by quarter."""
+    length = size * blocks
     allowed = layout(length, 0, size).allowed_BXX[0]
-    blocks = length // size
     noisy, clean = slice(0, length), slice(length, 2 * length)
     assert int(allowed.sum()) == length**2 + length * size
     assert int(allowed[noisy, noisy].sum()) == length * size
@@ -25,10 +28,12 @@ def test_as_many_pairs_may_look_as_the_papers_say(length, size) -> None:
     assert not allowed[clean, noisy].any()
 
 
-def test_a_causal_clean_half_is_causal() -> None:
-    pair = layout(7, 2, 3, "causal", "answer")
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 20), st.integers(1, 8), st.data())
+def test_a_causal_clean_half_is_causal(length, size, data) -> None:
+    pair = layout(length, data.draw(st.integers(0, length - 1)), size, "causal", "answer")
     clean = pair.allowed_BXX[0, pair.noisy :, pair.noisy :]
-    assert torch.equal(clean, torch.ones(7, 7).tril().bool())
+    assert torch.equal(clean, torch.ones(length, length).tril().bool())
 
 
 def test_the_noisy_half_leaves_out_what_no_row_needs() -> None:
