@@ -1,4 +1,4 @@
-"""Laws of the pass over [x_t | x_0]: it is what sampling runs, sees no answer ahead, and has plain passes as its ends."""
+"""Laws of the pass over [x_t | x_0]: it is what sampling runs, sees no answer ahead, and ends in plain passes."""
 
 from array import array
 
@@ -37,7 +37,9 @@ def drawn(length: int, prompt: int, seed: int, share: float = 0.5) -> tuple[torc
 def test_a_noisy_block_is_the_inference_pass_over_the_cached_clean_prefix(prompt, size, context, seed) -> None:
     """Law: training and inference parity, hidden state by hidden state, wherever writing stood."""
     model, generator = model_of(context, size), torch.Generator().manual_seed(seed)
-    canvas = for_answers([list(range(20, 20 + prompt))], NEW, size, MASK, "sequence" if context == "block" else "answer")
+    canvas = for_answers(
+        [list(range(20, 20 + prompt))], NEW, size, MASK, "sequence" if context == "block" else "answer"
+    )
     passes, seen = Passes(model, canvas, context, "block"), []
     for begin in range(canvas.start, canvas.width, size):
         end = min(begin + size, canvas.width)
