@@ -1,6 +1,8 @@
 """Texts to ids and back."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dllm.config import Target
 from dllm.harness.texts import cut, encode, encode_pair, windows
@@ -41,17 +43,17 @@ def test_a_token_that_would_bridge_both_texts_loses_nothing(tokenizer) -> None:
     assert scored
 
 
-@pytest.mark.parametrize("number", [0, 1, 7, 8, 9, 16, 23])
-@pytest.mark.parametrize("longest", [2, 5, 8])
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 40), st.integers(2, 9))
 def test_each_token_is_scored_once(number, longest) -> None:
     ids = list(range(100, 100 + number))
     pairs = windows(ids, PREFIX, longest)
     assert [token for _, scored in pairs for token in scored] == ids
     text = [PREFIX, *ids]
-    for given, scored in pairs:
+    for before, scored in pairs:
         end = text.index(scored[-1]) + 1
-        assert text[end - len(given) - len(scored) : end] == [*given, *scored]  # its own context, no other
-        assert len(given) >= 1 and len(given) + len(scored) <= longest
+        assert text[end - len(before) - len(scored) : end] == [*before, *scored]  # its own context, no other
+        assert len(before) >= 1 and len(before) + len(scored) <= longest
 
 
 def test_the_first_stop_string_by_place_ends_the_text(tokenizer) -> None:
