@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from dllm.diffusion.sampler_causal import decode_causally, decode_seeded, speculate_on_itself
 from dllm.diffusion.sampler_settings import Settings
 from dllm.errors import ConfigError
 from dllm.models.bidirectional import BidirectionalLM, Note
+from dllm.models.canvas_cache import CanvasCache
 from tests.models.small_models import FAMILIES, MASK, small_model
 
 PROMPTS = [[21, 22, 23, 24, 25], [40, 41], [60, 61, 62, 63, 64, 65, 66, 67, 68]]
@@ -52,29 +55,55 @@ def test_causal_decoding_is_transformers_greedy_decoding() -> None:
     assert ids[0, 5:].tolist() == answer.token_ids
 
 
-def test_a_perfect_draft_takes_the_fewest_iterations() -> None:
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 6))
+@example(13, 4)
+def test_a_perfect_draft_takes_the_fewest_iterations(new, size) -> None:
+    """Law: ceil((n - 1) / B) iterations of two passes, after the prompt's."""
     model = hybrid()
     repeats_itself(model)
-    (answer,) = speculate_on_itself(model, PROMPTS[:1], Settings(max_new_tokens=13, block_size=4))
-    assert answer.token_ids == [7] * 13
-    assert answer.passes == 1 + 2 * 3  # ceil((13 - 1) / 4) iterations
+    (answer,) = speculate_on_itself(model, PROMPTS[:1], Settings(max_new_tokens=new, block_size=size))
+    assert answer.token_ids == [7] * new
+    assert answer.passes == 1 + 2 * -(-(new - 1) // size)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(10, 400), min_size=1, max_size=9), st.integers(1, 12), st.integers(1, 6), st.booleans())
+def test_a_draft_is_taken_back_up_to_what_was_accepted(prompt, new, size, perfect) -> None:
+    """Law: each iteration writes keys from the last accepted token on, twice the same columns, and looks no further;
+    the columns before hold what is finished: the prompt and all but one of the tokens so far."""
+    model, written = hybrid(), []
+    if perfect:
+        repeats_itself(model)
+    with pytest.MonkeyPatch.context() as patch:
+        write = CanvasCache.write
+        patch.setattr(CanvasCache, "write", lambda cache, *given: written.append(given) or write(cache, *given))
+        (answer,) = speculate_on_itself(model, [prompt], Settings(max_new_tokens=new, block_size=size))
+    expected, so_far = [], 0
+    for step in answer.steps[:-1]:
+        so_far += len(step)
+        begin = len(prompt) + so_far - 1
+        expected += [(begin, begin + size, begin + size)] * 2
+    assert written[:2] == [(0, len(prompt) + new + size), (0, len(prompt), len(prompt))]
+    assert written[2:] == expected
+    assert [len(step) for step in answer.steps[1:]] == [size] * (len(answer.steps) - 1) or not perfect
 
 
 @pytest.mark.parametrize("wish", [{}, {"threshold": 0.1}, {"factor": 1.5}, {"steps": 6}, {"temperature": 0.7}], ids=str)
 def test_seeded_blocks_fill_every_place_once(wish) -> None:
-    model, settings = hybrid(), Settings(max_new_tokens=11, block_size=4, **wish)
-    for prompt, answer in zip(PROMPTS, decode_seeded(model, PROMPTS, settings), strict=True):
+    model, asked = hybrid(), Settings(max_new_tokens=11, block_size=4, **wish)
+    for prompt, answer in zip(PROMPTS, decode_seeded(model, PROMPTS, asked), strict=True):
         assert MASK not in answer.token_ids
         assert len(answer.token_ids) == 11
         assert sorted(place for step in answer.steps for place, _ in step) == list(range(11))
-        assert decode_seeded(model, [prompt], settings) == [answer]
+        assert decode_seeded(model, [prompt], asked) == [answer]
         assert answer.passes == 3 + len(answer.steps) - 3  # prompt and two finished blocks; steps but the three seeds
 
 
 def test_seeded_blocks_of_one_are_causal_decoding() -> None:
-    model, settings = hybrid(ends=True), Settings(max_new_tokens=8, block_size=1)
-    assert [a.token_ids for a in decode_seeded(model, PROMPTS, settings)] == [
-        a.token_ids for a in decode_causally(model, PROMPTS, settings)
+    model, asked = hybrid(ends=True), Settings(max_new_tokens=8, block_size=1)
+    assert [a.token_ids for a in decode_seeded(model, PROMPTS, asked)] == [
+        a.token_ids for a in decode_causally(model, PROMPTS, asked)
     ]
 
 

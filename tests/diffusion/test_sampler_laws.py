@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dllm.diffusion import sampler
 from dllm.diffusion.sampler import fill, sample
 from dllm.diffusion.sampler_causal import decode_causally, decode_seeded, speculate_on_itself
 from dllm.diffusion.sampler_settings import Settings
@@ -120,6 +121,28 @@ def test_guidance_goes_from_the_blind_logits_past_the_seeing_ones(scale) -> None
     guided_SV = (1 + scale) * seen_SV - scale * blind_SV
     guided_SV[:, MASK] = -torch.inf
     assert once.token_ids == guided_SV.argmax(-1).tolist()
+
+
+@settings(max_examples=15, deadline=None)
+@given(PROMPT, st.integers(1, 8), st.floats(0.01, 4), st.sampled_from([0.0, 0.9]))
+@torch.no_grad()
+def test_guided_logits_are_linear_in_the_scale(prompt, new, scale, temperature) -> None:
+    """Law: what is proposed from is (1 + w) z_c - w z_u at every step, whatever is drawn."""
+    asked = Settings(max_new_tokens=new, block_size=new, cfg_scale=scale, temperature=temperature)
+    watched, proposed, propose = Watched(), [], sampler.propose
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sampler, "propose", lambda z, *rest, **named: proposed.append(z.clone()) or propose(z, *rest, **named)
+        )
+        sample(watched.model, [prompt], asked)
+    shown = [ids_1S.clone() for ids_1S in watched.shown]
+    assert len(shown) == 2 * len(proposed) == 2 * new
+    for found_MV, seeing_1S, blind_1S in zip(proposed, shown[::2], shown[1::2], strict=True):
+        masked_1S = seeing_1S == MASK
+        seen_MV, blind_MV = (watched.model.logits(watched.model.hidden(x)[masked_1S]) for x in (seeing_1S, blind_1S))
+        wanted_MV = (1 + scale) * seen_MV - scale * blind_MV
+        wanted_MV[:, MASK] = -torch.inf
+        torch.testing.assert_close(found_MV, wanted_MV, atol=1e-3, rtol=1e-4)
 
 
 def test_guidance_by_nothing_is_none() -> None:

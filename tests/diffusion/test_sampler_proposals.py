@@ -65,6 +65,42 @@ def test_scores_are_of_the_logits_as_they_are(seed, remasking, temperature) -> N
     assert (token_M != 4).all()
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**20), st.floats(0.05, 5), st.integers(1, 6), st.integers(2, 40))
+def test_a_draw_is_the_best_of_tempered_logits_and_gumbel_noise(seed, temperature, places, words) -> None:
+    """Law: token = argmax of z / T - log(-log u), u from the row's own generator, all in float64."""
+    logits_MV = 3 * torch.randn(places, words, generator=torch.Generator().manual_seed(seed + 1))
+    token_M, _ = proposed(logits_MV, seed, temperature=temperature)
+    u_MV = torch.rand(places, words, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    wish_MV = logits_MV.double() / temperature - torch.log(-torch.log(u_MV))
+    assert torch.equal(token_M, wish_MV.argmax(-1))
+
+
+def test_a_draw_of_zero_is_no_infinite_wish(monkeypatch) -> None:
+    """Law: u = 0 is left out of the Gumbel draw: where all are alike the likeliest token is taken."""
+    from dllm.diffusion.sampler_proposals import _gumbel
+
+    monkeypatch.setattr(torch, "rand", lambda *size, **named: torch.zeros(size, dtype=named["dtype"]))
+    logits_MV = torch.tensor([[0.0, 3.0, 1.0]])
+    assert _gumbel(logits_MV, [1], [torch.Generator()]).isfinite().all()
+    token_M, score_M = proposed(logits_MV, temperature=1.0)
+    assert token_M.tolist() == [1] and score_M.isfinite().all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**20), st.floats(0, 2), st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(2, 20))
+def test_permuted_logits_leave_a_random_order_as_it_is(seed, temperature, counts, words) -> None:
+    """Law: the same seed and permuted logits give the same scores, and so the same places, row by row."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_MV = torch.randn(sum(counts), words, generator=generator)
+    order_V, order_M = (torch.randperm(n, generator=generator) for n in (words, sum(counts)))
+    found = [
+        proposed(x, seed, counts, temperature=temperature, remasking="random")[1]
+        for x in (logits_MV, logits_MV[:, order_V], logits_MV[order_M], 9 * logits_MV)
+    ]
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
 def test_a_random_order_looks_at_no_logit() -> None:
     """Law: random remasking orders places alike whatever the model says."""
     one, other = (torch.randn(40, 7, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
