@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from dllm.diffusion.answering import Written, figures
 from dllm.diffusion.sampler import fill, sample
 from dllm.diffusion.sampler_causal import decode_causally, decode_seeded, speculate_on_itself
 from dllm.diffusion.sampler_settings import Settings
@@ -118,3 +120,13 @@ def test_a_random_order_is_the_same_for_any_model(prompt, new, size, seed, weigh
     answers = [sample(Watched(seed=other).model, [prompt], asked)[0] for other in (7, weights)]
     one, other = ([[place for place, _ in step] for step in answer.steps] for answer in answers)
     assert one == other
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40)), min_size=1, max_size=6))
+def test_tokens_per_pass_are_all_tokens_over_all_passes(costs) -> None:
+    """Law: sums are divided, not rates averaged."""
+    found = figures([Written(str(n), "", "a", tokens, passes, 0.5) for n, (tokens, passes) in enumerate(costs)], set())
+    tokens, passes = (sum(each) for each in zip(*costs, strict=True))
+    assert found["tokens"] == tokens
+    assert found["tokens_per_pass"] == pytest.approx(tokens / passes)
+    assert found["tokens_per_s"] == pytest.approx(2 * tokens / len(costs))

@@ -110,6 +110,19 @@ def test_a_pair_covers_every_place_once() -> None:
     assert torch.equal(noise.prob_S[maskable_S] + other.prob_S[maskable_S], torch.ones(34))
 
 
+@QUICK
+@given(rows())
+def test_a_pair_covers_every_place_of_any_row_once(row) -> None:
+    """Law: the masks of a pair are disjoint and together all maskable places; so are their chances 1."""
+    maskable_S, block_S, t_K, generator = row
+    noise = uniform_noise(maskable_S, block_S, t_K, generator, eps=1e-3, at_least_one=False)
+    other = noise.complement(maskable_S)
+    assert torch.equal(noise.masked_S ^ other.masked_S, maskable_S)
+    assert not (noise.masked_S & other.masked_S).any()
+    assert torch.equal((noise.prob_S + other.prob_S)[maskable_S], torch.ones(int(maskable_S.sum())))
+    assert (other.prob_S[~maskable_S] == 1).all()
+
+
 def test_late_places_are_masked_sooner() -> None:
     maskable_S, block_S = torch.ones(8, dtype=torch.bool), torch.zeros(8, dtype=torch.int64)
     generator, total = torch.Generator().manual_seed(3), torch.zeros(8)
