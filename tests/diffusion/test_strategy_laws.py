@@ -67,7 +67,7 @@ def supervised(lengths) -> list[int]:
 @QUICK
 @given(ROWS, SEEDS, EPOCHS, st.sampled_from([{}, BLOCKS]))
 def test_places_that_are_not_masked_get_no_gradient(lengths, seed, epoch, section) -> None:
-    """Law: the diffusion loss has zero gradient at the outputs of unmasked places, and none at a masked one's."""
+    """Law: the diffusion loss has zero gradient at the outputs of unmasked places, and some at all others."""
     made, outputs = strategy(settings(section=section, seed=seed), lengths=lengths), []
     made.model.model.base_model.norm.register_forward_hook(lambda module, given, found: outputs.append(found))
     every = list(range(len(lengths)))
@@ -86,7 +86,7 @@ def test_places_that_are_not_masked_get_no_gradient(lengths, seed, epoch, sectio
 def test_without_a_masked_token_the_diffusion_loss_is_0(mode, section) -> None:
     """Law: no mask: the loss is exactly 0, or the next-token loss alone, and every gradient is finite."""
     made = strategy(settings(mode, section))
-    made._draw = lambda *given: Noise(torch.zeros_like(given[-1]), torch.ones(len(given[-1])))  # type: ignore
+    made._draw = lambda *given: Noise(torch.zeros_like(given[-1]), torch.ones(len(given[-1])))  # type: ignore[method-assign]
     terms = made.terms("train", [0, 1, 2], 0)
     ahead = terms.counts["ar_nll"] if mode == "hybrid" else torch.zeros(1)
     assert terms.numerator.item() == pytest.approx(float(ahead), rel=1e-6, abs=0)
