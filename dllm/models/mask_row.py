@@ -39,7 +39,7 @@ def settle_mask_token(
         added: Any = tokenizer.convert_tokens_to_ids(MASK)
         found = int(added)
         if found >= rows:
-            model.resize_token_embeddings(found + 1, mean_resizing=True)
+            _add_row(model, found + 1)
             rows = found + 1
     elif tokenizer.mask_token_id is None and (token := tokenizer.convert_ids_to_tokens(found)) is not None:
         tokenizer.add_special_tokens({"mask_token": token})
@@ -50,6 +50,18 @@ def settle_mask_token(
         token = tokenizer.convert_ids_to_tokens(found)
         raise ConfigError(f"mask id {found} is {token}, which ends or frames the model's text", where="mask_token_id")
     return found
+
+
+def _add_row(model: PreTrainedModel, rows: int) -> None:
+    """Draw a row like the others, without the remark that transformers makes of it."""
+    from transformers.utils import logging
+
+    told = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model.resize_token_embeddings(rows, mean_resizing=True)
+    finally:
+        logging.set_verbosity(told)
 
 
 def _choose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, explicit: int | None) -> int | None:

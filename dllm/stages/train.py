@@ -211,7 +211,7 @@ def _publish_model(
     beside = {f"adapter/{name}": outcome.checkpoint / name for name in adapters.FILES}
     beside = {name: path for name, path in beside.items() if path.is_file()}
     levels = [f"masked_acc_p{100 * (level + 1) // LEVELS}" for level in range(LEVELS)]
-    panels = [["loss"], ["nelbo", "masked_ce"], ["masked_acc", *levels]]
+    panels = [["loss"], ["nelbo", "masked_ce"], ["masked_acc"], levels]
     if strategy.hybrid is not None:
         panels.insert(1, ["diffusion_loss", "ar_loss"])
     _publish(stage, {path.name: path for path in sorted(export.iterdir())}, panels, outcome, metrics, beside)

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+MANY = 5
+"""More curves than this in one panel have their legend beside it, and shades in order in place of colors."""
+
 
 def draw(records: Sequence[dict[str, Any]], path: Path, panels: Sequence[Sequence[str]]) -> None:
     """Plot figures of a training.jsonl over optimizer steps into a PNG.
@@ -15,18 +18,24 @@ def draw(records: Sequence[dict[str, Any]], path: Path, panels: Sequence[Sequenc
         path: the PNG.
         panels: figures that share axes, panel by panel; of a figure `x`, `val_x` is drawn beside it in dots.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
     for axes, names in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        many = len(names) > MANY
+        shades = colormaps["viridis"].resampled(len(names)) if many else colormaps["tab10"]
         for color, name in enumerate(names):
             for series, style in ((name, "-"), (f"val_{name}", "o--")):
                 points = [(r["step"], r[series]) for r in records if r.get(series) is not None]
                 if points:
-                    axes.plot(*zip(*points, strict=True), style, color=f"C{color}", markersize=3, label=series)
-        axes.set_xlabel("optimizer step")
-        axes.set_title(", ".join(names[:1]))
+                    label = name if series == name else None
+                    axes.plot(*zip(*points, strict=True), style, color=shades(color), markersize=3, label=label)
+        axes.set_title(f"{names[0]} to {names[-1]}" if many else names[0])
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+            # Many names would cover the curves: beside them, then.
+            beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if many else {}
+            axes.legend(fontsize="small", **beside)
+    figure.supxlabel("optimizer step; dots: held-out text", fontsize="medium")
     figure.savefig(path, dpi=120)
