@@ -190,18 +190,24 @@ def _draw(metrics: dict[str, Any], path: Path) -> None:
     levels = [level for level in metrics["by_noise_level"] if level["accuracy"] is not None]
     left.plot([level["masked_up_to"] for level in levels], [level["accuracy"] for level in levels], "o-")
     left.set(xlabel="share of tokens masked, up to", ylabel="accuracy on masked tokens", ylim=(0, 1.05))
-    named: dict[tuple[float, float], list[str]] = {}
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, dict[tuple[float, float], list[str]]] = {}
     for way in metrics["decodings"]:
-        place = (way["tokens_per_pass"], way["words_exact"] or 0.0)
-        named.setdefault(place, []).append(way["way"].removeprefix("threshold "))
         kind = "threshold" if way["threshold"] is not None else way["sampler"]
-        lines.setdefault(kind if kind in ("threshold", "ar", "self-spec") else "so many passes", []).append(place)
+        line = lines.setdefault(kind if kind in ("threshold", "ar", "self-spec") else "so many passes", {})
+        number = way["threshold"] or way["steps"]
+        name = way["way"] if number is None else f"{number:g}"
+        line.setdefault((way["tokens_per_pass"], way["words_exact"] or 0.0), []).append(name)
     for (label, places), mark in zip(lines.items(), ("s--", "o-", "^", "v"), strict=False):
         right.plot(*zip(*places, strict=True), mark, label=label)
-    for place, names in named.items():
-        right.annotate(", ".join(names), place, xytext=(0, -12), textcoords="offset points", ha="center", fontsize=8)
+        # Labels of one line below its points, of the next beside them: they often meet.
+        at = {"xytext": (0, -13), "ha": "center"} if mark == "s--" else {"xytext": (7, -3), "ha": "left"}
+        for place, names in places.items():
+            right.annotate(", ".join(names), place, textcoords="offset points", fontsize=8, **at)
     right.legend()
+    tokens = [way["tokens_per_pass"] for way in metrics["decodings"]]
+    if max(tokens) > 8 * min(tokens) > 0:
+        right.set_xscale("log", base=2)
+        right.xaxis.set_major_formatter("{x:g}")
     right.margins(x=0.2)
     right.set(xlabel="tokens a pass", ylabel="words right", ylim=(0, 1.05))
     for axes in (left, right):
