@@ -203,10 +203,10 @@ def test_self_speculation_counts_its_passes(prompt, size, new) -> None:
 @pytest.mark.parametrize("write", [decode_seeded, speculate_on_itself, decode_causally])
 def test_keys_and_values_of_finished_text_are_a_plain_causal_pass(write, monkeypatch) -> None:
     """Law: what the cache holds of finished columns is what a pass over the finished text would leave there."""
-    from dllm.diffusion import sampler_causal
+    from dllm.models import columns
 
-    caches, made = [], sampler_causal.CanvasCache
-    monkeypatch.setattr(sampler_causal, "CanvasCache", lambda places: caches.append(made(places)) or caches[-1])
+    caches, made = [], columns.CanvasCache
+    monkeypatch.setattr(columns, "CanvasCache", lambda places: caches.append(made(places)) or caches[-1])
     model, prompt = Watched("causal").model, [21, 22, 23, 24, 25]
     (answer,) = write(model, [prompt], Settings(max_new_tokens=12, block_size=4, early_stop=False))
     finished = len(prompt) + 8  # the last block is never run again

@@ -18,6 +18,7 @@ SMALL = {
     "prepare.heldout_fraction": 0.2,
     "train.epochs": 0.5,
     "train.batch_size": 4,
+    "train.grad_accumulation": 1,
     "train.compute_dtype": "float32",
     "train.log_every": 1,
     "train.validate_every": 2,
