@@ -103,6 +103,6 @@ class DiffusionEvaluation(Section):
     steps: Annotated[list[PositiveInt | None], Field(min_length=1)] = Field(default=[None])
     """Passes an answer takes where no threshold says so; null takes one a token. The first is the plain way."""
     cache: Literal["none", "prefix", "dual", "block"] = "none"
-    """Keys and values kept while a block is written, in decoding with a threshold."""
+    """Keys and values kept while a block is written by sampler llada with a threshold; others have their own."""
     score: Literal["nelbo", "exact"] = "nelbo"
     """What makes a champion: the bound on held-out answers, or the share of their words met in the plain way."""

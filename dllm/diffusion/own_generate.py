@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -55,11 +55,13 @@ def generate_with_own_code(
     """Call a model's own code, as LLaDA2's and Nemotron-Labs-Diffusion's read; `passes` is 0 where it tells none.
 
     Raises:
-        ConfigError: as in `own_method`.
+        ConfigError: as in `own_method`, or it has no use for a setting.
         ModelError: its code is not of a known kind.
     """
     generate = own_method(model, sampler)
     check_prompts(model, prompts, masks=False)
+    if unknown := unknown_to_own_code(model, sampler, asdict(settings)):
+        raise ConfigError(f"the model's own {generate.__name__} has no use for {', '.join(unknown)}")
     accepted = inspect.signature(generate).parameters
     first = next((name for name in ("inputs", "prompt_ids") if name in accepted), None)
     if first is None or (sampler != "ar" and "block_length" not in accepted):

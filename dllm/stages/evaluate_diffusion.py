@@ -135,7 +135,8 @@ def _decode(
     }
     own = default_sampler(model)
     ways = [(own, Settings(**asked, steps=steps)) for steps in settings.steps]
-    ways += [(own, Settings(**asked, threshold=threshold, cache=settings.cache)) for threshold in settings.thresholds]
+    cache = settings.cache if own == "llada" else "none"  # the others keep what is final in any case
+    ways += [(own, Settings(**asked, threshold=threshold, cache=cache)) for threshold in settings.thresholds]
     if model.note.context == "causal":
         ways += [(sampler, Settings(**asked)) for sampler in ("ar", "self-spec")]
     columns = ("prompt_id", "way", "wanted", "written", "passes")

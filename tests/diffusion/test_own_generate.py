@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dllm.diffusion.own_generate import generate_with_own_code
+from dllm.diffusion.sampler_settings import Settings
 from dllm.diffusion.writing import Wishes, write
 from dllm.errors import ConfigError
 from dllm.models.bidirectional import BidirectionalLM, load_bidirectional
@@ -46,6 +48,8 @@ def test_what_own_code_cannot_do_is_refused(llada2, nemotron) -> None:
     ]:
         with pytest.raises(ConfigError, match=f"own generate of this model has no use for {flag};"):
             written(model, **named)
+    with pytest.raises(ConfigError, match="own generate has no use for steps"):
+        generate_with_own_code(nemotron, [[21, 22]], Settings(max_new_tokens=4, block_size=4, steps=2))
     with pytest.raises(ConfigError, match="cannot be watched"):
         written(llada2, show=io.StringIO())
     for sampler in ("llada", "llada2"):

@@ -89,6 +89,7 @@ def test_a_published_model_is_adapted_and_measured_through_its_own_code(tmp_path
         "regenerate.turns": "last",
         "regenerate.max_new_tokens": 64,
         "train.hybrid.block_size": 4,
+        "evaluate.diffusion.steps": [None],
         "train.hybrid.lora": {"rank": 2, "target_modules": ["q_proj"]},
     }
     asked = params(tmp_path, "smollm2-135m-hybrid", **changes)
