@@ -50,7 +50,7 @@ Step = Callable[[], object]
 def settings_of(batch: int) -> config.Params:
     """Take the recipe with that batch, and without end tokens that the plain step would not train on."""
     raw = yaml.safe_load(recipe_book.text(RECIPE))
-    raw["train"]["batch_size"] = batch
+    raw["train"] |= {"batch_size": batch, "grad_accumulation": 1}
     raw["train"]["mdlm"]["eos_padding"] = 0
     return config.parse(raw)
 
