@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import typer
 
+from dllm import process
 from dllm.errors import DllmError, StageError
 
 PACKAGE = Path(__file__).parent
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments
     signal.signal(signal.SIGTERM, _leave)
+    if not is_debug:
+        signal.signal(signal.SIGINT, _leave)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Greek letters is no reason to fail
@@ -91,8 +94,7 @@ def _print_line(text: str) -> None:
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    # An exception, so that `with` blocks and `finally` run: children stopped, the MLflow run marked KILLED.
-    raise SystemExit(128 + number)
+    process.leave(number)
 
 
 if __name__ == "__main__":

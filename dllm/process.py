@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from dllm.errors import StageError
 
@@ -295,17 +295,28 @@ def stop_children(spare: Collection[psutil.Process] = (), grace_s: float = 5.0) 
         ours = set(psutil.wait_procs(ours, timeout=grace_s)[1])
 
 
+def leave(number: int) -> NoReturn:
+    """Leave the process as a signal asks: by an exception, so that `with` blocks and `finally` run.
+
+    Raises:
+        SystemExit: 128 + number.
+    """
+    # What is dropped half made, such as an event loop, complains from `__del__`, and nobody can act on that.
+    sys.unraisablehook = lambda ignored: None
+    raise SystemExit(128 + number)
+
+
 @contextlib.contextmanager
 def signals_exit() -> Iterator[None]:
     """Turn SIGTERM and SIGINT into SystemExit once; later ones are passed over until all is closed."""
 
-    def leave(number: int, frame: FrameType | None) -> None:
+    def once(number: int, frame: FrameType | None) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_IGN)
-        raise SystemExit(128 + number)
+        leave(number)
 
     try:
-        before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, once) for number in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not in the main thread, where alone Python lets signals be handled
         yield
         return

@@ -17,10 +17,11 @@ from tests.arch.source_tree import ROOT
 
 @pytest.fixture(autouse=True)
 def _process_settings_come_back() -> Iterator[None]:
-    hook, handler = sys.excepthook, signal.getsignal(signal.SIGTERM)
+    hook, handlers = sys.excepthook, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     sys.excepthook = hook
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -166,6 +167,28 @@ def test_a_signal_ends_it_cleanly_with_its_code(sent: signal.Signals, code: int)
     out, err = child.communicate(timeout=30)
     assert (child.returncode, out) == (code, "cleaned\n")
     assert "Traceback" not in err
+
+
+HALF_MADE = """
+import asyncio, contextlib, os, sys, time
+from dllm import process, recipe_book, __main__
+class Struck(asyncio.SelectorEventLoop):
+    def _make_self_pipe(self):
+        os.kill(os.getpid(), int(os.environ["SENT"]))
+        time.sleep(60)
+def make():
+    with process.signals_exit() if os.environ["HELD"] else contextlib.nullcontext():
+        Struck()
+recipe_book.summaries = make
+__main__.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("held", ["", "held"])
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_amid_the_making_of_an_event_loop_says_nothing(sent: signal.Signals, code: int, held: str) -> None:
+    child = _start("recipe", "list", code=HALF_MADE, SENT=str(int(sent)), HELD=held)
+    assert (child.communicate(timeout=30), child.returncode) == (("", ""), code)
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
