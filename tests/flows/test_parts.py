@@ -71,7 +71,11 @@ def workers(project: Project, free_port: int) -> Iterator[None]:
             second = subprocess.Popen(argv, cwd=project.folder, env=project.environment, stdout=log, stderr=log)
         yield
         second.terminate()
-        second.wait(timeout=60)
+        try:
+            second.wait(timeout=30)
+        except subprocess.TimeoutExpired:  # Prefect's own worker now and then does not end, with nothing left to do
+            second.kill()
+            second.wait()
 
 
 def options(target: LoopbackServer) -> list[str]:
