@@ -20,6 +20,9 @@ class Lora(Section):
     """Last parts of the names of the linear maps that get them, such as q_proj."""
 
 
+LATER = ("lora", "fsdp", "activation_checkpointing")
+
+
 class Masking(Section):
     """What `mdlm` and `hybrid` share: how answers are masked and what the model is told of them."""
 
@@ -46,6 +49,10 @@ class Masking(Section):
     """Scored tokens whose logits exist at one time."""
     lora: Lora | None = None
     """Train adapters instead of the weights; null trains the weights."""
+    fsdp: bool = False
+    """Split weights, gradients and moments over the ranks (FSDP2), instead of each having them all."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into each layer for the backward pass, and run the layers again there."""
 
     @model_validator(mode="after")
     def _blocks_have_a_size(self) -> Masking:
@@ -53,13 +60,15 @@ class Masking(Section):
             raise ValueError("attention block needs a block_size, such as 32")
         if self.lora is not None and self.init == "random":
             raise ValueError("lora adapts weights that are there; set init to target")
+        if self.lora is not None and self.fsdp:
+            raise ValueError("fsdp splits what is trained, and lora trains little; leave one of them out")
         return self
 
     @model_serializer(mode="wrap")
     def _without_absent(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave lora out where there is none: what was trained before it existed needs no rerun."""
+        """Leave out what is not there or off: what was trained before it existed needs no rerun."""
         sections: dict[str, Any] = write(self)
-        return {key: value for key, value in sections.items() if key != "lora" or value is not None}
+        return {key: value for key, value in sections.items() if key not in LATER or value not in (None, False)}
 
 
 class Mdlm(Masking):

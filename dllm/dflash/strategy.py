@@ -118,8 +118,8 @@ class DflashStrategy:
         """Prefer the longer held-out acceptance; between equals, the lower loss."""
         return validation.get("val_acceptance_length", 1.0), -validation["val_loss"]
 
-    def save(self, directory: Path) -> None:
-        """Write the draft as published ones look, in float32."""
+    def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write the draft as published ones look, in float32; its weights are never split."""
         from dllm.dflash.export import save_draft
 
         save_draft(self.model, directory, torch.float32)

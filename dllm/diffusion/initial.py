@@ -11,6 +11,7 @@ from dllm.errors import ConfigError, ModelError
 from dllm.models import remote, targets
 from dllm.models.adapters import Adapter
 from dllm.models.bidirectional import BidirectionalLM, Note, load_bidirectional
+from dllm.sharding import recompute_layers, shard
 
 
 def initial_model(target: config.Target, settings: config.Train, device: torch.device | str) -> BidirectionalLM:
@@ -20,6 +21,15 @@ def initial_model(target: config.Target, settings: config.Train, device: torch.d
         ModelError: the target cannot be read, or bends its logits in a way that the chunked loss does not know.
         ConfigError: the mask token or the way of training does not fit the target.
     """
+    model = _whole_model(target, settings, "cpu" if masking_of(settings).fsdp else device)
+    if masking_of(settings).activation_checkpointing:
+        recompute_layers(model)
+    if masking_of(settings).fsdp:
+        shard(model, torch.device(device), getattr(torch, settings.compute_dtype))
+    return model
+
+
+def _whole_model(target: config.Target, settings: config.Train, device: torch.device | str) -> BidirectionalLM:
     masking = masking_of(settings)
     check_family(target, settings)
     dtype = torch.float32 if masking.lora is None else getattr(torch, settings.compute_dtype)
@@ -49,6 +59,12 @@ def check_family(target: config.Target, settings: config.Train) -> None:
     """
     kind = remote.kind_at(targets.locate(target)) if target.trust_remote_code else None
     by_block = masking_of(settings).attention == "block"
+    masking = masking_of(settings)
+    if kind is not None and masking.activation_checkpointing and not masking.fsdp:
+        raise ConfigError(
+            "activation_checkpointing of a model with code of its own needs fsdp",
+            where=f"target.model: {target.model}",
+        )
     if kind is not None and kind.masks == "none" and (settings.mode == "hybrid" or by_block):
         raise ConfigError(
             "this model's code takes no attention mask: mode mdlm with attention full is all it can be trained with",

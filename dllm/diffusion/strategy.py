@@ -23,6 +23,7 @@ from dllm.diffusion.losses import weighted_cross_entropy
 from dllm.diffusion.noise import Noise, Times, exact_count_noise, noise_generator, uniform_noise
 from dllm.diffusion.passes import batch_of, grid_of, masked_pass, origin_of, padded
 from dllm.models.bidirectional import BidirectionalLM
+from dllm.sharding import piece
 from dllm.training.strategy import Rows, Split, Terms
 
 LEVELS = 10
@@ -113,9 +114,15 @@ class DiffusionStrategy:
         """Sum cross-entropy / p over the masked tokens, and for `hybrid` the next-token loss over the answer."""
         batch = self.corrupt(split, rows, epoch)
         supervised_B = batch.maskable_BS.sum(1)
-        share_B = self._shares(supervised_B)
+        numerator, sums, predictions = self.model(lambda: self._score(batch, self._shares(supervised_B)))
+        counts: dict[str, Tensor | float] = {**sums, "supervised": int(supervised_B.sum()) * len(batch.views)}
+        denominator = float(supervised_B.sum() if self._normaliser == "token" else len(rows)) * len(batch.views)
+        tokens = int(batch.valid_BS.sum())
+        return Terms(numerator, denominator, tokens, predictions, self._flops(batch, predictions), counts)
+
+    def _score(self, batch: Corrupted, share_B: Tensor) -> tuple[Tensor, dict[str, Tensor], int]:
+        """Return the loss, the sums beside it, and how many places were scored."""
         numerator = torch.zeros((), device=self.device)
-        counts: dict[str, Tensor | float] = {"supervised": int(supervised_B.sum()) * len(batch.views)}
         sums = {name: torch.zeros(length, dtype=torch.float64) for name, length in self.counts.items()}
         predictions = 0
         for masked_BS, prob_BS in batch.views:
@@ -147,10 +154,7 @@ class DiffusionStrategy:
                 predictions += len(ar_nll_M)
                 sums["ar_nll"] += ar_nll_M.double().sum().cpu()
                 sums["ar_correct"] += ar_hit_M.sum().cpu()
-        counts = {**sums, **counts}
-        denominator = float(supervised_B.sum() if self._normaliser == "token" else len(rows)) * len(batch.views)
-        tokens = int(batch.valid_BS.sum())
-        return Terms(numerator, denominator, tokens, predictions, self._flops(batch, predictions), counts)
+        return numerator, sums, predictions
 
     def metrics(self, sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
         """Return the bound, the plain loss on masks, and accuracy on them, over all and by noise level.
@@ -179,19 +183,20 @@ class DiffusionStrategy:
         """Prefer the lower held-out loss."""
         return (-validation["val_loss"],)
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write the model as a directory that transformers loads, in float32; of an adapted one the adapter alone."""
         if self.model.adapter is not None:
             self.model.adapter.save(directory)
         else:
-            self.model.save(directory)
+            self.model.save(directory, weights)
 
     def load(self, directory: Path) -> None:
         """Take back the weights that `save` wrote, exactly."""
         if self.model.adapter is not None:
             self.model.adapter.load(directory)
         else:
-            self.model.load_state_dict(self._read(directory, torch.float32).state_dict())
+            whole, own = self._read(directory, torch.float32).state_dict(), self.model.state_dict()
+            self.model.load_state_dict({name: piece(tensor, own[name]) for name, tensor in whole.items()})
 
     def export(self, checkpoint: Path, directory: Path, dtype: torch.dtype) -> None:
         """Write what `save` wrote into a checkpoint as a model in `dtype`, the adapter merged.

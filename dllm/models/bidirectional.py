@@ -10,9 +10,10 @@ Shape suffixes: B batch, S sequence, Q query columns, K key columns, D hidden, V
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from dllm.models.adapters import Adapter
     from dllm.models.canvas_cache import CanvasCache
+
+T = TypeVar("T")
 
 NOTE = "dllm.json"
 """File beside config.json that says how a checkpoint is to be decoded."""
@@ -100,6 +103,10 @@ class BidirectionalLM(nn.Module):
         """Return the output embedding."""
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
+
+    def forward(self, work: Callable[[], T]) -> T:
+        """Run something that uses this model: where its weights are split over ranks, they are whole only in here."""
+        return work()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Score every token at every place; place i is about token i.
@@ -222,14 +229,19 @@ class BidirectionalLM(nn.Module):
             return {"full_attention": full, "sliding_attention": near}
         return full if window is None else near
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write a Hugging Face directory that transformers loads, with the tokenizer and, from `note`, `dllm.json`.
 
         A model with code of its own takes it along.
+
+        Args:
+            weights: whole ones under this module's names, where its own are split over ranks.
         """
+        if weights is not None:
+            weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
         del self.config.is_causal
         try:
-            self.model.save_pretrained(directory)
+            self.model.save_pretrained(directory, state_dict=weights)
         finally:
             self.config.is_causal = False
         self.tokenizer.save_pretrained(directory)

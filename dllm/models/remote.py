@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm.errors import ModelError
+from dllm.sharding import is_sharded, most
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,22 +100,35 @@ def run(
             scores = scores.masked_fill(~visible_BQK, torch.finfo(dtype).min)[:, None]
             found = call(ids_BQ, attention_mask=scores, position_ids=position_ids_BQ, **plainly)
             return checked(found.logits, width)
-        if valid_BQ is None or bool(valid_BQ.all()):
+        split = is_sharded(model)
+        if not split and (valid_BQ is None or bool(valid_BQ.all())):
             return checked(call(ids_BQ, **plainly).logits, width)
-        return _by_length(call, ids_BQ, valid_BQ, plainly, width)
+        return _by_length(call, ids_BQ, valid_BQ, plainly, width, in_step=split)
 
 
 def _by_length(
-    call: Callable[..., Any], ids_BQ: Tensor, valid_BQ: Tensor, plainly: dict[str, Any], width: int
+    call: Callable[..., Any],
+    ids_BQ: Tensor,
+    valid_BQ: Tensor | None,
+    plainly: dict[str, Any],
+    width: int,
+    *,
+    in_step: bool,
 ) -> Tensor:
     """Run rows of equal length together, and no padding at all; return hidden_BQD, 0 on padding.
 
     Whether such code heeds padding masks depends on its age. Nothing is lost: what models of this size cost is
     arithmetic, and padding would only add to it.
+
+    Args:
+        in_step: make as many passes as the rank that needs the most, as split weights demand.
     """
+    if valid_BQ is None:
+        valid_BQ = torch.ones_like(ids_BQ, dtype=torch.bool)
     groups: dict[int, list[int]] = {}
     for row, length in enumerate(valid_BQ.sum(1).tolist()):
         groups.setdefault(length, []).append(row)
+    idle = most(len(groups), ids_BQ.device) - len(groups) if in_step else 0
     hidden_BQD: Tensor | None = None
     for length, rows in groups.items():
         here_BQ = torch.zeros_like(valid_BQ)
@@ -124,6 +138,8 @@ def _by_length(
             hidden_BQD = hidden_RSD.new_zeros(*ids_BQ.shape, width)
         hidden_BQD[here_BQ] = hidden_RSD.flatten(0, 1)
     assert hidden_BQD is not None
+    for _ in range(idle):
+        hidden_BQD = hidden_BQD + 0 * call(ids_BQ[:1, :1], **plainly).logits.sum()
     return hidden_BQD
 
 
@@ -175,6 +191,13 @@ def _in_one_dtype(model: PreTrainedModel, device: str) -> tuple[torch.dtype, Cal
     if not torch.is_autocast_enabled(device):
         return model.dtype, model
     dtype = torch.get_autocast_dtype(device)
+    if is_sharded(model):  # a layer's weights come to the ranks in that dtype
+
+        def plain_call(ids: Tensor, **asked: Any) -> Any:
+            with torch.autocast(device, enabled=False):
+                return model(ids, **asked)
+
+        return dtype, plain_call
     weights = {name: p.to(dtype) for name, p in model.named_parameters() if p.dtype != dtype and p.is_floating_point()}
 
     def call(ids: Tensor, **asked: Any) -> Any:

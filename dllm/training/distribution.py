@@ -1,6 +1,7 @@
 """The ranks of a run: who is who, how they add numbers up, and how they fall together.
 
-Started by torchrun or alone. gloo on CPUs, nccl with GPUs. Weights are replicated: each rank holds all of them.
+Started by torchrun or alone. gloo on CPUs, nccl with GPUs. Each rank holds all weights, unless `dllm.sharding` has
+split them.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class Ranks:
         """Wait for all ranks."""
         self.max(0.0)
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add all gradients up over ranks, in place.
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], *, summed: bool = False) -> None:
+        """Add all gradients up over ranks, in place, unless they were `summed` on their way; none is then missing.
 
         One coalesced pass after the last micro-batch, rather than DDP: DDP averages, while a pooled loss divides by a
         denominator known only when every rank has run its last micro-batch; and ranks may differ in how many
@@ -79,7 +80,7 @@ class Ranks:
         for parameter in pending:
             if parameter.grad is None:  # no micro-batch here, but peers wait for this rank's zeros
                 parameter.grad = torch.zeros_like(parameter)
-        if self.world == 1:
+        if self.world == 1 or summed:
             return
         bucket: list[Tensor] = []
         for index, parameter in enumerate(pending):
@@ -93,7 +94,7 @@ class Ranks:
         """Give every rank the main rank's weights."""
         if self.world > 1:
             for tensor in model.state_dict().values():
-                with _peers_watched():
+                with peers_watched():
                     dist.broadcast(tensor, 0)
 
     def _sum_bucket(self, gradients: Sequence[Tensor]) -> None:
@@ -104,7 +105,7 @@ class Ranks:
 
     def _reduce(self, tensor: Tensor, how: dist.ReduceOp.RedOpType) -> None:
         if self.world > 1:
-            with _peers_watched():
+            with peers_watched():
                 dist.all_reduce(tensor, how)
 
 
@@ -139,7 +140,7 @@ class Join:
         if self.world == 1:
             return
         if error is None:
-            with _peers_watched():
+            with peers_watched():
                 dist.barrier()
             dist.destroy_process_group()
         elif isinstance(error, Exception) and not _first_to_fail():
@@ -172,8 +173,15 @@ def _first_to_fail() -> bool:
 
 
 @contextmanager
-def _peers_watched() -> Iterator[None]:
+def peers_watched() -> Iterator[None]:
+    """Turn a broken connection to another rank into a word on it; what else fails in here passes.
+
+    Raises:
+        PeerLost: gloo or nccl gave up.
+    """
     try:
         yield
     except RuntimeError as error:
-        raise PeerLost from error
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise PeerLost from error
+        raise

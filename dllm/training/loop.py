@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +18,11 @@ import torch
 from dllm import config
 from dllm.errors import DataError, StageError
 from dllm.progress import Progress
+from dllm.sharding import gathered, is_sharded
 from dllm.tracking import Tracker
 from dllm.training import metrics
 from dllm.training.checkpoints import Checkpoints, TrainState
-from dllm.training.distribution import Ranks
+from dllm.training.distribution import Ranks, peers_watched
 from dllm.training.interrupt import SIGNALS, Interrupt
 from dllm.training.journal import Journal, Kind
 from dllm.training.optimizer import Optimizers
@@ -67,6 +69,7 @@ class Loop:
         if not len(strategy.train_rows):
             raise DataError("no rows to train on", hint="check the regenerated answers and train.max_length")
         self.strategy, self.settings, self.ranks = strategy, settings, ranks
+        self.sharded = is_sharded(strategy.model)
         self.order = Order(
             strategy.train_rows, settings.batch_size * ranks.world * settings.grad_accumulation, settings.seed
         )
@@ -146,18 +149,26 @@ class Loop:
         torch.manual_seed(derive_seed(settings.seed, state.step, ranks.rank))  # so random numbers need no saving
         sums, epoch = self._new_sums(), self.order.epoch(state.step)
         self.strategy.model.train()
-        for rows in micro_batches(self.order.step_rows(state.step), settings.batch_size, ranks.rank, ranks.world):
-            terms = self.strategy.terms("train", rows, epoch)
-            if terms.numerator.requires_grad:
-                terms.numerator.backward()
-            sums.add_terms(terms)
+        for rows, counts in self._micro_batches(self.order.step_rows(state.step)):
+            with peers_watched():
+                terms = self.strategy.terms("train", rows, epoch)
+                if terms.numerator.requires_grad:
+                    (terms.numerator if counts else 0 * terms.numerator).backward()
+            if counts:
+                sums.add_terms(terms)
         denominator, stop_signal = self._pool(sums, interrupt)
         parameters = self.optimizer.parameters.values()
-        ranks.sum_gradients(parameters)
+        ranks.sum_gradients(parameters, summed=self.sharded)
         for parameter in parameters:
             assert parameter.grad is not None
             parameter.grad.div_(denominator)
         return sums, stop_signal
+
+    def _micro_batches(self, rows: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
+        """Give this rank's micro-batches, and whether they count: ranks that share weights all run as many passes."""
+        size, ranks = self.settings.batch_size, self.ranks
+        for part in micro_batches(rows, size, ranks.rank, ranks.world, in_step=self.sharded):
+            yield part or list(rows[:1]), bool(part)
 
     def _pool(self, sums: metrics.Sums, interrupt: Interrupt) -> tuple[float, int | None]:
         # Signals travel with the sums: all ranks stop after the same step.
@@ -196,8 +207,11 @@ class Loop:
         pooled = self._new_sums()
         self.strategy.model.eval()
         with torch.no_grad():
-            for part in micro_batches(by_length, self.settings.batch_size, self.ranks.rank, self.ranks.world):
-                pooled.add_terms(self.strategy.terms("heldout", part, 0))
+            for part, counts in self._micro_batches(by_length):
+                with peers_watched():
+                    terms = self.strategy.terms("heldout", part, 0)
+                if counts:
+                    pooled.add_terms(terms)
         self.ranks.sum_(pooled.vector)
         sums = pooled.read()
         found: dict[str, float] = {}
@@ -225,8 +239,14 @@ class Loop:
 
     def _checkpoint(self) -> None:
         self.state.interval, self.state.totals = self.interval.vector.tolist(), self.totals.vector.tolist()
+        optimizer, save = self.optimizer.state(), self.strategy.save
+        if self.sharded:
+            with peers_watched():
+                optimizer = gathered(optimizer, keep=self.ranks.is_main)
+                weights = gathered(self.strategy.model.state_dict(keep_vars=True), keep=self.ranks.is_main)
+            save = partial(save, weights=weights)
         if self.ranks.is_main:
-            self.checkpoints.save(self.state, self.optimizer.state(), self.strategy.save)
+            self.checkpoints.save(self.state, optimizer, save)
         self.ranks.barrier()  # no rank goes on, or ends, before the checkpoint is whole
 
     def _restore(self) -> None:
@@ -238,7 +258,8 @@ class Loop:
             for sums, saved in ((self.interval, self.state.interval), (self.totals, self.state.totals)):
                 sums.vector.copy_(torch.tensor(saved, dtype=torch.float64))
         self.journal.rewind(self.state.step)
-        self.ranks.share_weights(self.strategy.model)
+        if not self.sharded:
+            self.ranks.share_weights(self.strategy.model)
 
     def _lr_factor(self, step: int) -> float:
         optimizer = self.settings.optimizer

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dllm import config
 from dllm.errors import ModelError
+from dllm.sharding import piece
 
 ADAMW_SHARE = 0.1
 """Beside Muon, AdamW takes this share of its rate (the 10:1 that vllm-project/speculators#979 settled on)."""
@@ -52,7 +54,8 @@ class Optimizers:
 
     def clip(self) -> Tensor:
         """Scale gradients down to a global norm of clip_norm, and return the norm before."""
-        return nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def step(self) -> None:
         """Move the weights, and forget the gradients."""
@@ -61,7 +64,7 @@ class Optimizers:
             part.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Return every state tensor, named `<parameter>:<state>`.
+        """Return every state tensor, named `<parameter>:<state>`; of a split model, this rank's pieces.
 
         Rates are left out: they follow from the step.
         """
@@ -73,7 +76,7 @@ class Optimizers:
         }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `state` returned.
+        """Take back what `state` returned, in whole tensors.
 
         Raises:
             ModelError: a tensor belongs to no parameter here, or has another shape.
@@ -85,4 +88,6 @@ class Optimizers:
             if parameter is None or (tensor.ndim and tensor.shape != parameter.shape):
                 raise ModelError(f"optimizer state {full_name} does not fit the model", hint="start the stage afresh")
             # AdamW counts its steps where its kernels want the count: beside the parameter when fused.
-            owner[parameter].state[parameter][key] = tensor.to(parameter.device, copy=True)
+            owner[parameter].state[parameter][key] = (
+                piece(tensor, parameter) if tensor.ndim else tensor.to(parameter.device, copy=True)
+            )

@@ -70,7 +70,9 @@ def split_evenly(items: Sequence[int], parts: int) -> list[list[int]]:
     return [list(items[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
-def micro_batches(rows: Sequence[int], batch_size: int, rank: int, world: int) -> list[list[int]]:
+def micro_batches(
+    rows: Sequence[int], batch_size: int, rank: int, world: int, *, in_step: bool = False
+) -> list[list[int]]:
     """Return one rank's share of rows, cut into micro-batches of up to batch_size, neighbours side by side.
 
     Micro-batch j of all ranks holds rows of like length when rows are sorted, so no rank waits long for another.
@@ -80,6 +82,8 @@ def micro_batches(rows: Sequence[int], batch_size: int, rank: int, world: int) -
         batch_size: most rows of one micro-batch.
         rank: whose share.
         world: how many ranks.
+        in_step: give all ranks as many, though some are then empty.
     """
     rounds = -(-len(rows) // (batch_size * world))
-    return [part for part in split_evenly(rows, rounds * world)[rank::world] if part]
+    parts = split_evenly(rows, rounds * world)[rank::world]
+    return [part for part in parts if part or in_step]

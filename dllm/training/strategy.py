@@ -85,8 +85,8 @@ class Strategy(Protocol):
     def score(self, validation: Mapping[str, float]) -> tuple[float, ...]:
         """Rank a validation (keys carry the prefix val_): the larger, the better."""
 
-    def save(self, directory: Path) -> None:
-        """Write the model's config and its float32 weights into a directory."""
+    def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write the model's config and its float32 weights into a directory; where its own are split, `weights`."""
 
     def load(self, directory: Path) -> None:
         """Take back exactly what `save` wrote."""

@@ -14,6 +14,7 @@ MAY_USE = {
     "config": {"errors", "yaml_reader", "section", "diffusion_settings"},
     "process": {"errors", "supervisor"},
     "supervisor": set(),
+    "sharding": set(),
     "progress": set(),
     "provenance": {"errors"},
     "recipe_book": {"errors", "config"},
@@ -21,12 +22,12 @@ MAY_USE = {
     "tracking": GROUND,
     "registry": GROUND | {"tracking"},
     "data": GROUND,
-    "models": GROUND | {"data"},
+    "models": GROUND | {"sharding", "data"},
     "serving": GROUND | {"data", "models"},
-    "training": GROUND | {"data", "tracking"},
+    "training": GROUND | {"sharding", "data", "tracking"},
     "regeneration": GROUND | {"tracking", "data", "models", "serving"},
     "dflash": GROUND | {"data", "models", "training"},
-    "diffusion": GROUND | {"data", "models", "training"},
+    "diffusion": GROUND | {"sharding", "data", "models", "training"},
     "harness": GROUND | {"data", "models", "training", "diffusion"},
     "stages": GROUND
     | {"tracking", "registry", "data", "models", "serving", "regeneration", "dflash", "diffusion", "training"},
@@ -35,7 +36,7 @@ MAY_USE = {
     | {"yaml_reader", "tracking", "data", "models", "serving", "regeneration"}
     | {"training", "diffusion", "generation", "harness"},
     "cli": GROUND | {"recipe_book", "report", "generation", "diffusion", "stages", "verbs"},
-    "__main__": {"errors", "cli"},
+    "__main__": {"errors", "process", "cli"},
 }
 """Each room of dllm/ and the rooms it may import: only ever further down, so that no cycle can form."""
 

@@ -18,14 +18,19 @@ from dllm.training.distribution import PeerLost, device_of
 ROOT = Path(__file__).parents[2]
 
 
-def toy(work: Path, *woe: str, ranks: int = 2, **changes) -> subprocess.Popen:
+def ranked(module: str, *arguments: str, ranks: int = 2) -> subprocess.Popen:
+    """Start a module under torchrun, or alone as one rank."""
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    argv = [sys.executable, *run, "-m", "tests.training.toy", str(work), json.dumps(changes), *woe]
+    argv = [sys.executable, *run, "-m", module, *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     quiet = subprocess.DEVNULL
     return subprocess.Popen(
         argv, cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=quiet, text=True, start_new_session=True
     )
+
+
+def toy(work: Path, *woe: str, ranks: int = 2, **changes) -> subprocess.Popen:
+    return ranked("tests.training.toy", str(work), json.dumps(changes), *woe, ranks=ranks)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, list[str]]:
