@@ -57,8 +57,9 @@ long:  ## the same for some 75 minutes, to a better draft
 	@$(MAKE) --no-print-directory run RECIPE=smollm2-135m-dflash-long
 
 test: setup  ## all tests
-	@# By file: what a file's tests share is made once. In order, so that the long ones are under way early.
-	@$(ENV) python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@# By file: what a file's tests share is made once. In order, so that the long ones are under way early. A process a
+	@# core with a thread each: threads of two processes that share both cores spin while they wait for each other.
+	@$(ENV) OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-heavy: setup  ## the tests of minutes: parts over two workers, killed and resumed; memory over many rows
 	@$(ENV) python -m pytest -m heavy $(ARGS)
