@@ -22,6 +22,11 @@ from dllm.errors import DllmError, StageError
 
 PACKAGE = Path(__file__).parent
 
+SMALLER = (
+    "make batches or rows smaller (train.batch_size, train.max_length, batch_size of the stage); "
+    "docs/recipes.md has fsdp and activation_checkpointing"
+)
+
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with its exit code."""
@@ -49,6 +54,10 @@ def _run(arguments: list[str], is_debug: bool) -> int:
         if is_debug:
             traceback.print_exc()
         return _report(error)
+    except (RuntimeError, MemoryError) as error:
+        if is_debug or not _is_memory_full(error):
+            raise
+        return _report(StageError("memory is full", hint=SMALLER))
 
 
 def _report(error: BaseException) -> int:
@@ -79,6 +88,12 @@ def _explain(error: OSError) -> StageError:
     if error.errno == errno.EADDRINUSE:
         return StageError("the port is taken", where=where, hint="stop what holds it or choose another")
     return StageError(error.strerror or str(error), where=where, hint="--debug shows the code that asked for it")
+
+
+def _is_memory_full(error: BaseException) -> bool:
+    # By name and text: this must not wait for torch to be imported.
+    on_gpu = type(error).__name__ == "OutOfMemoryError"
+    return on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def _report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

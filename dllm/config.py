@@ -285,6 +285,12 @@ class Params(Section):
             )
         if self.evaluate.block_size == 1:
             raise ValueError("evaluate.block_size must be 0 (the draft's) or at least 2")
+        cache = "none" if self.evaluate.diffusion is None else self.evaluate.diffusion.cache
+        if self.train.mode == "hybrid" and self.train.hybrid.attention == "block" and cache != "none":
+            raise ValueError(
+                f"evaluate.diffusion.cache is {cache}, and a hybrid with attention block is decoded over a cache of "
+                "its own; set it to none"
+            )
         return self
 
 

@@ -169,6 +169,27 @@ def test_a_signal_ends_it_cleanly_with_its_code(sent: signal.Signals, code: int)
     assert "Traceback" not in err
 
 
+FULL = """
+import os, sys
+from dllm import recipe_book, __main__
+def fill():
+    import torch
+    if os.environ["WHERE"] == "gpu":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a capacity of ...")
+    torch.empty(1 << 50) if os.environ["WHERE"] == "torch" else bytearray(1 << 60)
+recipe_book.summaries = fill
+__main__.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("where", ["gpu", "torch", "python"])
+def test_full_memory_is_one_line_that_says_what_helps(where: str) -> None:
+    child = _start("recipe", "list", code=FULL, WHERE=where)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 5
+    assert err.startswith("dllm: memory is full; make batches or rows smaller") and err.count("\n") == 1
+
+
 HALF_MADE = """
 import asyncio, contextlib, os, sys, time
 from dllm import process, recipe_book, __main__

@@ -138,6 +138,15 @@ def test_the_digest_follows_values_and_nothing_else() -> None:
     assert config.digest(one.target) == config.digest(other.target)
 
 
+def test_a_cache_that_would_not_be_used_is_refused() -> None:
+    raw = yaml.safe_load(recipe_book.text("smollm2-135m-hybrid"))
+    raw["evaluate"]["diffusion"]["cache"] = "dual"
+    with pytest.raises(ConfigError, match=r"cache is dual, and a hybrid .* set it to none"):
+        config.parse(raw)
+    raw["train"]["hybrid"] |= {"attention": "full", "block_size": None}
+    assert config.parse(raw).evaluate.diffusion is not None
+
+
 @pytest.mark.parametrize("name", recipe_book.names())
 def test_a_recipe_is_whole_valid_and_named_after_its_file(name: str) -> None:
     raw = yaml.safe_load(recipe_book.text(name))
