@@ -129,16 +129,17 @@ class OpenAIEngine:
                 hint="set regenerate.served_model to the name it serves the target by",
             )
         said = {"software": entry.get("owned_by"), "model_path": entry.get("root"), **await client.facts(server)}
-        facts = {"model": self.served_model, **{name: said[name] for name in sorted(said) if said[name] is not None}}
-        if self._facts is None:
-            self._facts = facts
-        for name in self._facts.keys() & facts.keys():
-            if facts[name] != self._facts[name]:
+        facts = {name: value for name, value in said.items() if value is not None}
+        known = self._facts or {}
+        for name in known.keys() & facts.keys():
+            if facts[name] != known[name]:
                 raise ServerError(
-                    f"the servers differ: {name} is {facts[name]!r} here and {self._facts[name]!r} elsewhere",
+                    f"the servers differ: {name} is {facts[name]!r} here and {known[name]!r} elsewhere",
                     where=server.url,
                     hint="serve the same target with the same version everywhere",
                 )
+        # What any of them says holds for all: who answers first has no say in it.
+        self._facts = {"model": self.served_model, **dict(sorted((facts | known).items()))}
 
 
 def _allow_files(needed: int) -> None:

@@ -41,6 +41,8 @@ class LoopbackServer(ThreadingHTTPServer):
     ) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.reply, self.model, self.delay_s = reply, model, 0.0
+        self.look_delay_s = 0.0
+        """Before it says what it is."""
         self.faults: deque[tuple[int, dict[str, str]] | str] = deque()
         """For the next chat requests, one each."""
         self.always: tuple[int, dict[str, str]] | str | None = None
@@ -97,6 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: LoopbackServer
 
     def do_GET(self) -> None:
+        self.server.ended.wait(self.server.look_delay_s)
         if self.path in self.server.reports:
             self._send(200, self.server.reports[self.path])
         elif self.path == "/v1/models":

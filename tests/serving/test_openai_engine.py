@@ -112,8 +112,10 @@ def test_a_server_of_something_else_is_refused(server, tokenizer) -> None:
         website.server_close()
 
 
-def test_it_says_what_answers_as_servers_report_it(tokenizer) -> None:
+@pytest.mark.parametrize("late", ["sglang", "silent"])
+def test_it_says_what_answers_as_servers_report_it(tokenizer, late: str) -> None:
     with serving() as sglang, serving() as vllm, serving() as silent:
+        {"sglang": sglang, "silent": silent}[late].look_delay_s = 0.2
         sglang.reports = {
             "/model_info": {"model_path": "/models/tiny", "is_generation": True, "weight_version": "default"},
             "/server_info": {"version": "0.5.23", "api_key": "sk-very-secret", "internal_states": [{"x": 1}]},
