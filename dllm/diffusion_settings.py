@@ -21,6 +21,7 @@ class Lora(Section):
 
 
 LATER = ("lora", "fsdp", "activation_checkpointing")
+"""Keys that came after models had been trained without them; absent from a recipe where they are off."""
 
 
 class Masking(Section):

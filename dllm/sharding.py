@@ -1,7 +1,8 @@
 """FSDP2: a rank keeps its piece of every weight, gradient and moment, and borrows the rest a layer at a time.
 
-Owns how a model is split, and the ways between whole tensors and this rank's piece of them. Pieces are DTensors, cut
-along the first dimension. All ranks must run the same passes in the same order, for each waits for the others' pieces.
+Owns what a layer is, how a model is split or runs its layers again, and the ways between whole tensors and this rank's
+piece of them. Pieces are DTensors, cut along the first dimension. All ranks must run the same passes in the same order,
+for each waits for the others' pieces.
 Source: Zhao et al. 2023, PyTorch FSDP; Rajbhandari et al. 2020, ZeRO, stage 3.
 """
 
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -24,13 +24,18 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
 
     Weights and moments stay in float32, and gradients add up in it; a pass sees weights in `dtype`. What runs the model
     must be a call of the model itself: only inside it are the embedding, the last norm and the head whole.
+
+    Args:
+        model: whole; it may still lie in main memory.
+        device: this rank's, where its pieces go.
+        dtype: of the forward and backward pass.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     if not dist.is_initialized():  # one rank alone keeps everything, by the same code
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     cast = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
     for part in (*layers_of(model), model):
@@ -44,7 +49,10 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def recompute_layers(model: nn.Module) -> None:
-    """Keep only what goes into a layer for the backward pass, and run the layer again there."""
+    """Keep only what goes into a layer for the backward pass, and run the layer again there.
+
+    Source: Chen et al. 2016, Training Deep Nets with Sublinear Memory Cost, section 3.
+    """
 
     def run(forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
         # A cache would take in a layer's keys a second time; nobody reads it in training.
@@ -73,6 +81,8 @@ def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Put tensors together, one at a time and in main memory, on the ranks that `keep` them; others get none.
 
     All ranks must call it, with the same names. What is one tensor under two names stays one.
+
+    Shapes: of the whole tensors, where those given are pieces.
     """
     found: dict[str, Tensor] = {}
     seen: dict[int, Tensor] = {}

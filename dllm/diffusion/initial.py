@@ -17,14 +17,17 @@ from dllm.sharding import recompute_layers, shard
 def initial_model(target: config.Target, settings: config.Train, device: torch.device | str) -> BidirectionalLM:
     """Load the model to train, with float32 weights that may move, or frozen ones beside float32 adapters.
 
+    With `fsdp` each rank keeps its piece of the weights, and all ranks must call this.
+
     Raises:
         ModelError: the target cannot be read, or bends its logits in a way that the chunked loss does not know.
         ConfigError: the mask token or the way of training does not fit the target.
     """
-    model = _whole_model(target, settings, "cpu" if masking_of(settings).fsdp else device)
-    if masking_of(settings).activation_checkpointing:
+    masking = masking_of(settings)
+    model = _whole_model(target, settings, "cpu" if masking.fsdp else device)
+    if masking.activation_checkpointing:
         recompute_layers(model)
-    if masking_of(settings).fsdp:
+    if masking.fsdp:
         shard(model, torch.device(device), getattr(torch, settings.compute_dtype))
     return model
 
@@ -58,8 +61,8 @@ def check_family(target: config.Target, settings: config.Train) -> None:
         ConfigError: with the way that it can be trained.
     """
     kind = remote.kind_at(targets.locate(target)) if target.trust_remote_code else None
-    by_block = masking_of(settings).attention == "block"
     masking = masking_of(settings)
+    by_block = masking.attention == "block"
     if kind is not None and masking.activation_checkpointing and not masking.fsdp:
         raise ConfigError(
             "activation_checkpointing of a model with code of its own needs fsdp",

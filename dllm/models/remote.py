@@ -191,14 +191,9 @@ def _in_one_dtype(model: PreTrainedModel, device: str) -> tuple[torch.dtype, Cal
     if not torch.is_autocast_enabled(device):
         return model.dtype, model
     dtype = torch.get_autocast_dtype(device)
-    if is_sharded(model):  # a layer's weights come to the ranks in that dtype
-
-        def plain_call(ids: Tensor, **asked: Any) -> Any:
-            with torch.autocast(device, enabled=False):
-                return model(ids, **asked)
-
-        return dtype, plain_call
-    weights = {name: p.to(dtype) for name, p in model.named_parameters() if p.dtype != dtype and p.is_floating_point()}
+    weights = {}
+    if not is_sharded(model):  # split weights come to a pass in that dtype
+        weights = {n: p.to(dtype) for n, p in model.named_parameters() if p.dtype != dtype and p.is_floating_point()}
 
     def call(ids: Tensor, **asked: Any) -> Any:
         with torch.autocast(device, enabled=False):

@@ -153,6 +153,8 @@ def _examples(settings: Train, folder: Path) -> tuple[Examples, Examples]:
 
 
 def _announce(settings: Train, train: Examples, heldout: Examples, ranks: Ranks) -> None:
+    from dllm.diffusion.initial import masking_of
+
     notes = [f"{len(train.kept)} rows, {len(heldout.kept)} held out"]
     if train.dropped:
         notes.append(f"{train.dropped} dropped, with fewer than 2 supervised tokens")
@@ -160,6 +162,8 @@ def _announce(settings: Train, train: Examples, heldout: Examples, ranks: Ranks)
         notes.append(f"{train.cut} cut at train.max_length {settings.max_length}")
     if ranks.world != settings.nproc:
         notes.append(f"{ranks.world} ranks where train.nproc says {settings.nproc}: torchrun starts as many as wanted")
+    if settings.mode != "dflash" and masking_of(settings).fsdp:
+        notes.append(f"weights split over {ranks.world} rank{'s' if ranks.world > 1 else ''}")
     print(f"train: {'; '.join(notes)}", file=sys.stderr, flush=True)
 
 

@@ -94,7 +94,7 @@ class Ranks:
         """Give every rank the main rank's weights."""
         if self.world > 1:
             for tensor in model.state_dict().values():
-                with peers_watched():
+                with _talking():
                     dist.broadcast(tensor, 0)
 
     def _sum_bucket(self, gradients: Sequence[Tensor]) -> None:
@@ -105,7 +105,7 @@ class Ranks:
 
     def _reduce(self, tensor: Tensor, how: dist.ReduceOp.RedOpType) -> None:
         if self.world > 1:
-            with peers_watched():
+            with _talking():
                 dist.all_reduce(tensor, how)
 
 
@@ -140,7 +140,7 @@ class Join:
         if self.world == 1:
             return
         if error is None:
-            with peers_watched():
+            with _talking():
                 dist.barrier()
             dist.destroy_process_group()
         elif isinstance(error, Exception) and not _first_to_fail():
@@ -174,7 +174,7 @@ def _first_to_fail() -> bool:
 
 @contextmanager
 def peers_watched() -> Iterator[None]:
-    """Turn a broken connection to another rank into a word on it; what else fails in here passes.
+    """Turn a broken connection to another rank into a word on it, amid work that may fail in other ways too.
 
     Raises:
         PeerLost: gloo or nccl gave up.
@@ -185,3 +185,11 @@ def peers_watched() -> Iterator[None]:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise PeerLost from error
         raise
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # nothing else can fail here
+        raise PeerLost from error

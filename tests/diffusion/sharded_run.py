@@ -17,22 +17,24 @@ from dllm import config, sharding
 from dllm.data.collate import Example
 from dllm.diffusion.initial import initial_model
 from dllm.diffusion.strategy import DiffusionStrategy
-from dllm.errors import DllmError
 from dllm.tracking import NullTracker
-from dllm.training.distribution import Join, Ranks
+from dllm.training.distribution import Ranks
 from dllm.training.loop import Loop
 from tests.diffusion.test_strategy import row
 from tests.models.remote_code import checkpoint
+from tests.training.toy import as_ranks_do
 
 BLOCKS = {"attention": "block", "block_size": 4}
 FAMILIES: dict[str, dict] = {
     "builtin": {"mode": "mdlm", "mdlm": {"complementary": True}},
     "llada": {"mode": "mdlm", "mdlm": {"normaliser": "sequence"}},
+    "llada in bfloat16": {"mode": "mdlm", "compute_dtype": "bfloat16"},
     "llada2_moe": {"mode": "mdlm", "mdlm": BLOCKS},
     "nemotron_labs_diffusion": {"mode": "hybrid", "hybrid": BLOCKS},
 }
 SPLIT = {"fsdp": True, "activation_checkpointing": True}
 STEPS, MIDDLE = 6, 2
+BUILTIN = config.Target(model="builtin:tiny", dtype="float32")
 
 # Rows of unlike length, in numbers that leave one rank without a micro-batch now and then.
 SPLITS = {
@@ -55,9 +57,9 @@ class Struck(DiffusionStrategy):
 
 def train(family: str, target: config.Target, ranks: Ranks, work: Path, kind=DiffusionStrategy, **changes) -> Loop:
     way = FAMILIES[family]
-    section = {way["mode"]: {**way[way["mode"]], **changes}}
+    section = {way["mode"]: {**way.get(way["mode"], {}), **changes}}
     settings = config.Train.model_validate(
-        {"mode": way["mode"], "compute_dtype": "float32", "epochs": STEPS / 3, "batch_size": 2, "log_every": 1}
+        {"compute_dtype": "float32", **way, "epochs": STEPS / 3, "batch_size": 2, "log_every": 1}
         | {"validate_every": MIDDLE, "grad_accumulation": 1, "keep_checkpoints": 9, **section}
     )
     splits: dict[str, list[Example]] = dict(SPLITS)
@@ -68,10 +70,10 @@ def train(family: str, target: config.Target, ranks: Ranks, work: Path, kind=Dif
 
 
 def compare(folder: Path, family: str, ranks: Ranks) -> None:
-    target = config.Target(model="builtin:tiny", dtype="float32")
+    target = BUILTIN
     if family != "builtin":
         if ranks.is_main:
-            target = checkpoint(folder / "published", family)
+            checkpoint(folder / "published", family.split()[0])
         ranks.barrier()
         target = config.Target(model=str(folder / "published"), dtype="float32", trust_remote_code=True)
     train(family, target, ranks, folder / "whole")
@@ -128,22 +130,15 @@ def experts(folder: Path, ranks: Ranks) -> None:
         (folder / "experts.json").write_text(json.dumps(apart))
 
 
-def main() -> int:
+def main(ranks: Ranks) -> None:
     folder, what = Path(sys.argv[1]), sys.argv[2]
-    try:
-        with Join() as ranks:
-            if what == "struck":
-                target = config.Target(model="builtin:tiny", dtype="float32")
-                train("builtin", target, ranks, folder / "struck", Struck, **SPLIT)
-            elif what == "experts":
-                experts(folder, ranks)
-            else:
-                compare(folder, what, ranks)
-    except DllmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    if what == "struck":
+        train("builtin", BUILTIN, ranks, folder / "struck", Struck, **SPLIT)
+    elif what == "experts":
+        experts(folder, ranks)
+    else:
+        compare(folder, what, ranks)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_ranks_do(main))

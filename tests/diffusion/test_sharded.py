@@ -4,22 +4,24 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from dllm import config
 from dllm.diffusion.initial import initial_model
+from dllm.diffusion.strategy import DiffusionStrategy
 from dllm.errors import ConfigError
 from dllm.training.distribution import PeerLost
-from tests.diffusion.sharded_run import FAMILIES, MIDDLE, STEPS
+from tests.diffusion.sharded_run import BUILTIN, FAMILIES, MIDDLE, SPLITS, STEPS
 from tests.models.remote_code import checkpoint
 from tests.training.test_distribution import finish, ranked
 
 LAST = f"checkpoints/step-{STEPS:06d}"
 
 
-def ran(folder: Path, what: str) -> Path:
+def ran(folder: Path, what: str, ranks: int = 2) -> Path:
     folder.mkdir(exist_ok=True)
-    code, lines = finish(ranked("tests.diffusion.sharded_run", str(folder), what))
+    code, lines = finish(ranked("tests.diffusion.sharded_run", str(folder), what, ranks=ranks))
     assert (code, lines) == (0, [])
     return folder
 
@@ -74,6 +76,37 @@ def test_a_rank_holds_half_of_the_weights_and_moments(runs: Path) -> None:
     shares = json.loads((runs / "pieces.json").read_text())
     assert shares["weights"] == pytest.approx(0.5, abs=0.01)
     assert shares["moments"] == pytest.approx(shares["weights"])
+
+
+def test_one_rank_alone_goes_the_same_way(tmp_path: Path) -> None:
+    alone = ran(tmp_path, "builtin", ranks=1)
+    assert json.loads((alone / "pieces.json").read_text()) == {"weights": 1.0, "moments": 1.0}
+    whole, split = journal(alone / "whole"), journal(alone / "split")
+    assert [r["loss"] for r in split if "loss" in r] == pytest.approx([r["loss"] for r in whole if "loss" in r])
+    assert journal(alone / "from_split")[-1]["val_loss"] == split[-1]["val_loss"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": {"target_modules": ["q_proj"]}}], ids=["weights", "adapters"])
+def test_recomputed_layers_keep_less_and_give_the_same_gradients(changes: dict) -> None:
+    gradients, kept = [], []
+    for recompute in (False, True):
+        section = {"activation_checkpointing": recompute, **changes}
+        settings = config.Train.model_validate({"mode": "mdlm", "compute_dtype": "float32", "mdlm": section})
+        strategy = DiffusionStrategy(initial_model(BUILTIN, settings, "cpu").train(), SPLITS, settings)
+        held: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, held: dict[int, int] = held) -> torch.Tensor:
+            held[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            terms = strategy.terms("train", range(4), 0)
+        kept.append(sum(held.values()))
+        terms.numerator.backward()
+        gradients.append({name: p.grad for name, p in strategy.model.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert kept[1] < 0.7 * kept[0], kept
 
 
 def test_an_expert_that_one_rank_alone_has_met_gets_its_gradient(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 from dllm import config
 from dllm.errors import DataError, DllmError
 from dllm.tracking import NullTracker
-from dllm.training.distribution import Join
+from dllm.training.distribution import Join, Ranks
 from dllm.training.loop import Loop
 from dllm.training.strategy import Rows, Terms
 
@@ -89,18 +90,22 @@ def _seed(*parts) -> int:
     return random.Random(hashlib.sha256(repr(parts).encode()).hexdigest()).getrandbits(40)
 
 
-def main() -> int:
-    """Train under torchrun, and end as the command line does: one line and a code."""
-    work, raw, *woe = sys.argv[1:]
+def as_ranks_do(work: Callable[[Ranks], None]) -> int:
+    """Work under torchrun, and end as the command line does: one line and a code."""
     try:
         with Join() as ranks:
-            strategy = ToyStrategy(woe=woe[0] if woe else None)
-            Loop(strategy, settings(**json.loads(raw)), ranks, work=Path(work), tracker=NullTracker()).run()
+            work(ranks)
     except DllmError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
+def main(ranks: Ranks) -> None:
+    work, raw, *woe = sys.argv[1:]
+    strategy = ToyStrategy(woe=woe[0] if woe else None)
+    Loop(strategy, settings(**json.loads(raw)), ranks, work=Path(work), tracker=NullTracker()).run()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_ranks_do(main))
