@@ -21,6 +21,8 @@ def main(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    # It would tell in four lines that it sets OMP_NUM_THREADS to 1, and ranks share the cores out by themselves.
+    logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
     if "DVC_STAGE" in os.environ:
         process.die_with_parent()
     try:

@@ -26,7 +26,8 @@ def launch(folder: Path, manner: str) -> subprocess.Popen[str]:
     options = ["--standalone", "--nproc-per-node", "2", "--shutdown-timeout", "5"]
     argv = [sys.executable, "-m", "dllm.training.torchrun", *options, "rank.py", manner]
     root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    environment = {**os.environ, "PYTHONPATH": root}
+    environment.pop("OMP_NUM_THREADS", None)  # as a user has it: torchrun must not talk of it
     return subprocess.Popen(argv, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
 
 
