@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
   $$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 ENV := . infra/env.sh;
 
-.PHONY: help setup setup-sglang run test test-heavy test-sglang test-vllm lint ui serve bench bench-train-step bench-local-engine bench-regenerate-client \
+.PHONY: help setup setup-sglang run test test-laws test-heavy test-sglang test-vllm lint ui serve bench bench-train-step bench-local-engine bench-regenerate-client \
   bench-mdlm-step bench-diffusion-decoding bench-self-speculation long clean
 
 help:  ## this list
@@ -63,6 +63,12 @@ test: setup  ## all tests
 
 test-heavy: setup  ## the tests of minutes: parts over two workers, killed and resumed; memory over many rows
 	@$(ENV) python -m pytest -m heavy $(ARGS)
+
+ROUNDS ?= 10
+
+test-laws: setup  ## the property-based tests, ROUNDS times, each with examples that no run before has seen
+	@$(ENV) for round in $$(seq $(ROUNDS)); do OMP_NUM_THREADS=1 python -m pytest --quiet --hypothesis-profile other \
+	  --numprocesses 2 --dist loadfile $$(grep -rl '^@given' tests) $(ARGS) || exit 1; done
 
 test-sglang: setup $(SGLANG)/installed  ## SGLang for real, without a GPU too: its whole life, and regenerate through it
 	@$(ENV) python -m pytest tests/servers/test_sglang.py -s -o faulthandler_timeout=1800 $(ARGS)

@@ -15,28 +15,34 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def shard(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def mesh_of_ranks(device: torch.device) -> DeviceMesh:
+    """Line up all ranks, to split weights over. All of them must call it."""
+    if not dist.is_initialized():  # one rank alone keeps everything, by the same code
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    return init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Split a model over all ranks in place: each of its layers by itself, and what is left as one.
+
+    Nothing is sent: each rank cuts its pieces out of the whole model that it has read.
 
     Weights and moments stay in float32, and gradients add up in it; a pass sees weights in `dtype`. What runs the model
     must be a call of the model itself: only inside it are the embedding, the last norm and the head whole.
 
     Args:
         model: whole; it may still lie in main memory.
-        device: this rank's, where its pieces go.
+        mesh: the ranks; pieces go to this one's device.
         dtype: of the forward and backward pass.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    if not dist.is_initialized():  # one rank alone keeps everything, by the same code
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     cast = MixedPrecisionPolicy(None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
     for part in (*layers_of(model), model):
         fully_shard(part, mesh=mesh, mp_policy=cast)

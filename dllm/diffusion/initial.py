@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -11,24 +12,29 @@ from dllm.errors import ConfigError, ModelError
 from dllm.models import remote, targets
 from dllm.models.adapters import Adapter
 from dllm.models.bidirectional import BidirectionalLM, Note, load_bidirectional
-from dllm.sharding import recompute_layers, shard
+from dllm.sharding import mesh_of_ranks, recompute_layers, shard
+from dllm.training.distribution import in_turns
 
 
 def initial_model(target: config.Target, settings: config.Train, device: torch.device | str) -> BidirectionalLM:
     """Load the model to train, with float32 weights that may move, or frozen ones beside float32 adapters.
 
-    With `fsdp` each rank keeps its piece of the weights, and all ranks must call this.
+    With `fsdp` each rank keeps its piece of the weights, and all ranks must call this; the main memory of a machine
+    then holds one whole model at a time, however many ranks it has.
 
     Raises:
         ModelError: the target cannot be read, or bends its logits in a way that the chunked loss does not know.
         ConfigError: the mask token or the way of training does not fit the target.
+        PeerLost: another rank went away while it read.
     """
-    masking = masking_of(settings)
-    model = _whole_model(target, settings, "cpu" if masking.fsdp else device)
-    if masking.activation_checkpointing:
-        recompute_layers(model)
-    if masking.fsdp:
-        shard(model, torch.device(device), getattr(torch, settings.compute_dtype))
+    masking, device = masking_of(settings), torch.device(device)
+    mesh = mesh_of_ranks(device) if masking.fsdp else None
+    with nullcontext() if mesh is None else in_turns(device):
+        model = _whole_model(target, settings, device if mesh is None else "cpu")
+        if masking.activation_checkpointing:
+            recompute_layers(model)
+        if mesh is not None:
+            shard(model, mesh, getattr(torch, settings.compute_dtype))
     return model
 
 

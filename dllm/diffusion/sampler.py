@@ -133,26 +133,35 @@ class _Loop:
         if settings.cfg_scale:
             self.passes.append(Passes(model, canvas, context, settings.cache))
         self.answers = [Answer() for _ in canvas.row_of_B]
+        self.steps_of_prompt: dict[int, int] = {}  # those of each block
         # Where answers begin; for texts with masks inside, where the text does.
         fixed_BK = canvas.given_BK if stop else torch.zeros_like(canvas.given_BK)
         self.offset = [int((~fixed_BK[row] & canvas.valid_BK[row]).long().argmax()) for row in canvas.row_of_B]
 
     def run(self, block_size: int) -> list[Answer]:
-        blocks = range(self.canvas.start, self.canvas.width, block_size)
-        steps = max(1, -(-(self.settings.steps or 1 << 60) // len(blocks)))
-        for begin in blocks:
-            end = min(begin + block_size, self.canvas.width)
-            self._block(begin, end, steps)
+        blocks = [
+            (begin, min(begin + block_size, self.canvas.width))
+            for begin in range(self.canvas.start, self.canvas.width, block_size)
+        ]
+        # A row's steps are shared out among the blocks that it writes in: a longer neighbour may have more of them.
+        written_BN = torch.stack([self._own(begin, end).any(1) for begin, end in blocks], 1)
+        for number, blocks_of_row in enumerate(written_BN.sum(1).clamp_min(1).tolist()):
+            self.steps_of_prompt[number] = -(-(self.settings.steps or 1 << 60) // blocks_of_row)
+        for begin, end in blocks:
+            self._block(begin, end)
             self._dismiss(end == self.canvas.width, end)
             if not self.canvas.row_of_B:
                 break
         return self.answers
 
-    def _block(self, begin: int, end: int, steps: int) -> None:
+    def _block(self, begin: int, end: int) -> None:
         own_BC = self._own(begin, end)
         masked_BC = own_BC.clone()
         editing = self.settings.editing_threshold
-        plans = [schedule.plan(m, steps, self.settings.schedule) for m in masked_BC.sum(1).tolist()]
+        plans = [
+            schedule.plan(masks, self.steps_of_prompt[number], self.settings.schedule)
+            for number, masks in zip(self.canvas.row_of_B, masked_BC.sum(1).tolist(), strict=True)
+        ]
         for passes in self.passes:
             passes.enter(begin, end)
         busy_B = masked_BC.any(1)

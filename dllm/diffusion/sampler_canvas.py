@@ -1,6 +1,6 @@
 """The canvas an answer is written on: prompts and masks, row by row, their blocks in the same columns.
 
-Rows are padded on the left, so that ragged prompts end where answers begin; positions count valid columns only.
+Prompts are padded on the left, so that ragged ones end where answers begin; positions count valid columns only.
 
 Shape suffixes: B batch, K columns.
 """
@@ -80,12 +80,15 @@ def for_answers(
 def for_filling(
     texts: Sequence[Sequence[int]], block_size: int | None, mask_id: int, device: torch.device | str = "cpu"
 ) -> Canvas:
-    """Lay out texts that hold masks themselves; everything else in them is given."""
+    """Lay out texts that hold masks themselves; everything else in them is given.
+
+    They begin in the same column, padded on the right: each then has the blocks it would have alone.
+    """
     width = max(map(len, texts))
     canvas = _blank(len(texts), width, 0, mask_id)
     for row, text in enumerate(texts):
-        canvas.ids_BK[row, width - len(text) :] = torch.tensor(text, dtype=torch.int64)
-        canvas.valid_BK[row, width - len(text) :] = True
+        canvas.ids_BK[row, : len(text)] = torch.tensor(text, dtype=torch.int64)
+        canvas.valid_BK[row, : len(text)] = True
     canvas.given_BK = canvas.valid_BK & (canvas.ids_BK != mask_id)
     _number(canvas, block_size or width, False)
     return _to(canvas, device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from dllm.diffusion.losses import weighted_cross_entropy
 from dllm.diffusion.noise import Noise, Times, exact_count_noise, noise_generator, uniform_noise
 from dllm.diffusion.passes import batch_of, grid_of, masked_pass, origin_of, padded
 from dllm.models.bidirectional import BidirectionalLM
-from dllm.sharding import piece
+from dllm.sharding import is_sharded, piece
+from dllm.training.distribution import in_turns
 from dllm.training.strategy import Rows, Split, Terms
 
 LEVELS = 10
@@ -195,8 +197,11 @@ class DiffusionStrategy:
         if self.model.adapter is not None:
             self.model.adapter.load(directory)
         else:
-            whole, own = self._read(directory, torch.float32).state_dict(), self.model.state_dict()
-            self.model.load_state_dict({name: piece(tensor, own[name]) for name, tensor in whole.items()})
+            own = self.model.state_dict()
+            with in_turns(self.device) if is_sharded(self.model) else nullcontext():
+                whole = self._read(directory, torch.float32).state_dict()
+                pieces = {name: piece(whole.pop(name), own[name]) for name in list(whole)}
+            self.model.load_state_dict(pieces)
 
     def export(self, checkpoint: Path, directory: Path, dtype: torch.dtype) -> None:
         """Write what `save` wrote into a checkpoint as a model in `dtype`, the adapter merged.

@@ -147,6 +147,22 @@ class Join:
             raise SystemExit(getattr(error, "exit_code", 1)) from None
 
 
+@contextmanager
+def in_turns(device: torch.device) -> Iterator[None]:
+    """Do what takes a whole model's main memory on one rank of each machine at a time; all ranks must call it.
+
+    Raises:
+        PeerLost: another rank went away in its turn.
+    """
+    before, of = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = Ranks(before, of if dist.is_initialized() else 1, device)
+    for _ in range(before):
+        ranks.barrier()
+    yield
+    for _ in range(before, of):
+        ranks.barrier()
+
+
 def device_of(local: int, gpus: int) -> torch.device:
     """Give a machine's ranks a GPU each, or all of them the CPU.
 

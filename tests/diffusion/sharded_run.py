@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from dllm import config, sharding
 from dllm.data.collate import Example
-from dllm.diffusion.initial import initial_model
+from dllm.diffusion import initial
 from dllm.diffusion.strategy import DiffusionStrategy
 from dllm.tracking import NullTracker
 from dllm.training.distribution import Ranks
@@ -55,6 +56,25 @@ class Struck(DiffusionStrategy):
         return super().corrupt(*given)
 
 
+class Timed:
+    """Notes when this rank held a whole model in main memory."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.spans = file, list[tuple[float, float]]()
+        initial._whole_model = self.of(initial._whole_model)
+        DiffusionStrategy._read = self.of(DiffusionStrategy._read)
+
+    def of(self, read):
+        def timed(*given):
+            began = time.monotonic()
+            found = read(*given)
+            self.spans.append((began, time.monotonic()))
+            self.file.write_text(json.dumps(self.spans))
+            return found
+
+        return timed
+
+
 def train(family: str, target: config.Target, ranks: Ranks, work: Path, kind=DiffusionStrategy, **changes) -> Loop:
     way = FAMILIES[family]
     section = {way["mode"]: {**way.get(way["mode"], {}), **changes}}
@@ -63,7 +83,7 @@ def train(family: str, target: config.Target, ranks: Ranks, work: Path, kind=Dif
         | {"validate_every": MIDDLE, "grad_accumulation": 1, "keep_checkpoints": 9, **section}
     )
     splits: dict[str, list[Example]] = dict(SPLITS)
-    strategy = kind(initial_model(target, settings, ranks.device), splits, settings)
+    strategy = kind(initial.initial_model(target, settings, ranks.device), splits, settings)
     loop = Loop(strategy, settings, ranks, work=work, tracker=NullTracker())
     loop.run()
     return loop
@@ -77,6 +97,7 @@ def compare(folder: Path, family: str, ranks: Ranks) -> None:
         ranks.barrier()
         target = config.Target(model=str(folder / "published"), dtype="float32", trust_remote_code=True)
     train(family, target, ranks, folder / "whole")
+    Timed(folder / f"held_by_{ranks.rank}.json")
     loop = train(family, target, ranks, folder / "split", **SPLIT)
     held = [p.to_local().numel() for p in loop.optimizer.parameters.values()]
     moments = [s.to_local().numel() for s in loop.optimizer.state().values() if s.ndim]
@@ -121,7 +142,7 @@ def experts(folder: Path, ranks: Ranks) -> None:
     x = torch.arange(6.0).view(2, 3)
     for which in range(2):
         whole(x, which).backward()
-    sharding.shard(split, ranks.device, torch.float32)
+    sharding.shard(split, sharding.mesh_of_ranks(ranks.device), torch.float32)
     split(x, ranks.rank).backward()
     grads = {name: p.grad for name, p in split.named_parameters()}
     gathered = sharding.gathered(grads, keep=ranks.is_main)

@@ -24,6 +24,8 @@ WAYS = [
     ("causal", speculate_on_itself),
 ]
 PLAIN = Settings(max_new_tokens=12, block_size=6)
+TEXT = st.lists(st.integers(10, 400) | st.just(MASK), min_size=1, max_size=12)
+PART = st.tuples(st.integers(10, 400), TEXT).map(lambda pair: [pair[0], *pair[1]])  # masks alone are equally sure
 CONTEXT = st.sampled_from(["full", "block", "causal"])
 EDITS = st.sampled_from([None, 0.05, 0.3])
 
@@ -54,7 +56,7 @@ def test_no_answer_holds_the_mask_token_however_likely_it_is(prompt, asked, edit
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.lists(st.integers(10, 400) | st.just(MASK), min_size=1, max_size=12), wishes())
+@given(TEXT, wishes())
 def test_nothing_is_filled_by_the_mask_token_however_likely_it_is(text, asked) -> None:
     """Law: the same where the masks lie inside a text."""
     watched = Watched()
@@ -82,10 +84,20 @@ def test_an_answer_is_what_would_be_written_up_to_the_first_end_token(prompt, as
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(PROMPT, min_size=2, max_size=4, unique_by=tuple), wishes(temperatures=(0.0,)), EDITS, CONTEXT)
+@example([[10], [10, 10]], Settings(max_new_tokens=2, steps=2, block_size=2), None, "block")  # two blocks, and one
 def test_a_batch_is_its_single_runs(prompts, asked, edits, context) -> None:
     """Law: ragged prompts together get what each gets alone: ids, steps and passes."""
     model, wish = Watched(context).model, fitted(asked, sample, edits)
     assert sample(model, prompts, wish) == [sample(model, [prompt], wish)[0] for prompt in prompts]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(PART, min_size=2, max_size=4, unique_by=tuple), wishes(), st.sampled_from(["none", "prefix", "dual"]))
+@example([[MASK, 10, MASK, 11], [MASK, MASK, 12]], Settings(block_size=2, steps=2), "none")
+def test_texts_are_filled_together_as_each_alone(texts, asked, cache) -> None:
+    """Law: the same for masks inside ragged texts: their blocks are their own, and so are their steps."""
+    model, asked = Watched().model, dataclasses.replace(asked, cache=cache)
+    assert fill(model, texts, asked) == [fill(model, [text], asked)[0] for text in texts]
 
 
 @settings(max_examples=15, deadline=None)

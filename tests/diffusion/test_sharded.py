@@ -1,6 +1,7 @@
 """Weights split over two real ranks train as whole ones do, and a checkpoint is the same to both."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,13 @@ def test_a_rank_holds_half_of_the_weights_and_moments(runs: Path) -> None:
     shares = json.loads((runs / "pieces.json").read_text())
     assert shares["weights"] == pytest.approx(0.5, abs=0.01)
     assert shares["moments"] == pytest.approx(shares["weights"])
+
+
+def test_one_whole_model_at_a_time_lies_in_main_memory(runs: Path) -> None:
+    by_rank = [json.loads((runs / f"held_by_{rank}.json").read_text()) for rank in range(2)]
+    assert [len(spans) for spans in by_rank] == [5, 5]  # read for three runs, and to resume two
+    for (first, end), (begin, last) in pairwise(sorted(by_rank[0] + by_rank[1])):
+        assert first < end <= begin < last
 
 
 def test_one_rank_alone_goes_the_same_way(tmp_path: Path) -> None:
