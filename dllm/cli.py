@@ -80,16 +80,19 @@ def generate(
     ],
     prompt: Annotated[list[str], typer.Option(help="What the user says. Repeatable.")] = [],  # noqa: B006
     batch_file: Annotated[
-        Path | None, typer.Option(help="More prompts: one a line, or .jsonl with the key `prompt`.")
+        Path | None,
+        typer.Option(help="More prompts: one a line, or .jsonl with the key `prompt`; - reads them from the input."),
     ] = None,
     sampler: Annotated[
         Literal["dflash", "ar", "llada", "llada2", "nemotron", "self-spec"] | None,
         typer.Option(help="By default the one that fits the checkpoint."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 256,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens an answer may have.", show_default="256")
+    ] = None,
     block_size: Annotated[
-        int, typer.Option(min=0, help="Slots a round or columns a block; 0 takes the checkpoint's.")
-    ] = 0,
+        int | None, typer.Option(min=0, help="Slots a round or columns a block; 0 takes the checkpoint's.")
+    ] = None,
     target: Annotated[str | None, typer.Option(help="Another target than the draft was trained for.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a prompt.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt itself, without a chat template.")] = False,
@@ -97,7 +100,9 @@ def generate(
         bool, typer.Option("--infill", help="Write the prompt's [MASK] (one token) and [MASK:n] spans.")
     ] = False,
     show: Annotated[bool, typer.Option("--show", help="Show the canvas as it fills.")] = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Forward passes; by default one a token.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Forward passes, at least one a block; by default one a token.")
+    ] = None,
     schedule: Annotated[
         Literal["even", "cosine"] | None, typer.Option(help="How tokens are spread over steps: cosine has few first.")
     ] = None,
@@ -122,8 +127,18 @@ def generate(
     editing_threshold: Annotated[
         float | None, typer.Option(min=0, max=1, help="Rewrite a block's tokens where another is surer than this.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of what is drawn at temperatures above 0.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that a diffusion model writes together.")] = 8,
+    max_post_steps: Annotated[
+        int | None, typer.Option(min=0, help="Most passes that only edit a block.", show_default="16")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of what is drawn: at temperatures above 0, and by --remasking random.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Prompts that a diffusion model writes together.", show_default="8")
+    ] = None,
+    mask_token_id: Annotated[
+        int | None, typer.Option(min=0, help="Of a masked diffusion model that another tool has trained.")
+    ] = None,
     own_generate: Annotated[
         bool | None,
         typer.Option("--own-generate/--no-own-generate", help="Through the generation code that the model brings."),
@@ -149,11 +164,13 @@ def generate(
         "cfg_scale": cfg_scale,
         "cache": cache,
         "editing_threshold": editing_threshold,
+        "max_post_steps": max_post_steps,
         "seed": seed,
     }
     generation.generate(
         checkpoint=checkpoint,
-        prompts=[*prompt, *(generation.read_prompts(batch_file) if batch_file is not None else [])],
+        prompts=prompt,
+        batch_file=batch_file,
         sampler=sampler,
         max_new_tokens=max_new_tokens,
         block_size=block_size,
@@ -162,6 +179,7 @@ def generate(
         show=show,
         trust_remote_code=trust_remote_code,
         revision=revision,
+        mask_token_id=mask_token_id,
         root=root.resolve(),
         wishes=Wishes(raw=raw, infill=infill, batch_size=batch_size, own_generate=own_generate, settings=named),
     )
@@ -182,7 +200,14 @@ def lm_eval(
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens a text may have; at most the model's.")] = None,
     apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Ask as chats.")] = False,
     check_greedy: Annotated[
-        bool, typer.Option("--check-greedy", help="Also decode, where a task asks if an answer is the greedy one.")
+        bool | None,
+        typer.Option(
+            "--check-greedy/--no-check-greedy",
+            help="Also decode, to tell if an answer is the greedy one; by default where a task asks.",
+        ),
+    ] = None,
+    confirm_run_unsafe_code: Annotated[
+        bool, typer.Option("--confirm-run-unsafe-code", help="Let tasks run what the model writes.")
     ] = False,
     sampler: Annotated[
         Literal["ar", "llada", "llada2", "nemotron", "self-spec"] | None,
@@ -214,6 +239,7 @@ def lm_eval(
         max_length=max_length,
         apply_chat_template=apply_chat_template,
         check_greedy=check_greedy,
+        confirm_run_unsafe_code=confirm_run_unsafe_code,
         sampler=sampler,
         generation=gen,
         as_json=as_json,

@@ -81,6 +81,12 @@ class Mdlm(Masking):
     """Train on each mask and on its complement, so that every token is scored once a pair. at_least_one then has no
     say: a pair always has a mask."""
 
+    @model_validator(mode="after")
+    def _a_block_size_has_a_say(self) -> Mdlm:
+        if self.block_size is not None and self.attention == "full":
+            raise ValueError("block_size changes nothing with attention full; set attention to block, or leave it out")
+        return self
+
 
 class Hybrid(Masking):
     """Masked diffusion and next-token prediction by the same weights (Nemotron-Labs-Diffusion)."""
@@ -96,6 +102,11 @@ class Hybrid(Masking):
     def _counts_need_blocks(self) -> Hybrid:
         if self.corruption == "exact_count" and self.block_size is None:
             raise ValueError("corruption exact_count needs a block_size, such as 32")
+        if self.block_size is not None and self.attention == "full" and self.corruption == "uniform":
+            raise ValueError(
+                "block_size changes nothing with attention full and corruption uniform; set attention to block or "
+                "corruption to exact_count, or leave it out"
+            )
         return self
 
 
@@ -104,8 +115,8 @@ class DiffusionEvaluation(Section):
 
     likelihood_answers: PositiveInt = 64
     """Held-out answers whose likelihood is bounded."""
-    likelihood_samples: PositiveInt = 32
-    """Masks drawn an answer."""
+    likelihood_samples: Annotated[int, Field(ge=2)] = 32
+    """Masks drawn an answer; two at least, for their error to be known."""
     batch_size: PositiveInt = 32
     """Masked answers, or prompts, in one pass."""
     thresholds: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default=[0.9])
@@ -114,5 +125,6 @@ class DiffusionEvaluation(Section):
     """Passes an answer takes where no threshold says so; null takes one a token. The first is the plain way."""
     cache: Literal["none", "prefix", "dual", "block"] = "none"
     """Keys and values kept while a block is written by sampler llada with a threshold; others have their own."""
-    score: Literal["nelbo", "exact"] = "nelbo"
-    """What makes a champion: the bound on held-out answers, or the share of their words met in the plain way."""
+    score: Literal["nelbo", "words", "answers"] = "nelbo"
+    """What makes a champion: the bound on held-out answers; or, in the plain way of decoding, the share of their words
+    that are met, or of answers that are right (as the source knows it, else word for word)."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from dllm import config
 from dllm.config import Target
+from dllm.data.batch_file import read_prompts
 from dllm.errors import ConfigError, DataError, ModelError
 from dllm.models import checkpoints, targets
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from dllm.diffusion.writing import Wishes
 
 REGISTRY_PREFIX = "models:/"
+DEFAULT_NEW_TOKENS = 256
 Sampler = Literal["dflash", "ar", "llada", "llada2", "nemotron", "self-spec"]
 
 
@@ -34,22 +36,28 @@ def generate(
     prompts: Sequence[str],
     root: Path,
     sampler: Sampler | None = None,
-    max_new_tokens: int = 256,
-    block_size: int = 0,
+    max_new_tokens: int | None = None,
+    block_size: int | None = None,
     target: str | None = None,
     as_json: bool = False,
     show: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    mask_token_id: int | None = None,
     stream: TextIO | None = None,
+    batch_file: Path | None = None,
     wishes: Wishes,
 ) -> list[dict[str, Any]]:
     """Answer prompts with a draft and its target, or with a diffusion model, as the checkpoint and sampler ask for.
 
     Args:
+        max_new_tokens: tokens an answer may have; null takes 256.
+        block_size: slots a round, or columns a block; null or 0 takes the checkpoint's.
+        batch_file: more prompts.
         wishes: for diffusion models: how to write; a draft accepts none.
         show: show the canvas of a diffusion model as it fills.
         trust_remote_code: run code that comes with a model.
+        mask_token_id: of a masked diffusion model without a note of ours; it sees all of its canvas.
         revision: commit of a Hugging Face repository with such code.
 
     Others as in `run`.
@@ -62,27 +70,42 @@ def generate(
     from dllm.models.bidirectional import read_note
     from dllm.models.remote import kind_at
 
+    prompts = [*prompts, *(read_prompts(batch_file) if batch_file is not None else [])]
     if not prompts:
         raise DataError("no prompt", hint="give --prompt or --batch-file")
     folder = find(checkpoint, root, trust_remote_code, revision)
     note, kind = read_note(folder), kind_at(folder)
     named = {name for name, value in wishes.settings.items() if value is not None}
-    if note is None and kind is None:
-        own = {"raw": wishes.raw, "infill": wishes.infill, "show": show, "own_generate": wishes.own_generate}
-        _check_draft(folder, sampler, [*sorted(named), *(name for name, value in own.items() if value)])
+    if mask_token_id is not None and (note is not None or kind is not None):
+        raise ConfigError("--mask-token-id: this model knows its own", where=str(folder), hint="leave it out")
+    if note is None and kind is None and mask_token_id is None:
+        own = {
+            "raw": wishes.raw,
+            "infill": wishes.infill,
+            "show": show,
+            "own_generate": wishes.own_generate is not None,
+            "batch_size": wishes.batch_size is not None,
+            "trust_remote_code": trust_remote_code,
+        }
+        is_draft = checkpoints.is_draft(folder)
+        _check_draft(folder, is_draft, sampler, [*sorted(named), *(name for name, value in own.items() if value)])
+        if sampler == "ar" and block_size:
+            raise ConfigError("sampler ar has no use for --block-size", hint="leave it out")
         return run(
             checkpoint=str(folder),
             prompts=prompts,
             root=root,
             sampler="ar" if sampler == "ar" else "dflash",
-            max_new_tokens=max_new_tokens,
-            block_size=block_size,
-            target=target,
+            max_new_tokens=max_new_tokens or DEFAULT_NEW_TOKENS,
+            block_size=block_size or 0,
+            target=target if is_draft else str(folder),
             as_json=as_json,
             stream=stream,
         )
     mode = note.mode if note is not None else kind.mode if kind is not None else "mdlm"
     _check_model(folder, mode, sampler, wishes, target)
+    if wishes.infill and max_new_tokens is not None:
+        raise ConfigError("--infill has no use for --max-new-tokens", hint="[MASK:n] says how many; leave it out")
     if kind is not None and not trust_remote_code:
         raise ConfigError(
             "this model runs code of its own", where=str(folder), hint="read it, then give --trust-remote-code"
@@ -95,8 +118,13 @@ def generate(
             wishes,
             sampler=sampler,
             enable_thinking=thinking(folder, root),
-            settings={**wishes.settings, "max_new_tokens": max_new_tokens, "block_size": block_size or None},
+            settings={
+                **wishes.settings,
+                "max_new_tokens": max_new_tokens or DEFAULT_NEW_TOKENS,
+                "block_size": block_size or None,
+            },
         ),
+        mask_token_id,
         trust_remote_code,
         as_json,
         show,
@@ -104,21 +132,27 @@ def generate(
     )
 
 
-def _check_draft(folder: Path, sampler: Sampler | None, asked: Sequence[str]) -> None:
-    """Refuse what a draft and its target cannot do.
+def _check_draft(folder: Path, is_draft: bool, sampler: Sampler | None, asked: Sequence[str]) -> None:
+    """Refuse what a draft and its target, or a plain causal model, cannot do.
 
     Raises:
         ConfigError: it was asked for.
     """
+    if not is_draft and sampler != "ar":
+        raise ConfigError(
+            "neither a draft nor, for want of a dllm.json, a diffusion model",
+            where=str(folder),
+            hint="a plain causal model takes --sampler ar, a masked diffusion model --mask-token-id",
+        )
     if sampler not in (None, "dflash", "ar"):
         raise ConfigError(
-            f"sampler {sampler} is for diffusion models, which have a dllm.json, and this has none",
+            f"sampler {sampler} is for diffusion models, and this is a draft",
             where=str(folder),
             hint="a draft takes dflash or ar",
         )
     if asked:
-        flag = asked[0].replace("_", "-")
-        raise ConfigError(f"--{flag} is for diffusion models, and this is a draft", where=str(folder))
+        flag, what = asked[0].replace("_", "-"), "a draft" if is_draft else "a plain causal model"
+        raise ConfigError(f"--{flag} is for diffusion models, and this is {what}", where=str(folder))
 
 
 def _check_model(folder: Path, mode: str, sampler: Sampler | None, wishes: Wishes, target: str | None) -> None:
@@ -144,6 +178,7 @@ def _write(
     folder: Path,
     prompts: Sequence[str],
     wishes: Wishes,
+    mask_token_id: int | None,
     trust_remote_code: bool,
     as_json: bool,
     show: bool,
@@ -159,7 +194,7 @@ def _write(
     # On a processor bfloat16 decoding is no faster, and near ties would fall differently from batch to batch.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     settings = Target(model=str(folder), trust_remote_code=trust_remote_code)
-    model = load_bidirectional(settings, dtype, device)
+    model = load_bidirectional(settings, dtype, device, mask_token_id)
     shown = []
     watched = sys.stderr if as_json else stream  # the replay would stand between the objects
     for record in write(model, prompts, wishes, watched if show else None):
@@ -167,43 +202,23 @@ def _write(
         passes = (
             f"{record['passes']} pass{'' if record['passes'] == 1 else 'es'}" if record["passes"] else "no pass told"
         )
-        rate = f"{record['tokens']} tokens in {passes}; {record['tokens_per_s']:.1f} tokens/s"
+        tokens = f"{record['tokens']} token{'' if record['tokens'] == 1 else 's'}"
+        rate = f"{tokens} in {passes}; {record['tokens_per_s']:.1f} tokens/s"
         print(json.dumps(record) if as_json else f"{record['text']}\n\n[{rate}]", file=stream, flush=True)
         shown.append(record)
     return shown
 
 
 def thinking(folder: Path, root: Path) -> bool | None:
-    """Find how the checkpoint's target was asked; None, the template's own way, where nothing says."""
-    try:
-        return target_of(folder, root).enable_thinking
-    except ModelError:
-        return None
+    """Find how the checkpoint's target was asked; None, the template's own way, where nothing says.
 
-
-def read_prompts(path: Path) -> list[str]:
-    """Read a batch file: one prompt a line; for .jsonl, an object with the key `prompt` a line.
-
-    Raises:
-        DataError: it is missing, or a line is not what it should be.
+    A params.yaml that is about another target, or broken, says nothing.
     """
+    trained = checkpoints.trained_for(folder)
     try:
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        told = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise DataError(f"cannot read the prompts: {told}", where=str(path)) from None
-    if path.suffix != ".jsonl":
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
-            prompt = None
-        if not isinstance(prompt, str):
-            raise DataError("expected an object with a text under `prompt`", where=f"{path}, line {number}")
-        prompts.append(prompt)
-    return prompts
+        return None if trained is None else target_of(folder, root).enable_thinking
+    except (ModelError, ConfigError):
+        return None
 
 
 def run(
@@ -233,21 +248,27 @@ def run(
 
     Raises:
         ModelError: the checkpoint or its target is missing, or they do not fit.
+        DataError: a prompt is empty, or leaves no room for its answer.
     """
     from dllm.data.chat import prompt_ids
     from dllm.dflash.export import load_draft
     from dllm.dflash.speculate import Decoder
+    from dllm.diffusion.encoding import check_room, checked
 
     stream = stream or sys.stdout
     folder = find(checkpoint, root)
     settings = target_of(folder, root, target)
     model, tokenizer = targets.load_target(settings), targets.load_tokenizer(settings)
     draft = load_draft(folder, model.config) if sampler == "dflash" else None
-    decoder = Decoder(model, draft, block_size)
+    decoder = Decoder(model, draft, block_size, named_by="--block-size")
     stop_ids = targets.stop_ids(model, tokenizer)
+    asked = []
+    for number, prompt in enumerate(prompts, 1):
+        ids = prompt_ids(tokenizer, [{"role": "user", "content": checked(prompt, number)}], settings.enable_thinking)
+        check_room(len(ids), max_new_tokens, decoder.limit, number)
+        asked.append((prompt, ids))
     shown = []
-    for prompt in prompts:
-        ids = prompt_ids(tokenizer, [{"role": "user", "content": prompt}], settings.enable_thinking)
+    for prompt, ids in asked:
         answer = _Streamed(tokenizer, None if as_json else stream)
         for each in decoder.decode(ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids):
             answer.add(each)

@@ -103,6 +103,9 @@ def resolve(reference: str, root: Path) -> Path:
     from mlflow.exceptions import MlflowException
 
     name, alias, number = _parse(reference)
+    store = tracking_uri(root).removeprefix("sqlite:///")
+    if store.startswith("/") and not Path(store).is_file():  # to open it would make it
+        raise ModelError("not registered: nothing has been, in this project", where=store, hint="`make run` registers")
     client, uri = _client(root)
     try:
         version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
@@ -137,10 +140,12 @@ def _judge(client: MlflowClient, name: str, version: ModelVersion, score_name: s
     if any(champion.tags.get(key) != version.tags[key] for key in (HELDOUT, TARGET)):
         return f"challenger: {rival} was measured on other prompts or another target, so the two do not compare"
     best = float(champion.tags[TAU])
+    # What should be small is ranked by its negative, and said as it is.
+    own, other = f"{score_name} {abs(tau):.3f}", f"{rival}'s {abs(best):.3f}"
     if tau <= best:
-        return f"challenger: {score_name} {tau:.3f} does not beat {rival}'s {best:.3f}"
+        return f"challenger: {own} does not beat {other}"
     _promote(client, name, version, champion)
-    return f"champion: {score_name} {tau:.3f} beats {rival}'s {best:.3f}"
+    return f"champion: {own} beats {other}"
 
 
 def _promote(client: MlflowClient, name: str, version: ModelVersion, from_: ModelVersion | None) -> None:

@@ -162,11 +162,19 @@ def _ways_table(ways: list[dict[str, Any]]) -> "Table":
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("way", no_wrap=True)
-    columns = {"words_exact": 3, "answers_exact": 3, "tokens_per_pass": 2, "tokens_per_s": 1}
-    for name in ("words", "answers", "tokens a pass", "tokens/s"):
+    columns = {
+        "words_exact": ("words", 3),
+        "answers_exact": ("answers", 3),
+        "answers_right": ("right", 3),
+        "tokens_per_pass": ("tokens a pass", 2),
+        "tokens_per_s": ("tokens/s", 1),
+    }
+    if all(way.get("answers_right") is None for way in ways):  # no source knows its right answers
+        del columns["answers_right"]
+    for name, _ in columns.values():
         table.add_column(name, justify="right", no_wrap=True)
     for way in ways:
-        table.add_row(way["way"], *(_number(way[name], digits) for name, digits in columns.items()))
+        table.add_row(way["way"], *(_number(way.get(key), digits) for key, (_, digits) in columns.items()))
     return table
 
 

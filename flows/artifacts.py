@@ -27,13 +27,14 @@ LOCAL_UI = "http://127.0.0.1:5000"
 DRAFT_FIGURES = ("tau_micro", "tau_macro", "speedup", "tokens_per_s_ar", "tokens_per_s_spec", "greedy_identical")
 LIKELIHOOD_FIGURES = ("nelbo", "nelbo_se", "masked_acc")
 WRITING_FIGURES = (
+    "answers_right",
     "words_exact",
     "words_unseen_exact",
     "parallel_words_exact",
     "parallel_tokens_per_pass",
     "parallel_tokens_per_s",
 )
-DECODING = ("way", "sampler", "words_exact", "answers_exact", "tokens_per_pass", "tokens_per_s")
+DECODING = ("way", "sampler", "words_exact", "answers_exact", "answers_right", "tokens_per_pass", "tokens_per_s")
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e\+\d+)?)"
 PROGRESS = re.compile(rf"[\w -]+: {NUMBER}/{NUMBER} ")

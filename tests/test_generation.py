@@ -115,7 +115,7 @@ def test_a_block_the_draft_cannot_do_is_one_line(root: Path) -> None:
 
 def asked(root: Path, checkpoint: str = "out/train", **options) -> str:
     """Ask for what cannot be; return the one line."""
-    names = {"raw", "infill", "own_generate", "settings"} & options.keys()
+    names = {"raw", "infill", "own_generate", "batch_size", "settings"} & options.keys()
     wishes = Wishes(**{name: options.pop(name) for name in names})
     options |= {"prompts": ["x"], "root": root, "stream": io.StringIO()}
     with pytest.raises(DllmError) as caught:
@@ -130,6 +130,10 @@ def test_a_draft_refuses_what_only_diffusion_models_do(root: Path) -> None:
     assert "--steps is for diffusion models" in asked(root, settings={"steps": 3})
     for flag in ("raw", "infill", "show", "own_generate"):
         assert f"--{flag.replace('_', '-')} is for diffusion models" in asked(root, **{flag: True})
+    assert "--own-generate is for diffusion models" in asked(root, own_generate=False)
+    assert "--batch-size is for diffusion models" in asked(root, batch_size=3)
+    assert "--trust-remote-code is for diffusion models" in asked(root, trust_remote_code=True)
+    assert "no use for --block-size" in asked(root, sampler="ar", block_size=4)
 
 
 def test_a_diffusion_model_refuses_what_only_drafts_do(root: Path) -> None:
@@ -140,6 +144,8 @@ def test_a_diffusion_model_refuses_what_only_drafts_do(root: Path) -> None:
     for sampler in ("nemotron", "self-spec", "ar"):
         assert "mode is mdlm" in asked(root, sampler=sampler)
     assert "give a --temperature" in asked(root, settings={"top_p": 0.9})
+    assert "no use for --max-new-tokens" in asked(root, infill=True, max_new_tokens=4)
+    assert "this model knows its own" in asked(root, mask_token_id=4)
     assert "--revision is for models off the Hugging Face hub" in asked(root, revision="abc")
 
 
@@ -157,3 +163,81 @@ def test_the_hubs_code_needs_a_commit_and_a_folder_has_none(root: Path) -> None:
     with pytest.raises(ConfigError, match="no commit"):
         generation.find("out/train", root, revision="abc")
     assert generation.find("out/train", root, trust_remote_code=True).name == "checkpoint", "no hub is asked"
+
+
+def test_prompts_without_room_or_text_are_refused_before_any_is_answered(root: Path) -> None:
+    stream = io.StringIO()
+    for wrong, said in [
+        ("word " * 3000, r"more than this model's \d+ \(prompt 2\)"),
+        (" ", r"empty prompt \(prompt 2\)"),
+    ]:
+        with pytest.raises(DllmError, match=said):
+            generation.run(checkpoint="out/train", prompts=["x", wrong], root=root, max_new_tokens=4, stream=stream)
+    assert stream.getvalue() == ""
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that nothing of ours has written."""
+    folder = tmp_path_factory.mktemp("causal")
+    settings = Target(model="builtin:tiny", dtype="float32")
+    targets.load_target(settings).save_pretrained(folder)
+    targets.load_tokenizer(settings).save_pretrained(folder)
+    return folder
+
+
+def test_a_plain_causal_model_writes_word_by_word(root: Path, causal: Path) -> None:
+    stream = io.StringIO()
+    (found,) = generation.generate(
+        checkpoint=str(causal),
+        prompts=["Why?"],
+        root=root,
+        sampler="ar",
+        max_new_tokens=6,
+        stream=stream,
+        wishes=Wishes(),
+    )
+    assert found["tokens"] == 6 and found["target"] == str(causal)
+    assert "neither a draft nor" in asked(root, str(causal)) and "--mask-token-id" in asked(root, str(causal))
+    assert "neither a draft nor" in asked(root, str(causal), sampler="llada")
+    assert "--raw is for diffusion models" in asked(root, str(causal), sampler="ar", raw=True)
+
+
+def test_a_diffusion_model_of_another_tool_is_told_its_mask(root: Path, causal: Path) -> None:
+    (found,) = generation.generate(
+        checkpoint=str(causal), prompts=["Why?"], root=root, max_new_tokens=6, stream=io.StringIO(), mask_token_id=17,
+        wishes=Wishes(),
+    )  # fmt: skip
+    assert found["sampler"] == "llada" and found["tokens"] == 6 and 17 not in found["token_ids"]
+    assert "outside the model's embedding" in asked(root, str(causal), mask_token_id=10**6)
+
+
+def test_params_of_another_project_say_nothing_of_a_model(root: Path, causal: Path) -> None:
+    """Neither broken ones nor those of another target have a say in how a chat is put."""
+    (root / "params.yaml").write_text(PARAMS.replace("dtype: float32", "dtype: float32, enable_thinking: true"))
+    assert generation.thinking(causal, root) is None
+    (root / "params.yaml").write_text("recipe: x")
+    assert generation.thinking(causal, root) is None
+
+
+def test_to_look_for_a_registered_model_makes_no_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ModelError, match="not registered: nothing has been"):
+        generation.find("models:/a@b", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+NOTES = [
+    '{"mode": "xxx", "mask_token_id": 3}',
+    '{"mode": "mdlm", "mask_token_id": "3"}',
+    '{"mode": "mdlm"}',
+    "[",
+    '{"mode": "mdlm", "mask_token_id": 3, "block_size": 0}',
+    '{"mode": "mdlm", "mask_token_id": 3, "more": 1}',
+]
+
+
+@pytest.mark.parametrize("note", NOTES)
+def test_a_note_that_says_something_else_is_one_line(root: Path, note: str) -> None:
+    (root / "out" / "train" / "checkpoint" / "dllm.json").write_text(note)
+    assert "cannot read the checkpoint's note" in asked(root) and "dllm.json" in asked(root)

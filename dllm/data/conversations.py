@@ -62,7 +62,7 @@ def stream(
     tally = Tally() if tally is None else tally
     name = sources.label(source)
     seen: set[int] = set()
-    for where, chat, tools in sources.rows(source, root):
+    for where, chat, tools, _ in sources.rows(source, root):
         tally.rows += 1
         try:
             messages, schemas = to_chat(chat, tools, where)

@@ -43,6 +43,8 @@ class Prompt:
     """Schemas of the tools the assistant may call."""
     given: str | None = None
     """The answer the source itself gives, where it gives one."""
+    reference: str | None = None
+    """What the right answer comes to, where the source knows; not in the table: see `references`."""
 
 
 def prompt_id(messages: Sequence[Message], tools: Tools | None = None) -> str:
@@ -99,10 +101,10 @@ def collect(prepare: Prepare, root: Path) -> tuple[list[Prompt], dict[str, Any]]
 def _collect_one(
     source: Source, root: Path, others: dict[str, Prompt], fraction: float
 ) -> tuple[dict[str, Prompt], dict[str, Any]]:
-    found: dict[str, tuple[list[Message], Tools | None, str | None]] = {}
+    found: dict[str, tuple[list[Message], Tools | None, str | None, str | None]] = {}
     refused: Counter[str] = Counter()
     num_rows = duplicates = 0
-    for where, chat, tools in sources.rows(source, root):
+    for where, chat, tools, reference in sources.rows(source, root):
         num_rows += 1
         try:
             asked, given = to_chat(chat, tools, where), given_answer(chat, where)
@@ -112,7 +114,7 @@ def _collect_one(
         id = prompt_id(*asked)
         duplicates += id in found or id in others
         if id not in others:
-            found.setdefault(id, (*asked, given))
+            found.setdefault(id, (*asked, given, _reference(reference, where)))
     ids = sorted(found)[: source.limit]
     name = sources.label(source)
     own = {id: Prompt(id, name, split_of(id, fraction), *found[id]) for id in ids}
@@ -126,6 +128,12 @@ def _collect_one(
         "over_limit": len(found) - len(ids),
     }
     return own, tally
+
+
+def _reference(value: Any, where: str) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+        raise DataError(f"the reference is a text or a number, not {type(value).__name__}", where=where)
+    return None if value is None else str(value)
 
 
 def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

@@ -15,13 +15,15 @@ from typing import Any
 from dllm.config import Source
 from dllm.data import arithmetic
 from dllm.data.readers import SUFFIXES, Record, json_lines, records
+from dllm.data.references import gsm8k_reference
 from dllm.errors import DataError
 
-Chat = tuple[str, Any, Any]
-"""The place a row stands at, its chat and its tools, both as the row has them."""
+Chat = tuple[str, Any, Any, Any]
+"""The place a row stands at, its chat, its tools and the right answer, all as the row has them."""
 
 CHAT_COLUMNS = ("messages", "conversations")
 TOOLS_COLUMN = "tools"
+REFERENCE_COLUMN = "reference"
 
 _HUMANEVAL = "Complete this Python function. Reply with the whole function.\n\n```python\n{prompt}```"
 
@@ -36,6 +38,9 @@ BUILTIN: dict[str, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], str]]]
 }
 """Name of a built-in source: the package that carries it, its files in there, and its row's user turn."""
 
+
+REFERENCES: dict[str, Callable[[dict[str, Any]], Any]] = {"gsm8k": gsm8k_reference, "aime": lambda row: row["answer"]}
+"""Name of a built-in source whose rows know the right answer: how."""
 
 GENERATED: dict[str, Callable[[], Iterator[Any]]] = {"arithmetic": arithmetic.chats}
 """Name of a source that is made up on the spot: a function that gives its chats, the same ones every time."""
@@ -81,18 +86,18 @@ def rows(source: Source, root: Path) -> Iterator[Chat]:
         DataError: a line cannot be read, a row has no chat, or the dataset cannot be had; it names the place.
     """
     if source.name in BUILTIN:
-        chat_of = BUILTIN[source.name][2]
+        chat_of, reference_of = BUILTIN[source.name][2], REFERENCES.get(source.name, lambda row: None)
         for path in files(source, root):
             for where, record in json_lines(path):
-                yield where, chat_of(record), None
+                yield where, chat_of(record), None, reference_of(record)
         return
     if source.name in GENERATED:
         for number, chat in enumerate(GENERATED[source.name](), 1):
-            yield f"{source.name} {number}", chat, None
+            yield f"{source.name} {number}", chat, None, None
         return
     found = files(source, root)
     for where, record in (row for path in found for row in records(path)) if found else _hub_records(source):
-        yield where, _chat(record, source.column, where), record.get(TOOLS_COLUMN)
+        yield where, _chat(record, source.column, where), record.get(TOOLS_COLUMN), record.get(REFERENCE_COLUMN)
 
 
 def _chat(record: Any, column: str | None, where: str) -> Any:

@@ -77,12 +77,19 @@ class Decoder:
         model: the target, a transformers causal model in evaluation mode.
         draft: its draft; None decodes one token at a time. Weights of another dtype than the model's are copied.
         block_size: slots a round, at most the draft's; 0 takes the draft's.
+        named_by: what a person set it by, for complaints.
 
     Raises:
         ModelError: the draft does not fit the target or the block size.
     """
 
-    def __init__(self, model: PreTrainedModel, draft: DFlashDraft | None = None, block_size: int = 0) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        draft: DFlashDraft | None = None,
+        block_size: int = 0,
+        named_by: str = "evaluate.block_size",
+    ) -> None:
         self.model, self.draft, self.block_size = model, draft, 1
         self.limit: int = model.config.get_text_config().max_position_embeddings
         self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -93,7 +100,7 @@ class Decoder:
         if not 2 <= self.block_size <= own:
             raise ModelError(
                 f"block size {self.block_size} for a draft that was trained on blocks of {own}",
-                where="evaluate.block_size",
+                where=named_by,
                 hint=f"name a size from 2 to {own}, or 0 for the draft's",
             )
         mask_id, rows = draft.config.mask_token_id, model.config.get_text_config().vocab_size

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
+from dllm.data.references import is_right
 from dllm.data.shards import Row
 from dllm.diffusion.sampler_settings import Settings
 from dllm.diffusion.writing import Wishes, write_ids
@@ -27,6 +28,8 @@ class Written:
     tokens: int
     passes: int
     seconds: float
+    reference: str | None = None
+    """What the right answer comes to, where it is known."""
 
 
 def name_of(sampler: str, settings: Settings) -> str:
@@ -47,11 +50,13 @@ def write_answers(
     settings: Settings,
     batch_size: int,
     advance: Callable[[int], object] = lambda answers: None,
+    known: Mapping[str, str] | None = None,
 ) -> list[Written]:
     """Answer the rows' prompts, batch by batch, as `generate` would.
 
     Args:
         advance: told how many more answers are done.
+        known: references by prompt id.
     """
     found = []
     for begin in range(0, len(rows), batch_size):
@@ -62,7 +67,8 @@ def write_answers(
         for row, answer in zip(part, answers, strict=True):
             text = str(model.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
             wanted = str(row.messages[-1]["content"])
-            found.append(Written(row.prompt_id, text, wanted, len(answer.token_ids), answer.passes, seconds))
+            costs = (len(answer.token_ids), answer.passes, seconds)
+            found.append(Written(row.prompt_id, text, wanted, *costs, (known or {}).get(row.prompt_id)))
         advance(len(part))
     return found
 
@@ -72,6 +78,7 @@ def figures(answers: Sequence[Written], seen: AbstractSet[str]) -> dict[str, Any
 
     A word counts where it stands: the third word of an answer against the third that was wanted. Unseen words are
     those no training answer holds. Tokens per pass counts tokens up to the end token, over passes of their row.
+    `answers_right` is the share that comes to what the source knows to be right, of those where it does.
 
     Args:
         seen: the words of all training answers.
@@ -86,9 +93,12 @@ def figures(answers: Sequence[Written], seen: AbstractSet[str]) -> dict[str, Any
                 unseen, unseen_right = unseen + 1, unseen_right + hit
     tokens, seconds = sum(a.tokens for a in answers), sum(a.seconds for a in answers)
     exact = sum(a.text.strip() == a.wanted.strip() for a in answers)
+    checked = [is_right(a.text, a.reference) for a in answers if a.reference is not None]
     return {
         "answers": len(answers),
         "answers_exact": exact / len(answers) if answers else None,
+        "answers_checked": len(checked),
+        "answers_right": sum(checked) / len(checked) if checked else None,
         "words": words,
         "words_exact": right / words if words else None,
         "words_unseen": unseen,

@@ -16,6 +16,35 @@ if TYPE_CHECKING:
 SPAN = re.compile(r"\[MASK(?::([1-9]\d*))?\]")
 
 
+def checked(text: str, number: int) -> str:
+    """Return a text that a tokenizer can take.
+
+    Raises:
+        DataError: it is empty, or holds halves of characters, as bytes that are no UTF-8 become on a command line.
+    """
+    if not text.strip():
+        raise DataError("empty prompt", where=f"prompt {number}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError("not UTF-8", where=f"prompt {number}") from None
+    return text
+
+
+def check_room(length: int, new_tokens: int, longest: int, number: int) -> None:
+    """Refuse a prompt of some tokens that leaves no room for its answer.
+
+    Raises:
+        DataError: with what would help.
+    """
+    if length + new_tokens > longest:
+        raise DataError(
+            f"{length} tokens and {new_tokens} new ones are more than this model's {longest}",
+            where=f"prompt {number}",
+            hint="shorten it, or lower --max-new-tokens" if new_tokens else "shorten it",
+        )
+
+
 def text_ids(
     tokenizer: PreTrainedTokenizerBase, text: str, raw: bool, enable_thinking: bool | None, number: int
 ) -> list[int]:
@@ -27,12 +56,13 @@ def text_ids(
     Raises:
         DataError: it is empty, or the tokenizer has no chat template.
     """
+    checked(text, number)
     if raw:
         ids = list(tokenizer(text)["input_ids"])
     else:
         _check_template(tokenizer)
         ids = prompt_ids(tokenizer, [{"role": "user", "content": text}], enable_thinking)
-    if not ids or not text.strip():
+    if not ids:
         raise DataError("empty prompt", where=f"prompt {number}")
     return ids
 
@@ -50,6 +80,7 @@ def span_ids(
         DataError: there is no span, or one that cannot be read.
     """
     where = f"prompt {number}"
+    checked(text, number)
     spans = list(SPAN.finditer(text))
     odd = re.findall(r"\[MASK[^\]\s]*\]?", SPAN.sub("", text))
     if odd or not spans:

@@ -50,13 +50,17 @@ def unknown_to_own_code(model: BidirectionalLM, sampler: str, named: Mapping[str
 
 @torch.no_grad()
 def generate_with_own_code(
-    model: BidirectionalLM, prompts: Sequence[Sequence[int]], settings: Settings, sampler: str = "nemotron"
+    model: BidirectionalLM,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    sampler: str = "nemotron",
+    copies: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Call a model's own code, as LLaDA2's and Nemotron-Labs-Diffusion's read; `passes` is 0 where it tells none.
 
     Raises:
         ConfigError: as in `own_method`, or it has no use for a setting.
-        ModelError: its code is not of a known kind.
+        ModelError: its code is not of a known kind, or fails.
     """
     generate = own_method(model, sampler)
     check_prompts(model, prompts, masks=False)
@@ -69,9 +73,9 @@ def generate_with_own_code(
     size = settings.block_size or (model.kind.block_size if model.kind is not None else None) or 32
     asked: dict[str, Any] = {
         "gen_length": settings.max_new_tokens,
-        "max_new_tokens": -(-settings.max_new_tokens // size) * size,  # Nemotron's must be a multiple of the block
+        "max_new_tokens": _length(settings.max_new_tokens, size if "block_length" in accepted else 1),
         "block_length": size,
-        "steps": settings.steps,
+        "steps": _steps(settings, size) if first == "prompt_ids" else settings.steps,
         "temperature": settings.temperature,
         "top_p": settings.top_p if settings.top_p < 1 else None,
         "threshold": settings.threshold,
@@ -85,10 +89,18 @@ def generate_with_own_code(
     asked = {name: value for name, value in asked.items() if name in accepted and value is not None}
     answers = []
     device = model.head_VD.device
-    for prompt, generator in zip(prompts, row_generators(prompts, settings.seed), strict=True):
+    for prompt, generator in zip(prompts, row_generators(prompts, settings.seed, copies), strict=True):
         with older_code.cut_to_length(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(generator.initial_seed())  # such code draws from the global state
-            found = generate(**{first: torch.tensor([list(prompt)], device=device)}, **asked)
+            try:
+                found = generate(**{first: torch.tensor([list(prompt)], device=device)}, **asked)
+            except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+                said = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+                raise ModelError(
+                    f"the model's own {generate.__name__} fails ({said})",
+                    where=model.config.model_type,
+                    hint="--no-own-generate writes by our samplers",
+                ) from error
         ids, passes = found if isinstance(found, tuple) else (found, 0)
         written = ids[0].tolist()
         if written[: len(prompt)] == list(prompt):  # some return the prompt as well
@@ -96,3 +108,20 @@ def generate_with_own_code(
         written = written[: settings.max_new_tokens]
         answers.append(trimmed(Answer(written, int(passes)), model.eos_ids))
     return answers
+
+
+def _length(new_tokens: int, size: int) -> int:
+    """Round up to whole blocks, as Nemotron-Labs-Diffusion's code demands."""
+    return -(-new_tokens // size) * size
+
+
+def _steps(settings: Settings, size: int) -> int:
+    """Return the steps of all blocks together, which Nemotron-Labs-Diffusion's code divides among them evenly."""
+    length = _length(settings.max_new_tokens, size)
+    steps = settings.steps or length
+    if steps % (length // size):
+        raise ConfigError(
+            f"the model's own generate divides steps among {length // size} blocks, and {steps} cannot be",
+            hint="name a multiple, or take --no-own-generate",
+        )
+    return steps

@@ -49,8 +49,12 @@ def sample(
     settings: Settings,
     watch: Watch | None = None,
     context: Context | None = None,
+    copies: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Answer prompts, all in one batch. By default a model is decoded as it was trained: see `Note.context`.
+
+    Args:
+        copies: which of equal prompts each is, if others of them are in other batches: see `row_generators`.
 
     Raises:
         ConfigError: the settings do not fit the model.
@@ -65,15 +69,23 @@ def sample(
     canvas = for_answers(
         prompts, settings.max_new_tokens, block_size, model.mask_token_id, origin, model.prompt_blocks, device
     )
-    answers = _Loop(model, canvas, settings, context, row_generators(prompts, settings.seed), watch).run(block_size)
+    answers = _Loop(model, canvas, settings, context, row_generators(prompts, settings.seed, copies), watch).run(
+        block_size
+    )
     return [trimmed(answer, model.eos_ids) for answer in answers]
 
 
 @torch.no_grad()
 def fill(
-    model: BidirectionalLM, texts: Sequence[Sequence[int]], settings: Settings, watch: Watch | None = None
+    model: BidirectionalLM,
+    texts: Sequence[Sequence[int]],
+    settings: Settings,
+    watch: Watch | None = None,
+    copies: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Replace the masks inside texts; `token_ids` are then whole texts. `max_new_tokens` has no say.
+
+    Neither end tokens nor others that are no text are written: text goes on after a span. `copies` as in `sample`.
 
     Raises:
         ConfigError: the model is block-causal, and cannot look at what follows a mask.
@@ -86,7 +98,8 @@ def fill(
         )
     settings.check_cache("full")
     canvas = for_filling(texts, settings.block_size, model.mask_token_id, model.head_VD.device)
-    loop = _Loop(model, canvas, settings, "full", row_generators(texts, settings.seed), watch, stop=False)
+    generators = row_generators(texts, settings.seed, copies)
+    loop = _Loop(model, canvas, settings, "full", generators, watch, stop=False)
     return loop.run(settings.block_size or canvas.width)
 
 
@@ -128,6 +141,8 @@ class _Loop:
     ) -> None:
         self.model, self.canvas, self.settings, self.generators, self.watch = model, canvas, settings, generators, watch
         self.stops = stop and settings.early_stop
+        no_text = set() if stop else {*model.eos_ids, *model.tokenizer.all_special_ids}
+        self.never = torch.tensor(sorted({model.mask_token_id, *no_text}), device=canvas.ids_BK.device)
         self.eos_M = torch.tensor(sorted(model.eos_ids), dtype=torch.int64, device=canvas.ids_BK.device)
         self.passes = [Passes(model, canvas, context, settings.cache)]
         if settings.cfg_scale:
@@ -158,6 +173,8 @@ class _Loop:
         own_BC = self._own(begin, end)
         masked_BC = own_BC.clone()
         editing = self.settings.editing_threshold
+        if editing is not None and editing >= 1:  # no probability is above it
+            editing = None
         plans = [
             schedule.plan(masks, self.steps_of_prompt[number], self.settings.schedule)
             for number, masks in zip(self.canvas.row_of_B, masked_BC.sum(1).tolist(), strict=True)
@@ -174,16 +191,17 @@ class _Loop:
             token_BC, score_BC = self._proposals(candidates_BC, rows)
             unmask_BC = score_BC.masked_fill(~masked_BC, float("-inf"))
             chosen_BC = schedule.best(unmask_BC, self._counts(unmask_BC, plans, step))
+            unsettled_B = masked_BC.any(1) if editing is not None else torch.zeros_like(busy_B)
             post_B += busy_B & ~masked_BC.any(1)
             masked_BC = masked_BC & ~chosen_BC
-            edited_B = torch.zeros_like(busy_B)
             if editing is not None:
                 edits_BC = candidates_BC & ~masked_BC & ~chosen_BC & (score_BC > editing)
                 edits_BC &= token_BC != self.canvas.ids_BK[:, begin:end]
-                chosen_BC, edited_B = chosen_BC | edits_BC, edits_BC.any(1)
+                chosen_BC, unsettled_B = chosen_BC | edits_BC, unsettled_B | edits_BC.any(1)
             self.canvas.ids_BK[:, begin:end] = torch.where(chosen_BC, token_BC, self.canvas.ids_BK[:, begin:end])
             self._note(chosen_BC, busy_B, begin)
-            busy_B = masked_BC.any(1) | (edited_B & (post_B < self.settings.max_post_steps))
+            # What a pass has written, only a later one can edit.
+            busy_B = masked_BC.any(1) | (unsettled_B & busy_B & (post_B < self.settings.max_post_steps))
             if self.stops and editing is None:  # an edit could still take the end token back
                 busy_B = busy_B & ~self._ended(begin, end, masked_BC)
             step += 1
@@ -218,7 +236,7 @@ class _Loop:
             blind_BK = canvas.ids_BK.masked_fill(canvas.given_BK, self.model.mask_token_id)
             without_MV = self.model.logits(self.passes[1].hidden(blind_BK, rows)[run_BC])
             logits_MV = logits_MV + settings.cfg_scale * (logits_MV - without_MV)
-        logits_MV[:, self.model.mask_token_id] = float("-inf")
+        logits_MV[:, self.never] = float("-inf")
         token_M, score_M = propose(
             logits_MV,
             active_BC.sum(1).tolist(),

@@ -24,26 +24,38 @@ from dllm.models.columns import columns_of
 
 @torch.no_grad()
 def decode_causally(
-    model: BidirectionalLM, prompts: Sequence[Sequence[int]], settings: Settings, watch: Watch | None = None
+    model: BidirectionalLM,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    watch: Watch | None = None,
+    copies: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Write one token a pass, each from what is before it."""
-    return _each(model, prompts, settings, watch, _causally)
+    return _each(model, prompts, settings, watch, copies, _causally)
 
 
 @torch.no_grad()
 def decode_seeded(
-    model: BidirectionalLM, prompts: Sequence[Sequence[int]], settings: Settings, watch: Watch | None = None
+    model: BidirectionalLM,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    watch: Watch | None = None,
+    copies: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Write block by block: the first token is the causal prediction, the others are unmasked around it.
 
     `passes` counts the prompt's, each step's, and one a block that makes it final and predicts the next seed.
     """
-    return _each(model, prompts, settings, watch, _seeded)
+    return _each(model, prompts, settings, watch, copies, _seeded)
 
 
 @torch.no_grad()
 def speculate_on_itself(
-    model: BidirectionalLM, prompts: Sequence[Sequence[int]], settings: Settings, watch: Watch | None = None
+    model: BidirectionalLM,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    watch: Watch | None = None,
+    copies: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Draft a block in one pass with attention both ways, and keep what causal decoding would have written.
 
@@ -55,7 +67,7 @@ def speculate_on_itself(
     """
     if settings.temperature > 0:
         raise ConfigError("self-speculation is greedy", hint="leave --temperature at 0, or take another sampler")
-    return _each(model, prompts, settings, watch, _speculated)
+    return _each(model, prompts, settings, watch, copies, _speculated)
 
 
 class _Row:
@@ -121,12 +133,13 @@ def _each(
     prompts: Sequence[Sequence[int]],
     settings: Settings,
     watch: Watch | None,
+    copies: Sequence[int] | None,
     write: Callable[[_Row, int], list[int]],
 ) -> list[Answer]:
     check_prompts(model, prompts, masks=False)
     if settings.cfg_scale:
         raise ConfigError("this sampler has no guidance", hint="leave --cfg-scale at 0, or take sampler llada")
-    generators = row_generators(prompts, settings.seed)
+    generators = row_generators(prompts, settings.seed, copies)
     size = settings.block_size or model.note.block_size or 32
     answers = []
     for number, (prompt, generator) in enumerate(zip(prompts, generators, strict=True)):

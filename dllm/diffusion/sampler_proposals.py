@@ -5,23 +5,37 @@ Shape suffixes: M masked places, V vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dllm.diffusion.sampler_settings import Remasking
+from dllm.errors import ModelError
 from dllm.training.order import derive_seed
 
 
-def row_generators(prompts: Sequence[Sequence[int]], seed: int) -> list[torch.Generator]:
-    """Give each prompt random numbers of its own, whatever shares its batch; equal prompts get different ones."""
-    seen: dict[tuple[int, ...], int] = {}
-    generators = []
+def copies_of(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Number each prompt among those equal to it, from 1."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    found = []
     for prompt in map(tuple, prompts):
-        seen[prompt] = seen.get(prompt, 0) + 1
-        generators.append(torch.Generator().manual_seed(derive_seed(seed, "sampler", prompt, seen[prompt])))
-    return generators
+        seen[prompt] += 1
+        found.append(seen[prompt])
+    return found
+
+
+def row_generators(
+    prompts: Sequence[Sequence[int]], seed: int, copies: Sequence[int] | None = None
+) -> list[torch.Generator]:
+    """Give each prompt random numbers of its own, whatever shares its batch; equal prompts get different ones.
+
+    Args:
+        copies: as `copies_of` numbers them over all batches; by default over these prompts alone.
+    """
+    pairs = zip(map(tuple, prompts), copies or copies_of(prompts), strict=True)
+    return [torch.Generator().manual_seed(derive_seed(seed, "sampler", *pair)) for pair in pairs]
 
 
 def propose(
@@ -38,6 +52,10 @@ def propose(
     Shapes: counts tells how many places each row has, row after row; each row has a generator. Returns token_M int64
         and score_M float32, larger for those to commit sooner: a probability (low_confidence), u (random), minus the
         entropy in nats (entropy), the gap between the two largest probabilities (margin).
+
+    Raises:
+        ModelError: logits are not numbers, as of weights that have diverged: no place would ever be sure.
+
     Source: LLaDA's generation code; argmax of z / T + Gumbel noise is a draw from softmax(z / T), and needs float64
         (arXiv 2409.02908).
     """
@@ -47,8 +65,11 @@ def propose(
     else:
         wish_MV = _nucleus(logits_MV.double() / temperature, top_p) + _gumbel(logits_MV, counts, generators)
         token_M = wish_MV.argmax(-1)
+    log_M = log_MV.gather(1, token_M[:, None])[:, 0]
+    if not bool(log_M.isfinite().all()):
+        raise ModelError("the model's logits are not numbers", hint="its weights may have diverged in training")
     if remasking == "low_confidence":
-        return token_M, log_MV.gather(1, token_M[:, None])[:, 0].exp()
+        return token_M, log_M.exp()
     if remasking == "entropy":
         return token_M, torch.xlogy(log_MV.exp(), log_MV.exp()).sum(-1)
     if remasking == "margin":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +24,8 @@ class Settings:
 
     max_new_tokens: int = 128
     steps: int | None = None
-    """Forward passes over all blocks together; null takes one a token. Thresholds and factors may need fewer."""
+    """Forward passes over all blocks together, at least one a block; null takes one a token. A threshold may need
+    fewer."""
     schedule: Schedule = "even"
     """How the plan spreads a block's tokens over its steps: evenly, or with few first and many later (`cosine`)."""
     block_size: int | None = None
@@ -55,9 +57,17 @@ class Settings:
             (self.max_new_tokens >= 1, "max_new_tokens must be at least 1", None),
             (self.steps is None or self.steps >= 1, "steps must be at least 1", None),
             (self.block_size is None or self.block_size >= 1, "block_size must be at least 1", None),
-            (self.temperature >= 0, "temperature must not be negative", None),
+            (
+                self.temperature == 0 or 1e-6 <= self.temperature < math.inf,
+                "temperature must be 0, or a number from 1e-6 on",
+                None,
+            ),
             (0 < self.top_p <= 1, "top_p must be above 0 and at most 1", None),
-            (self.cfg_scale >= 0, "cfg_scale must not be negative", None),
+            (0 <= self.cfg_scale < math.inf, "cfg_scale must be a number from 0 on", None),
+            *(
+                (value is None or not math.isnan(value), f"{name} must be a number", None)
+                for name, value in (("threshold", self.threshold), ("editing_threshold", self.editing_threshold))
+            ),
             (self.max_post_steps >= 0, "max_post_steps must not be negative", None),
             (self.factor is None or self.factor > 0, "factor must be above 0", None),
             (self.entropy_bound is None or self.entropy_bound >= 0, "entropy_bound must not be negative", None),
@@ -75,6 +85,16 @@ class Settings:
                 self.entropy_bound is None or self.remasking == "entropy",
                 f"entropy_bound adds up entropies, and remasking {self.remasking} has none of them",
                 "take remasking entropy",
+            ),
+            (
+                self.steps is None or self.follows_plan,
+                "steps make a plan, and factor and entropy_bound decide without one",
+                "leave steps out",
+            ),
+            (
+                self.max_post_steps == 16 or self.editing_threshold is not None,
+                "max_post_steps limits edits, and there are none",
+                "name an editing_threshold too",
             ),
             (
                 self.schedule == "even" or self.follows_plan,

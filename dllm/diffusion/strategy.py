@@ -161,13 +161,14 @@ class DiffusionStrategy:
     def metrics(self, sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
         """Return the bound, the plain loss on masks, and accuracy on them, over all and by noise level.
 
-        Units: nats a token. `nelbo` is an unbiased estimate of the negative evidence lower bound per supervised token;
-        `masked_acc_p30` is over tokens whose chance of being masked was above 0.2 and at most 0.3. `diffusion_loss`
-        and `ar_loss` are what the loss adds up, before ar_loss_alpha.
+        Units: nats a token. `nelbo` is an unbiased estimate of the negative evidence lower bound per supervised token,
+        and absent under corruption exact_count, whose places have no equal chances; `masked_acc_p30` is over tokens
+        whose chance of being masked was above 0.2 and at most 0.3. `diffusion_loss` and `ar_loss` are what the loss
+        adds up, before ar_loss_alpha.
         """
         figures: dict[str, float] = {}
         supervised, masked = sums["supervised"][0], sum(sums["masked"])
-        if supervised:
+        if supervised and (self.hybrid is None or self.hybrid.corruption == "uniform"):
             figures["nelbo"] = sums["weighted"][0] / supervised
         if masked:
             figures["masked_ce"] = sums["nll"][0] / masked
@@ -176,7 +177,7 @@ class DiffusionStrategy:
             if count:
                 figures[f"masked_acc_p{100 * level // LEVELS}"] = correct / count
         if self.hybrid is not None and supervised:
-            figures["diffusion_loss"] = figures["nelbo"]
+            figures["diffusion_loss"] = sums["weighted"][0] / supervised
             figures["ar_loss"] = sums["ar_nll"][0] / supervised
             figures["ar_acc"] = sums["ar_correct"][0] / supervised
         return figures

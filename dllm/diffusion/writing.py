@@ -11,11 +11,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TextIO, get_args
 
-from dllm.diffusion.encoding import filled, span_ids, text_ids
+from dllm.diffusion.encoding import check_room, filled, span_ids, text_ids
 from dllm.diffusion.own_generate import generate_with_own_code, unknown_to_own_code
 from dllm.diffusion.replay import Replay
 from dllm.diffusion.sampler import Answer, Watch, fill, sample
 from dllm.diffusion.sampler_causal import decode_causally, decode_seeded, speculate_on_itself
+from dllm.diffusion.sampler_proposals import copies_of
 from dllm.diffusion.sampler_settings import Settings
 from dllm.errors import ConfigError, DataError
 from dllm.models.bidirectional import BidirectionalLM
@@ -43,8 +44,8 @@ class Wishes:
     """Continue the text itself, without a chat template."""
     infill: bool = False
     """Write the text's [MASK] (one token) and [MASK:n] (n tokens) spans."""
-    batch_size: int = 8
-    """Texts written together, unless they are shown."""
+    batch_size: int | None = None
+    """Texts written together, unless they are shown; null takes 8."""
     own_generate: bool | None = None
     """Through the generation code that the model brings; null does so for Nemotron-Labs-Diffusion's blocks alone."""
     enable_thinking: bool | None = None
@@ -74,12 +75,14 @@ def write(
     if own and show is not None:
         raise ConfigError("the model's own generate cannot be watched", hint="leave out --show")
     encoded = [_encode(model, text, wishes, settings, number) for number, text in enumerate(texts, 1)]
-    size = wishes.batch_size if show is None else 1
+    copies = copies_of(encoded)
+    size = (wishes.batch_size or 8) if show is None else 1
     for begin in range(0, len(texts), size):
         part, ids = texts[begin : begin + size], encoded[begin : begin + size]
         began = time.perf_counter()
         with nullcontext() if show is None else Replay(model, _canvas(model, ids[0], wishes, settings), show) as replay:
-            answers = write_ids(model, sampler, ids, wishes, settings, None if replay is None else replay.watch)
+            watch = None if replay is None else replay.watch
+            answers = write_ids(model, sampler, ids, wishes, settings, watch, copies[begin : begin + size])
             seconds = time.perf_counter() - began - (0.0 if replay is None else replay.seconds)
         written = [
             row.count(model.mask_token_id) if wishes.infill else len(answer.token_ids)
@@ -153,11 +156,12 @@ def settle(model: BidirectionalLM, sampler: str, wishes: Wishes) -> Settings:
 
 _UNMASKING = (
     "steps", "schedule", "remasking", "threshold", "factor", "entropy_bound", "cfg_scale", "cache", "editing_threshold",
+    "max_post_steps",
 )  # fmt: skip
 UNUSED: dict[str, tuple[str, ...]] = {
     "llada": (),
     "llada2": (),
-    "nemotron": ("cfg_scale", "cache", "editing_threshold"),
+    "nemotron": ("cfg_scale", "cache", "editing_threshold", "max_post_steps"),
     "self-spec": (*_UNMASKING, "top_p"),
     "ar": (*_UNMASKING, "block_size"),
 }
@@ -177,21 +181,24 @@ def write_ids(
     wishes: Wishes,
     settings: Settings,
     watch: Watch | None = None,
+    copies: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Answer prompts given as ids, all in one batch, with settings that `settle` has completed.
+
+    `copies` as in `sample`.
 
     Raises:
         ConfigError: the settings do not fit the model.
         DataError: a prompt is empty, or holds the mask token.
     """
     if wishes.infill:
-        return fill(model, ids, settings, watch)
+        return fill(model, ids, settings, watch, copies)
     if _by_own_code(model, sampler, wishes):
-        return generate_with_own_code(model, ids, settings, sampler)
+        return generate_with_own_code(model, ids, settings, sampler, copies)
     if sampler in ("llada", "llada2"):
-        return sample(model, ids, settings, watch)
+        return sample(model, ids, settings, watch, copies=copies)
     decode = {"nemotron": decode_seeded, "self-spec": speculate_on_itself, "ar": decode_causally}[sampler]
-    return decode(model, ids, settings, watch)
+    return decode(model, ids, settings, watch, copies)
 
 
 def _encode(model: BidirectionalLM, text: str, wishes: Wishes, settings: Settings, number: int) -> list[int]:
@@ -204,10 +211,5 @@ def _encode(model: BidirectionalLM, text: str, wishes: Wishes, settings: Setting
             raise DataError(
                 "the prompt holds the mask token", where=f"prompt {number}", hint="to fill masks, use --infill"
             )
-    if len(ids) + new > longest:
-        raise DataError(
-            f"{len(ids)} tokens and {new} new ones are more than this model's {longest}",
-            where=f"prompt {number}",
-            hint="shorten it" if wishes.infill else "shorten it, or lower --max-new-tokens",
-        )
+    check_room(len(ids), new, longest, number)
     return ids

@@ -39,6 +39,16 @@ class Asked:
         return dict(self.settings)
 
 
+def put_before(own: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Let what a person names go before a task's own generation_kwargs, other names for the same thing included."""
+    replaced = set(named)
+    if replaced & set(MAX_TOKENS):
+        replaced |= set(MAX_TOKENS)
+    if "temperature" in replaced:
+        replaced.add("do_sample")
+    return {**{name: value for name, value in own.items() if name not in replaced}, **named}
+
+
 def read(arguments: Mapping[str, Any], seed: int) -> Asked:
     """Check a task's generation_kwargs.
 

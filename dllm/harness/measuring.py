@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dllm
 from dllm.errors import ConfigError
+from dllm.harness.generation_arguments import put_before
 
 if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
@@ -66,7 +69,8 @@ def load_tasks(
         raise _unusable(names, error) from error
     for task in loaded["tasks"].values():
         if generation and task.get_config("output_type") == "generate_until":
-            task.set_config(key="generation_kwargs", value=dict(generation), update=True)
+            own_kwargs = task.get_config("generation_kwargs") or {}
+            task.set_config(key="generation_kwargs", value=put_before(own_kwargs, generation))
         own = task.get_config("num_fewshot")
         if num_fewshot is not None and own != 0:
             task.set_config(key="num_fewshot", value=num_fewshot)
@@ -76,8 +80,27 @@ def load_tasks(
     return loaded
 
 
+def ask_if_greedy(tasks: TaskDict) -> set[str]:
+    """Name the tasks with a metric that asks whether an answer is the one that greedy decoding writes."""
+    found = set()
+    for name, task in tasks["tasks"].items():
+        metrics = {metric.get("metric") for metric in task.get_config("metric_list") or []}
+        kind = task.get_config("output_type")
+        if (kind == "loglikelihood" and (not metrics or "acc" in metrics)) or (
+            kind == "multiple_choice" and "exact_match" in metrics
+        ):
+            found.add(name)
+    return found
+
+
 def measure(
-    model: HarnessModel, tasks: TaskDict, *, limit: int | None = None, apply_chat_template: bool = False
+    model: HarnessModel,
+    tasks: TaskDict,
+    *,
+    limit: int | None = None,
+    apply_chat_template: bool = False,
+    unsafe_code: bool = False,
+    unchecked: Set[str] = frozenset(),
 ) -> list[dict[str, Any]]:
     """Run tasks; return one row a metric, or nothing on ranks other than the first.
 
@@ -86,29 +109,52 @@ def measure(
 
     Args:
         limit: documents of each task, the first ones; null takes all.
+        unsafe_code: let tasks that run what the model writes do so.
+        unchecked: tasks of which nobody has found out whether answers are greedy; metrics that ask have no value.
+
+    Raises:
+        ConfigError: a task cannot be run as it is.
     """
     from lm_eval.evaluator import evaluate
 
     with contextlib.redirect_stdout(sys.stderr):  # the harness prints as it goes; results alone are for stdout
-        found = evaluate(
-            lm=model,
-            task_dict=tasks,
-            limit=limit,
-            bootstrap_iters=BOOTSTRAP,
-            log_samples=False,
-            apply_chat_template=apply_chat_template,
-            fewshot_as_multiturn=apply_chat_template,
-        )
-    return [] if found is None else _rows(found)
+        try:
+            found = evaluate(
+                lm=model,
+                task_dict=tasks,
+                limit=limit,
+                bootstrap_iters=BOOTSTRAP,
+                log_samples=False,
+                apply_chat_template=apply_chat_template,
+                fewshot_as_multiturn=apply_chat_template,
+                confirm_run_unsafe_code=unsafe_code,
+            )
+        except Exception as error:
+            if not _is_the_harness(error):
+                raise
+            raise _unusable(list(tasks["tasks"]), error, "run") from error
+    return [] if found is None else _rows(found, unchecked)
 
 
-def _rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _is_the_harness(error: Exception) -> bool:
+    """Tell whether the harness, or what it calls, has raised an error, rather than code of ours."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if "/lm_eval/" in frame.filename:
+            return True
+        if frame.filename.startswith(str(Path(dllm.__file__).parent)):
+            return False
+    return False
+
+
+def _rows(found: Mapping[str, Any], unchecked: Set[str]) -> list[dict[str, Any]]:
     rows = []
     for task, figures in found["results"].items():
         for name, value in figures.items():
             metric, comma, filter = name.partition(",")
             if not comma or metric.endswith("_stderr"):
                 continue
+            if task in unchecked and metric in ("acc", "exact_match"):
+                value = figures = {}
             rows.append(
                 {
                     "task": task,
@@ -127,9 +173,12 @@ def _rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _number(value: Any) -> float | None:
     """Return a figure; the harness writes text where there is none."""
-    return None if value is None or isinstance(value, str) or not math.isfinite(value) else float(value)
+    return None if not isinstance(value, int | float) or not math.isfinite(value) else float(value)
 
 
-def _unusable(names: Sequence[str], error: Exception) -> ConfigError:
+def _unusable(names: Sequence[str], error: Exception, what: str = "load") -> ConfigError:
     said = str(error).strip().split("\n")[0]
-    return ConfigError(f"cannot load {', '.join(names)}: {type(error).__name__}: {said}", hint="mend the task's file")
+    hint = "mend the task's file"
+    if "unsafe" in said:
+        hint = "read what it runs, then give --confirm-run-unsafe-code"
+    return ConfigError(f"cannot {what} {', '.join(names)}: {type(error).__name__}: {said}", hint=hint)

@@ -13,9 +13,10 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from dllm.config import Target
@@ -44,9 +45,11 @@ finished text sees only what is before each place."""
 class Note:
     """What `dllm.json` says of a checkpoint."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     mode: Literal["mdlm", "hybrid"]
-    mask_token_id: int
-    block_size: int | None = None
+    mask_token_id: Annotated[int, Field(strict=True, ge=0)]
+    block_size: Annotated[int, Field(strict=True, ge=1)] | None = None
     """Columns of a block where none sees a later one (attention `block`); null where all is seen."""
 
     @property
@@ -322,9 +325,13 @@ def read_note(directory: Path) -> Note | None:
     if not path.is_file():
         return None
     try:
-        return Note(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"cannot read the checkpoint's note: {error}", where=str(path)) from None
+        return TypeAdapter(Note).validate_python(json.loads(path.read_text()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        wrong = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+    except ValueError as error:
+        wrong = str(error)
+    raise ModelError(f"cannot read the checkpoint's note: {wrong}", where=str(path))
 
 
 def places(ids_BS: Tensor, valid_BS: Tensor | None) -> Tensor:

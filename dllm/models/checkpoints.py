@@ -48,6 +48,14 @@ def resolve(name: str | Path, root: Path) -> Path:
     return _refuse(name, "no such checkpoint", "name a directory, or models:/NAME@ALIAS for a registered one")
 
 
+def is_draft(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint's config is a DFlash draft's."""
+    try:
+        return "dflash_config" in json.loads((checkpoint / CONFIG).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def trained_for(checkpoint: Path) -> dict[str, Any] | None:
     """Read the target's identity from the run.json of the stage that made a checkpoint; None where there is none."""
     for folder in (checkpoint, checkpoint.parent):

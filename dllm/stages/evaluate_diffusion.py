@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm.config import DiffusionEvaluation, Params
+from dllm.config import DiffusionEvaluation, Evaluate, Params
+from dllm.data import references
 from dllm.data.shards import MANIFEST, Row, read_rows
 from dllm.errors import DataError
 from dllm.progress import Progress
 from dllm.stages.contract import Stage, open_stage
 
 if TYPE_CHECKING:
+    from dllm.data.collate import Example
     from dllm.models.bidirectional import BidirectionalLM
 
 POINT = 0.01
@@ -46,6 +49,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         params,
         sections=[params.target, params.evaluate],
         inputs={
+            "references": root / "out" / "prepare" / references.FILE,
             "answers": root / "out" / "regenerate" / MANIFEST,
             "checkpoint": root / "out" / "train" / "checkpoint",
         },
@@ -68,11 +72,12 @@ def _evaluate(params: Params, root: Path, stage: Stage) -> dict[str, Any]:
     heldout = sorted(read_rows(folder, "heldout"), key=lambda row: (row.prompt_id, row.sample, row.turn))
     if not heldout:
         raise DataError("no held-out answer", where=str(folder), hint="raise prepare.heldout_fraction")
+    likely = list(islice(_from_each_source_in_turn(heldout), settings.likelihood_answers))
     checkpoint = root / "out" / "train" / "checkpoint"
     asked: dict[str, Any] = {"dtype": params.target.dtype, "device": targets.best_device()}
     trusted = params.target.trust_remote_code
     model = BidirectionalLM.from_directory(checkpoint, **asked, trust_remote_code=trusted, paired=True).eval()
-    examples = make_examples(heldout[: settings.likelihood_answers], model.longest).kept
+    examples = make_examples(likely, model.longest).kept
     with Progress("evaluate: likelihood", len(examples), "answers") as progress:
         bound = likelihood.bound(
             model,
@@ -86,18 +91,21 @@ def _evaluate(params: Params, root: Path, stage: Stage) -> dict[str, Any]:
         bound["ar_nll"] = likelihood.causal_nll(model, examples, batch_size=settings.batch_size)
     if model.lays_out_pairs:  # such code is built one way for likelihood and another for generation
         model = BidirectionalLM.from_directory(checkpoint, **asked, trust_remote_code=trusted).eval()
-    rows = _first_of_each_source(heldout, params.evaluate.num_prompts)
-    decodings, written = _decode(params, settings, model, rows, _words(read_rows(folder, "train")))
+    rows, too_long = _prompts(heldout, params.evaluate, model.longest)
+    known = references.read_references(root / "out" / "prepare")
+    decodings, written = _decode(params, settings, model, rows, _words(read_rows(folder, "train")), known)
     plain, parallel = decodings[0], most_parallel(decodings)
-    score = -bound["nelbo"] if settings.score == "nelbo" else plain["words_exact"]
+    answers = plain["answers_exact"] if plain["answers_right"] is None else plain["answers_right"]
+    scores = {"nelbo": -bound["nelbo"], "words": plain["words_exact"] or 0.0, "answers": answers}
     metrics = {
         **bound,
-        **{name: plain[name] for name in ("answers_exact", "words_exact", "words_unseen_exact")},
+        **{name: plain[name] for name in ("answers_right", "answers_exact", "words_exact", "words_unseen_exact")},
         **{f"parallel_{name}": parallel[name] for name in ("words_exact", "tokens_per_pass", "tokens_per_s")},
         "decodings": decodings,
-        "score": score,
+        "prompts_too_long": too_long,
+        "score": scores[settings.score],
         "score_is": settings.score,
-        "heldout_digest": _digest(settings, [example.id for example in examples], [row.prompt_id for row in rows]),
+        "heldout_digest": _digest(params, settings, examples, rows, known),
         "mode": model.note.mode,
         "block_size": model.note.block_size,
         "params": sum(parameter.numel() for parameter in model.parameters()),
@@ -109,13 +117,33 @@ def _evaluate(params: Params, root: Path, stage: Stage) -> dict[str, Any]:
     return metrics
 
 
-def _first_of_each_source(rows: Sequence[Row], number: int) -> list[Row]:
-    taken: dict[str, list[Row]] = {}
+def _by_source(rows: Sequence[Row]) -> list[list[Row]]:
+    found: dict[str, list[Row]] = {}
     for row in rows:
-        own = taken.setdefault(row.source, [])
-        if len(own) < number:
-            own.append(row)
-    return [row for own in taken.values() for row in own]
+        found.setdefault(row.source, []).append(row)
+    return list(found.values())
+
+
+def _from_each_source_in_turn(rows: Sequence[Row]) -> Iterator[Row]:
+    for turn in zip_longest(*_by_source(rows)):
+        yield from (row for row in turn if row is not None)
+
+
+def _prompts(rows: Sequence[Row], asked: Evaluate, longest: int) -> tuple[list[Row], int]:
+    """Take the first prompts of each source, each once, and count those that leave no room to answer."""
+    found, too_long = [], 0
+    for own in _by_source(rows):
+        once = list({(row.prompt_id, row.turn): row for row in reversed(own)}.values())[::-1]
+        fitting = [row for row in once if len(row.prompt_ids) + asked.max_new_tokens <= longest]
+        too_long += len(once) - len(fitting)
+        found += fitting[: asked.num_prompts]
+    if not found:
+        raise DataError(
+            f"none of {too_long} held-out prompts leaves room for {asked.max_new_tokens} new tokens among the model's "
+            f"{longest}",
+            where="evaluate.max_new_tokens",
+        )
+    return found, too_long
 
 
 def _words(rows: Sequence[Row]) -> set[str]:
@@ -123,7 +151,12 @@ def _words(rows: Sequence[Row]) -> set[str]:
 
 
 def _decode(
-    params: Params, settings: DiffusionEvaluation, model: BidirectionalLM, rows: Sequence[Row], seen: set[str]
+    params: Params,
+    settings: DiffusionEvaluation,
+    model: BidirectionalLM,
+    rows: Sequence[Row],
+    seen: set[str],
+    known: Mapping[str, str],
 ) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
     from dllm.diffusion.answering import figures, name_of, write_answers
     from dllm.diffusion.sampler_settings import Settings
@@ -139,16 +172,16 @@ def _decode(
     ways += [(own, Settings(**asked, threshold=threshold, cache=cache)) for threshold in settings.thresholds]
     if model.note.context == "causal":
         ways += [(sampler, Settings(**asked)) for sampler in ("ar", "self-spec")]
-    columns = ("prompt_id", "way", "wanted", "written", "passes")
+    columns = ("prompt_id", "way", "wanted", "reference", "written", "passes")
     table: dict[str, list[Any]] = {name: [] for name in columns}
     found = []
     with Progress("evaluate: decoding", len(ways) * len(rows), "answers") as progress:
         for sampler, way in ways:
-            answers = write_answers(model, rows, sampler, way, settings.batch_size, progress.update)
+            answers = write_answers(model, rows, sampler, way, settings.batch_size, progress.update, known)
             about = {"way": name_of(sampler, way), "sampler": sampler, "threshold": way.threshold, "steps": way.steps}
             found.append({**about, **figures(answers, seen)})
             for answer in answers:
-                values = (answer.id, about["way"], answer.wanted, answer.text, answer.passes)
+                values = (answer.id, about["way"], answer.wanted, answer.reference, answer.text, answer.passes)
                 for name, value in zip(columns, values, strict=True):
                     table[name].append(value)
     return found, table
@@ -161,56 +194,36 @@ def most_parallel(decodings: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max(fine, key=lambda way: float(way["tokens_per_pass"]))
 
 
-def _digest(settings: DiffusionEvaluation, likely: Sequence[str], decoded: Sequence[str]) -> str:
-    """Name what was measured on and how, so that two checkpoints are compared on the same terms only."""
-    about = json.dumps([settings.model_dump(mode="json"), list(likely), list(decoded)])
-    return hashlib.sha256(about.encode()).hexdigest()[:16]
+def _digest(
+    params: Params,
+    settings: DiffusionEvaluation,
+    examples: Sequence[Example],
+    rows: Sequence[Row],
+    known: Mapping[str, str],
+) -> str:
+    """Name what the score was measured on and how, so that two checkpoints are compared on the same terms only."""
+    terms: list[Any] = [settings.score, params.target.dtype]
+    if settings.score == "nelbo":
+        terms += [settings.likelihood_samples, [[list(each.input_ids), each.prompt_length] for each in examples]]
+    else:
+        terms += [settings.steps[0], params.evaluate.max_new_tokens, params.evaluate.block_size]
+        terms += [[row.prompt_ids, row.messages[-1].get("content"), known.get(row.prompt_id)] for row in rows]
+    return hashlib.sha256(json.dumps(terms).encode()).hexdigest()[:16]
 
 
 def _publish(stage: Stage, table: dict[str, list[Any]], metrics: dict[str, Any]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from dllm.diffusion import curve
+
     rows, picture = stage.work / "answers.parquet", stage.work / "noise.png"
     with rows.open("wb") as file:
         pq.write_table(pa.table(table), file)
-    _draw(metrics, picture)
+    curve.draw(metrics, picture)
     for level in metrics["by_noise_level"]:
         if level["accuracy"] is not None:
             named = {"accuracy_at_noise": level["accuracy"], "cross_entropy_at_noise": level["cross_entropy"]}
             stage.tracker.log_metrics(named, round(100 * level["masked_up_to"]))
     stage.tracker.log_artifact(picture)
     stage.publish({path.name: path for path in (rows, picture)}, metrics)
-
-
-def _draw(metrics: dict[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    levels = [level for level in metrics["by_noise_level"] if level["accuracy"] is not None]
-    left.plot([level["masked_up_to"] for level in levels], [level["accuracy"] for level in levels], "o-")
-    left.set(xlabel="share of tokens masked, up to", ylabel="accuracy on masked tokens", ylim=(0, 1.05))
-    lines: dict[str, dict[tuple[float, float], list[str]]] = {}
-    for way in metrics["decodings"]:
-        kind = "threshold" if way["threshold"] is not None else way["sampler"]
-        line = lines.setdefault(kind if kind in ("threshold", "ar", "self-spec") else "so many passes", {})
-        number = way["threshold"] or way["steps"]
-        name = way["way"] if number is None else f"{number:g}"
-        line.setdefault((way["tokens_per_pass"], way["words_exact"] or 0.0), []).append(name)
-    for (label, places), mark in zip(lines.items(), ("s--", "o-", "^", "v"), strict=False):
-        right.plot(*zip(*places, strict=True), mark, label=label)
-        # Labels of one line below its points, of the next beside them: they often meet.
-        at = {"xytext": (0, -13), "ha": "center"} if mark == "s--" else {"xytext": (7, -3), "ha": "left"}
-        for place, names in places.items():
-            right.annotate(", ".join(names), place, textcoords="offset points", fontsize=8, **at)
-    right.legend()
-    tokens = [way["tokens_per_pass"] for way in metrics["decodings"]]
-    if max(tokens) > 8 * min(tokens) > 0:
-        right.set_xscale("log", base=2)
-        right.xaxis.set_major_formatter("{x:g}")
-    right.margins(x=0.2)
-    right.set(xlabel="tokens a pass", ylabel="words right", ylim=(0, 1.05))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)

@@ -1,6 +1,7 @@
 """prepare: prompt sources become one table of chats with a held-out part.
 
-Reads the sources that params name; leaves `out/prepare/prompts.parquet`.
+Reads the sources that params name; leaves `out/prepare/prompts.parquet` and, of prompts whose
+right answer is known, `out/prepare/references.json`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm.config import Params
-from dllm.data import prompts, sources
+from dllm.data import prompts, references, sources
 from dllm.stages.contract import open_stage
 
 
@@ -28,7 +29,9 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         found, counts = prompts.collect(params.prepare, root)
         table = stage.work / prompts.FILE
         prompts.write_prompts(found, table)
-        stage.publish({prompts.FILE: table}, counts)
+        known = {prompt.id: prompt.reference for prompt in found if prompt.reference is not None}
+        references.write_references(known, stage.work / references.FILE)
+        stage.publish({file.name: file for file in (table, stage.work / references.FILE)}, counts)
     for name, tally in counts["sources"].items():
         refused = "".join(f", {n} refused: {reason}" for reason, n in tally["refused"].items())
         print(

@@ -38,7 +38,8 @@ def run(
     seed: int = 0,
     max_length: int | None = None,
     apply_chat_template: bool = False,
-    check_greedy: bool = False,
+    check_greedy: bool | None = None,
+    confirm_run_unsafe_code: bool = False,
     sampler: Sampler | None = None,
     generation: Sequence[str] = (),
     as_json: bool = False,
@@ -48,6 +49,8 @@ def run(
     """Run tasks on a checkpoint and print a table, or one JSON object; under torchrun ranks share the documents.
 
     Args:
+        check_greedy: find out whether answers are greedy ones; null does so where a task asks.
+        confirm_run_unsafe_code: let tasks run what the model writes.
         generation: KEY=VALUE pairs that go before the tasks' generation_kwargs.
 
     Raises:
@@ -68,20 +71,29 @@ def run(
     from dllm.training.distribution import Join
 
     loaded = measuring.load_tasks(tasks, include_path, num_fewshot=num_fewshot, generation=named)
+    asking = measuring.ask_if_greedy(loaded)
+    checks = bool(asking) if check_greedy is None else check_greedy
     with Join() as ranks:
         if checkpoint.startswith(builtin.PREFIX):
             folder = builtin.directory(checkpoint)
         else:
             folder = answers.find(checkpoint, root, trust_remote_code, revision)
         model = HarnessModel(
-            _model(folder, ranks.device, trust_remote_code, batch_size, samples, seed, check_greedy, sampler),
+            _model(folder, ranks.device, trust_remote_code, batch_size, samples, seed, checks, sampler),
             batch_size=batch_size,
             seed=seed,
             max_length=max_length,
             enable_thinking=answers.thinking(folder, root),
             ranks=ranks,
         )
-        rows = measuring.measure(model, loaded, limit=limit, apply_chat_template=apply_chat_template)
+        rows = measuring.measure(
+            model,
+            loaded,
+            limit=limit,
+            apply_chat_template=apply_chat_template,
+            unsafe_code=confirm_run_unsafe_code,
+            unchecked=set() if checks or model.model.kind == "exact" else asking,
+        )
         record = {"checkpoint": str(folder), "likelihood": model.report(), "results": rows}
         if ranks.is_main:
             print(json.dumps(record)) if as_json else _show(record)
@@ -101,7 +113,7 @@ def _model(
     import torch
 
     from dllm.harness.models import CausalScores, DiffusionScores
-    from dllm.models import targets
+    from dllm.models import checkpoints, targets
     from dllm.models.bidirectional import BidirectionalLM, load_bidirectional, read_note
     from dllm.models.remote import kind_at
 
@@ -110,7 +122,7 @@ def _model(
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     note, kind = read_note(folder), kind_at(folder)
     if note is None and kind is None:
-        if "dflash_config" in json.loads((folder / "config.json").read_text()):
+        if checkpoints.is_draft(folder):
             raise ModelError("a draft says nothing of its own", where=str(folder), hint="name its target")
         if sampler is not None:
             raise ConfigError(f"sampler {sampler} is for diffusion models", where=str(folder))
@@ -156,7 +168,10 @@ def _show(record: dict[str, Any]) -> None:
         table.add_column(column, justify="right" if column in ("shots", "documents", "value", "± stderr") else "left")
     for row in record["results"]:
         better = {True: "↑", False: "↓"}.get(row["higher_is_better"], "")
-        figures = ["" if row[name] is None else f"{row[name]:.4f}" for name in ("value", "stderr")]
+        figures = [
+            ("–" if name == "value" else "") if row[name] is None else f"{row[name]:.4f}"
+            for name in ("value", "stderr")
+        ]
         named = [str(row[name]) for name in ("task", "shots", "documents", "filter", "metric")]
         table.add_row(*named, better, *figures)
     console = Console(soft_wrap=True, width=160)

@@ -23,7 +23,8 @@ def test_built_in_sources_come_from_their_packages(tmp_path: Path, name: str, co
     rows = list(sources.rows(Source(name=name), tmp_path))
     assert len(rows) == count
     assert rows[0][1].startswith(start) and rows[0][0].endswith(":1")
-    assert all(isinstance(chat, str) and chat and tools is None for _, chat, tools in rows)
+    assert all(isinstance(chat, str) and chat and tools is None for _, chat, tools, _ in rows)
+    assert all((reference is None) == (name == "humaneval") for *_, reference in rows)
 
 
 def test_data_packages_are_found_but_never_imported(tmp_path: Path) -> None:
@@ -59,19 +60,19 @@ def test_a_folder_is_all_its_files_in_order_of_name(tmp_path: Path) -> None:
     jsonl(tmp_path / "d/b.jsonl", {"messages": "b"})
     jsonl(tmp_path / "d/a/z.jsonl", {"conversations": "a"})
     jsonl(tmp_path / "d/notes.txt", "not a row")
-    assert [chat for _, chat, _ in sources.rows(Source(name="d"), tmp_path)] == ["a", "b"]
-    assert [chat for _, chat, _ in sources.rows(Source(name=str(tmp_path / "d/b.jsonl")), Path("/"))] == ["b"]
+    assert [chat for _, chat, _, _ in sources.rows(Source(name="d"), tmp_path)] == ["a", "b"]
+    assert [chat for _, chat, _, _ in sources.rows(Source(name=str(tmp_path / "d/b.jsonl")), Path("/"))] == ["b"]
 
 
 def test_a_named_column_goes_before_the_usual_ones(tmp_path: Path) -> None:
     jsonl(tmp_path / "x.jsonl", {"messages": "m", "conversations": "c", "question": "q"})
     for column, chat in ((None, "m"), ("conversations", "c"), ("question", "q")):
-        assert [c for _, c, _ in sources.rows(Source(name="x.jsonl", column=column), tmp_path)] == [chat]
+        assert [c for _, c, _, _ in sources.rows(Source(name="x.jsonl", column=column), tmp_path)] == [chat]
 
 
 def test_tools_come_along(tmp_path: Path) -> None:
     jsonl(tmp_path / "x.jsonl", {"messages": "m", "tools": [{"name": "look"}]}, {"messages": "m"})
-    assert [tools for _, _, tools in sources.rows(Source(name="x.jsonl"), tmp_path)] == [[{"name": "look"}], None]
+    assert [tools for _, _, tools, _ in sources.rows(Source(name="x.jsonl"), tmp_path)] == [[{"name": "look"}], None]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from dllm import config
 from dllm.data.collate import Example
 from dllm.diffusion.initial import initial_model
-from dllm.diffusion.likelihood import bound, causal_nll
+from dllm.diffusion.likelihood import Bound, bound, causal_nll
 from dllm.models.bidirectional import Note
 
 TARGET = config.Target(model="builtin:tiny", dtype="float32")
@@ -94,3 +94,18 @@ def test_the_causal_likelihood_is_transformers_own(model) -> None:
         total += F.cross_entropy(logits[ahead], ids[0, 1:][ahead], reduction="sum").item()
         tokens += len(answer) - answer.prompt_length
     assert found == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_errors_of_answers_add_up_as_independent_ones_do() -> None:
+    """Three answers of 10 tokens: their standard errors are 1, 2 and 0 nats."""
+    found = Bound(tokens=10, estimates=[[1.0, 3.0], [2.0, 6.0], [5.0]]).figures()
+    assert found["nelbo"] == pytest.approx((2 + 4 + 5) / 10)
+    assert found["nelbo_se"] == pytest.approx(5**0.5 / 10)
+
+
+def test_a_noise_level_holds_what_was_masked_up_to_it(model) -> None:
+    """Ten tokens, each number of masks once: k masks are k tokens at a level of k / 10."""
+    answer = Example("x-0", array("i", range(20, 33)), 3)
+    found = bound(model, [answer], samples=10, batch_size=4, seed=0).figures()
+    levels = [(level["masked_up_to"], level["tokens"]) for level in found["by_noise_level"]]
+    assert levels == [(k / 10, k) for k in range(1, 11)]

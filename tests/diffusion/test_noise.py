@@ -135,6 +135,23 @@ def test_late_places_are_masked_sooner() -> None:
     assert total.sum() == 600 * 3
 
 
+@pytest.mark.parametrize("ratio", [0.25, 1.0])
+def test_the_odds_of_two_places_are_those_of_the_half_life(ratio) -> None:
+    """The law of choice itself, one mask a block: place i is 2^((1 - r) i / (ratio B)) times as likely as place 0."""
+    size, blocks, t, eps = 8, 40_000, 0.125, 1e-3
+    noise = exact_count_noise(
+        torch.ones(size * blocks, dtype=torch.bool), torch.arange(size * blocks) // size,
+        torch.full((blocks,), t, dtype=torch.float64), torch.Generator().manual_seed(6), eps=eps, block_size=size,
+        half_life_ratio=ratio, at_least_one=True,
+    )  # fmt: skip
+    share_B = noise.masked_S.view(blocks, size).double().mean(0)
+    assert noise.masked_S.view(blocks, size).sum(1).eq(1).all()
+    r = (1 - eps) * t + eps
+    wanted_B = 2 ** ((1 - r) * torch.arange(size) / (ratio * size))
+    wanted_B = wanted_B / wanted_B.sum()
+    assert ((share_B - wanted_B).abs() <= 5 * (wanted_B / blocks).sqrt()).all()
+
+
 @pytest.mark.parametrize("number", [1, 3, 6])
 def test_an_exact_number_is_masked_every_choice_alike(number) -> None:
     maskable_S = torch.tensor([False, True, True, True, True, True, True])

@@ -9,7 +9,7 @@ import torch
 from dllm.diffusion.own_generate import generate_with_own_code
 from dllm.diffusion.sampler_settings import Settings
 from dllm.diffusion.writing import Wishes, write
-from dllm.errors import ConfigError
+from dllm.errors import ConfigError, ModelError
 from dllm.models.bidirectional import BidirectionalLM, load_bidirectional
 from tests.models.remote_code import checkpoint
 
@@ -48,13 +48,35 @@ def test_what_own_code_cannot_do_is_refused(llada2, nemotron) -> None:
     ]:
         with pytest.raises(ConfigError, match=f"own generate of this model has no use for {flag};"):
             written(model, **named)
-    with pytest.raises(ConfigError, match="own generate has no use for steps"):
-        generate_with_own_code(nemotron, [[21, 22]], Settings(max_new_tokens=4, block_size=4, steps=2))
+    with pytest.raises(ConfigError, match="own generate has no use for cfg_scale"):
+        generate_with_own_code(nemotron, [[21, 22]], Settings(max_new_tokens=4, block_size=4, cfg_scale=2))
+    with pytest.raises(ConfigError, match="divides steps among 2 blocks, and 3 cannot be"):
+        generate_with_own_code(nemotron, [[21, 22]], Settings(max_new_tokens=6, block_size=4, steps=3))
     with pytest.raises(ConfigError, match="cannot be watched"):
         written(llada2, show=io.StringIO())
     for sampler in ("llada", "llada2"):
         with pytest.raises(ConfigError, match="cannot set this model's masks"):
             written(nemotron, sampler, own=None)
+
+
+@pytest.mark.parametrize("new", [1, 96, 300])
+def test_any_length_fits_code_that_writes_whole_blocks(nemotron, new) -> None:
+    for steps in (None, -(-new // 32)):
+        (record,) = write(
+            nemotron, ["Why?"], Wishes(settings={"max_new_tokens": new, "block_size": 32, "steps": steps})
+        )
+        assert record["sampler"] == "own" and record["tokens"] == new
+    (record,) = write(nemotron, ["Why?"], Wishes("ar", own_generate=True, settings={"max_new_tokens": 6}))
+    assert record["passes"] == 6, "word by word there are no blocks to fill"
+
+
+def test_own_code_that_fails_is_one_line(nemotron, monkeypatch) -> None:
+    def fail(prompt_ids, block_length=32, threshold=None):
+        raise AssertionError("not like this")
+
+    monkeypatch.setattr(nemotron.model, "generate", fail)
+    with pytest.raises(ModelError, match=r"own fail fails \(AssertionError: not like this\).*--no-own-generate"):
+        written(nemotron, own=None)
 
 
 def test_only_nemotrons_blocks_are_written_by_its_own_code_unasked(nemotron) -> None:

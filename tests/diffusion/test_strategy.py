@@ -216,3 +216,44 @@ def test_random_weights_have_the_targets_shape_and_the_seeds_values() -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
     other = initial_model(TARGET, config.Train(mode="mdlm"), "cpu").state_dict()
     assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_lower_held_out_loss_is_the_better(model) -> None:
+    made = strategy(model, "mdlm")
+    assert made.score({"val_loss": 1.0}) > made.score({"val_loss": 2.0})
+
+
+@pytest.mark.parametrize("kind", ["mdlm", "exact counts"])
+def test_a_noise_level_counts_tokens_by_their_chance(model, kind) -> None:
+    made = strategy(model, kind)
+    rows = range(len(SPLITS["train"]))
+    with torch.no_grad():
+        terms = made.terms("train", rows, 0)
+    wanted = [0] * 10
+    for masked_BS, prob_BS in made.corrupt("train", rows, 0).views:
+        for chance in prob_BS[masked_BS].tolist():
+            wanted[next(n for n in range(10) if chance <= (n + 1) / 10 + 1e-6)] += 1
+    assert torch.as_tensor(terms.counts["masked"]).tolist() == wanted and sum(wanted) > 0
+    one_level = [[0.0] * 10, [0.0] * 10]
+    one_level[0][2], one_level[1][2] = 1.0, 4.0
+    sums = {name: [1.0] for name in terms.counts} | {"correct": one_level[0], "masked": one_level[1]}
+    found = made.metrics(sums)
+    assert {n: v for n, v in found.items() if n.startswith("masked_acc_p")} == {"masked_acc_p30": 0.25}
+
+
+def test_exact_counts_estimate_no_likelihood(model) -> None:
+    """Places of a block have no equal chances then: what is logged is the loss, and no bound."""
+    for kind in ("hybrid", "exact counts"):
+        made = strategy(model, kind)
+        with torch.no_grad():
+            terms = made.terms("train", range(3), 0)
+        found = made.metrics(
+            {name: torch.as_tensor(count).reshape(-1).tolist() for name, count in terms.counts.items()}
+        )
+        assert ("nelbo" in found) == (kind == "hybrid") and found["diffusion_loss"] > 0
+
+
+@pytest.mark.parametrize("mode", ["mdlm", "hybrid"])
+def test_a_block_size_that_changes_nothing_is_refused(mode) -> None:
+    with pytest.raises(ValueError, match="block_size changes nothing"):
+        config.Train.model_validate({"mode": mode, mode: {"block_size": 32}})

@@ -2,13 +2,18 @@
 
 import io
 import json
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from dllm import generation
+from dllm.data.batch_file import read_prompts
 from dllm.diffusion.encoding import span_ids
+from dllm.diffusion.sampler_settings import Settings
 from dllm.diffusion.writing import Wishes, default_sampler, settle, write
-from dllm.errors import ConfigError, DataError
+from dllm.errors import ConfigError, DataError, ModelError
 from dllm.models.bidirectional import BidirectionalLM, Note, load_bidirectional
 from tests.models.small_models import TINY
 
@@ -172,7 +177,7 @@ def test_generate_reads_a_saved_checkpoint_and_a_batch_file(model: Bidirectional
     stream = io.StringIO()
     records = generation.generate(
         checkpoint=str(tmp_path),
-        prompts=generation.read_prompts(batch),
+        prompts=read_prompts(batch),
         root=tmp_path,
         max_new_tokens=6,
         as_json=True,
@@ -191,7 +196,81 @@ def test_a_batch_file_with_another_line_is_refused(tmp_path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a"}\n{"question": "b"}\n')
     with pytest.raises(DataError, match="line 2"):
-        generation.read_prompts(path)
-    plain = tmp_path / "p.txt"
-    plain.write_text("a\n\nb\n")
-    assert generation.read_prompts(plain) == ["a", "b"]
+        read_prompts(path)
+    path.write_text('{"prompt": "a"}\n\n{"question": "b"}\n')
+    with pytest.raises(DataError, match="line 3"):  # as an editor counts them
+        read_prompts(path)
+    path.with_suffix(".JSON").write_text("[]")
+    with pytest.raises(DataError, match=r"write \.jsonl"):
+        read_prompts(path.with_suffix(".JSON"))
+
+
+def test_lines_of_a_batch_file_are_an_editors(tmp_path) -> None:
+    plain, lines = tmp_path / "p.txt", tmp_path / "p.JSONL"
+    plain.write_bytes("\ufeffa\r\n\nb\x0cc\u2028d\n".encode())
+    assert read_prompts(plain) == ["a", "b\x0cc\u2028d"]
+    lines.write_bytes('\ufeff{"prompt": "a\u2028b"}\n'.encode())
+    assert read_prompts(lines) == ["a\u2028b"]
+
+
+def test_prompts_come_from_the_input_too(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\nb\n")))
+    assert read_prompts(Path("-")) == ["a", "b"]
+
+
+@pytest.mark.parametrize("infill", [False, True])
+def test_equal_prompts_get_different_answers_whatever_the_batch(model: BidirectionalLM, infill) -> None:
+    text = "A [MASK:4] man" if infill else "Why?"
+    size = {} if infill else {"max_new_tokens": 6}
+    found = [
+        [
+            r["token_ids"]
+            for r in write(model, 6 * [text], Wishes(raw=True, infill=infill, batch_size=n, settings=drawn))
+        ]
+        for drawn in ({**size, "temperature": 1.0},)
+        for n in (1, 4, 6)
+    ]
+    assert found[0] == found[1] == found[2]
+    assert len({tuple(ids) for ids in found[0]}) == 6
+
+
+def test_spans_are_filled_with_text_alone(model: BidirectionalLM, monkeypatch) -> None:
+    """End tokens and their like are not written inside a text, however likely they are."""
+    ends = sorted({*model.eos_ids, *model.tokenizer.all_special_ids} - {model.mask_token_id})
+    plain = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: plain(hidden).index_fill(-1, torch.tensor(ends), 1e3))
+    (record,) = write(model, ["A [MASK:4] man"], Wishes(raw=True, infill=True))
+    assert record["tokens"] == 4 and not set(record["token_ids"]) & set(ends)
+    (answer,) = write(model, ["A man"], Wishes(raw=True, settings={"max_new_tokens": 4}))
+    assert set(answer["token_ids"]) <= set(ends)
+
+
+def test_weights_that_have_diverged_are_one_line(model: BidirectionalLM, monkeypatch) -> None:
+    monkeypatch.setattr(model, "logits", lambda hidden: torch.full((*hidden.shape[:-1], 1400), torch.nan))
+    with pytest.raises(ModelError, match="logits are not numbers"):
+        list(write(model, ["A man"], Wishes(raw=True, settings={"max_new_tokens": 4})))
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ({"temperature": float("inf")}, "temperature must be 0, or a number"),
+        ({"temperature": 1e-320}, "temperature must be 0, or a number"),
+        ({"temperature": float("nan")}, "temperature must be 0, or a number"),
+        ({"cfg_scale": float("nan")}, "cfg_scale must be a number"),
+        ({"threshold": float("nan")}, "threshold must be a number"),
+        ({"factor": 1.0, "steps": 4}, "steps make a plan"),
+        ({"entropy_bound": 0.1, "remasking": "entropy", "steps": 4}, "steps make a plan"),
+        ({"max_post_steps": 3}, "max_post_steps limits edits"),
+    ],
+)
+def test_what_would_be_ignored_or_break_is_refused(named, said) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Settings(**named)
+
+
+@pytest.mark.parametrize("text", [" \n", "\udce9"])
+@pytest.mark.parametrize("infill", [False, True])
+def test_what_is_no_text_is_refused(model: BidirectionalLM, text, infill) -> None:
+    with pytest.raises(DataError, match="prompt 1"):
+        list(write(model, [text], Wishes(raw=True, infill=infill)))

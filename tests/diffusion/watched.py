@@ -38,7 +38,7 @@ def wishes(draw, temperatures=(0.0, 0.9)) -> Settings:
     }[rule]
     return Settings(
         max_new_tokens=draw(st.integers(1, 12)),
-        steps=draw(st.none() | st.integers(1, 14)),
+        steps=draw(st.none() | st.integers(1, 14)) if rule in ("plan", "threshold") else None,
         schedule=draw(st.sampled_from(["even", "cosine"])) if rule == "plan" else "even",
         block_size=draw(st.integers(1, 6)),
         temperature=draw(st.sampled_from(temperatures)),

@@ -140,9 +140,12 @@ class Model(LlamaForCausalLM):
         return Output(logits=found.logits, past_key_values=found.past_key_values)
 
     @torch.no_grad()
-    def generate(self, prompt_ids, max_new_tokens, block_length, threshold=None, causal_context=True, temperature=0.0,
-                 eos_token_id=None, max_thinking_tokens=None, end_think_token_id=None):
+    def generate(self, prompt_ids, max_new_tokens=512, steps=512, block_length=32, shift_logits=False, threshold=0.9,
+                 causal_context=True, temperature=0.0, eos_token_id=None, max_thinking_tokens=None,
+                 end_think_token_id=None, step_ratio=None):
         assert self.config.dlm_paradigm == "bidirectional", "set up for training"
+        assert max_new_tokens % block_length == 0
+        assert steps % (max_new_tokens // block_length) == 0
         return torch.cat([prompt_ids, torch.full((1, max_new_tokens), 9)], 1), 5
 
     @torch.no_grad()

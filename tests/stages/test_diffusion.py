@@ -57,7 +57,9 @@ def test_from_prompts_to_the_registry(tmp_path, monkeypatch, mlflow_store, recip
     block = asked.train.hybrid.block_size if asked.train.mode == "hybrid" else None
     assert model.note == Note(asked.train.mode, model.mask_token_id, block)
     found = evaluate.run(asked, tmp_path)
-    assert found["nelbo"] > 0 and found["nelbo_se"] >= 0
+    assert found["nelbo"] > 0 and found["nelbo_se"] > 0
+    assert found["score"] == (found["words_exact"] if recipe == "tiny-mdlm" else -found["nelbo"])
+    assert found["prompts_too_long"] == 0 and found["answers_right"] is None  # of pages, only words are known
     ways = [(steps, None) for steps in asked.evaluate.diffusion.steps]
     ways += [(None, threshold) for threshold in asked.evaluate.diffusion.thresholds]
     ways += [(None, None)] * 2 if asked.train.mode == "hybrid" else []  # ar and self-spec

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dllm.errors import ConfigError, ModelError
+from dllm.harness.generation_arguments import put_before
 from dllm.verbs import lm_eval
 from tests.harness.local_tasks import HYBRID, of_one_word, write_task
 from tests.models import remote_code
@@ -102,6 +103,49 @@ def test_gen_goes_before_the_task_and_shots_and_chats_are_taken(tasks, checkpoin
     )  # fmt: skip
     assert figures(found) == {("twice", "exact_match"): 0.0}
     assert found["results"][0]["shots"] == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "named", "merged"),
+    [
+        ({"max_gen_toks": 8, "until": ["x"]}, {"max_new_tokens": 32}, {"max_new_tokens": 32, "until": ["x"]}),
+        ({"max_gen_toks": 8}, {"max_gen_toks": 4}, {"max_gen_toks": 4}),
+        ({"do_sample": False, "top_p": 0.9}, {"temperature": 0.8}, {"temperature": 0.8, "top_p": 0.9}),
+        ({"do_sample": False}, {"temperature": 0.8, "do_sample": True}, {"temperature": 0.8, "do_sample": True}),
+        ({"steps": 8}, {"seed": 3}, {"steps": 8, "seed": 3}),
+    ],
+)
+def test_gen_goes_before_other_names_for_the_same_thing(own, named, merged) -> None:
+    assert put_before(own, named) == merged
+
+
+@pytest.mark.parametrize("check", [None, True, False])
+def test_whether_an_answer_is_greedy_is_found_out_where_a_task_asks(checkpoints, tmp_path, check, capsys) -> None:
+    """Else the accuracy would read 0, and no model's."""
+    last = {"output_type": "loglikelihood", **ADDS}
+    write_task(tmp_path, "last", [{"question": "What is in the sea?", "answer": " water"}], **last)
+    found = figures(run(tmp_path, checkpoints / "wet", "last", check_greedy=check, capsys=capsys))
+    assert found["last", "acc"] == (None if check is False else 1.0)
+    assert found["last", "perplexity"] is not None
+
+
+def test_a_task_that_cannot_be_run_is_one_line(tasks, checkpoints, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot run sea: ValueError: Sample larger than population.*mend"):
+        run(tasks, checkpoints / "wet", "sea", num_fewshot=20)
+    write_task(tmp_path, "null", [{"question": None, "answer": "x"}], doc_to_text="question", doc_to_target="answer",
+               output_type="loglikelihood")  # fmt: skip
+    with pytest.raises(ConfigError, match="cannot run null: "):
+        run(tmp_path, checkpoints / "wet", "null")
+
+
+def test_what_the_model_writes_is_run_only_where_that_was_confirmed(checkpoints, tmp_path, capsys) -> None:
+    write_task(tmp_path, "code", [{"question": "q", "answer": "x"}], **ADDS, output_type="generate_until",
+               generation_kwargs={"until": ["\n"], "max_gen_toks": 2}, unsafe_code=True,
+               metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}])  # fmt: skip
+    with pytest.raises(ConfigError, match=r"cannot run code: .*--confirm-run-unsafe-code"):
+        run(tmp_path, checkpoints / "wet", "code")
+    found = run(tmp_path, checkpoints / "wet", "code", confirm_run_unsafe_code=True, capsys=capsys)
+    assert figures(found) == {("code", "exact_match"): 0.0}
 
 
 def test_the_table_says_what_the_likelihoods_are(tasks, checkpoints, capsys) -> None:
