@@ -68,7 +68,7 @@ def generate(
         DataError: there is no prompt.
     """
     from dllm.models.bidirectional import read_note
-    from dllm.models.remote import kind_at
+    from dllm.models.remote import kind_at, needs_its_code
 
     prompts = [*prompts, *(read_prompts(batch_file) if batch_file is not None else [])]
     if not prompts:
@@ -106,7 +106,7 @@ def generate(
     _check_model(folder, mode, sampler, wishes, target)
     if wishes.infill and max_new_tokens is not None:
         raise ConfigError("--infill has no use for --max-new-tokens", hint="[MASK:n] says how many; leave it out")
-    if kind is not None and not trust_remote_code:
+    if needs_its_code(folder) and not trust_remote_code:
         raise ConfigError(
             "this model runs code of its own", where=str(folder), hint="read it, then give --trust-remote-code"
         )

@@ -306,6 +306,8 @@ def load_bidirectional(
     tokenizer = targets.load_tokenizer(target)
     model = targets.load_target(target, dtype, device, values)
     wanted = note.mask_token_id if note is not None else mask_token_id
+    if wanted is None and kind is None and (published := remote.kind_at(path)) is not None:
+        wanted = published.mask_token_id_in(path)  # LLaDA, read as a Llama
     found = BidirectionalLM(model, tokenizer, settle_mask_token(model, tokenizer, wanted, _eos_ids(model, tokenizer)))
     found.note = note or found.note
     if paired is not None and found.lays_out_pairs:
@@ -355,7 +357,7 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
     """Collect the ids that end an answer; a model without a chat template still has those of its configs."""
     found: set[int] = set()
     try:
-        found = stop_ids(tokenizer, model.generation_config)
+        found = stop_ids(tokenizer, getattr(model, "generation_config", None))
     except DataError:
         if tokenizer.eos_token_id is not None:
             found.add(int(tokenizer.eos_token_id))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dllm.data.chat import framing_ids
 from dllm.errors import ConfigError
+from dllm.models.quiet import without_warnings
 from dllm.models.remote import KINDS
 
 if TYPE_CHECKING:
@@ -54,14 +55,8 @@ def settle_mask_token(
 
 def _add_row(model: PreTrainedModel, rows: int) -> None:
     """Draw a row like the others, without the remark that transformers makes of it."""
-    from transformers.utils import logging
-
-    told = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
+    with without_warnings():
         model.resize_token_embeddings(rows, mean_resizing=True)
-    finally:
-        logging.set_verbosity(told)
 
 
 def _choose(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, explicit: int | None) -> int | None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm.errors import ModelError
+from dllm.models.llada import is_llada
 from dllm.sharding import is_sharded, most
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ class Kind:
     masks: Literal["none", "additive", "own"]
     """What its forward pass accepts: no mask that can be relied on; a 4-dimensional one that is added to scores; none,
     for it sets its own, and lays out noisy and clean text itself."""
+
+    def mask_token_id_in(self, directory: Path) -> int:
+        """Return the mask id that a checkpoint's config names, else the family's."""
+        return int(json.loads((directory / "config.json").read_text()).get("mask_token_id") or self.mask_token_id)
 
 
 KINDS = {
@@ -60,6 +65,11 @@ def kind_at(directory: Path) -> Kind | None:
         return KINDS.get(json.loads((directory / "config.json").read_text()).get("model_type"))
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def needs_its_code(directory: Path) -> bool:
+    """Tell whether a published model runs by code of its own alone; LLaDA runs as a Llama too."""
+    return kind_at(directory) is not None and not is_llada(directory)
 
 
 PAIRED = ("block_diff", "sbd_block_diff")

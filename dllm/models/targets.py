@@ -18,6 +18,7 @@ from dllm.config import Target
 from dllm.data import chat
 from dllm.errors import ConfigError, ModelError
 from dllm.models import builtin
+from dllm.models.quiet import without_warnings
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +109,8 @@ def load_tokenizer(target: Target) -> PreTrainedTokenizerBase:
 
     path = locate(target)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=target.trust_remote_code)
+        with without_warnings():  # of a config whose model has code of its own
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=target.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read the tokenizer: {_first_line(error)}", where=str(path)) from None
 
@@ -133,7 +135,7 @@ def load_target(
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     from transformers.utils import logging
 
-    from dllm.models import older_code
+    from dllm.models import llada, older_code
 
     logging.disable_progress_bar()  # its bars would cut through a stage's own
     path = locate(target)
@@ -152,6 +154,9 @@ def load_target(
                 for name, value in values.items():
                     setattr(config, name, value)
                 asked["config"] = config
+        if not target.trust_remote_code and llada.is_llada(path):
+            model, report = llada.load(path, asked["dtype"])
+            return _ready(model, report, path, device)
         kind = next((name for name in ("AutoModelForCausalLM", "AutoModel") if name in own), None)
         if kind is not None:
             older_code.prepare(own[kind], path)
@@ -169,10 +174,15 @@ def load_target(
         raise ModelError(
             f"the model's own code fails with transformers {transformers.__version__} ({told})", where=str(path)
         ) from error
+    return _ready(model, report, path, device)
+
+
+def _ready(model: Any, report: Mapping[str, Any], path: Path, device: torch.device | str | None) -> PreTrainedModel:
     if missing := sorted(report["missing_keys"]):  # transformers would draw them at random
         raise ModelError(f"the target lacks {len(missing)} tensors, {missing[0]} among them", where=str(path))
     place: Any = best_device() if device is None else device
-    return model.to(place).eval().requires_grad_(False)
+    ready: PreTrainedModel = model.to(place).eval().requires_grad_(False)
+    return ready
 
 
 def best_device() -> torch.device:
@@ -234,7 +244,7 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
     Raises:
         DataError: the tokenizer has no chat template that renders an assistant turn.
     """
-    found = chat.stop_ids(tokenizer, model.generation_config)
+    found = chat.stop_ids(tokenizer, getattr(model, "generation_config", None))
     ids = model.config.get_text_config().eos_token_id
     return found if ids is None else found | {ids} if isinstance(ids, int) else found | set(ids)
 

@@ -115,7 +115,7 @@ def _model(
     from dllm.harness.models import CausalScores, DiffusionScores
     from dllm.models import checkpoints, targets
     from dllm.models.bidirectional import BidirectionalLM, load_bidirectional, read_note
-    from dllm.models.remote import kind_at
+    from dllm.models.remote import kind_at, needs_its_code
 
     target = Target(model=str(folder), trust_remote_code=trust_remote_code)
     # On a processor bfloat16 is no faster, and near ties would fall differently from batch to batch.
@@ -128,7 +128,7 @@ def _model(
             raise ConfigError(f"sampler {sampler} is for diffusion models", where=str(folder))
         model = targets.load_target(target, dtype, device)
         return CausalScores(model, targets.load_tokenizer(target), batch_size=batch_size)
-    if kind is not None and not trust_remote_code:
+    if needs_its_code(folder) and not trust_remote_code:
         raise ConfigError(
             "this model runs code of its own", where=str(folder), hint="read it, then give --trust-remote-code"
         )
