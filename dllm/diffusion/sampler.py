@@ -69,9 +69,9 @@ def sample(
     canvas = for_answers(
         prompts, settings.max_new_tokens, block_size, model.mask_token_id, origin, model.prompt_blocks, device
     )
-    answers = _Loop(model, canvas, settings, context, row_generators(prompts, settings.seed, copies), watch).run(
-        block_size
-    )
+    answers = _Loop(
+        model, canvas, settings, context, row_generators(prompts, settings.seed, copies, device), watch
+    ).run(block_size)
     return [trimmed(answer, model.eos_ids) for answer in answers]
 
 
@@ -98,7 +98,7 @@ def fill(
         )
     settings.check_cache("full")
     canvas = for_filling(texts, settings.block_size, model.mask_token_id, model.head_VD.device)
-    generators = row_generators(texts, settings.seed, copies)
+    generators = row_generators(texts, settings.seed, copies, model.head_VD.device)
     loop = _Loop(model, canvas, settings, "full", generators, watch, stop=False)
     return loop.run(settings.block_size or canvas.width)
 

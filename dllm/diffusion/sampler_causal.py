@@ -139,7 +139,7 @@ def _each(
     check_prompts(model, prompts, masks=False)
     if settings.cfg_scale:
         raise ConfigError("this sampler has no guidance", hint="leave --cfg-scale at 0, or take sampler llada")
-    generators = row_generators(prompts, settings.seed, copies)
+    generators = row_generators(prompts, settings.seed, copies, model.head_VD.device)
     size = settings.block_size or model.note.block_size or 32
     answers = []
     for number, (prompt, generator) in enumerate(zip(prompts, generators, strict=True)):

@@ -27,15 +27,20 @@ def copies_of(prompts: Sequence[Sequence[int]]) -> list[int]:
 
 
 def row_generators(
-    prompts: Sequence[Sequence[int]], seed: int, copies: Sequence[int] | None = None
+    prompts: Sequence[Sequence[int]],
+    seed: int,
+    copies: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
 ) -> list[torch.Generator]:
     """Give each prompt random numbers of its own, whatever shares its batch; equal prompts get different ones.
+
+    They are drawn on the model's device, since there is one a token of the vocabulary: a GPU's are not a processor's.
 
     Args:
         copies: as `copies_of` numbers them over all batches; by default over these prompts alone.
     """
     pairs = zip(map(tuple, prompts), copies or copies_of(prompts), strict=True)
-    return [torch.Generator().manual_seed(derive_seed(seed, "sampler", *pair)) for pair in pairs]
+    return [torch.Generator(device).manual_seed(derive_seed(seed, "sampler", *pair)) for pair in pairs]
 
 
 def propose(
@@ -75,17 +80,23 @@ def propose(
     if remasking == "margin":
         top_M2 = log_MV.topk(2, -1).values.exp()
         return token_M, top_M2[:, 0] - top_M2[:, 1]
-    drawn = [torch.rand(n, generator=generator) for n, generator in zip(counts, generators, strict=True)]
-    return token_M, torch.cat(drawn).to(logits_MV.device)
+    return token_M, _uniform(counts, (), generators, torch.float32)
 
 
 def _gumbel(logits_MV: Tensor, counts: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    u_MV = _uniform(counts, logits_MV.shape[1:], generators, torch.float64).clamp_min(1e-300)  # 0: an infinite wish
+    return -torch.log(-torch.log(u_MV))
+
+
+def _uniform(
+    counts: Sequence[int], shape: Sequence[int], generators: Sequence[torch.Generator], dtype: torch.dtype
+) -> Tensor:
+    """Draw each row's numbers by its own generator. Shapes: returns (M, *shape)."""
     drawn = [
-        torch.rand(n, logits_MV.shape[1], generator=generator, dtype=torch.float64)
+        torch.rand(n, *shape, generator=generator, dtype=dtype, device=generator.device)
         for n, generator in zip(counts, generators, strict=True)
     ]
-    u_MV = torch.cat(drawn).clamp_min(1e-300).to(logits_MV.device)  # 0 would be an infinite wish
-    return -torch.log(-torch.log(u_MV))
+    return torch.cat(drawn)
 
 
 def _nucleus(logits_MV: Tensor, top_p: float) -> Tensor:
