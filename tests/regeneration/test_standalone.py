@@ -123,6 +123,7 @@ def test_a_changed_flag_starts_anew_and_the_old_result_stays_until_then(
         assert content(output) == old
         verify.verify(output)
         server.always = None
+        server.settle()
         asked = len(server.bodies)
         code, _, err = call(*changed, "--concurrency", 3, capsys=capsys)
         assert code == 0 and len(server.bodies) - asked == TURNS

@@ -81,6 +81,15 @@ class LoopbackServer(ThreadingHTTPServer):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
+    def settle(self) -> None:
+        """Wait until everything is read that clients have sent before they hung up."""
+        end = time.monotonic() + 20
+        since, seen = time.monotonic(), len(self.bodies)
+        while time.monotonic() < min(end, since + 0.3):
+            time.sleep(0.02)
+            if self._connections or len(self.bodies) != seen:
+                since, seen = time.monotonic(), len(self.bodies)
+
     def process_request(self, request: Any, client_address: Any) -> None:
         self._connections.add(request)
         super().process_request(request, client_address)

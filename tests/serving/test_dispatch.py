@@ -122,7 +122,7 @@ def test_an_abandoned_generator_leaves_nothing_running(server, tokenizer) -> Non
     stream = engine(server.url, tokenizer, concurrency=4).answer(ListFeed(requests(40)))
     next(stream)
     stream.close()
-    time.sleep(0.3)  # the server may still read what was sent
+    server.settle()
     asked = len(server.bodies)
     assert asked <= 12
     time.sleep(0.3)

@@ -136,6 +136,7 @@ def test_killed_and_run_again_it_asks_for_the_rest_only(
         assert code == (-9 if signum == signal.SIGKILL else 143)
         assert not (root / "out/regenerate").exists()
         server.reply = echo
+        server.settle()
         before = len(server.bodies)
         metrics = regenerate.run(asked, root)
         assert metrics["asked"] == len(server.bodies) - before <= PROMPTS - 16
