@@ -165,7 +165,7 @@ def _ways_table(ways: list[dict[str, Any]]) -> "Table":
     columns = {
         "words_exact": ("words", 3),
         "answers_exact": ("answers", 3),
-        "answers_right": ("right", 3),
+        "answers_right": ("final answer", 3),
         "tokens_per_pass": ("tokens a pass", 2),
         "tokens_per_s": ("tokens/s", 1),
     }

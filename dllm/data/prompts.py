@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dllm.config import Prepare, Source
 from dllm.data import sources
 from dllm.data.columns import chat_fields, from_columns, to_columns
+from dllm.data.references import as_reference
 from dllm.data.turns import Message, Tools, Unusable, given_answer, to_chat
 from dllm.data.whole_file import write_whole
 from dllm.errors import DataError
@@ -114,7 +115,7 @@ def _collect_one(
         id = prompt_id(*asked)
         duplicates += id in found or id in others
         if id not in others:
-            found.setdefault(id, (*asked, given, _reference(reference, where)))
+            found.setdefault(id, (*asked, given, as_reference(reference)))
     ids = sorted(found)[: source.limit]
     name = sources.label(source)
     own = {id: Prompt(id, name, split_of(id, fraction), *found[id]) for id in ids}
@@ -128,12 +129,6 @@ def _collect_one(
         "over_limit": len(found) - len(ids),
     }
     return own, tally
-
-
-def _reference(value: Any, where: str) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, str | int | float | None):
-        raise DataError(f"the reference is a text or a number, not {type(value).__name__}", where=where)
-    return None if value is None else str(value)
 
 
 def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

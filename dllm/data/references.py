@@ -23,6 +23,11 @@ def gsm8k_reference(row: Mapping[str, Any]) -> str:
     return str(row["answer"]).rsplit("####", 1)[-1].strip()
 
 
+def as_reference(value: Any) -> str | None:
+    """Return a row's text or number; none where its column holds something else, which was not meant for us."""
+    return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+
+
 def is_right(text: str, reference: str) -> bool:
     """Tell whether a text comes to the reference: by its last number, else by its last line.
 

@@ -148,7 +148,6 @@ class _Loop:
         if settings.cfg_scale:
             self.passes.append(Passes(model, canvas, context, settings.cache))
         self.answers = [Answer() for _ in canvas.row_of_B]
-        self.steps_of_prompt: dict[int, int] = {}  # those of each block
         # Where answers begin; for texts with masks inside, where the text does.
         fixed_BK = canvas.given_BK if stop else torch.zeros_like(canvas.given_BK)
         self.offset = [int((~fixed_BK[row] & canvas.valid_BK[row]).long().argmax()) for row in canvas.row_of_B]
@@ -160,8 +159,8 @@ class _Loop:
         ]
         # A row's steps are shared out among the blocks that it writes in: a longer neighbour may have more of them.
         written_BN = torch.stack([self._own(begin, end).any(1) for begin, end in blocks], 1)
-        for number, blocks_of_row in enumerate(written_BN.sum(1).clamp_min(1).tolist()):
-            self.steps_of_prompt[number] = -(-(self.settings.steps or 1 << 60) // blocks_of_row)
+        shares = written_BN.sum(1).clamp_min(1).tolist()
+        self.steps_of_block = [-(-(self.settings.steps or 1 << 60) // share) for share in shares]  # by prompt
         for begin, end in blocks:
             self._block(begin, end)
             self._dismiss(end == self.canvas.width, end)
@@ -176,7 +175,7 @@ class _Loop:
         if editing is not None and editing >= 1:  # no probability is above it
             editing = None
         plans = [
-            schedule.plan(masks, self.steps_of_prompt[number], self.settings.schedule)
+            schedule.plan(masks, self.steps_of_block[number], self.settings.schedule)
             for number, masks in zip(self.canvas.row_of_B, masked_BC.sum(1).tolist(), strict=True)
         ]
         for passes in self.passes:

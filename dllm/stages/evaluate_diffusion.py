@@ -133,8 +133,10 @@ def _prompts(rows: Sequence[Row], asked: Evaluate, longest: int) -> tuple[list[R
     """Take the first prompts of each source, each once, and count those that leave no room to answer."""
     found, too_long = [], 0
     for own in _by_source(rows):
-        once = list({(row.prompt_id, row.turn): row for row in reversed(own)}.values())[::-1]
-        fitting = [row for row in once if len(row.prompt_ids) + asked.max_new_tokens <= longest]
+        once: dict[tuple[str, int], Row] = {}
+        for row in own:
+            once.setdefault((row.prompt_id, row.turn), row)
+        fitting = [row for row in once.values() if len(row.prompt_ids) + asked.max_new_tokens <= longest]
         too_long += len(once) - len(fitting)
         found += fitting[: asked.num_prompts]
     if not found:

@@ -30,6 +30,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         table = stage.work / prompts.FILE
         prompts.write_prompts(found, table)
         known = {prompt.id: prompt.reference for prompt in found if prompt.reference is not None}
+        counts["references"] = len(known)
         references.write_references(known, stage.work / references.FILE)
         stage.publish({file.name: file for file in (table, stage.work / references.FILE)}, counts)
     for name, tally in counts["sources"].items():
