@@ -24,13 +24,14 @@ from typing import Any
 import torch
 import yaml
 
-from dllm import config, recipe_book
-from dllm.data.chat import prompt_ids
-from dllm.data.prompts import HELDOUT, collect
-from dllm.data.shards import Row
-from dllm.diffusion.answering import Written, figures, write_answers
-from dllm.diffusion.sampler_settings import Settings
-from dllm.models.bidirectional import BidirectionalLM
+from dllm.config import recipe_book
+from dllm.config.load import parse_params
+from dllm.decoding.settings import Settings
+from dllm.methods.diffusion.responses import Written, figures, write_answers
+from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.prompts.table import HELDOUT, collect
+from dllm.prompts.template import prompt_ids
+from dllm.responses.shards import Row
 
 RECIPE, SAMPLER, NEW_TOKENS, POINT = "tiny-mdlm", "llada", 256, 0.01
 PLAIN = Settings(max_new_tokens=NEW_TOKENS)
@@ -39,7 +40,7 @@ CACHES, BLOCKS, THRESHOLDS = ("dual", "prefix"), (32, 64, 256), (0.5, 0.7, 0.9, 
 
 def heldout_rows(model: BidirectionalLM) -> list[Row]:
     """Return the pages that no training run of the recipe sees, in order of id."""
-    asked = config.parse(yaml.safe_load(recipe_book.text(RECIPE))).prepare
+    asked = parse_params(yaml.safe_load(recipe_book.text(RECIPE))).prepare
     found = []
     for prompt in collect(asked, Path())[0]:
         if prompt.split == HELDOUT:

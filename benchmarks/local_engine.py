@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from dllm.config import Prepare, Source, Target
-from dllm.data import chat, prompts
+from dllm.config.params import Prepare, Source, Target
+from dllm.engines.engine import ListFeed, Request, Response
+from dllm.engines.local import LocalEngine
 from dllm.models import targets
-from dllm.serving.engine import Answer, ListFeed, Request
-from dllm.serving.local import LocalEngine
+from dllm.prompts import table as prompts
+from dllm.prompts import template as chat
 
 TARGET = Target(model="builtin:smollm2-135m-instruct")
 PROMPTS, NEW_TOKENS, BATCH, SLOTS, ROUNDS = 256, 64, 16, 128, 3
@@ -32,7 +33,7 @@ Ids = dict[str, tuple[int, ...]]
 def ours(model: Any, tokenizer: Any, stops: set[int], requests: Sequence[Request]) -> Ids:
     """Decode with continuous refill."""
     engine = LocalEngine(model, tokenizer, stops, SLOTS)
-    return {a.key: a.token_ids for a in engine.answer(ListFeed(requests)) if isinstance(a, Answer)}
+    return {a.key: a.token_ids for a in engine.answer(ListFeed(requests)) if isinstance(a, Response)}
 
 
 def theirs(model: Any, tokenizer: Any, stops: set[int], requests: Sequence[Request]) -> Ids:

@@ -26,15 +26,18 @@ from typing import Any
 import torch
 import yaml
 
-from dllm import config, recipe_book
-from dllm.data import chat, sources
-from dllm.data.collate import Example, collate
-from dllm.data.readers import json_lines
-from dllm.diffusion.initial import initial_model
-from dllm.diffusion.strategy import DiffusionStrategy
+from dllm.config import recipe_book
+from dllm.config.load import parse_params
+from dllm.config.params import Params, Source
+from dllm.methods.diffusion.build import initial_model
+from dllm.methods.diffusion.strategy import DiffusionStrategy
 from dllm.models import targets
-from dllm.tracking import NullTracker
-from dllm.training.distribution import Ranks
+from dllm.prompts import sources
+from dllm.prompts import template as chat
+from dllm.prompts.readers import json_lines
+from dllm.tracking.runs import NullTracker
+from dllm.training.batches import Example, collate
+from dllm.training.distributed import Ranks
 from dllm.training.interrupt import Interrupt
 from dllm.training.loop import Loop
 from dllm.training.optimizer import Optimizers
@@ -47,18 +50,18 @@ ARMS = ("mdlm", "causal")
 Step = Callable[[], object]
 
 
-def settings_of(batch: int) -> config.Params:
+def settings_of(batch: int) -> Params:
     """Take the recipe with that batch, and without end tokens that the plain step would not train on."""
     raw = yaml.safe_load(recipe_book.text(RECIPE))
     raw["train"] |= {"batch_size": batch, "grad_accumulation": 1}
     raw["train"]["mdlm"]["eos_padding"] = 0
-    return config.parse(raw)
+    return parse_params(raw)
 
 
-def gsm8k(params: config.Params) -> list[Example]:
+def gsm8k(params: Params) -> list[Example]:
     """Return questions with the answers that the data give."""
     tokenizer = targets.load_tokenizer(params.target)
-    (file,) = sources.files(config.Source(name="gsm8k"), Path())
+    (file,) = sources.files(Source(name="gsm8k"), Path())
     found = []
     for where, record in json_lines(file):
         asked = [{"role": "user", "content": record["question"]}]
@@ -70,7 +73,7 @@ def gsm8k(params: config.Params) -> list[Example]:
     return found
 
 
-def mdlm(params: config.Params, examples: list[Example], work: Path) -> Step:
+def mdlm(params: Params, examples: list[Example], work: Path) -> Step:
     """Return a step of dllm's loop."""
     model = initial_model(params.target, params.train, "cpu")
     strategy = DiffusionStrategy(model, {"train": examples, "heldout": []}, params.train)
@@ -79,7 +82,7 @@ def mdlm(params: config.Params, examples: list[Example], work: Path) -> Step:
     return lambda: loop._step(interrupt)
 
 
-def causal(params: config.Params, examples: list[Example], order: Order) -> Step:
+def causal(params: Params, examples: list[Example], order: Order) -> Step:
     """Return a step as a plain script takes it."""
     from transformers import AutoModelForCausalLM
 
@@ -103,13 +106,13 @@ def causal(params: config.Params, examples: list[Example], order: Order) -> Step
     return step
 
 
-def order_of(params: config.Params, examples: list[Example]) -> Order:
+def order_of(params: Params, examples: list[Example]) -> Order:
     """Return the loop's order of these rows."""
     rows = Rows([example.id for example in examples], [len(example) for example in examples])
     return Order(rows, params.train.batch_size, params.train.seed)
 
 
-def arm_of(name: str, params: config.Params, examples: list[Example], work: Path) -> Step:
+def arm_of(name: str, params: Params, examples: list[Example], work: Path) -> Step:
     """Build one arm by its name."""
     if name == "mdlm":
         return mdlm(params, examples, work)

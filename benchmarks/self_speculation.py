@@ -26,15 +26,16 @@ from typing import Any
 import torch
 import yaml
 
-from dllm import config, recipe_book
-from dllm.data.chat import prompt_ids
-from dllm.data.prompts import HELDOUT, collect
-from dllm.diffusion.sampler import Answer, sample
-from dllm.diffusion.sampler_causal import decode_causally, speculate_on_itself
-from dllm.diffusion.sampler_settings import Settings
-from dllm.models.bidirectional import BidirectionalLM
+from dllm.config import recipe_book
+from dllm.config.load import parse_params
+from dllm.decoding.causal import decode_causally, speculate_on_itself
+from dllm.decoding.settings import Settings
+from dllm.decoding.unmasking import Generation, sample
+from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.prompts.table import HELDOUT, collect
+from dllm.prompts.template import prompt_ids
 
-Decode = Callable[[BidirectionalLM, Sequence[Sequence[int]], Settings], list[Answer]]
+Decode = Callable[[BidirectionalLM, Sequence[Sequence[int]], Settings], list[Generation]]
 THRESHOLD = 0.9
 PAIRS = (("cached", "uncached"), ("self-spec", "ar"))
 """What is compared: the first's rate over the second's, at the second's ids."""
@@ -42,7 +43,7 @@ PAIRS = (("cached", "uncached"), ("self-spec", "ar"))
 
 def heldout(recipe: str, model: BidirectionalLM, number: int) -> list[list[int]]:
     """Return held-out prompts of a recipe as ids, the first in order of id."""
-    asked = config.parse(yaml.safe_load(recipe_book.text(recipe))).prepare
+    asked = parse_params(yaml.safe_load(recipe_book.text(recipe))).prepare
     found = [prompt for prompt in collect(asked, Path())[0] if prompt.split == HELDOUT]
     return [prompt_ids(model.tokenizer, prompt.messages) for prompt in found[:number]]
 
@@ -60,7 +61,7 @@ def ways(model: BidirectionalLM, new_tokens: int) -> dict[str, tuple[Decode, Set
 
 
 def timed(model: BidirectionalLM, decode: Decode, settings: Settings, prompts: Sequence[list[int]]) -> dict[str, Any]:
-    """Answer the prompts one at a time. Units: tokens a second, and tokens a pass of the model."""
+    """Generate from the prompts one at a time. Units: tokens a second, and tokens a pass of the model."""
     began = time.perf_counter()
     answers = [decode(model, [prompt], settings)[0] for prompt in prompts]
     seconds = time.perf_counter() - began

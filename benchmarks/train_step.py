@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dllm.dflash.anchors import draw_anchors
-from dllm.dflash.objective import Batch, dflash_terms
-from dllm.models.draft import DFlashDraft
-from dllm.models.draft_config import DraftConfig
+from dllm.methods.dflash.anchors import draw_anchors
+from dllm.methods.dflash.objective import Batch, dflash_terms
+from dllm.models.drafts.config import DraftConfig
+from dllm.models.drafts.dflash import DFlashDraft
 
 BATCH, LENGTH, ANCHORS, BLOCK, LAYERS, PROMPT, GAMMA = 8, 240, 48, 8, 2, 92, 4.0
 CONFIG = DraftConfig(

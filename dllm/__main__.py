@@ -17,8 +17,8 @@ from typing import NoReturn
 
 import typer
 
-from dllm import process
 from dllm.errors import DllmError, StageError
+from dllm.process import children as process
 
 PACKAGE = Path(__file__).parent
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(arguments: list[str], is_debug: bool) -> int:
-    from dllm.cli import app
+    from dllm.cli.app import app
 
     try:
         # Not app(): that would put typer's own excepthook in place of ours.

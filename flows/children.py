@@ -21,9 +21,9 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 
-from dllm import process
 from dllm.errors import ServerError, StageError
-from dllm.stages import contract
+from dllm.process import children as process
+from dllm.stages import workspace as contract
 from flows.artifacts import ProgressBar
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ import sys
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from dllm.stages import contract
+from dllm.stages import workspace as contract
 from flows import artifacts
 from flows.children import ROOT, WHEN_A_SERVER_IS_BACK, gpu_slot, reproduce, run_verb
 

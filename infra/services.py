@@ -20,9 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from dllm import process
 from dllm.errors import DllmError, ServerError, StageError
-from dllm.tracking import is_local, tracking_uri
+from dllm.process import children as process
+from dllm.tracking.runs import is_local, tracking_uri
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"

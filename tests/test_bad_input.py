@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from dllm import __main__ as command
-from dllm import config, recipe_book
-from dllm.stages.contract import digest
+from dllm.config import recipe_book
+from dllm.config.load import load_params
+from dllm.stages.workspace import digest
 
 STAGES = ("prepare", "regenerate", "train", "evaluate")
 
@@ -24,7 +25,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("finished")
     recipe_book.activate("tiny-dflash", root / "params.yaml")
-    params = config.load(root / "params.yaml", ["train.epochs=1"])
+    params = load_params(root / "params.yaml", ["train.epochs=1"])
     for stage in (prepare, regenerate, train):
         stage.run(params, root)
     return root

@@ -14,8 +14,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from dllm.data.whole_file import whole_folder
 from dllm.errors import ModelError
+from dllm.files import atomic_folder
 from dllm.models import gguf_llama, tiny
 
 PREFIX = "builtin:"
@@ -63,7 +63,7 @@ def directory(model: str) -> Path:
 
 
 def _make_whole(make: Callable[[Path], None], place: Path) -> None:
-    with whole_folder(place) as aside:
+    with atomic_folder(place) as aside:
         make(aside)
         weights = (aside / "model.safetensors").read_bytes()
         (aside / DIGEST_FILE).write_text(hashlib.sha256(weights).hexdigest() + "\n")

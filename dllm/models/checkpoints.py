@@ -23,7 +23,7 @@ def resolve(name: str | Path, root: Path) -> Path:
 
     Tried in this order: a directory that is a checkpoint (an export or a training step), a stage's output (its
     `checkpoint/`), a project's folder (its `out/train/checkpoint/`), a step of NeMo AutoModel (its `consolidated/`), a
-    run's top directory (its best step, else its latest), a Hugging Face id. Registered models are `dllm.registry`'s.
+    run's top directory (its best step, else its latest), a Hugging Face id.
 
     Args:
         name: what was typed; relative paths start at the current directory, else at `root`.

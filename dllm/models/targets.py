@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm.config import Target
-from dllm.data import chat
+from dllm.config.params import Target
 from dllm.errors import ConfigError, ModelError
 from dllm.models import builtin
 from dllm.models.quiet import without_warnings
+from dllm.prompts import template as chat
 
 if TYPE_CHECKING:
     import torch
@@ -135,7 +135,7 @@ def load_target(
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     from transformers.utils import logging
 
-    from dllm.models import llada, older_code
+    from dllm.models.diffusion import llada, older_code
 
     logging.disable_progress_bar()  # its bars would cut through a stage's own
     path = locate(target)

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dllm.config import Params
-from dllm.data import chat
+from dllm.config.params import Params
+from dllm.engines.engine import Engine
 from dllm.models import targets
-from dllm.serving.engine import Engine
+from dllm.prompts import template as chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,26 +33,26 @@ def opened(
     """
     settings = params.regenerate
     if settings.engine == "given":
-        from dllm.data.prompts import read_prompts
-        from dllm.serving.given import GivenEngine
+        from dllm.engines.dataset import GivenEngine
+        from dllm.prompts.table import read_prompts
 
         yield GivenEngine(read_prompts(root / "out" / "prepare"), tokenizer, params.target.enable_thinking)
         return
     if settings.engine == "local":
-        from dllm.serving.local import LocalEngine
+        from dllm.engines.local import LocalEngine
 
         model = targets.load_target(params.target)
         stops = targets.stop_ids(model, tokenizer) | chat.stop_ids(tokenizer, model.generation_config)
         yield LocalEngine(model, tokenizer, stops, settings.batch_size)
         return
-    from dllm.serving import servers as addresses
-    from dllm.serving.openai_engine import OpenAIEngine
+    from dllm.engines.openai import servers as addresses
+    from dllm.engines.openai.engine import OpenAIEngine
 
     if settings.engine == "openai":
         urls = addresses.server_urls(settings.servers) if servers is None else list(servers)
         yield OpenAIEngine(urls, settings, params.target, tokenizer)
         return
-    from dllm.serving import sglang
+    from dllm.engines import sglang
 
     with sglang.served(params, root) as url:
         named = settings.model_copy(update={"served_model": sglang.served_name(params)})

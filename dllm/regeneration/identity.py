@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dllm.config import Regenerate, Sglang, Target
-from dllm.data import chat
+from dllm.config.params import Regenerate, Sglang, Target
 from dllm.models import targets
+from dllm.prompts import template as chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,12 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dllm.data import shards
-from dllm.data.whole_file import link_whole, write_whole
-from dllm.data.workplace import LOCK, own
 from dllm.errors import StageError
-from dllm.regeneration import answering
-from dllm.regeneration.answering import Answered
+from dllm.files import LOCK, atomic_link, atomic_write, lock_folder
+from dllm.regeneration import core as answering
+from dllm.regeneration.core import Answered
+from dllm.responses import shards
 
 WORK = ".work"
 PUBLISHED = "published"
@@ -37,12 +36,12 @@ def claimed(folder: Path, resume: bool) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise StageError("not a folder", where=str(folder), hint="name another --output-dir")
     if (folder / LOCK).exists():  # its owner's complaint comes before ours
-        with own(folder):
+        with lock_folder(folder):
             _check_free(folder, resume)
     elif folder.exists():
         _check_free(folder, resume)
     folder.mkdir(parents=True, exist_ok=True)
-    with own(folder):
+    with lock_folder(folder):
         _check_free(folder, resume)
         yield
 
@@ -94,7 +93,7 @@ class Session:
     def save(self) -> None:
         """Write it down."""
         noted = {"started": self.started, "seconds": self.seconds, "mlflow_run_id": self.mlflow_run_id}
-        write_whole(self._path, json.dumps(noted).encode())
+        atomic_write(self._path, json.dumps(noted).encode())
 
 
 def published(folder: Path, fingerprint: str, answered: Answered) -> dict[str, Any] | None:
@@ -120,8 +119,8 @@ def publish(folder: Path, work: Path, answered: Answered, manifest: dict[str, An
         if old.name not in names:
             old.unlink()
     for name in sorted(names):
-        link_whole(answered.store.folder / name, folder / name)
-    write_whole(folder / shards.REJECTED, answering.rejections(answered))
+        atomic_link(answered.store.folder / name, folder / name)
+    atomic_write(folder / shards.REJECTED, answering.rejections(answered))
     shards.write_manifest(folder, manifest)
     (work / PUBLISHED).touch()
     answering.forget_others(answered)

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from dllm.config import Regenerate, Target
-from dllm.data import chat, flags
-from dllm.data.prompts import Prompt
-from dllm.data.shards import Row
-from dllm.data.turns import Message
+from dllm.config.params import Regenerate, Target
+from dllm.engines.engine import Request, Response, request_key, request_seed
 from dllm.errors import DataError
-from dllm.serving.engine import Answer, Request, request_key, request_seed
+from dllm.prompts import template as chat
+from dllm.prompts.table import Prompt
+from dllm.prompts.turns import Message
+from dllm.responses import flags
+from dllm.responses.shards import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Asking:
+class RolloutConfig:
     """How every chat is asked."""
 
     settings: Regenerate
@@ -89,7 +90,7 @@ def origin_of(prompt: Prompt, sample: int) -> str:
 class Rollout:
     """One sample of one prompt, from its first request to its rows."""
 
-    def __init__(self, prompt: Prompt, sample: int, asking: Asking) -> None:
+    def __init__(self, prompt: Prompt, sample: int, asking: RolloutConfig) -> None:
         self.prompt, self.sample = prompt, sample
         self.rejection: Rejection | None = None
         self.is_unfit = False
@@ -150,7 +151,7 @@ class Rollout:
             tools=self.prompt.tools,
         )
 
-    def accept(self, request: Request, answer: Answer) -> None:
+    def accept(self, request: Request, answer: Response) -> None:
         """Take the answer to the last request; the rollout goes on, or ends."""
         turn = self._left.pop()
         message: Message = {"role": "assistant", "content": answer.text}
@@ -171,7 +172,7 @@ class Rollout:
         self.rejection = Rejection(key, reason, is_passing)
         self._left.clear()
 
-    def rows(self, read: Callable[[str], Answer]) -> list[Row]:
+    def rows(self, read: Callable[[str], Response]) -> list[Row]:
         """Make the rows of all answered turns.
 
         Args:

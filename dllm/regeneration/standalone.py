@@ -15,19 +15,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm import config, process, provenance
-from dllm.config import Params, Source
-from dllm.data import conversations, shards
-from dllm.data.conversations import Tally
-from dllm.data.prompts import Prompt
-from dllm.data.workplace import full_disk_is_one_line
+from dllm.config.load import params_digest
+from dllm.config.params import Params, Source
 from dllm.errors import ConfigError, DataError
+from dllm.files import full_disk_in_one_line
 from dllm.models import targets
-from dllm.regeneration import answering, engines, identity, output_folder
-from dllm.regeneration.answering import Answered, Job
+from dllm.process import children as process
+from dllm.prompts import stream as conversations
+from dllm.prompts.stream import Tally
+from dllm.prompts.table import Prompt
+from dllm.regeneration import core as answering
+from dllm.regeneration import engines, identity, output_folder
+from dllm.regeneration.core import Answered, Job
 from dllm.regeneration.output_folder import Session
-from dllm.regeneration.rollout import Asking, Rollout, num_samples
-from dllm.tracking import MlflowTracker, NullTracker, Status, Tracker
+from dllm.regeneration.rollout import Rollout, RolloutConfig, num_samples
+from dllm.responses import shards
+from dllm.tracking import provenance
+from dllm.tracking.runs import MlflowTracker, NullTracker, Status, Tracker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +85,7 @@ def run(order: Order) -> dict[str, Any]:
     """
     _check_apart(order)
     output = order.output
-    with process.signals_exit(), full_disk_is_one_line(output), output_folder.claimed(output, order.resume):
+    with process.signals_exit(), full_disk_in_one_line(output), output_folder.claimed(output, order.resume):
         tokenizer = targets.load_tokenizer(order.params.target)
         made_of = _made_of(order, tokenizer)
         fingerprint = _digest(made_of)
@@ -89,7 +93,7 @@ def run(order: Order) -> dict[str, Any]:
         work = output_folder.work_folder(output, fingerprint)
         session = Session(work)
         with _tracked(order, session) as tracker:
-            asking = Asking(order.params.regenerate, order.params.target, tokenizer)
+            asking = RolloutConfig(order.params.regenerate, order.params.target, tokenizer)
             job = Job(
                 asking=asking,
                 prompts=lambda: _prompts(order, Tally()),
@@ -118,7 +122,7 @@ def look_over(order: Order, tokenizer: PreTrainedTokenizerBase) -> Survey:
         DataError: a row is no chat, the input cannot be read, or no row holds a prompt.
     """
     survey = Survey()
-    asking = Asking(order.params.regenerate, order.params.target, tokenizer)
+    asking = RolloutConfig(order.params.regenerate, order.params.target, tokenizer)
     for prompt in _prompts(order, survey.tally):
         survey.first = survey.first or prompt
         samples = num_samples(prompt, asking.settings)
@@ -146,7 +150,7 @@ def rehearse(order: Order) -> dict[str, Any]:
     survey = look_over(order, tokenizer)
     rendered = None
     if survey.first is not None:
-        request = Rollout(survey.first, 0, Asking(settings, order.params.target, tokenizer)).next_request()
+        request = Rollout(survey.first, 0, RolloutConfig(settings, order.params.target, tokenizer)).next_request()
         rendered = tokenizer.decode(list(request.prompt_ids)) if request is not None else None
         if rendered is None:
             raise DataError("the chat template refuses the first chat", where=f"prompt {survey.first.id}")
@@ -194,7 +198,7 @@ def _made_of(order: Order, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]
         digest = conversations.input_digest(order.source, order.root)
     return {
         "schema": shards.SCHEMA,
-        "params": config.digest(target, identity.determining(settings)),
+        "params": params_digest(target, identity.determining(settings)),
         "source": order.source.model_dump(mode="json"),
         "input": digest,
         "heldout_fraction": order.heldout_fraction,

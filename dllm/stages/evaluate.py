@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm.config import Params
-from dllm.data.whole_file import write_whole
+from dllm.config.params import Params
 from dllm.errors import DataError
+from dllm.files import atomic_write
 from dllm.progress import Progress
-from dllm.stages.contract import Stage, open_stage
+from dllm.stages.workspace import Stage, open_stage
 
 if TYPE_CHECKING:
-    from dllm.dflash.comparison import Comparison, Pair
+    from dllm.decoding.comparison import Comparison, Pair
 
 WARM_UP_TOKENS = 16
 
@@ -66,7 +66,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
 def _evaluate(params: Params, root: Path, stage: Stage) -> dict[str, Any]:
     import torch
 
-    from dllm.dflash.comparison import figures
+    from dllm.decoding.comparison import figures
     from dllm.models import targets
     from dllm.models.packing import packed_linears
 
@@ -103,10 +103,10 @@ def _evaluate(params: Params, root: Path, stage: Stage) -> dict[str, Any]:
 
 
 def _load(params: Params, checkpoint: Path, dtype: str) -> Comparison:
-    from dllm.dflash.comparison import Comparison
-    from dllm.dflash.export import load_draft
-    from dllm.dflash.speculate import Decoder
+    from dllm.decoding.comparison import Comparison
+    from dllm.decoding.speculative import Decoder
     from dllm.models import targets
+    from dllm.models.drafts.checkpoint import load_draft
 
     model = targets.load_target(params.target, dtype)
     draft = load_draft(checkpoint, model.config).to(model.device, model.dtype)
@@ -116,8 +116,8 @@ def _load(params: Params, checkpoint: Path, dtype: str) -> Comparison:
 def _questions(params: Params, root: Path, tokenizer: Any, limit: int) -> tuple[list[Question], dict[str, int]]:
     """Take the first held-out prompts of each source by id; count those that leave no room to answer, or that the
     chat template refuses."""
-    from dllm.data.chat import prompt_ids
-    from dllm.data.prompts import HELDOUT, read_prompts
+    from dllm.prompts.table import HELDOUT, read_prompts
+    from dllm.prompts.template import prompt_ids
 
     taken: dict[str, list[Question]] = {}
     passed_over = {"prompts_too_long": 0, "prompts_refused": 0}
@@ -152,7 +152,7 @@ def _compare(
     params: Params, stage: Stage, comparison: Comparison, questions: Sequence[Question], stop_ids: set[int]
 ) -> list[Pair]:
     """Decode every question both ways; finished ones are kept in work, each with its two times from one process."""
-    from dllm.dflash.comparison import figures
+    from dllm.decoding.comparison import figures
 
     parts = stage.work / "prompts"
     parts.mkdir(exist_ok=True)
@@ -170,7 +170,7 @@ def _compare(
                 source=question.source,
                 speculative_first=index % 2 == 1,
             )
-            write_whole(parts / f"{question.id}.json", json.dumps(pair.to_json()).encode())
+            atomic_write(parts / f"{question.id}.json", json.dumps(pair.to_json()).encode())
             done[question.id] = pair
             so_far = figures(list(done.values()), comparison.speculative.block_size)
             shown = {"tau": so_far["tau_micro"], "speedup": so_far["speedup"]}
@@ -179,7 +179,7 @@ def _compare(
 
 
 def _finished(path: Path) -> Pair | None:
-    from dllm.dflash.comparison import Pair
+    from dllm.decoding.comparison import Pair
 
     try:
         return Pair.from_json(json.loads(path.read_text()))
@@ -219,9 +219,9 @@ def _publish(params: Params, stage: Stage, pairs: Sequence[Pair], metrics: dict[
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from dllm.dflash import curve
-    from dllm.dflash.acceptance import Acceptance
-    from dllm.dflash.comparison import table
+    from dllm.decoding.acceptance import Acceptance
+    from dllm.decoding.comparison import table
+    from dllm.methods.dflash import curve
 
     picture, record, rows = (stage.work / name for name in ("acceptance.png", "acceptance.json", "prompts.parquet"))
     curve.draw(metrics, picture, f"{params.target.model.removeprefix('builtin:')}, block {metrics['block_size']}")

@@ -13,16 +13,17 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm.config import DiffusionEvaluation, Evaluate, Params
-from dllm.data import references
-from dllm.data.shards import MANIFEST, Row, read_rows
+from dllm.config.diffusion import DiffusionEvaluation
+from dllm.config.params import Evaluate, Params
 from dllm.errors import DataError
 from dllm.progress import Progress
-from dllm.stages.contract import Stage, open_stage
+from dllm.prompts import references
+from dllm.responses.shards import MANIFEST, Row, read_rows
+from dllm.stages.workspace import Stage, open_stage
 
 if TYPE_CHECKING:
-    from dllm.data.collate import Example
-    from dllm.models.bidirectional import BidirectionalLM
+    from dllm.models.diffusion.bidirectional import BidirectionalLM
+    from dllm.training.batches import Example
 
 POINT = 0.01
 """Share of words that writing in parallel may cost and still count as equally good."""
@@ -30,7 +31,7 @@ POINT = 0.01
 
 def is_diffusion(root: Path) -> bool:
     """Tell whether out/train/checkpoint is a diffusion model rather than a draft."""
-    from dllm.models.bidirectional import NOTE
+    from dllm.models.diffusion.bidirectional import NOTE
 
     return (root / "out" / "train" / "checkpoint" / NOTE).is_file()
 
@@ -62,10 +63,10 @@ def run(params: Params, root: Path) -> dict[str, Any]:
 def _evaluate(params: Params, root: Path, stage: Stage) -> dict[str, Any]:
     import torch
 
-    from dllm.data.collate import make_examples
-    from dllm.diffusion import likelihood
+    from dllm.methods.diffusion import likelihood
     from dllm.models import targets
-    from dllm.models.bidirectional import BidirectionalLM
+    from dllm.models.diffusion.bidirectional import BidirectionalLM
+    from dllm.training.batches import make_examples
 
     settings = params.evaluate.diffusion or DiffusionEvaluation()
     folder = root / "out" / "regenerate"
@@ -160,9 +161,9 @@ def _decode(
     seen: set[str],
     known: Mapping[str, str],
 ) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
-    from dllm.diffusion.answering import figures, name_of, write_answers
-    from dllm.diffusion.sampler_settings import Settings
-    from dllm.diffusion.writing import default_sampler
+    from dllm.decoding.diffusion import default_sampler
+    from dllm.decoding.settings import Settings
+    from dllm.methods.diffusion.responses import figures, name_of, write_answers
 
     asked: dict[str, Any] = {
         "max_new_tokens": params.evaluate.max_new_tokens,
@@ -217,7 +218,7 @@ def _publish(stage: Stage, table: dict[str, list[Any]], metrics: dict[str, Any])
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from dllm.diffusion import curve
+    from dllm.methods.diffusion import curve
 
     rows, picture = stage.work / "answers.parquet", stage.work / "noise.png"
     with rows.open("wb") as file:

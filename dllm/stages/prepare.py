@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dllm.config import Params
-from dllm.data import prompts, references, sources
-from dllm.stages.contract import open_stage
+from dllm.config.params import Params
+from dllm.prompts import references, sources
+from dllm.prompts import table as prompts
+from dllm.stages.workspace import open_stage
 
 
 def run(params: Params, root: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dllm.data.whole_file import link_whole, whole_folder, write_whole
 from dllm.errors import StageError
+from dllm.files import atomic_folder, atomic_link, atomic_write
 
 LINKED = (".safetensors", ".parquet")
 """Formats written once and never changed in place: hard links to them are safe, and cost no time or space."""
@@ -22,7 +22,7 @@ def publish_tree(out: Path, files: Mapping[str, Path], records: Mapping[str, Map
     Raises:
         StageError: one of the files is missing.
     """
-    with whole_folder(out) as aside:
+    with atomic_folder(out) as aside:
         for name, source in files.items():
             _place(source, aside / name)
         for name, record in records.items():
@@ -32,7 +32,7 @@ def publish_tree(out: Path, files: Mapping[str, Path], records: Mapping[str, Map
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write a mapping as JSON, atomically; figures that are not finite become null."""
     text = json.dumps(_finite(record), indent=2, sort_keys=True, allow_nan=False, default=str)
-    write_whole(path, f"{text}\n".encode())
+    atomic_write(path, f"{text}\n".encode())
 
 
 def _place(source: Path, goal: Path) -> None:
@@ -40,7 +40,7 @@ def _place(source: Path, goal: Path) -> None:
     if not source.is_file():
         raise StageError("a file to publish is missing", where=str(source))
     if source.suffix in LINKED:
-        link_whole(source, goal)
+        atomic_link(source, goal)
     else:
         shutil.copyfile(source, goal)
 

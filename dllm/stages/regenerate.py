@@ -9,16 +9,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm.config import Params
-from dllm.data import prompts, shards
-from dllm.data.prompts import Prompt
-from dllm.data.whole_file import write_whole
+from dllm.config.params import Params
 from dllm.errors import DataError
+from dllm.files import atomic_write
 from dllm.models import targets
-from dllm.regeneration import answering, engines, identity
-from dllm.regeneration.answering import Answered, Job
-from dllm.regeneration.rollout import Asking
-from dllm.stages.contract import Stage, open_stage
+from dllm.prompts import table as prompts
+from dllm.prompts.table import Prompt
+from dllm.regeneration import core as answering
+from dllm.regeneration import engines, identity
+from dllm.regeneration.core import Answered, Job
+from dllm.regeneration.rollout import RolloutConfig
+from dllm.responses import shards
+from dllm.stages.workspace import Stage, open_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +51,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
 
 
 def _job(stage: Stage, asked: list[Prompt], tokenizer: PreTrainedTokenizerBase) -> Job:
-    asking = Asking(stage.params.regenerate, stage.params.target, tokenizer)
+    asking = RolloutConfig(stage.params.regenerate, stage.params.target, tokenizer)
     return Job(
         asking=asking,
         prompts=lambda: asked,
@@ -76,7 +78,7 @@ def _publish(stage: Stage, num_prompts: int, answered: Answered) -> dict[str, An
     folder = answered.store.folder
     manifest = {"schema": shards.SCHEMA, **about, **counts, "shards": answered.entries}
     shards.write_manifest(folder, manifest)
-    write_whole(folder / shards.REJECTED, answering.rejections(answered))
+    atomic_write(folder / shards.REJECTED, answering.rejections(answered))
     names = [*(entry["file"] for entry in answered.entries), shards.MANIFEST, shards.REJECTED]
     metrics = {"prompts": num_prompts, **counts, **answered.pace}
     stage.record["served"] = answered.served

@@ -10,11 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dllm import config, provenance, registry
-from dllm.config import Params
+from dllm.config.load import params_digest
+from dllm.config.params import Params
 from dllm.errors import StageError
-from dllm.stages.contract import open_stage
 from dllm.stages.publication import publish_tree
+from dllm.stages.workspace import open_stage
+from dllm.tracking import provenance, registry
 
 SCORE = {True: "tau_micro", False: "score"}
 """What a draft, or else a diffusion model, is ranked by."""
@@ -49,7 +50,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
             "dllm.git_commit": str(trained["git"]["commit"]),
             "dllm.git_dirty": str(trained["git"]["dirty"]),
             "dllm.dvc_lock": provenance.digest(lock) if lock.is_file() else "none",
-            "dllm.params": config.digest(params),
+            "dllm.params": params_digest(params),
             "dllm.data_digest": trained["inputs"]["regenerate"],
             "dllm.evaluate_run": str(evaluated["mlflow_run_id"]),
         },

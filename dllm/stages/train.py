@@ -12,15 +12,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from dllm.config import Params, Target, Train
-from dllm.stages.contract import Stage, open_stage
+from dllm.config.params import Params, Target, Train
+from dllm.stages.workspace import Stage, open_stage
 
 if TYPE_CHECKING:
-    from dllm.data.collate import Examples
-    from dllm.dflash.feature_source import CachedFeatures, OnlineFeatures
-    from dllm.dflash.strategy import DflashStrategy
-    from dllm.diffusion.strategy import DiffusionStrategy
-    from dllm.training.distribution import Ranks
+    from dllm.methods.dflash.feature_source import CachedFeatures, OnlineFeatures
+    from dllm.methods.dflash.strategy import DflashStrategy
+    from dllm.methods.diffusion.strategy import DiffusionStrategy
+    from dllm.training.batches import Examples
+    from dllm.training.distributed import Ranks
     from dllm.training.loop import Outcome
     from dllm.training.strategy import Split
 
@@ -37,7 +37,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         StageError: the gradient is no longer finite, or another rank was lost.
     """
     from dllm.models import targets
-    from dllm.training.distribution import Join
+    from dllm.training.distributed import Join
 
     with Join() as ranks:
         identity = targets.identity(params.target)
@@ -56,8 +56,8 @@ def run(params: Params, root: Path) -> dict[str, Any]:
 def _train(params: Params, root: Path, stage: Stage, ranks: Ranks, identity: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from dllm.dflash import feature_source
-    from dllm.diffusion.strategy import DiffusionStrategy
+    from dllm.methods.dflash import feature_source
+    from dllm.methods.diffusion.strategy import DiffusionStrategy
     from dllm.training.loop import Loop
 
     _check_thinking(params.target, root / "out" / "regenerate")
@@ -86,9 +86,9 @@ def _train(params: Params, root: Path, stage: Stage, ranks: Ranks, identity: dic
 def _dflash(
     params: Params, root: Path, ranks: Ranks, identity: dict[str, Any], splits: Mapping[Split, list[Any]]
 ) -> DflashStrategy:
-    from dllm.dflash.feature_source import CachedFeatures, OnlineFeatures
-    from dllm.dflash.initial import initial_draft
-    from dllm.dflash.strategy import DflashStrategy
+    from dllm.methods.dflash.build import initial_draft
+    from dllm.methods.dflash.feature_source import CachedFeatures, OnlineFeatures
+    from dllm.methods.dflash.strategy import DflashStrategy
     from dllm.models import targets
 
     settings = params.train.dflash
@@ -116,17 +116,17 @@ def _dflash(
 
 
 def _diffusion(params: Params, ranks: Ranks, splits: Mapping[Split, list[Any]]) -> DiffusionStrategy:
-    from dllm.diffusion.initial import initial_model
-    from dllm.diffusion.strategy import DiffusionStrategy
+    from dllm.methods.diffusion.build import initial_model
+    from dllm.methods.diffusion.strategy import DiffusionStrategy
 
     model = initial_model(params.target, params.train, ranks.device)
     return DiffusionStrategy(model, splits, params.train)
 
 
 def _check_thinking(target: Target, folder: Path) -> None:
-    from dllm.data.shards import read_manifest
     from dllm.errors import DataError
     from dllm.regeneration.identity import THINKING
+    from dllm.responses.shards import read_manifest
 
     wanted = THINKING[target.enable_thinking]
     found = read_manifest(folder).get("thinking", wanted)
@@ -139,9 +139,9 @@ def _check_thinking(target: Target, folder: Path) -> None:
 
 
 def _examples(settings: Train, folder: Path) -> tuple[Examples, Examples]:
-    from dllm.data.collate import make_examples
-    from dllm.data.shards import read_rows
     from dllm.errors import DataError
+    from dllm.responses.shards import read_rows
+    from dllm.training.batches import make_examples
 
     train = make_examples(read_rows(folder, "train"), settings.max_length)
     if not train.kept:
@@ -153,7 +153,7 @@ def _examples(settings: Train, folder: Path) -> tuple[Examples, Examples]:
 
 
 def _announce(settings: Train, train: Examples, heldout: Examples, ranks: Ranks) -> None:
-    from dllm.diffusion.initial import masking_of
+    from dllm.methods.diffusion.build import masking_of
 
     notes = [f"{len(train.kept)} rows, {len(heldout.kept)} held out"]
     if train.dropped:
@@ -168,7 +168,7 @@ def _announce(settings: Train, train: Examples, heldout: Examples, ranks: Ranks)
 
 
 def _metrics(strategy: DflashStrategy | DiffusionStrategy, outcome: Outcome, train: Examples) -> dict[str, Any]:
-    from dllm.dflash.strategy import DflashStrategy
+    from dllm.methods.dflash.strategy import DflashStrategy
 
     size = sum(p.numel() for p in strategy.model.parameters())
     about: dict[str, int | None]
@@ -194,7 +194,7 @@ def _metrics(strategy: DflashStrategy | DiffusionStrategy, outcome: Outcome, tra
 def _publish_draft(
     stage: Stage, strategy: DflashStrategy, outcome: Outcome, metrics: dict[str, Any], dtype: Any
 ) -> None:
-    from dllm.dflash.export import load_draft, save_draft
+    from dllm.models.drafts.checkpoint import load_draft, save_draft
 
     export = stage.work / "export"
     save_draft(load_draft(outcome.checkpoint), export, dtype)
@@ -206,8 +206,8 @@ def _publish_draft(
 def _publish_model(
     stage: Stage, strategy: DiffusionStrategy, outcome: Outcome, metrics: dict[str, Any], dtype: Any
 ) -> None:
-    from dllm.diffusion.strategy import LEVELS
-    from dllm.models import adapters
+    from dllm.methods.diffusion.strategy import LEVELS
+    from dllm.models.diffusion import lora as adapters
 
     export = stage.work / "export"
     shutil.rmtree(export, ignore_errors=True)  # a killed call may have left half of one

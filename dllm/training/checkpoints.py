@@ -15,8 +15,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dllm.data.whole_file import whole_folder, write_whole
 from dllm.errors import ModelError, StageError
+from dllm.files import atomic_folder, atomic_write
 
 SCHEMA = 1
 
@@ -65,7 +65,7 @@ class Checkpoints:
 
         final = self.root / f"step-{state.step:06d}"
         if not final.exists():
-            with whole_folder(final) as aside:
+            with atomic_folder(final) as aside:
                 try:
                     save_model(aside)
                     save_file(dict(optimizer), aside / "optimizer.safetensors")
@@ -117,7 +117,7 @@ class Checkpoints:
         return path if path is not None and (path / "state.json").exists() else None
 
     def _point(self, name: str, target: str) -> None:
-        write_whole(self.root / name, f"{target}\n".encode())
+        atomic_write(self.root / name, f"{target}\n".encode())
 
     def _prune(self) -> None:
         spared = {*self._complete()[-self.keep :], self._pointed("latest"), self._pointed("best")}

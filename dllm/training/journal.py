@@ -8,15 +8,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from dllm.data.whole_file import write_whole
-from dllm.tracking import Tracker
+from dllm.files import atomic_write
+from dllm.tracking.runs import Tracker
 
-Kind = Literal["train", "validation"]
+Phase = Literal["train", "validation"]
 LABELS = ("step", "epoch", "time", "kind")
 """What a record holds beside its figures."""
 
 
-class Journal:
+class MetricsLog:
     """Records of one run, in order.
 
     Args:
@@ -37,16 +37,16 @@ class Journal:
             return
         whole = [record for line in self._lines() if (record := _parse(line)) is not None]
         kept = [record for record in whole if record["step"] <= step]
-        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        atomic_write(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         known_by = self.path.with_suffix(".run")
         if known_by.exists() and known_by.read_text() == str(self.tracker.run_id):
             self._told = {(record["step"], record["kind"]) for record in whole}
         else:
-            write_whole(known_by, str(self.tracker.run_id).encode())
+            atomic_write(known_by, str(self.tracker.run_id).encode())
             for record in kept:
                 self._tell(record)
 
-    def write(self, kind: Kind, step: int, epoch: float, figures: Mapping[str, float | None]) -> None:
+    def write(self, kind: Phase, step: int, epoch: float, figures: Mapping[str, float | None]) -> None:
         """Append a record; figures that are None are unknown, and the tracker does not hear of them."""
         if self.path is None:
             return

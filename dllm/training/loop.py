@@ -15,16 +15,16 @@ from pathlib import Path
 
 import torch
 
-from dllm import config
+from dllm.config.params import Train
 from dllm.errors import DataError, StageError
+from dllm.models.sharding import gathered, is_sharded
 from dllm.progress import Progress
-from dllm.sharding import gathered, is_sharded
-from dllm.tracking import Tracker
+from dllm.tracking.runs import Tracker
 from dllm.training import metrics
 from dllm.training.checkpoints import Checkpoints, TrainState
-from dllm.training.distribution import Ranks, peers_watched
+from dllm.training.distributed import Ranks, peers_watched
 from dllm.training.interrupt import SIGNALS, Interrupt
-from dllm.training.journal import Journal, Kind
+from dllm.training.journal import MetricsLog, Phase
 from dllm.training.optimizer import Optimizers
 from dllm.training.order import Order, derive_seed, micro_batches
 from dllm.training.schedule import lr_factor
@@ -59,7 +59,7 @@ class Loop:
     def __init__(
         self,
         strategy: Strategy,
-        settings: config.Train,
+        settings: Train,
         ranks: Ranks,
         *,
         work: Path,
@@ -77,7 +77,7 @@ class Loop:
         self.optimizer = Optimizers(strategy.model, settings.optimizer)
         work.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(work / "checkpoints", settings.keep_checkpoints)
-        self.journal = Journal(work / "training.jsonl" if ranks.is_main else None, tracker)
+        self.journal = MetricsLog(work / "training.jsonl" if ranks.is_main else None, tracker)
         self.state = TrainState()
         self.interval, self.totals = self._new_sums(), self._new_sums()
         self._clock = 0.0
@@ -227,7 +227,7 @@ class Loop:
             self._record("validation", state.last_validation)
         return {name: state.last_validation[name] for name in self.strategy.shown if name in state.last_validation}
 
-    def _record(self, kind: Kind, figures: Mapping[str, float | None]) -> None:
+    def _record(self, kind: Phase, figures: Mapping[str, float | None]) -> None:
         step = self.state.step
         self.journal.write(kind, step, step / self.order.steps_per_epoch, figures)
 

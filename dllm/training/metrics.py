@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dllm.training.strategy import Terms
+from dllm.training.strategy import LossSums
 
 GIB = 1 << 30
 OF_TERMS = ("numerator", "denominator", "tokens", "predictions", "flops")
@@ -31,7 +31,7 @@ class Sums:
         """Add to one sum."""
         self._parts[name].add_(value.detach().to(self.vector) if isinstance(value, Tensor) else value)
 
-    def add_terms(self, terms: Terms) -> None:
+    def add_terms(self, terms: LossSums) -> None:
         """Add a micro-batch."""
         for name in OF_TERMS:
             self.add(name, getattr(terms, name))

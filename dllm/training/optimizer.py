@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dllm import config
+from dllm.config.params import Optimizer
 from dllm.errors import ModelError
-from dllm.sharding import piece
+from dllm.models.sharding import shard_like
 
 ADAMW_SHARE = 0.1
 """Beside Muon, AdamW takes this share of its rate (the 10:1 that vllm-project/speculators#979 settled on)."""
@@ -19,7 +19,7 @@ ADAMW_SHARE = 0.1
 class Optimizers:
     """One or two torch optimizers that act as one."""
 
-    def __init__(self, model: nn.Module, settings: config.Optimizer) -> None:
+    def __init__(self, model: nn.Module, settings: Optimizer) -> None:
         self.settings = settings
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         matrices = [p for p in self.parameters.values() if p.ndim == 2]
@@ -89,5 +89,5 @@ class Optimizers:
                 raise ModelError(f"optimizer state {full_name} does not fit the model", hint="start the stage afresh")
             # AdamW counts its steps where its kernels want the count: beside the parameter when fused.
             owner[parameter].state[parameter][key] = (
-                piece(tensor, parameter) if tensor.ndim else tensor.to(parameter.device, copy=True)
+                shard_like(tensor, parameter) if tensor.ndim else tensor.to(parameter.device, copy=True)
             )

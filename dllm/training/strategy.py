@@ -31,7 +31,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Terms:
+class LossSums:
     """Sums over one micro-batch; the loop adds them over micro-batches and ranks, and only then divides.
 
     Shapes: numerator scalar, differentiable where a backward pass is due; each of counts as `Strategy.counts` says.
@@ -63,7 +63,7 @@ class Strategy(Protocol):
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Name and length of each additional sum in `Terms.counts`."""
+        """Name and length of each additional sum in `LossSums.counts`."""
 
     @property
     def predictions_name(self) -> str:
@@ -73,7 +73,7 @@ class Strategy(Protocol):
     def shown(self) -> Sequence[str]:
         """Figures that stand beside the progress bar."""
 
-    def terms(self, split: Split, rows: Sequence[int], epoch: int) -> Terms:
+    def terms(self, split: Split, rows: Sequence[int], epoch: int) -> LossSums:
         """Run the model on some rows of a split.
 
         All randomness must follow from the seed, the epoch and each row's id, never from rank or batch.

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dllm import process
+from dllm.process import children as process
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -35,7 +35,7 @@ def room(module: str) -> str:
 def imports(path: Path) -> set[str]:
     """Collect what a file imports anywhere in it, functions included, as dotted names.
 
-    `from dllm import config` counts as `dllm.config`; only-for-typing imports count too.
+    `from dllm import config` counts as `dllm.config.params`; only-for-typing imports count too.
     """
     found = set()
     for node in ast.walk(tree(path)):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from dllm import config, recipe_book
-from dllm.cli import app
+from dllm.cli.app import app
+from dllm.config import recipe_book
+from dllm.config.load import load_params
 from tests.arch.source_tree import ROOT, tree
 
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -60,7 +61,7 @@ def test_every_command_is_a_verb_with_its_options(document: str, words: list[str
     assert given <= verbs[verb] | {"--help"}, f"{document}: {verb} has no {given - verbs[verb]}"
     for index, word in enumerate(words):
         if word == "--set":
-            config.load(ROOT / "params.yaml", [words[index + 1]])
+            load_params(ROOT / "params.yaml", [words[index + 1]])
 
 
 def test_every_make_target_exists() -> None:

@@ -41,7 +41,7 @@ print(json.dumps(seen))
 
 START_UP = """
 import sys
-import dllm.__main__, dllm.cli
+import dllm.__main__, dllm.cli.app
 print([name for name in sys.argv[1:] if name in sys.modules])
 """
 SLOW_TO_IMPORT = (

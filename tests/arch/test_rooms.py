@@ -1,49 +1,39 @@
-"""Who may import whom: dependencies point down, orchestrators stay outside, MLflow has two doors."""
+"""Who may import whom: dependencies point down, orchestrators stay outside, MLflow has one door."""
 
 import pytest
 
 from tests.arch.source_tree import PACKAGE, imports, line, module_name, python_files, room
 
-GROUND = {"errors", "config", "process", "progress", "provenance"}
+GROUND = {"errors", "progress", "files", "config", "process", "tracking"}
 MAY_USE = {
     "dllm": set(),
     "errors": set(),
-    "yaml_reader": set(),
-    "section": set(),
-    "diffusion_settings": {"section"},
-    "config": {"errors", "yaml_reader", "section", "diffusion_settings"},
-    "process": {"errors", "supervisor"},
-    "supervisor": set(),
-    "sharding": set(),
     "progress": set(),
-    "provenance": {"errors"},
-    "recipe_book": {"errors", "config"},
-    "report": {"errors", "config"},
-    "tracking": GROUND,
-    "registry": GROUND | {"tracking"},
-    "data": GROUND,
-    "models": GROUND | {"sharding", "data"},
-    "serving": GROUND | {"data", "models"},
-    "training": GROUND | {"sharding", "data", "tracking"},
-    "regeneration": GROUND | {"tracking", "data", "models", "serving"},
-    "dflash": GROUND | {"data", "models", "training"},
-    "diffusion": GROUND | {"sharding", "data", "models", "training"},
-    "harness": GROUND | {"data", "models", "training", "diffusion"},
-    "stages": GROUND
-    | {"tracking", "registry", "data", "models", "serving", "regeneration", "dflash", "diffusion", "training"},
-    "generation": GROUND | {"registry", "data", "models", "serving", "dflash", "diffusion"},
-    "verbs": GROUND
-    | {"yaml_reader", "tracking", "data", "models", "serving", "regeneration"}
-    | {"training", "diffusion", "generation", "harness"},
-    "cli": GROUND | {"recipe_book", "report", "generation", "diffusion", "stages", "verbs"},
+    "files": {"errors"},
+    "process": {"errors"},
+    "config": {"errors", "files"},
+    "tracking": {"errors", "progress", "files", "config", "process"},
+    "prompts": GROUND,
+    "responses": GROUND | {"prompts"},
+    "models": GROUND | {"prompts", "responses"},
+    "engines": GROUND | {"prompts", "responses", "models"},
+    "regeneration": GROUND | {"prompts", "responses", "models", "engines"},
+    "training": GROUND | {"prompts", "responses", "models"},
+    "decoding": GROUND | {"prompts", "responses", "models", "training"},
+    "methods": GROUND | {"prompts", "responses", "models", "training", "decoding"},
+    "lm_eval": GROUND | {"prompts", "responses", "models", "training", "decoding", "methods"},
+    "stages": GROUND | {"prompts", "responses", "models", "engines", "regeneration", "training", "decoding", "methods"},
+    "cli": GROUND
+    | {"prompts", "responses", "models", "engines", "regeneration", "training", "decoding", "methods"}
+    | {"lm_eval", "stages"},
     "__main__": {"errors", "process", "cli"},
 }
 """Each room of dllm/ and the rooms it may import: only ever further down, so that no cycle can form."""
 
 NEVER_IN_DLLM = {"prefect", "dvc", "sglang"}
-MLFLOW_DOORS = {"tracking", "registry"}
+MLFLOW_DOOR = {"tracking"}
 HEAVY = {"torch", "transformers", "datasets", "numpy", "pyarrow", "matplotlib", "pandas"}
-FLOWS_MAY_USE = GROUND | {"supervisor", "stages", "registry", "tracking", "report", "recipe_book"}
+FLOWS_MAY_USE = GROUND | {"stages"}
 
 
 def test_the_map_has_no_cycle() -> None:
@@ -63,11 +53,11 @@ def test_a_room_imports_only_rooms_below(path) -> None:
 
 
 @pytest.mark.parametrize("path", python_files("dllm"), ids=module_name)
-def test_dllm_knows_no_orchestrator_and_mlflow_has_two_doors(path) -> None:
+def test_dllm_knows_no_orchestrator_and_mlflow_has_one_door(path) -> None:
     tops = {name.split(".")[0] for name in imports(path)}
     assert not tops & NEVER_IN_DLLM, line(path, f"imports {sorted(tops & NEVER_IN_DLLM)}")
-    if room(module_name(path)) not in MLFLOW_DOORS:
-        assert "mlflow" not in tops, line(path, "imports mlflow; only tracking.py and registry.py do")
+    if room(module_name(path)) not in MLFLOW_DOOR:
+        assert "mlflow" not in tops, line(path, "imports mlflow; only dllm/tracking/ does")
 
 
 @pytest.mark.parametrize("path", python_files("flows"), ids=module_name)

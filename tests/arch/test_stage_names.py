@@ -4,8 +4,8 @@ import ast
 
 import yaml
 
-from dllm.cli import STAGES, app
-from dllm.config import Params
+from dllm.cli.app import STAGES, app
+from dllm.config.params import Params
 from dllm.stages.schema import SCHEMA
 from tests.arch.source_tree import PACKAGE, ROOT, tree
 

@@ -98,7 +98,7 @@ def copy_project(folder: Path) -> None:
             shutil.copytree(source, goal, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copyfile(source, goal)
-    params = yaml.safe_load((ROOT / "dllm" / "recipes" / "tiny-dflash.yaml").read_text())
+    params = yaml.safe_load((ROOT / "dllm" / "config" / "recipes" / "tiny-dflash.yaml").read_text())
     params["prepare"]["sources"][0]["limit"] = 24
     params["regenerate"]["max_new_tokens"] = 8
     params["train"]["epochs"] = 1

@@ -12,12 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dllm.data import shards
 from dllm.errors import ConfigError
+from dllm.responses import shards
 from flows.artifacts import share
 from flows.regenerate_parts import regenerate_parts
+from tests.engines.openai.loopback_server import LoopbackServer, echo, serving
 from tests.flows.conftest import Project, copy_project, served, wait_until
-from tests.serving.loopback_server import LoopbackServer, echo, serving
 
 PROMPTS = 12
 AFTER_THE_FIRST = 4

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dllm import registry, tracking
+from dllm.tracking import registry
+from dllm.tracking import runs as tracking
 from tests.flows.conftest import Project, copy_project, served, wait_until
 
 pytestmark = [pytest.mark.flows, pytest.mark.slow]
@@ -19,10 +20,10 @@ pytestmark = [pytest.mark.flows, pytest.mark.slow]
 STAGES = ("prepare", "regenerate", "train", "evaluate")
 RANKS = """
 import os, pathlib, time
-from dllm import config
-from dllm.stages import contract
+from dllm.config.load import load_params
+from dllm.stages import workspace as contract
 root = pathlib.Path()
-params = config.load("params.yaml", ["train.nproc=2"])
+params = load_params("params.yaml", ["train.nproc=2"])
 rank = int(os.environ["RANK"])
 with contract.open_stage("train", params, sections=[params.train], root=root, is_main=rank == 0) as stage:
     print("train: under way", flush=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from dllm.serving.sglang import CPU_MODULES
+from dllm.engines.sglang import CPU_MODULES
 
 spec = importlib.util.spec_from_file_location("rotary", CPU_MODULES / "vllm" / "_custom_ops.py")
 assert spec and spec.loader

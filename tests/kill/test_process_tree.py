@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dllm import process
 from dllm.errors import StageError
+from dllm.process import children as process
 
 LEAF = """
 import os, pathlib, signal, sys, time
@@ -53,7 +53,7 @@ time.sleep(1)
 
 CALLER = """
 import json, sys
-from dllm import process
+from dllm.process import children as process
 process.run(json.loads(sys.argv[1]), grace_s=2)
 """
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from dllm.data import shards, verify
-from tests.serving.loopback_server import echo, serving
+from dllm.responses import shards, verify
+from tests.engines.openai.loopback_server import echo, serving
 
 CHATS, SAMPLES = 60, 2
 KILLS = 10
@@ -28,10 +28,10 @@ FORKING = """
 import json, os, signal, sys
 import pyarrow.parquet, torch, transformers
 from dllm import __main__ as command
-from dllm.config import Target
+from dllm.config.params import Target
 from dllm.models import targets
 from dllm.regeneration import standalone
-from dllm.serving import openai_engine
+from dllm.engines.openai import engine as openai_engine
 targets.load_tokenizer(Target(model="builtin:tiny"))
 for number in (signal.SIGTERM, signal.SIGINT):  # a blow may come before the command has handlers of its own
     signal.signal(number, lambda number, frame: os._exit(128 + number))

@@ -2,8 +2,8 @@
 
 import torch
 
-from dllm.config import Target
-from dllm.models.bidirectional import BidirectionalLM, Note
+from dllm.config.params import Target
+from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig
 from dllm.models.targets import load_tokenizer
 
 TINY = Target(model="builtin:tiny", dtype="float32")
@@ -15,7 +15,7 @@ FAMILIES = [("Llama", None), ("Qwen2", None), ("Qwen3", None), ("Gemma3", 4), ("
 def small_model(
     family: str = "Llama",
     window: int | None = None,
-    note: Note | None = None,
+    note: DiffusionConfig | None = None,
     seed: int = 7,
     scale: float = 0.4,
     tied: bool | None = None,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dllm.config import Target
+from dllm.config.params import Target
 from dllm.errors import ModelError
 from dllm.models import builtin, targets
 

@@ -7,18 +7,18 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dllm.serving.engine import Answer, Feed, Pace, Refusal, Request
+from dllm.engines.engine import EngineStats, Refusal, Request, RequestSource, Response
 
 
 class Stopped(Exception):
     """The engine was stopped half way."""
 
 
-def echo(request: Request) -> Answer | Refusal:
+def echo(request: Request) -> Response | Refusal:
     """Answer with a few ids and words made of the key."""
     number = int(hashlib.sha256(request.key.encode()).hexdigest()[:8], 16)
     ids = tuple(10 + (number >> shift) % 50 for shift in range(1 + number % 7))
-    return Answer(request.key, ids, f"answer {number}", "stop" if number % 3 else "length")
+    return Response(request.key, ids, f"answer {number}", "stop" if number % 3 else "length")
 
 
 class MadeUpEngine:
@@ -26,14 +26,14 @@ class MadeUpEngine:
 
     def __init__(
         self,
-        reply: Callable[[Request], Answer | Refusal] = echo,
+        reply: Callable[[Request], Response | Refusal] = echo,
         *,
         seed: int = 0,
         slots: int = 8,
         stop_after: int | None = None,
         model: str = "made up",
     ) -> None:
-        self.pace = Pace()
+        self.pace = EngineStats()
         self.asked: list[str] = []
         self.peak = 0
         self._reply, self._slots, self._stop_after, self._model = reply, slots, stop_after, model
@@ -42,7 +42,7 @@ class MadeUpEngine:
     def describe(self) -> dict[str, Any]:
         return {"engine": "made up", "model": self._model}
 
-    def answer(self, feed: Feed) -> Iterator[Answer | Refusal | None]:
+    def answer(self, feed: RequestSource) -> Iterator[Response | Refusal | None]:
         flying: list[Request] = []
         while True:
             while len(flying) < self._slots and (request := feed.take()) is not None:
@@ -58,5 +58,5 @@ class MadeUpEngine:
             if self._chance.random() < 0.1:
                 yield None
             outcome = self._reply(request)
-            self.pace.tokens += len(outcome.token_ids) if isinstance(outcome, Answer) else 0
+            self.pace.tokens += len(outcome.token_ids) if isinstance(outcome, Response) else 0
             yield outcome

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from dllm.config import Regenerate, Target
-from dllm.data.prompts import Prompt
+from dllm.config.params import Regenerate, Target
+from dllm.engines.engine import Response, request_seed
 from dllm.models.targets import load_tokenizer
-from dllm.regeneration.rollout import Asking, Rollout, split_turns
-from dllm.serving.engine import Answer, request_seed
+from dllm.prompts.table import Prompt
+from dllm.regeneration.rollout import Rollout, RolloutConfig, split_turns
 
 TARGET = Target(model="builtin:tiny")
 Messages = list[dict[str, Any]]
@@ -29,10 +29,10 @@ def call(id: str, name: str = "add") -> dict[str, Any]:
     return {"id": id, "type": "function", "function": {"name": name, "arguments": "{}"}}
 
 
-def play(messages: Messages, answers: list[Answer], tokenizer: Any, **settings: Any) -> tuple[Rollout, list[Any]]:
+def play(messages: Messages, answers: list[Response], tokenizer: Any, **settings: Any) -> tuple[Rollout, list[Any]]:
     """Give the answers in order; return the rollout and the requests that were made."""
     prompt = Prompt("ab" * 8, "mine", "train", messages, None)
-    rollout = Rollout(prompt, 1, Asking(Regenerate(**settings), TARGET, tokenizer))
+    rollout = Rollout(prompt, 1, RolloutConfig(Regenerate(**settings), TARGET, tokenizer))
     requests = []
     for answer in answers:
         request = rollout.next_request()
@@ -42,9 +42,9 @@ def play(messages: Messages, answers: list[Answer], tokenizer: Any, **settings: 
     return rollout, requests
 
 
-def text(number: int, *calls: dict[str, Any]) -> Answer:
+def text(number: int, *calls: dict[str, Any]) -> Response:
     key = f"{'ab' * 8}:1:{number}"
-    return Answer(key, (7, 8, number), f"new {number}", "tool_calls" if calls else "stop", calls)
+    return Response(key, (7, 8, number), f"new {number}", "tool_calls" if calls else "stop", calls)
 
 
 CHAT = [

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from dllm import __main__ as command
-from dllm.data import merge, shards, verify, workplace
+from dllm import files
+from dllm.responses import merge, shards, verify
+from tests.engines.openai.loopback_server import LoopbackServer, serving
 from tests.regeneration.full_disk import full_disk_after
-from tests.serving.loopback_server import LoopbackServer, serving
 
 CHATS = 30
 
@@ -145,7 +146,7 @@ def test_refused_rows_are_set_aside_with_their_reasons(chats: Path, tmp_path: Pa
 def test_a_second_process_is_refused(chats: Path, tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "out"
     output.mkdir()
-    with serving() as server, workplace.own(output):
+    with serving() as server, files.lock_folder(output):
         for more in ((), ("--resume",)):
             code, _, err = call(*flags(chats, output, server, *more), capsys=capsys)
             assert code == 5 and f"another process works on this (pid {os.getpid()})" in complaint(err)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from dllm import config
-from dllm.data.prompts import read_prompts
+from dllm.config.load import load_params
+from dllm.config.params import Params
+from dllm.prompts.table import read_prompts
 from tests.arch.source_tree import ROOT
 
 MODEL = "builtin:smollm2-135m-instruct"
@@ -28,9 +29,9 @@ class Project:
         self.root = root
         self.questions = root / "questions.jsonl"
 
-    def write(self, **regenerate: Any) -> config.Params:
+    def write(self, **regenerate: Any) -> Params:
         """Write params.yaml with these settings of `regenerate`."""
-        raw = config.load(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
+        raw = load_params(ROOT / "params.yaml").model_dump(mode="json", by_alias=True)
         raw["prepare"] = {"sources": [{"name": "gsm8k", "limit": PROMPTS}], "heldout_fraction": 0.2}
         sglang = {"python": str(ROOT / ".venv-sglang/bin/python"), "start_timeout_s": START_S}
         raw["regenerate"] |= {
@@ -41,7 +42,7 @@ class Project:
             **regenerate,
         }
         (self.root / "params.yaml").write_text(json.dumps(raw))
-        return config.load(self.root / "params.yaml")
+        return load_params(self.root / "params.yaml")
 
     def start(self, *words: str, **options: Any) -> subprocess.Popen[str]:
         """Start a verb of `python -m dllm`."""

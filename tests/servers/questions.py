@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import urllib.request
 
-from dllm.data.turns import Message
+from dllm.prompts.turns import Message
 from tests.servers.conftest import SERVED
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dllm.data import chat, shards
+from dllm.engines import sglang
+from dllm.engines.openai.servers import URL_VARIABLE
 from dllm.errors import ServerError
 from dllm.models import targets
-from dllm.serving import sglang
-from dllm.serving.servers import URL_VARIABLE
+from dllm.prompts import template as chat
+from dllm.responses import shards
 from tests.servers.conftest import PROMPTS, SERVED, TOKENS, Project
 from tests.servers.questions import ask, metric
 

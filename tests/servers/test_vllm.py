@@ -14,17 +14,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dllm import process
-from dllm.config import Params
-from dllm.data import chat, shards
-from dllm.data.prompts import HELDOUT, Prompt, read_prompts
-from dllm.dflash.acceptance import Acceptance
-from dllm.dflash.export import load_draft, save_draft
-from dllm.dflash.initial import initial_draft
-from dllm.dflash.speculate import Decoder
+from dllm.config.params import Params
+from dllm.decoding.acceptance import Acceptance
+from dllm.decoding.speculative import Decoder
+from dllm.engines.readiness import await_token
+from dllm.methods.dflash.build import initial_draft
 from dllm.models import targets
+from dllm.models.drafts.checkpoint import load_draft, save_draft
 from dllm.models.packing import packed_linears
-from dllm.serving.readiness import await_token
+from dllm.process import children as process
+from dllm.prompts import template as chat
+from dllm.prompts.table import HELDOUT, Prompt, read_prompts
+from dllm.responses import shards
 from tests.arch.source_tree import ROOT
 from tests.servers.conftest import PROMPTS, SERVED, START_S, TOKENS, Project
 from tests.servers.questions import ask, metrics

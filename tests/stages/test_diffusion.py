@@ -5,12 +5,15 @@ import json
 import pytest
 import yaml
 
-from dllm import config, recipe_book
-from dllm.models.bidirectional import BidirectionalLM, Note
+from dllm.config import recipe_book
+from dllm.config.diffusion import Hybrid, Mdlm
+from dllm.config.load import load_params, params_digest, parse_params
+from dllm.config.params import Params
+from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig
 from dllm.stages import evaluate, prepare, regenerate, register, train
 from dllm.stages.evaluate_diffusion import most_parallel
 from flows import artifacts
-from tests.models.remote_code import checkpoint
+from tests.models.diffusion.remote_code import checkpoint
 
 SMALL = {
     "target.model": "builtin:tiny",
@@ -30,7 +33,7 @@ SMALL = {
 }
 
 
-def params(path, recipe: str, **changes) -> config.Params:
+def params(path, recipe: str, **changes) -> Params:
     raw = yaml.safe_load(recipe_book.text(recipe))
     for key, value in {**SMALL, **changes}.items():
         *parents, last = key.split(".")
@@ -39,7 +42,7 @@ def params(path, recipe: str, **changes) -> config.Params:
             node = node[parent]
         node[last] = value
     (path / "params.yaml").write_text(yaml.safe_dump(raw))
-    return config.load(path / "params.yaml")
+    return load_params(path / "params.yaml")
 
 
 @pytest.mark.slow
@@ -55,7 +58,7 @@ def test_from_prompts_to_the_registry(tmp_path, monkeypatch, mlflow_store, recip
     assert trained["steps"] >= 4 and trained["masked_tokens"] > 0 and trained["val_nelbo"] > 0
     model = BidirectionalLM.from_directory(tmp_path / "out" / "train" / "checkpoint")
     block = asked.train.hybrid.block_size if asked.train.mode == "hybrid" else None
-    assert model.note == Note(asked.train.mode, model.mask_token_id, block)
+    assert model.note == DiffusionConfig(asked.train.mode, model.mask_token_id, block)
     found = evaluate.run(asked, tmp_path)
     assert found["nelbo"] > 0 and found["nelbo_se"] > 0
     assert found["score"] == (found["words_exact"] if recipe == "tiny-mdlm" else -found["nelbo"])
@@ -121,8 +124,8 @@ def test_the_most_parallel_way_loses_no_more_than_a_point() -> None:
 
 def test_the_other_modes_sections_shape_no_digest(tmp_path) -> None:
     asked = params(tmp_path, "tiny-mdlm")
-    other = config.parse({**yaml.safe_load((tmp_path / "params.yaml").read_text())})
-    changed = other.train.model_copy(update={"hybrid": config.Hybrid(ar_loss_alpha=0.7)})
-    assert config.digest(changed) == config.digest(asked.train)
-    moved = other.train.model_copy(update={"mdlm": config.Mdlm(eps=0.01)})
-    assert config.digest(moved) != config.digest(asked.train)
+    other = parse_params({**yaml.safe_load((tmp_path / "params.yaml").read_text())})
+    changed = other.train.model_copy(update={"hybrid": Hybrid(ar_loss_alpha=0.7)})
+    assert params_digest(changed) == params_digest(asked.train)
+    moved = other.train.model_copy(update={"mdlm": Mdlm(eps=0.01)})
+    assert params_digest(moved) != params_digest(asked.train)

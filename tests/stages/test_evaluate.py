@@ -10,22 +10,24 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from dllm import config, tracking
-from dllm.data.prompts import HELDOUT, TRAIN, Prompt, prompt_id, write_prompts
-from dllm.dflash.comparison import Comparison, Pair
-from dllm.dflash.export import save_draft
+from dllm.config.load import parse_params
+from dllm.config.params import Params, Target
+from dllm.decoding.comparison import Comparison, Pair
 from dllm.errors import DataError, ModelError, StageError
 from dllm.models import targets
-from dllm.models.draft import DFlashDraft
+from dllm.models.drafts.checkpoint import save_draft
+from dllm.models.drafts.dflash import DFlashDraft
+from dllm.prompts.table import HELDOUT, TRAIN, Prompt, prompt_id, write_prompts
 from dllm.stages import evaluate
-from tests.dflash import stand_in_drafts
+from dllm.tracking import runs as tracking
+from tests.decoding import stand_in_drafts
 
-TARGET = config.Target(model="builtin:tiny", dtype="float32")
+TARGET = Target(model="builtin:tiny", dtype="float32")
 
 
-def params(**settings: Any) -> config.Params:
+def params(**settings: Any) -> Params:
     plain = {"num_prompts": 3, "max_new_tokens": 10, "identity_prompts": 2}
-    return config.parse(
+    return parse_params(
         {
             "recipe": "test",
             "target": TARGET.model_dump(),

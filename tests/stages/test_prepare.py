@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from dllm import config
-from dllm.data.prompts import read_prompts
+from dllm.config.load import parse_params
+from dllm.config.params import Params
 from dllm.errors import DataError
+from dllm.prompts.table import read_prompts
 from dllm.stages import prepare
-from dllm.stages.contract import digest
+from dllm.stages.workspace import digest
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +20,8 @@ def one_store(mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
 
 
-def params(*sources: dict[str, object]) -> config.Params:
-    return config.parse(
+def params(*sources: dict[str, object]) -> Params:
+    return parse_params(
         {
             "recipe": "test",
             "target": {"model": "builtin:tiny"},

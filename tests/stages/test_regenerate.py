@@ -15,20 +15,22 @@ from typing import Any
 
 import pytest
 
-from dllm import config
-from dllm.data import chat, shards
-from dllm.data.prompts import TRAIN, collect, read_prompts, write_prompts
+from dllm.config.load import parse_params
+from dllm.config.params import Params, Target
 from dllm.errors import DataError, StageError
 from dllm.models.targets import load_tokenizer
+from dllm.prompts import template as chat
+from dllm.prompts.table import TRAIN, collect, read_prompts, write_prompts
+from dllm.responses import shards
 from dllm.stages import regenerate
+from tests.engines.openai.loopback_server import echo, serving
 from tests.regeneration.full_disk import full_disk_after
-from tests.serving.loopback_server import echo, serving
 
 PROMPTS = 40
 
 
-def params(**settings: Any) -> config.Params:
-    return config.parse(
+def params(**settings: Any) -> Params:
+    return parse_params(
         {
             "recipe": "test",
             "target": {"model": "builtin:tiny"},
@@ -68,7 +70,7 @@ def test_the_target_answers_every_prompt_and_held_out_ones_once(root: Path) -> N
     samples = Counter(row.prompt_id for row in rows)
     assert samples == {id: 3 if prompt.split == TRAIN else 1 for id, prompt in prompts.items()}
     assert [(row.prompt_id, row.sample) for row in rows] == sorted((row.prompt_id, row.sample) for row in rows)
-    tokenizer = load_tokenizer(config.Target(model="builtin:tiny"))
+    tokenizer = load_tokenizer(Target(model="builtin:tiny"))
     for row in rows:
         prompt = prompts[row.prompt_id]
         assert (row.source, row.split) == ("mine.jsonl", prompt.split)
@@ -105,9 +107,10 @@ def test_the_order_of_finishing_does_not_show(root: Path, tmp_path: Path, mlflow
 
 RUN = """
 import sys, pathlib
-from dllm import config
+from dllm.config.load import parse_params
+from dllm.config.params import Params, Target
 from dllm.stages import regenerate
-regenerate.run(config.Params.model_validate_json(sys.argv[1]), pathlib.Path(sys.argv[2]))
+regenerate.run(Params.model_validate_json(sys.argv[1]), pathlib.Path(sys.argv[2]))
 """
 
 

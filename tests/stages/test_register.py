@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from dllm import config, provenance, registry, tracking
+from dllm.config.load import params_digest, parse_params
+from dllm.config.params import Params
 from dllm.errors import StageError
 from dllm.stages import register
-from tests.stages.test_contract import RAW
+from dllm.tracking import provenance, registry
+from dllm.tracking import runs as tracking
+from tests.stages.test_workspace import RAW
 
 TARGET = {"model": "builtin:tiny", "weights": "abc"}
 
@@ -20,8 +23,8 @@ def root(tmp_path: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def params(request: pytest.FixtureRequest) -> config.Params:
-    return config.parse({**RAW, "recipe": request.node.name, "register": {"model_name": request.node.name}})
+def params(request: pytest.FixtureRequest) -> Params:
+    return parse_params({**RAW, "recipe": request.node.name, "register": {"model_name": request.node.name}})
 
 
 def leave(root: Path, weights: str, tau: float) -> None:
@@ -48,14 +51,14 @@ def leave(root: Path, weights: str, tau: float) -> None:
     (root / "out" / "evaluate" / "metrics.json").write_text(json.dumps({"tau_micro": tau, "heldout_digest": "h"}))
 
 
-def registrations(params: config.Params, root: Path) -> int:
+def registrations(params: Params, root: Path) -> int:
     client = tracking.connect(tracking.tracking_uri(root))
     experiment = client.get_experiment_by_name(params.recipe)
     assert experiment is not None
     return len(client.search_runs([experiment.experiment_id]))
 
 
-def test_a_checkpoint_becomes_a_version_with_all_that_made_it(params: config.Params, root: Path) -> None:
+def test_a_checkpoint_becomes_a_version_with_all_that_made_it(params: Params, root: Path) -> None:
     leave(root, "a", 1.9)
     (root / "dvc.lock").write_text("lock")
     found = register.run(params, root)
@@ -68,20 +71,20 @@ def test_a_checkpoint_becomes_a_version_with_all_that_made_it(params: config.Par
         "dllm.heldout_digest": "h",
         "dllm.git_commit": "c0ffee",
         "dllm.data_digest": "data",
-        "dllm.params": config.digest(params),
+        "dllm.params": params_digest(params),
         "dllm.dvc_lock": provenance.digest(root / "dvc.lock"),
     }
     assert tags.items() >= expected.items()
 
 
-def test_doing_it_again_changes_nothing(params: config.Params, root: Path) -> None:
+def test_doing_it_again_changes_nothing(params: Params, root: Path) -> None:
     leave(root, "a", 1.9)
     first = register.run(params, root)
     assert register.run(params, root) == first
     assert registrations(params, root) == 1, "nor does it make another MLflow run"
 
 
-def test_the_champions_bytes_outlive_the_next_training(params: config.Params, root: Path) -> None:
+def test_the_champions_bytes_outlive_the_next_training(params: Params, root: Path) -> None:
     leave(root, "a", 1.9)
     register.run(params, root)
     leave(root, "b", 1.5)
@@ -92,7 +95,7 @@ def test_the_champions_bytes_outlive_the_next_training(params: config.Params, ro
     assert json.loads((champion / "run.json").read_text())["identity"]["target"] == TARGET
 
 
-def test_an_evaluation_of_another_checkpoint_is_refused(params: config.Params, root: Path) -> None:
+def test_an_evaluation_of_another_checkpoint_is_refused(params: Params, root: Path) -> None:
     leave(root, "a", 1.9)
     (root / "out" / "train" / "checkpoint" / "config.json").write_text('{"changed": true}')
     with pytest.raises(StageError, match="another checkpoint"):
@@ -100,7 +103,7 @@ def test_an_evaluation_of_another_checkpoint_is_refused(params: config.Params, r
 
 
 @pytest.mark.parametrize("missing", ["train/run.json", "evaluate/metrics.json"])
-def test_a_stage_that_has_not_run_is_named(params: config.Params, root: Path, missing: str) -> None:
+def test_a_stage_that_has_not_run_is_named(params: Params, root: Path, missing: str) -> None:
     leave(root, "a", 1.9)
     (root / "out" / missing).unlink()
     with pytest.raises(StageError, match=f"stage {missing.split('/')[0]} has left no"):

@@ -15,16 +15,17 @@ import yaml
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-from dllm import config
-from dllm.data.shards import Row
-from dllm.dflash.export import load_draft
+from dllm.config.load import load_params
+from dllm.config.params import Params
 from dllm.errors import DataError, StageError
+from dllm.models.drafts.checkpoint import load_draft
+from dllm.responses.shards import Row
 from dllm.stages import train
-from tests.data.shard_folder import write_rows
+from tests.responses.shard_folder import write_rows
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 8
-RECIPE = yaml.safe_load((ROOT / "dllm/recipes/tiny-dflash.yaml").read_text())
+RECIPE = yaml.safe_load((ROOT / "dllm/config/recipes/tiny-dflash.yaml").read_text())
 
 
 def answer(index: int, split: str) -> Row:
@@ -34,7 +35,7 @@ def answer(index: int, split: str) -> Row:
     return Row(f"{index:016x}", 0, "gsm8k", split, [], prompt, ids, "length", len(ids))
 
 
-def prepare(root: Path, rows: list[Row] | None = None, **changes) -> config.Params:
+def prepare(root: Path, rows: list[Row] | None = None, **changes) -> Params:
     """Lay out a project folder with regenerated answers and a params.yaml."""
     folder = root / "out" / "regenerate"
     folder.mkdir(parents=True)
@@ -43,7 +44,7 @@ def prepare(root: Path, rows: list[Row] | None = None, **changes) -> config.Para
     raw = json.loads(json.dumps(RECIPE))
     raw["train"] |= {"epochs": EPOCHS, "validate_every": 20, "log_every": 4, **changes}
     (root / "params.yaml").write_text(yaml.safe_dump(raw))
-    return config.load(root / "params.yaml")
+    return load_params(root / "params.yaml")
 
 
 def records(root: Path) -> list[dict]:
@@ -60,7 +61,7 @@ def store(tmp_path_factory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, store) -> tuple[Path, config.Params, dict]:
+def alone(tmp_path_factory, store) -> tuple[Path, Params, dict]:
     """A whole run of one rank."""
     root = tmp_path_factory.mktemp("alone")
     params = prepare(root)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from dllm.errors import ConfigError
-from dllm.training.distribution import PeerLost, device_of
+from dllm.training.distributed import PeerLost, device_of
 
 ROOT = Path(__file__).parents[2]
 

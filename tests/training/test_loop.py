@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from dllm.errors import DataError, StageError
-from dllm.tracking import NullTracker
-from dllm.training.distribution import Ranks
+from dllm.tracking.runs import NullTracker
+from dllm.training.distributed import Ranks
 from dllm.training.interrupt import Interrupt
 from dllm.training.loop import Loop
-from dllm.training.strategy import Rows, Terms
+from dllm.training.strategy import LossSums, Rows
 from tests.training.toy import ToyStrategy, settings
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -129,9 +129,9 @@ def test_validation_without_heldout_rows_takes_the_newest(tmp_path) -> None:
 
 def test_a_gradient_that_is_not_finite_stops_in_one_line(tmp_path) -> None:
     class Broken(ToyStrategy):
-        def terms(self, split, rows, epoch) -> Terms:
+        def terms(self, split, rows, epoch) -> LossSums:
             terms = super().terms(split, rows, epoch)
-            return Terms(terms.numerator * float("nan"), terms.denominator, counts=terms.counts)
+            return LossSums(terms.numerator * float("nan"), terms.denominator, counts=terms.counts)
 
     with pytest.raises(StageError, match="not finite at step 1"):
         make(tmp_path, Broken()).run()
@@ -146,8 +146,8 @@ def test_nothing_to_train_on_is_refused(tmp_path) -> None:
 
 def test_a_step_without_supervision_is_refused(tmp_path) -> None:
     class Blank(ToyStrategy):
-        def terms(self, split, rows, epoch) -> Terms:
-            return Terms(torch.zeros(()), 0.0)
+        def terms(self, split, rows, epoch) -> LossSums:
+            return LossSums(torch.zeros(()), 0.0)
 
     with pytest.raises(DataError, match="no supervised token"):
         make(tmp_path, Blank()).run()

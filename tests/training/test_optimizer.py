@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dllm import config
+from dllm.config.params import Optimizer
 from dllm.errors import ModelError
 from dllm.training.optimizer import ADAMW_SHARE, Optimizers
 from dllm.training.schedule import lr_factor
@@ -39,7 +39,7 @@ def stepped(optimizers: Optimizers, net: nn.Module, number: int, lr: float = 1.0
 def test_muon_moves_matrices_by_a_matched_size_and_adamw_the_rest() -> None:
     net = model()
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    optimizers = Optimizers(net, config.Optimizer(name="muon", lr=0.01))
+    optimizers = Optimizers(net, Optimizer(name="muon", lr=0.01))
     for parameter in net.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizers.set_lr(1.0)
@@ -54,7 +54,7 @@ def test_muon_moves_matrices_by_a_matched_size_and_adamw_the_rest() -> None:
 def test_only_matrices_decay(name) -> None:
     net = model()
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    optimizers = Optimizers(net, config.Optimizer(name=name, lr=0.5, weight_decay=0.1))
+    optimizers = Optimizers(net, Optimizer(name=name, lr=0.5, weight_decay=0.1))
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizers.set_lr(1.0)
@@ -65,7 +65,7 @@ def test_only_matrices_decay(name) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_state_goes_out_and_back_exactly(name) -> None:
-    settings = config.Optimizer(name=name, lr=0.02)
+    settings = Optimizer(name=name, lr=0.02)
     straight, first, second = model(), model(), model()
     stepped(Optimizers(straight, settings), straight, 2)
     one = Optimizers(first, settings)
@@ -82,7 +82,7 @@ def test_state_goes_out_and_back_exactly(name) -> None:
 
 
 def test_state_of_another_model_is_refused() -> None:
-    optimizers = Optimizers(model(), config.Optimizer())
+    optimizers = Optimizers(model(), Optimizer())
     with pytest.raises(ModelError, match=r"2\.weight:exp_avg"):
         optimizers.load_state({"2.weight:exp_avg": torch.zeros(4)})
     with pytest.raises(ModelError, match=r"0\.weight:exp_avg"):
@@ -94,7 +94,7 @@ def test_clipping_scales_the_global_norm_and_reports_the_norm_before() -> None:
     for parameter in net.parameters():
         parameter.grad = torch.full_like(parameter, 3.0)
     total = sum(p.numel() for p in net.parameters())
-    assert float(Optimizers(net, config.Optimizer(clip_norm=1.0)).clip()) == pytest.approx(3 * total**0.5)
+    assert float(Optimizers(net, Optimizer(clip_norm=1.0)).clip()) == pytest.approx(3 * total**0.5)
     assert sum(float(p.grad.square().sum()) for p in net.parameters() if p.grad is not None) == pytest.approx(
         1, rel=1e-4
     )

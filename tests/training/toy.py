@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dllm import config
+from dllm.config.params import Train
 from dllm.errors import DataError, DllmError
-from dllm.tracking import NullTracker
-from dllm.training.distribution import Join, Ranks
+from dllm.tracking.runs import NullTracker
+from dllm.training.distributed import Join, Ranks
 from dllm.training.loop import Loop
-from dllm.training.strategy import Rows, Terms
+from dllm.training.strategy import LossSums, Rows
 
 
 class ToyStrategy:
@@ -38,7 +38,7 @@ class ToyStrategy:
         self.train_rows = Rows([f"r{i}" for i in range(rows)], [1 + (7 * i) % 9 for i in range(rows)])
         self.heldout_rows = Rows([f"h{i}" for i in range(heldout)], [1 + i % 4 for i in range(heldout)])
 
-    def terms(self, split, rows, epoch) -> Terms:
+    def terms(self, split, rows, epoch) -> LossSums:
         of = self.train_rows if split == "train" else self.heldout_rows
         total, weight, hits = torch.zeros(()), 0.0, 0.0
         for row in rows:
@@ -49,7 +49,7 @@ class ToyStrategy:
         if split == "train":
             self.calls += 1
             self._suffer()
-        return Terms(total, weight, int(weight), len(rows), 100.0 * weight, {"hits": hits, "seen": len(rows)})
+        return LossSums(total, weight, int(weight), len(rows), 100.0 * weight, {"hits": hits, "seen": len(rows)})
 
     def metrics(self, sums):
         return {"hit_rate": sums["hits"][0] / sums["seen"][0]}
@@ -79,11 +79,11 @@ class ToyStrategy:
             raise ZeroDivisionError("a bug")
 
 
-def settings(**changes) -> config.Train:
+def settings(**changes) -> Train:
     """Make a train section for the toy."""
     base = {"epochs": 3, "batch_size": 4, "log_every": 2, "validate_every": 4, "compute_dtype": "float32"}
     optimizer = {"lr": 0.05, "weight_decay": 0.01, **changes.pop("optimizer", {})}
-    return config.Train.model_validate({**base, **changes, "optimizer": optimizer})
+    return Train.model_validate({**base, **changes, "optimizer": optimizer})
 
 
 def _seed(*parts) -> int:

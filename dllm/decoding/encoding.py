@@ -1,0 +1,128 @@
+"""From what a person typed to ids: a chat, text to be continued, or text with spans to be filled."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from dllm.errors import DataError
+from dllm.prompts.template import prompt_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPAN = re.compile(r"\[MASK(?::([1-9]\d*))?\]")
+
+
+def checked(text: str, number: int) -> str:
+    """Return a text that a tokenizer can take.
+
+    Raises:
+        DataError: it is empty, or holds halves of characters, as bytes that are no UTF-8 become on a command line.
+    """
+    if not text.strip():
+        raise DataError("empty prompt", where=f"prompt {number}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError("not UTF-8", where=f"prompt {number}") from None
+    return text
+
+
+def check_room(length: int, new_tokens: int, longest: int, number: int) -> None:
+    """Refuse a prompt of some tokens that leaves no room for its answer.
+
+    Raises:
+        DataError: with what would help.
+    """
+    if length + new_tokens > longest:
+        raise DataError(
+            f"{length} tokens and {new_tokens} new ones are more than this model's {longest}",
+            where=f"prompt {number}",
+            hint="shorten it, or lower --max-new-tokens" if new_tokens else "shorten it",
+        )
+
+
+def text_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, raw: bool, enable_thinking: bool | None, number: int
+) -> list[int]:
+    """Encode what is to be answered, or with `raw` continued.
+
+    Args:
+        number: which prompt it is, for messages.
+
+    Raises:
+        DataError: it is empty, or the tokenizer has no chat template.
+    """
+    checked(text, number)
+    if raw:
+        ids = list(tokenizer(text)["input_ids"])
+    else:
+        _check_template(tokenizer)
+        ids = prompt_ids(tokenizer, [{"role": "user", "content": text}], enable_thinking)
+    if not ids:
+        raise DataError("empty prompt", where=f"prompt {number}")
+    return ids
+
+
+def span_ids(
+    tokenizer: PreTrainedTokenizerBase, text: str, raw: bool, mask_token_id: int, longest: int, number: int
+) -> list[int]:
+    """Encode text whose [MASK] stands for one token and [MASK:n] for n; unless `raw`, as what a user said.
+
+    Args:
+        longest: tokens that a text may have.
+        number: as in `text_ids`.
+
+    Raises:
+        DataError: there is no span, or one that cannot be read.
+    """
+    where = f"prompt {number}"
+    checked(text, number)
+    spans = list(SPAN.finditer(text))
+    odd = re.findall(r"\[MASK[^\]\s]*\]?", SPAN.sub("", text))
+    if odd or not spans:
+        message = f"{odd[0]} is no span" if odd else "nothing to fill in"
+        raise DataError(message, where=where, hint="write [MASK] for one token, or [MASK:n] for n of them")
+    lengths = [int(span[1] or 1) for span in spans]
+    if sum(lengths) > longest:
+        raise DataError(f"spans of {sum(lengths)} tokens, and a text of this model has {longest} at most", where=where)
+    rendered, ids = text, list[int]()
+    if raw:
+        opening = tokenizer("")["input_ids"]
+        ids += opening[: int(opening[:1] == [tokenizer.bos_token_id])]  # an empty text may also be closed
+    else:
+        _check_template(tokenizer)
+        chat = [{"role": "user", "content": text}]
+        rendered = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False))
+    # Split at spans: text, number, text, number, ..., text.
+    for place, piece in enumerate(SPAN.split(rendered)):
+        if place % 2:
+            ids += [mask_token_id] * int(piece or 1)
+        else:
+            ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+    if ids.count(mask_token_id) != sum(lengths):
+        raise DataError("the text holds the mask token itself", where=where, hint="write [MASK] instead")
+    return ids
+
+
+def filled(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int], written: Sequence[int], mask_token_id: int
+) -> str:
+    """Put what was written for each span in its place; all other text stays to the letter.
+
+    Args:
+        ids: what `span_ids` made of the text.
+        written: the same, filled.
+    """
+    new = iter([token for given, token in zip(ids, written, strict=True) if given == mask_token_id])
+    return SPAN.sub(
+        lambda span: str(tokenizer.decode(list(islice(new, int(span[1] or 1))), skip_special_tokens=True)), text
+    )
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.chat_template:
+        raise DataError("the model's tokenizer has no chat template", hint="give --raw to take the text as it is")

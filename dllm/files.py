@@ -1,0 +1,143 @@
+"""Files and folders: written atomically, locked by one process, and a full disk reported in one line."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dllm.errors import StageError
+
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
+LOCK = ".lock"
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write a file aside, flush it to disk and move it into place.
+
+    A file of that name is replaced, not changed: what was published by hard link keeps its content.
+    """
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    _sync(path.parent)
+
+
+def atomic_link(source: Path, path: Path) -> None:
+    """Give a file a second place, in one step: a hard link, or a copy where there can be none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    aside = path.with_name(path.name + ".tmp")
+    aside.unlink(missing_ok=True)
+    source = source.resolve(strict=True)
+    try:
+        os.link(source, aside)
+    except OSError:  # another disk, one without links; what else may be wrong, the copy will say
+        shutil.copyfile(source, aside)
+        _sync(aside)
+    aside.replace(path)
+    aside.unlink(missing_ok=True)  # still there where both were links to one file: then replacing does nothing
+    _sync(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder to fill; at the end it goes to disk and becomes `path` in one step.
+
+    A reader, or a kill at any moment, sees the old folder or the new one. An exception inside leaves the old one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(left_over)
+    aside = _aside(path)
+    aside.mkdir()
+    try:
+        yield aside
+        for each in [*aside.rglob("*"), aside]:
+            _sync(each)
+        _swap(aside, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock; it ends with the process, however that ends.
+
+    Raises:
+        StageError: another process holds it; its number is named.
+    """
+    with (folder / LOCK).open("a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            raise StageError(
+                f"another process works on this (pid {stream.read().strip() or 'unknown'})",
+                where=str(folder),
+                hint="wait for it, or stop it",
+            ) from None
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield
+
+
+@contextmanager
+def full_disk_in_one_line(where: Path) -> Iterator[None]:
+    """Turn a full disk into one line that names the file, or else `where`.
+
+    Raises:
+        StageError: the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        hint = "free some space and run again; finished work is kept"
+        raise StageError("disk is full", where=str(error.filename or where), hint=hint) from None
+
+
+def _aside(path: Path) -> Path:
+    # Never the same name twice: of two processes that publish here, one may fail, but their files do not mix.
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+
+
+def _swap(new: Path, old: Path) -> None:
+    if not old.exists():
+        new.rename(old)
+    elif not _exchange(new, old):  # where the system has no exchange: two renames, the old folder is kept until the end
+        retired = _aside(old)
+        old.rename(retired)
+        new.rename(old)
+        shutil.rmtree(retired)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    return bool(rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

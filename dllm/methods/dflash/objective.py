@@ -1,0 +1,161 @@
+"""One DFlash training step's terms: blocks in, sums out.
+
+Everything that is averaged later leaves here as a numerator and a denominator, so that no figure depends on how a
+batch was split.
+
+Shape suffixes: B batch, S sequence, N blocks, L slots a block, P = L - 1 predicted slots, D hidden, F features,
+V vocabulary, M block positions that count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dllm.methods.dflash.anchors import Anchors
+from dllm.methods.dflash.loss import decay_weights, dpace_weights, linear_cross_entropy
+from dllm.models.drafts.dflash import DFlashDraft
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences with their target features, padded on the right.
+
+    Shapes: input_ids_BS int64, loss_mask_BS bool (false on padding), features_BSF, last_BSD (what the target feeds its
+    head; only to distil from).
+    """
+
+    input_ids_BS: Tensor
+    loss_mask_BS: Tensor
+    features_BSF: Tensor
+    last_BSD: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What each predicted slot should say, and whether it counts.
+
+    Shapes: ids_BNP int64, valid_BNP bool.
+    """
+
+    ids_BNP: Tensor
+    valid_BNP: Tensor
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Sums over one micro-batch.
+
+    Shapes: numerator scalar with gradient; correct_P and count_P int64 by offset 1 .. L-1.
+    run_sum: tokens in the leading runs of right guesses, over num_blocks blocks that have a label.
+    """
+
+    numerator: Tensor
+    denominator: float
+    correct_P: Tensor
+    count_P: Tensor
+    run_sum: int
+    num_blocks: int
+
+
+def block_labels(batch: Batch, anchors: Anchors, block_size: int) -> Labels:
+    """Look up the token each slot stands for: slot k of a block at a predicts the token AT a + k, no shift.
+
+    Source: DFlash, section 4.1 (same-position prediction).
+    """
+    length = batch.input_ids_BS.shape[1]
+    offset_P = torch.arange(1, block_size, device=anchors.pos_BN.device)
+    place_BNP = anchors.pos_BN[..., None] + offset_P
+    inside_BNP = place_BNP < length
+    flat = place_BNP.clamp(max=length - 1).flatten(1)
+    ids_BNP = batch.input_ids_BS.gather(1, flat).view(place_BNP.shape)
+    supervised_BNP = batch.loss_mask_BS.gather(1, flat).view(place_BNP.shape)
+    return Labels(ids_BNP, supervised_BNP & inside_BNP & anchors.keep_BN[..., None])
+
+
+def denominator(labels: Labels, block_size: int, *, gamma: float, loss: str) -> float:
+    """Return what the step's loss is divided by, before any forward pass.
+
+    `decay`: the sum of weights that count (DFlash, equation 4 as a weighted mean). `dpace`: the number of blocks.
+    """
+    if loss == "dpace":
+        return float(labels.valid_BNP.any(-1).sum())
+    weights_P = decay_weights(block_size, gamma).to(labels.valid_BNP.device)
+    return float((labels.valid_BNP.sum((0, 1)) * weights_P.double()).sum())
+
+
+def block_hidden(draft: DFlashDraft, embedding_VD: Tensor, batch: Batch, anchors: Anchors, labels: Labels) -> Tensor:
+    """Run the draft over all blocks and keep the slots that count.
+
+    Shapes: embedding_VD the target's. Returns hidden_MD in the dtype of batch.features_BSF.
+    """
+    features = batch.features_BSF
+    tokens_BN = batch.input_ids_BS.gather(1, anchors.pos_BN)
+    mask_D = embedding_VD[draft.config.mask_token_id]
+    anchor_BN1D = F.embedding(tokens_BN, embedding_VD)[:, :, None]
+    masks = mask_D.expand(*tokens_BN.shape, draft.config.block_size - 1, -1)
+    embeds_BNLD = torch.cat([anchor_BN1D, masks], 2).to(features.dtype)
+    hidden_BNPD = draft(embeds_BNLD, draft.project(features), anchors.pos_BN, anchors.keep_BN)
+    return hidden_BNPD[labels.valid_BNP]
+
+
+def teacher_hidden(batch: Batch, anchors: Anchors, labels: Labels) -> Tensor | None:
+    """Find what the target itself knew of each slot that counts: its last hidden state one token before.
+
+    Shapes: returns teacher_MD, or None where the batch carries none.
+    """
+    if batch.last_BSD is None:
+        return None
+    offset_P = torch.arange(labels.ids_BNP.shape[-1], device=anchors.pos_BN.device)
+    place_BNP = (anchors.pos_BN[..., None] + offset_P).clamp(max=batch.last_BSD.shape[1] - 1)
+    row_B11 = torch.arange(len(place_BNP), device=place_BNP.device)[:, None, None]
+    return batch.last_BSD[row_B11.expand_as(place_BNP)[labels.valid_BNP], place_BNP[labels.valid_BNP]]
+
+
+def dflash_terms(
+    draft: DFlashDraft,
+    embedding_VD: Tensor,
+    head_VD: Tensor,
+    batch: Batch,
+    anchors: Anchors,
+    *,
+    gamma: float,
+    loss: str = "decay",
+    chunk: int = 256,
+    vocab_ids: Tensor | None = None,
+    distill: float = 0.0,
+) -> StepSums:
+    """Compute the loss and the acceptance counts of one micro-batch.
+
+    Shapes: head_VD the target's head in the compute dtype. With vocab_ids (sorted ids, V' of them) head_VD holds just
+        those rows, and every label must be among them.
+    distill: the share of the loss against the target's own distribution; the batch must carry last_BSD.
+    Source: DFlash, equation 4; D-PACE for loss "dpace".
+    """
+    size = draft.config.block_size
+    labels = block_labels(batch, anchors, size)
+    valid = labels.valid_BNP
+    ids_M = labels.ids_BNP[valid]
+    hidden_MD = block_hidden(draft, embedding_VD, batch, anchors, labels)
+    if vocab_ids is not None:
+        ids_M = torch.searchsorted(vocab_ids, ids_M)
+    teacher_MD = teacher_hidden(batch, anchors, labels) if distill else None
+    loss_M, nll_M, hit_M = linear_cross_entropy(hidden_MD, head_VD, ids_M, chunk, teacher_MD, distill)
+    if loss == "dpace":
+        prob_BNP = torch.ones(valid.shape, device=valid.device).masked_scatter(valid, (-nll_M).exp())
+        weights_M = dpace_weights(prob_BNP, valid)[valid]
+    else:
+        weights_M = decay_weights(size, gamma).to(valid.device).expand(valid.shape)[valid]
+    right_BNP = torch.zeros_like(valid).masked_scatter(valid, hit_M)
+    runs_BN = right_BNP.long().cumprod(-1).sum(-1)
+    return StepSums(
+        numerator=(weights_M * loss_M).sum(),
+        denominator=denominator(labels, size, gamma=gamma, loss=loss),
+        correct_P=right_BNP.sum((0, 1)),
+        count_P=valid.sum((0, 1)),
+        run_sum=int(runs_BN.sum()),
+        num_blocks=int(valid[..., 0].sum()),
+    )

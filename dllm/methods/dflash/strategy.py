@@ -1,0 +1,160 @@
+"""DFlash as a training strategy: features, anchors and the objective, joined for the loop.
+
+Shape suffixes: B batch, S sequence, D hidden, V vocabulary, F tapped features, P = block_size - 1 offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dllm.config.params import Train
+from dllm.methods.dflash.anchors import Anchors, draw_anchors
+from dllm.methods.dflash.flops import train_flops
+from dllm.methods.dflash.objective import Batch, StepSums, dflash_terms
+from dllm.models.drafts.dflash import DFlashDraft
+from dllm.training.batches import Example, collate
+from dllm.training.order import derive_seed
+from dllm.training.strategy import LossSums, Rows, Split
+
+
+class FeatureSource(Protocol):
+    """Where the target's hidden states come from."""
+
+    def features(self, split: Split, rows: Sequence[int]) -> list[Tensor]:
+        """Return the features of some rows of a split. Shapes: one (S, F) tensor a row, (S, F + D) to distil from."""
+
+
+class DflashStrategy:
+    """Train a draft to foresee the target's words from the target's features.
+
+    Args:
+        draft: the model that is trained, on its device.
+        embedding_VD: the target's embedding, in any dtype.
+        head_VD: the target's head.
+        splits: the examples of each split.
+        source: features of those examples.
+        settings: the train section.
+    """
+
+    predictions_name = "block_positions"
+    shown = ("loss", "draft_acc", "acceptance_length", "val_acceptance_length")
+
+    def __init__(
+        self,
+        draft: DFlashDraft,
+        embedding_VD: Tensor,
+        head_VD: Tensor,
+        splits: Mapping[Split, Sequence[Example]],
+        source: FeatureSource,
+        settings: Train,
+    ) -> None:
+        self.model, self.splits, self.source, self.settings = draft, splits, source, settings
+        self.dtype = getattr(torch, settings.compute_dtype)
+        self.device = embedding_VD.device
+        self.embedding_VD, self.head_VD = embedding_VD.to(self.dtype), head_VD.to(self.dtype)
+        self.width = embedding_VD.shape[1]
+        self.vocab_ids: Tensor | None = None
+        self.train_head_VD = self.head_VD
+        if settings.dflash.loss_vocab == "corpus":
+            self.vocab_ids = _answer_vocabulary(splits["train"]).to(self.device)
+            self.train_head_VD = self.head_VD[self.vocab_ids]
+        self.train_rows, self.heldout_rows = _rows(splits["train"]), _rows(splits["heldout"])
+        offsets = draft.config.block_size - 1
+        self.counts = {"correct": offsets, "count": offsets, "run_sum": 1, "blocks": 1}
+
+    def terms(self, split: Split, rows: Sequence[int], epoch: int) -> LossSums:
+        """Draw each row's anchors from its own seed, and sum the loss and the right guesses over its blocks."""
+        settings, examples = self.settings.dflash, [self.splits[split][row] for row in rows]
+        input_ids_BS, loss_mask_BS = collate(examples)
+        anchors = draw_anchors(
+            loss_mask_BS,
+            num_blocks=settings.num_blocks_per_sample,
+            block_size=self.model.config.block_size,
+            sampling=settings.anchor_sampling,
+            seeds=[derive_seed(self.settings.seed, split, epoch, example.id) for example in examples],
+        )
+        known_BSX = torch.nn.utils.rnn.pad_sequence(self.source.features(split, rows), batch_first=True)
+        device, training = self.device, split == "train"
+        features_BSF, last_BSD = known_BSX.to(device, self.dtype), None
+        if settings.distill:
+            features_BSF, last_BSD = features_BSF.split([known_BSX.shape[-1] - self.width, self.width], -1)
+        batch = Batch(input_ids_BS.to(device), loss_mask_BS.to(device), features_BSF, last_BSD)
+        step = dflash_terms(
+            self.model,
+            self.embedding_VD,
+            self.train_head_VD if training else self.head_VD,
+            batch,
+            Anchors(anchors.pos_BN.to(device), anchors.keep_BN.to(device)),
+            gamma=settings.loss_decay_gamma,
+            loss=settings.loss,
+            chunk=settings.ce_chunk_size,
+            vocab_ids=self.vocab_ids if training else None,
+            distill=settings.distill if training else 0.0,
+        )
+        return self._terms(step, anchors, tokens=sum(map(len, examples)))
+
+    def metrics(self, sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """Return accuracy over all offsets and at each, and the acceptance length its leading runs make.
+
+        acceptance_length is 1 + the mean over blocks of the leading run of right guesses: runs of 3, 2, 1, 0 make 2.5.
+        It is never the product of the offsets' accuracies.
+        """
+        figures: dict[str, float] = {}
+        if sum(sums["count"]):
+            figures["draft_acc"] = sum(sums["correct"]) / sum(sums["count"])
+        for k, (correct, count) in enumerate(zip(sums["correct"], sums["count"], strict=True), 1):
+            if count:
+                figures[f"draft_acc_k{k}"] = correct / count
+        if sums["blocks"][0]:
+            figures["acceptance_length"] = 1 + sums["run_sum"][0] / sums["blocks"][0]
+        return figures
+
+    def score(self, validation: Mapping[str, float]) -> tuple[float, ...]:
+        """Prefer the longer held-out acceptance; between equals, the lower loss."""
+        return validation.get("val_acceptance_length", 1.0), -validation["val_loss"]
+
+    def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write the draft as published ones look, in float32; its weights are never split."""
+        from dllm.models.drafts.checkpoint import save_draft
+
+        save_draft(self.model, directory, torch.float32)
+
+    def load(self, directory: Path) -> None:
+        """Take back the weights that `save` wrote, exactly."""
+        from dllm.models.drafts.checkpoint import load_draft
+
+        self.model.load_state_dict(load_draft(directory).state_dict())
+
+    def _terms(self, step: StepSums, anchors: Anchors, tokens: int) -> LossSums:
+        predictions = int(step.count_P.sum())
+        flops = train_flops(
+            self.model.config,
+            context_tokens=tokens,
+            blocks=int(anchors.keep_BN.sum()),
+            visible_tokens=int(anchors.pos_BN.sum()),
+            predictions=predictions,
+            vocab=len(self.train_head_VD),
+        )
+        counts: dict[str, Tensor | float] = {
+            "correct": step.correct_P,
+            "count": step.count_P,
+            "run_sum": step.run_sum,
+            "blocks": step.num_blocks,
+        }
+        return LossSums(step.numerator, step.denominator, tokens, predictions, flops, counts)
+
+
+def _rows(examples: Sequence[Example]) -> Rows:
+    return Rows([example.id for example in examples], [len(example) for example in examples])
+
+
+def _answer_vocabulary(examples: Sequence[Example]) -> Tensor:
+    ids: set[int] = set()
+    for example in examples:
+        ids.update(example.input_ids[example.prompt_length :])
+    return torch.tensor(sorted(ids), dtype=torch.int64)

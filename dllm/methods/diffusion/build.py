@@ -1,0 +1,100 @@
+"""The model that training starts from: the target with its causal mask lifted, its mere shape, or with adapters."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+
+from dllm.config.diffusion import Masking
+from dllm.config.params import Target, Train
+from dllm.errors import ConfigError, ModelError
+from dllm.models import targets
+from dllm.models.diffusion import remote
+from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig, load_bidirectional
+from dllm.models.diffusion.lora import Adapter
+from dllm.models.sharding import mesh_of_ranks, recompute_layers, shard
+from dllm.training.distributed import one_rank_at_a_time
+
+
+def initial_model(target: Target, settings: Train, device: torch.device | str) -> BidirectionalLM:
+    """Load the model to train, with float32 weights that may move, or frozen ones beside float32 adapters.
+
+    With `fsdp` each rank keeps its piece of the weights, and all ranks must call this; the main memory of a machine
+    then holds one whole model at a time, however many ranks it has.
+
+    Raises:
+        ModelError: the target cannot be read, or bends its logits in a way that the chunked loss does not know.
+        ConfigError: the mask token or the way of training does not fit the target.
+        PeerLost: another rank went away while it read.
+    """
+    masking, device = masking_of(settings), torch.device(device)
+    mesh = mesh_of_ranks(device) if masking.fsdp else None
+    with nullcontext() if mesh is None else one_rank_at_a_time(device):
+        model = _whole_model(target, settings, device if mesh is None else "cpu")
+        if masking.activation_checkpointing:
+            recompute_layers(model)
+        if mesh is not None:
+            shard(model, mesh, getattr(torch, settings.compute_dtype))
+    return model
+
+
+def _whole_model(target: Target, settings: Train, device: torch.device | str) -> BidirectionalLM:
+    masking = masking_of(settings)
+    check_family(target, settings)
+    dtype = torch.float32 if masking.lora is None else getattr(torch, settings.compute_dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)  # an added mask row is drawn at random
+        model = load_bidirectional(target, dtype, device, masking.mask_token_id, paired=masking.block_size)
+    if getattr(model.config, "final_logit_softcapping", None) is not None:
+        raise ModelError("soft-capped logits cannot be trained here", where=f"target.model: {target.model}")
+    if masking.init == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            fresh = type(model.model)(model.model.config)
+        model.model.load_state_dict(fresh.state_dict())
+    if masking.lora is None:
+        return model.requires_grad_(True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model.adapter = Adapter(model.model, masking.lora, target.model, target.revision)
+    return model
+
+
+def check_family(target: Target, settings: Train) -> None:
+    """Refuse a way of training that a published model's own code cannot do, before its gigabytes are read.
+
+    Raises:
+        ConfigError: with the way that it can be trained.
+    """
+    kind = remote.kind_at(targets.locate(target)) if target.trust_remote_code else None
+    masking = masking_of(settings)
+    by_block = masking.attention == "block"
+    if kind is not None and masking.activation_checkpointing and not masking.fsdp:
+        raise ConfigError(
+            "activation_checkpointing of a model with code of its own needs fsdp",
+            where=f"target.model: {target.model}",
+        )
+    if kind is not None and kind.masks == "none" and (settings.mode == "hybrid" or by_block):
+        raise ConfigError(
+            "this model's code takes no attention mask: mode mdlm with attention full is all it can be trained with",
+            where=f"target.model: {target.model}",
+        )
+    if kind is not None and kind.masks == "own" and not (settings.mode == "hybrid" and by_block):
+        raise ConfigError(
+            "this model's code lays out blocks itself: train it with mode hybrid and attention block",
+            where=f"target.model: {target.model}",
+        )
+
+
+def masking_of(settings: Train) -> Masking:
+    """Return the section of the mode that trains."""
+    return settings.hybrid if settings.mode == "hybrid" else settings.mdlm
+
+
+def note_of(settings: Train, mask_token_id: int) -> DiffusionConfig:
+    """Say how the trained model is to be decoded."""
+    masking = masking_of(settings)
+    mode: Literal["mdlm", "hybrid"] = "hybrid" if settings.mode == "hybrid" else "mdlm"
+    return DiffusionConfig(mode, mask_token_id, masking.block_size if masking.attention == "block" else None)

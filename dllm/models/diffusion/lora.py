@@ -1,0 +1,115 @@
+"""LoRA: small matrices beside a model's own, which alone are trained and kept in float32.
+
+Owns how they are put in, kept on disk as peft reads them, and folded into the weights at the end.
+Source: LoRA (Hu et al. 2021), section 4.1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dllm.config.diffusion import Lora
+from dllm.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS = "adapter_model.safetensors"
+FILES = ("adapter_config.json", WEIGHTS)
+"""What `save` writes and peft's own `PeftModel.from_pretrained` reads."""
+
+_NAME = "default"
+
+
+class Adapter:
+    """The matrices that were put beside some of a model's linear maps.
+
+    Args:
+        model: its weights are frozen; modules inside it are replaced by adapted ones.
+        settings: rank, scale and place.
+        base: what the adapter belongs to, for those who load it elsewhere.
+        revision: commit of `base`.
+
+    Raises:
+        ConfigError: peft is not installed, or target_modules name nothing, or the embedding or the head.
+    """
+
+    def __init__(self, model: PreTrainedModel, settings: Lora, base: str, revision: str | None = None) -> None:
+        try:
+            from peft import LoraConfig
+            from peft.tuners.lora import LoraModel
+        except ImportError:
+            hint = "pip install 'dllm[lora]'"
+            raise ConfigError("LoRA needs the package peft", where="train: lora", hint=hint) from None
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        named = {name for name, module in model.named_modules() if module in ends}
+        if any(f".{name}".endswith(f".{target}") for name in named for target in settings.target_modules):
+            # The loss multiplies by the head's own matrix, a chunk of places at a time.
+            raise ConfigError("the embedding and the head take no adapter", where="train: lora.target_modules")
+        about = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=list(settings.target_modules),
+            bias="none",
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base,
+            revision=revision,
+        )
+        model.requires_grad_(False)
+        try:
+            self._tuner: Any = LoraModel(model, about, _NAME)
+        except ValueError:
+            raise ConfigError(
+                f"no module of the model is called {' or '.join(settings.target_modules)}",
+                where="train: lora.target_modules",
+            ) from None
+        self._model, self._about = model, about
+        for parameter in self._tensors().values():
+            # Half precision would lose the small steps that these alone have to take.
+            parameter.data = parameter.data.float()
+
+    def save(self, directory: Path) -> None:
+        """Write the matrices and what they belong to, as peft reads them."""
+        from safetensors.torch import save_file
+
+        tensors = {_public(name): p.detach().contiguous() for name, p in self._tensors().items()}
+        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+        self._about.save_pretrained(str(directory))
+
+    def load(self, directory: Path) -> None:
+        """Take back what `save` wrote, exactly.
+
+        Raises:
+            ModelError: it is not there, or is of another rank or place.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = directory / WEIGHTS
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"cannot read the adapter: {error}", where=str(path)) from None
+        own = {_public(name): parameter for name, parameter in self._tensors().items()}
+        if {name: t.shape for name, t in tensors.items()} != {name: p.shape for name, p in own.items()}:
+            raise ModelError("the adapter is of another rank or place", where=str(path))
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+    def merge(self) -> None:
+        """Fold the matrices into the weights; the model is an ordinary one again."""
+        self._tuner.merge_and_unload()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        marks = (f".lora_A.{_NAME}.", f".lora_B.{_NAME}.")
+        return {name: p for name, p in self._model.named_parameters() if any(mark in name for mark in marks)}
+
+
+def _public(name: str) -> str:
+    return f"base_model.model.{name.replace(f'.{_NAME}.', '.')}"

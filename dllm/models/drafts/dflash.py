@@ -1,0 +1,224 @@
+"""The DFlash draft: a few Qwen3-shaped layers that read a target's hidden states as keys and values.
+
+Owns the network alone. It has no embedding and no head: both are the target's, and so are the features. Weights are
+float32 masters; every forward computes in the dtype of its input.
+
+Shape suffixes: B batch, N blocks, L slots a block, S context, D hidden, F tapped features (taps * D), H query heads,
+G key/value heads, R = H / G, E head dim.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dllm.models.drafts.attention import block_attention
+from dllm.models.drafts.config import DraftConfig
+
+
+class Linear(nn.Linear):
+    """Multiply by float32 master weights, cast to the input's dtype."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T in x's dtype."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square over the last axis, then scale."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised x in x's dtype; the mean is taken in float32."""
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Project queries from the block, keys and values from context and block alike (DFlash, section 4.1)."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        hidden, size = config.hidden_size, config.head_dim
+        self.heads, self.kv_heads, self.size = config.num_attention_heads, config.num_key_value_heads, size
+        self.q_proj = Linear(hidden, self.heads * size)
+        self.k_proj = Linear(hidden, self.kv_heads * size)
+        self.v_proj = Linear(hidden, self.kv_heads * size)
+        self.o_proj = Linear(self.heads * size, hidden)
+        self.q_norm = RMSNorm(size, config.rms_norm_eps)
+        self.k_norm = RMSNorm(size, config.rms_norm_eps)
+
+    def queries(self, x: Tensor, rope: Rope) -> Tensor:
+        """Return rotated queries. Shapes: x (..., L, D) -> (..., L, H, E)."""
+        return rope.rotate(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, self.size))))
+
+    def keys_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """Return rotated keys and values. Shapes: x (..., L, D) -> two of (..., L, G, E)."""
+        key = rope.rotate(self.k_norm(self.k_proj(x).unflatten(-1, (self.kv_heads, self.size))))
+        return key, self.v_proj(x).unflatten(-1, (self.kv_heads, self.size))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return down(silu(gate(x)) * up(x))."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """One draft layer; the context passes only through its key and value projections."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Add the attention output, then the MLP. Shapes: x (..., D), mixed (..., H*E)."""
+        x = x + self.self_attn.o_proj(mixed)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Rope:
+    """Cosines and sines of some positions, ready to rotate heads at those positions (half-split layout)."""
+
+    def __init__(self, positions: Tensor, config: DraftConfig, dtype: torch.dtype) -> None:
+        half = config.head_dim // 2
+        steps = torch.arange(half, device=positions.device, dtype=torch.float32)
+        angles = positions[..., None].float() * config.rope_theta ** (-steps / half)
+        self.cos = torch.cat([angles.cos()] * 2, -1).to(dtype).unsqueeze(-2)
+        self.sin = torch.cat([-angles.sin(), angles.sin()], -1).to(dtype).unsqueeze(-2)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotate heads. Shapes: x (positions..., heads, E)."""
+        first, second = x.chunk(2, -1)
+        return x * self.cos + torch.cat([second, first], -1) * self.sin
+
+
+class ContextCache:
+    """Keys and values of the context in each draft layer; blocks leave nothing in it."""
+
+    def __init__(self, layers: int) -> None:
+        self.length = 0
+        self.keys: list[Tensor | None] = [None] * layers
+        self.values: list[Tensor | None] = [None] * layers
+
+    def extend(self, layer: int, key_BSGE: Tensor, value_BSGE: Tensor) -> tuple[Tensor, Tensor]:
+        """Append rows to a layer and return all of its keys and values."""
+        old_key, old_value = self.keys[layer], self.values[layer]
+        key = key_BSGE if old_key is None else torch.cat([old_key, key_BSGE], 1)
+        value = value_BSGE if old_value is None else torch.cat([old_value, value_BSGE], 1)
+        self.keys[layer], self.values[layer] = key, value
+        return key, value
+
+
+class DFlashDraft(nn.Module):
+    """Propose the tokens of a block at once from an anchor and the target's features.
+
+    Parameter names and the config are those of published drafts, so that SGLang and vLLM load a saved one unchanged.
+    Source: DFlash (arXiv 2602.06036), section 4; layout as in z-lab's released checkpoints.
+    """
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.fc = Linear(config.hidden_size * len(config.target_layer_ids), config.hidden_size)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def reset_parameters(self, seed: int, std: float = 0.02) -> None:
+        """Draw all matrices from N(0, std^2) with the given seed and set all norms to one."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.normal_(0, std, generator=generator) if parameter.ndim > 1 else parameter.fill_(1)
+
+    def project(self, features_BSF: Tensor) -> Tensor:
+        """Turn tapped features into the context that every layer reads. Shapes: (B, S, F) -> (B, S, D)."""
+        return self.hidden_norm(self.fc(features_BSF))
+
+    def forward(self, embeds_BNLD: Tensor, context_BSD: Tensor, anchor_BN: Tensor, keep_BN: Tensor) -> Tensor:
+        """Run many blocks of each sequence at once, each seeing the context before its anchor and itself.
+
+        Shapes: embeds_BNLD block embeddings, context_BSD from `project`, anchor_BN positions (int64), keep_BN bool (a
+            dropped block sees itself only). Returns hidden_BNPD for the P = L - 1 masked slots.
+        Source: DFlash, section 4.2 and appendix A.1 (attention mask of training).
+        """
+        slots = embeds_BNLD.shape[2]
+        offset_L = torch.arange(slots, device=anchor_BN.device)
+        block_rope = Rope(anchor_BN[..., None] + offset_L, self.config, embeds_BNLD.dtype)
+        context_rope = Rope(torch.arange(context_BSD.shape[1], device=anchor_BN.device), self.config, context_BSD.dtype)
+        visible_BN = torch.where(keep_BN, anchor_BN, 0)
+        x_BNLD = embeds_BNLD
+        for index, layer in enumerate(self._typed_layers()):
+            attn = layer.self_attn
+            context = attn.keys_values(context_BSD, context_rope)
+            normed = layer.input_layernorm(x_BNLD)
+            block = attn.keys_values(normed, block_rope)
+            query = attn.queries(normed, block_rope)
+            if index == len(self.layers) - 1:  # the anchor's own output is thrown away: never compute it
+                query, x_BNLD = query[:, :, 1:], x_BNLD[:, :, 1:]
+            window = self.config.sliding_window
+            mixed = block_attention(query, context[0], context[1], block[0], block[1], visible_BN, window)
+            x_BNLD = layer.finish(x_BNLD, mixed)
+        return self.norm(x_BNLD)
+
+    def new_cache(self) -> ContextCache:
+        """Return an empty cache for `propose`."""
+        return ContextCache(len(self.layers))
+
+    def propose(self, embeds_BLD: Tensor, features_BSF: Tensor, start: int, cache: ContextCache) -> Tensor:
+        """Run one block at decoding: add the new context rows to the cache, then read the block at `start`.
+
+        Shapes: embeds_BLD anchor and masks, features_BSF the rows verified since the last call, in order; they take
+            the positions from cache.length on. Returns hidden_BLD; row 0 means nothing.
+        """
+        device, slots = embeds_BLD.device, embeds_BLD.shape[1]
+        context_BSD = self.project(features_BSF)
+        rows = context_BSD.shape[1]
+        context_rope = Rope(cache.length + torch.arange(rows, device=device), self.config, context_BSD.dtype)
+        block_rope = Rope(start + torch.arange(slots, device=device), self.config, embeds_BLD.dtype)
+        cache.length += rows
+        mask_LT = self._window_mask(slots, cache.length, start, device)
+        x_BLD = embeds_BLD
+        for index, layer in enumerate(self._typed_layers()):
+            attn = layer.self_attn
+            context = cache.extend(index, *attn.keys_values(context_BSD, context_rope))
+            normed = layer.input_layernorm(x_BLD)
+            block = attn.keys_values(normed, block_rope)
+            key, value = (torch.cat(pair, 1).transpose(1, 2) for pair in zip(context, block, strict=True))
+            query = attn.queries(normed, block_rope).transpose(1, 2)
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_LT, enable_gqa=True)
+            x_BLD = layer.finish(x_BLD, mixed.transpose(1, 2).flatten(2))
+        return self.norm(x_BLD)
+
+    def _typed_layers(self) -> list[Layer]:
+        return [cast(Layer, layer) for layer in self.layers]
+
+    def _window_mask(self, slots: int, length: int, start: int, device: torch.device) -> Tensor | None:
+        window = self.config.sliding_window
+        if window is None:
+            return None
+        position_L = start + torch.arange(slots, device=device)
+        position_T = torch.cat([torch.arange(length, device=device), position_L])
+        distance_LT = position_L[:, None] - position_T
+        return (distance_LT >= 0) & (distance_LT < window)

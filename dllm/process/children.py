@@ -1,0 +1,327 @@
+"""Running a child process: its lines as they come, its own session, a deadline, and no orphan whatever happens.
+
+The child stands under `dllm/process/supervisor.py`, the kill ladder. `run` waits for it; `background` lets it run
+beside the caller. Call both from the main thread: that is where Python, and Prefect's cancellation, raise the
+exceptions that must stop the child.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import ctypes
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn, Protocol
+
+from dllm.errors import StageError
+
+if TYPE_CHECKING:
+    import psutil
+
+PR_SET_PDEATHSIG = 1
+GRACE_S = 20.0
+"""From SIGTERM to SIGKILL: longer than torchrun's shutdown timeout (15 s), shorter than Prefect's own grace (30 s)."""
+SUPERVISOR_MARGIN_S = 8.0
+LOOK_EVERY_S = 0.2
+TAIL_LINES = 50
+SUPERVISOR = Path(__file__).with_name("supervisor.py")
+LINE_END = re.compile(r"\r\n|\n|\r(?!$)")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a child ended."""
+
+    code: int
+    """Exit code; 128 + n where signal n ended it."""
+    seconds: float
+    tail: tuple[str, ...]
+    """The last lines it wrote."""
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    deadline_s: float | None = None,
+    log: Callable[[str], object] | None = None,
+    log_file: Path | None = None,
+    grace_s: float = GRACE_S,
+) -> Result:
+    """Run a program to its end and hand on its lines, both streams merged, as it writes them.
+
+    Any exception in the meantime, also one that is no Exception (Ctrl-C, Prefect's cancellation), stops the whole tree
+    of processes before it goes on. So does the death of the caller itself.
+
+    Args:
+        argv: the program and its arguments; no shell.
+        env: added to this process's environment.
+        deadline_s: after so many seconds the tree is stopped.
+        log: called with every line.
+        log_file: every line is added to it too.
+        grace_s: from SIGTERM to SIGKILL.
+
+    Raises:
+        StageError: the program cannot be found, or the deadline has passed.
+    """
+    with contextlib.ExitStack() as stack:
+        child = _start(stack, argv, env, cwd, log, log_file, grace_s)
+        child.hand_on(deadline_s)
+        if not child.ended:
+            raise StageError(f"stopped after its deadline of {deadline_s:g} s", where=" ".join(argv))
+    return child.result()
+
+
+class Background(Protocol):
+    """A child that runs beside its caller."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended."""
+
+    @property
+    def tail(self) -> tuple[str, ...]:
+        """The last lines it wrote so far."""
+
+    def result(self) -> Result:
+        """Wait for its end and its last line, and say how it went.
+
+        Raises:
+            OSError: a line could not be handed on (a full disk, say), so the child was stopped.
+        """
+
+
+@contextlib.contextmanager
+def background(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    log: Callable[[str], object] | None = None,
+    log_file: Path | None = None,
+    grace_s: float = GRACE_S,
+) -> Iterator[Background]:
+    """Run a program beside the caller for as long as the `with` block lasts; a thread hands on its lines.
+
+    However the block is left, the program's whole tree is stopped first; so it is when the caller dies. Arguments as
+    for `run`.
+
+    Raises:
+        StageError: the program cannot be found.
+    """
+    with contextlib.ExitStack() as stack:
+        child = _start(stack, argv, env, cwd, log, log_file, grace_s)
+        child.hand_on_beside()
+        yield child
+
+
+def _start(
+    stack: contextlib.ExitStack,
+    argv: Sequence[str],
+    env: Mapping[str, str] | None,
+    cwd: Path | None,
+    log: Callable[[str], object] | None,
+    log_file: Path | None,
+    grace_s: float,
+) -> _Child:
+    """Start a program whose life ends with the stack's."""
+    environment = {**os.environ, **(env or {})}
+    if shutil.which(argv[0], path=environment.get("PATH")) is None:
+        raise StageError(f"program {argv[0]!r} not found", where="PATH", hint="run `make setup`")
+    sinks: list[Callable[[str], object]] = [] if log is None else [log]
+    if log_file is not None:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        stream = stack.enter_context(log_file.open("a", buffering=1))
+        sinks.append(lambda line: stream.write(line + "\n"))
+    return stack.enter_context(_Child(argv, environment, cwd, grace_s, sinks))
+
+
+class _Child:
+    """The supervisor's process and its merged output."""
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        cwd: Path | None,
+        grace_s: float,
+        sinks: Sequence[Callable[[str], object]],
+    ) -> None:
+        self._last: deque[str] = deque(maxlen=TAIL_LINES)
+        self._grace_s, self._sinks = grace_s, (self._last.append, *sinks)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._rest = ""
+        self._reader: threading.Thread | None = None
+        self._failure: OSError | None = None
+        self._began = time.monotonic()
+        # never written to: the supervisor sees it close when this process is gone
+        their_end, self._lifeline = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(SUPERVISOR), str(their_end), str(grace_s), *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=cwd,
+                start_new_session=True,
+                pass_fds=[their_end],
+            )
+        except BaseException:
+            os.close(self._lifeline)
+            raise
+        finally:
+            os.close(their_end)
+        assert self._process.stdout is not None
+        self._output = self._process.stdout.fileno()
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    @property
+    def tail(self) -> tuple[str, ...]:
+        return tuple(self._last)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def result(self) -> Result:
+        code = self._process.wait()
+        if self._reader is not None:
+            self._reader.join()
+        if self._failure is not None:
+            raise self._failure
+        return Result(128 - code if code < 0 else code, self.seconds, self.tail)
+
+    def __enter__(self) -> _Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.ended:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            patience_s = self._grace_s + SUPERVISOR_MARGIN_S
+            if self._reader is None:
+                self.hand_on(self.seconds + patience_s)
+            else:
+                self._reader.join(patience_s)
+        if not self.ended:  # the supervisor hangs: its own pipe end closes with it, nothing else can be done from here
+            self._process.kill()
+        self._process.wait()
+        os.close(self._lifeline)
+        if self._reader is not None:
+            self._reader.join(SUPERVISOR_MARGIN_S)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def hand_on_beside(self) -> None:
+        """Pass lines to the sinks from a thread until the child has ended."""
+        self._reader = threading.Thread(target=self._hand_on_or_stop, name="child's lines", daemon=True)
+        self._reader.start()
+
+    def _hand_on_or_stop(self) -> None:
+        try:
+            self.hand_on(None)
+        except OSError as error:  # a child whose lines nobody takes would stand still, without a word
+            self._failure = error
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            self._sinks = self._sinks[:1]
+            self.hand_on(None)
+
+    def hand_on(self, until_s: float | None) -> None:
+        """Pass lines to the sinks until the supervisor has ended or so many seconds since the start are over."""
+        while True:
+            over = self.ended  # looked at before reading: what was written before the end is still read
+            while select.select([self._output], [], [], 0 if over else LOOK_EVERY_S)[0]:
+                block = os.read(self._output, 65536)
+                if not block:
+                    over = self._process.wait() is not None
+                    break
+                self._split(self._decoder.decode(block))
+                if until_s is not None and self.seconds > until_s:
+                    break
+            if over:
+                break
+            if until_s is not None and self.seconds > until_s:
+                return
+        self._split(self._decoder.decode(b"", final=True) + "\n" if self._rest else "")
+
+    def _split(self, text: str) -> None:
+        *lines, self._rest = LINE_END.split(self._rest + text)
+        for line in lines:
+            for sink in self._sinks:
+                sink(line)
+
+
+def die_with_parent() -> None:
+    """Ask Linux for SIGTERM when the parent dies; elsewhere nothing happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def children() -> set[psutil.Process]:
+    """List the processes under this one."""
+    import psutil
+
+    return set(psutil.Process().children(recursive=True))
+
+
+def stop_children(spare: Collection[psutil.Process] = (), grace_s: float = 5.0) -> None:
+    """Stop the processes under this one, but for those spared: SIGTERM, a grace period, SIGKILL."""
+    import psutil
+
+    ours = children() - set(spare)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for each in ours:
+            with contextlib.suppress(psutil.Error):
+                each.send_signal(number)
+        ours = set(psutil.wait_procs(ours, timeout=grace_s)[1])
+
+
+def leave(number: int) -> NoReturn:
+    """Leave the process as a signal asks: by an exception, so that `with` blocks and `finally` run.
+
+    Raises:
+        SystemExit: 128 + number.
+    """
+    # What is dropped half made, such as an event loop, complains from `__del__`, and nobody can act on that.
+    sys.unraisablehook = lambda ignored: None
+    raise SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def signals_exit() -> Iterator[None]:
+    """Turn SIGTERM and SIGINT into SystemExit once; later ones are passed over until all is closed."""
+
+    def once(number: int, frame: FrameType | None) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+        leave(number)
+
+    try:
+        before = {number: signal.signal(number, once) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread, where alone Python lets signals be handled
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

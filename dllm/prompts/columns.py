@@ -1,0 +1,52 @@
+"""Chats as columns of parquet: the one shape in which prompts and answers keep their turns and tools.
+
+Owns the codec. What has no value is null in the columns and absent in a message, so rows with and without tools load
+together; calls and schemas are JSON texts, since no two tools have arguments of one type.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dllm.prompts.turns import Message, Tools
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_TEXTS = ("role", "content", "tool_calls", "tool_call_id", "name")
+
+
+def chat_fields() -> list[pa.Field]:
+    """Describe the columns `messages` and `tools`."""
+    import pyarrow as pa
+
+    message = pa.struct([(name, pa.string()) for name in _TEXTS])
+    return [pa.field("messages", pa.list_(message)), pa.field("tools", pa.string())]
+
+
+def to_columns(messages: Sequence[Message], tools: Tools | None) -> dict[str, Any]:
+    """Turn a chat and its tools into the values of the two columns."""
+    turns = [
+        {**message, "tool_calls": to_json(message["tool_calls"])} if "tool_calls" in message else message
+        for message in messages
+    ]
+    return {"messages": turns, "tools": None if tools is None else to_json(tools)}
+
+
+def from_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a row's two columns into a chat and its tools again; the other columns stay as they are."""
+    messages = []
+    for turn in row["messages"]:
+        message = {name: value for name, value in turn.items() if value is not None}
+        if "tool_calls" in message:
+            message["tool_calls"] = json.loads(message["tool_calls"])
+        messages.append(message)
+    tools = row["tools"]
+    return {**row, "messages": messages, "tools": None if tools is None else json.loads(tools)}
+
+
+def to_json(value: Any) -> str:
+    """Write a value as compact JSON, its keys in the order they came in: templates show them in that order."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

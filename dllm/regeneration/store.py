@@ -1,0 +1,175 @@
+"""Shards under way and finished, in a folder that a kill at any moment leaves in order.
+
+Owns what is on disk before the result is published: a journal of answers for each open shard; and for each finished one
+its parquet file, then a record of it, and no journal. A shard counts as finished when its record is there and its bytes
+are the record's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dllm.engines.engine import Response, request_key
+from dllm.errors import StageError
+from dllm.files import atomic_write
+from dllm.regeneration.journal import ResponseJournal
+from dllm.regeneration.rollout import Rollout
+from dllm.responses import shards
+from dllm.responses.counts import ManifestCounts
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class OpenShard:
+    """A shard whose rollouts are not all over."""
+
+    index: int
+    journal: ResponseJournal
+    rollouts: list[Rollout] = field(default_factory=list)
+    """In order of their numbers."""
+    unfinished: int = 0
+    is_full: bool = False
+    """Whether no rollout will be added."""
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What is kept of a finished shard."""
+
+    entry: dict[str, Any]
+    """For the manifest: file, rows, sha256 and counts."""
+    rollouts: int
+    turns: int
+    """Turns its rollouts have, answered or not."""
+    origins: str
+    """Digest of the prompts and samples it was made for."""
+    rejected: list[dict[str, Any]]
+    """Of each refused request: key, reason, and whether the next call asks again."""
+
+
+class ShardStore:
+    """The shards of one result.
+
+    Args:
+        folder: made where it is missing.
+        drop: flags whose rows are left out.
+    """
+
+    def __init__(self, folder: Path, drop: Sequence[str] = ()) -> None:
+        self.folder, self._drop = folder, drop
+        self.finished: set[int] = set()
+        self.turns_done = 0
+        """Turns of finished shards."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(folder.glob("shard-*.json")):
+            self._take_up(path)
+
+    def answers_kept(self) -> int:
+        """Count the answers that open shards' journals hold."""
+        count = 0
+        for path in self.folder.glob("journal-*.jsonl"):
+            with ResponseJournal(path) as journal:
+                count += len(journal)
+        return count
+
+    def open(self, index: int) -> OpenShard:
+        """Open a shard; answers of a killed call are in its journal."""
+        return OpenShard(index, ResponseJournal(self._path("journal", index, "jsonl")))
+
+    def check(self, index: int, origins: str) -> None:
+        """Make sure that a finished shard was made for these prompts and samples.
+
+        Raises:
+            StageError: it was made for others.
+        """
+        if self.record(index).origins != origins:
+            raise StageError(
+                "a finished shard answers other prompts than stand at its place in the input",
+                where=str(self._path("shard", index, "json")),
+                hint="the input has changed under the work: remove this file's folder and run again",
+            )
+
+    def finish(self, shard: OpenShard) -> None:
+        """Write a shard whose rollouts are all over, and let go of its journal."""
+        counts, rows, rejected, turns = ManifestCounts(), [], [], 0
+        for rollout in shard.rollouts:
+            turns += rollout.turns
+            for row in rollout.rows(shard.journal.read):
+                unwanted = next((flag for flag in self._drop if flag in row.flags), None)
+                if unwanted is None:
+                    counts.add(row)
+                    rows.append(row)
+                else:
+                    counts.dropped[unwanted] += 1
+            if rollout.rejection is not None:
+                counts.rejected += 1
+                rejected.append(vars(rollout.rejection))
+        entry = shards.write_shard(rows, self.folder / shards.shard_name(shard.index))
+        record = {
+            "entry": {**entry, "counts": counts.to_json()},
+            "rollouts": len(shard.rollouts),
+            "turns": turns,
+            "origins": origins_digest(rollout.origin for rollout in shard.rollouts),
+            "rejected": rejected,
+        }
+        atomic_write(self._path("shard", shard.index, "json"), json.dumps(record, sort_keys=True).encode())
+        shard.journal.close()
+        shard.journal.path.unlink()
+        self.finished.add(shard.index)
+        self.turns_done += turns
+
+    def record(self, index: int) -> ShardRecord:
+        """Read the record of a finished shard."""
+        return ShardRecord(**json.loads(self._path("shard", index, "json").read_bytes()))
+
+    def records(self) -> Iterator[ShardRecord]:
+        """Read the records of all finished shards, in order."""
+        for index in sorted(self.finished):
+            yield self.record(index)
+
+    def _take_up(self, path: Path) -> None:
+        index = int(path.stem.rpartition("-")[2])
+        try:
+            record = ShardRecord(**json.loads(path.read_bytes()))
+            data = (self.folder / record.entry["file"]).read_bytes()
+            intact = hashlib.sha256(data).hexdigest() == record.entry["sha256"]
+        except (OSError, ValueError, TypeError, KeyError):
+            intact = False
+        if not intact:
+            _log.warning("%s: damaged; the shard is made again", path)
+            path.unlink()
+            return
+        if any(each["is_passing"] for each in record.rejected):
+            self._reopen(index, record)
+            return
+        self._path("journal", index, "jsonl").unlink(missing_ok=True)
+        self.finished.add(index)
+        self.turns_done += record.turns
+
+    def _reopen(self, index: int, record: ShardRecord) -> None:
+        """Turn a shard whose servers failed some requests into a journal again; those alone are then missing."""
+        with self.open(index).journal as journal:
+            for row in shards.read_shard(self.folder, record.entry):  # type: ignore[arg-type]
+                said = row.messages[-1]
+                key = request_key(row.prompt_id, row.sample, row.turn)
+                calls = tuple(said.get("tool_calls", ()))
+                journal.append(Response(key, tuple(row.answer_ids), said["content"], row.finish_reason, calls))
+        self._path("shard", index, "json").unlink()
+
+    def _path(self, kind: str, index: int, suffix: str) -> Path:
+        return self.folder / f"{kind}-{index:05d}.{suffix}"
+
+
+def origins_digest(origins: Iterator[str]) -> str:
+    """Hash the names of rollouts, in order, into 16 hex digits."""
+    digest = hashlib.sha256()
+    for origin in origins:
+        digest.update(f"{origin}\n".encode())
+    return digest.hexdigest()[:16]

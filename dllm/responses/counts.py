@@ -1,0 +1,77 @@
+"""What a manifest counts of its rows, as figures that add up: shard by shard, part by part."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dllm.responses.shards import Row
+
+
+@dataclass
+class ManifestCounts:
+    """Counts of some rows.
+
+    Units: `tokens` and `tokens_by_split` count answer ids; all else counts rows, `rejected` requests.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    tokens_by_split: Counter[str] = field(default_factory=lambda: Counter({"train": 0, "heldout": 0}))
+    finish_reasons: Counter[str] = field(default_factory=Counter)
+    splits: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+    flags: Counter[str] = field(default_factory=Counter)
+    """Rows kept although they have the flag; a row with two flags counts under both."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Rows left out of the shards for a flag, each under the first that `drop` names."""
+    rejected: int = 0
+    """Requests that no server would answer."""
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> ManifestCounts:
+        """Count rows that are kept."""
+        counts = cls()
+        for row in rows:
+            counts.add(row)
+        return counts
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> ManifestCounts:
+        """Take the counts out of a manifest, or of what `to_json` gave."""
+        counts = cls()
+        for each in fields(cls):
+            value = found[each.name]
+            setattr(counts, each.name, Counter(value) if isinstance(value, dict) else value)
+        return counts
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the counts as keys of a manifest, in one order whatever order they were counted in."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {
+            name: dict(sorted(value.items())) if isinstance(value, Counter) else value for name, value in values.items()
+        }
+
+    def add(self, row: Row) -> None:
+        """Count one more row that is kept."""
+        self.rows += 1
+        self.tokens += row.num_tokens
+        self.tokens_by_split[row.split] += row.num_tokens
+        self.finish_reasons[row.finish_reason] += 1
+        self.splits[row.split] += 1
+        self.sources[row.source] += 1
+        self.flags.update(row.flags)
+
+    def __add__(self, other: ManifestCounts) -> ManifestCounts:
+        total = ManifestCounts()
+        for each in fields(self):
+            one, two = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(one, Counter):
+                getattr(total, each.name).update(one)  # unlike +, update keeps keys that count nothing
+                getattr(total, each.name).update(two)
+            else:
+                setattr(total, each.name, one + two)
+        return total

@@ -1,0 +1,172 @@
+"""Is a folder of answers what its manifest says? Every hash, every row and every count, once more.
+
+Owns the checks and the order they come in. Stops at the first thing that does not hold, and names it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dllm.errors import DataError
+from dllm.responses import shards
+from dllm.responses.counts import ManifestCounts
+from dllm.responses.flags import FLAGS, LENGTH, TOOL_MISMATCH, flags_of
+from dllm.responses.shards import MANIFEST, REJECTED, Row
+
+ENDS = ("stop", "length", "tool_calls")
+_MAKE_AGAIN = "restore the folder, or regenerate again"
+
+
+def verify(dir: Path) -> dict[str, str]:
+    """Check a folder of answers against its manifest; return what was checked and what was found.
+
+    One shard is in memory at a time, and a number for every row.
+
+    Raises:
+        DataError: something does not hold; it names the first such thing.
+    """
+    manifest = shards.read_manifest(dir)
+    _check_names(dir, manifest)
+    found = {"manifest": f"schema {manifest['schema']}, finished"}
+    rows = _Rows(manifest.get("stop_ids"))
+    total = ManifestCounts()
+    for entry in manifest["shards"]:
+        counts = ManifestCounts()
+        for row in shards.read_shard(dir, entry):
+            where = f"{dir / entry['file']} row {counts.rows}"
+            _check_row(row, where)
+            rows.take(row, where)
+            counts.add(row)
+        if "counts" in entry:
+            said = _counts(entry["counts"], f"{dir / MANIFEST}: {entry['file']}")
+            # What was left out or refused has no row to be counted by.
+            counts.dropped, counts.rejected = said.dropped, said.rejected
+            _check_counts(said, counts, f"{dir / MANIFEST}: {entry['file']}")
+        total += counts
+    rows.check_ends()
+    found["shards"] = f"{len(manifest['shards'])}, sha256, columns and number of rows"
+    found["rows"] = f"{total.rows}, each (prompt, sample, turn) once"
+    found["ends"] = ", ".join(f"{n} {reason}" for reason, n in sorted(total.finish_reasons.items())) or "none"
+    found["flags"] = ", ".join(f"{n} {flag}" for flag, n in sorted(total.flags.items())) or "none"
+    said = _counts(manifest, str(dir / MANIFEST))
+    if not any("counts" in entry for entry in manifest["shards"]):
+        total.dropped, total.rejected = said.dropped, said.rejected
+    _check_counts(said, total, str(dir / MANIFEST))
+    found["counts"] = f"{total.tokens} tokens, rows by finish reason, split, source and flag"
+    found["rejected"] = _check_rejected(dir, said.rejected, rows)
+    return found
+
+
+class _Rows:
+    """What has to hold between rows: each is there once, and only whole answers end with a stop id."""
+
+    def __init__(self, stop_ids: list[int] | None) -> None:
+        self._seen: set[int] = set()
+        self._stops = set(stop_ids or ())
+        self._is_open = stop_ids is None
+        """Whether the manifest leaves the stop ids to be told from the rows."""
+        self._cut: dict[int, str] = {}
+
+    def take(self, row: Row, where: str) -> None:
+        key = (row.prompt_id, row.sample, row.turn)
+        number = _number(*key, where)
+        if number in self._seen:
+            raise _broken(f"prompt {key[0]} sample {key[1]} turn {key[2]} is there twice", where)
+        self._seen.add(number)
+        if row.finish_reason == LENGTH:
+            if row.answer_ids:
+                self._cut.setdefault(row.answer_ids[-1], where)
+        elif not row.answer_ids:
+            raise _broken(f"an answer that ends with {row.finish_reason} has no stop id", where)
+        elif self._is_open:
+            self._stops.add(row.answer_ids[-1])
+        elif row.answer_ids[-1] not in self._stops:
+            raise _broken(f"the answer ends with id {row.answer_ids[-1]}, which is no stop id", where)
+
+    def has(self, prompt_id: str, sample: int, turn: int, where: str) -> bool:
+        return _number(prompt_id, sample, turn, where) in self._seen
+
+    def check_ends(self) -> None:
+        for id in self._stops & self._cut.keys():
+            raise _broken(f"an answer that was cut ends with the stop id {id}", self._cut[id])
+
+
+def _number(prompt_id: str, sample: int, turn: int, where: str) -> int:
+    """Name a row by one number: a million of them are to stay small."""
+    try:
+        return (int(prompt_id, 16) << 64) + (sample << 32) + turn
+    except ValueError:
+        raise _broken(f"{prompt_id!r} is no prompt's id", where) from None
+
+
+def _check_names(dir: Path, manifest: dict[str, Any]) -> None:
+    listed = set()
+    for number, entry in enumerate(manifest["shards"]):
+        kinds = {"file": str, "rows": int, "sha256": str}
+        if not isinstance(entry, dict) or any(not isinstance(entry.get(key), kind) for key, kind in kinds.items()):
+            raise _broken(f"shard {number} has no file, rows and sha256", dir / MANIFEST)
+        if Path(entry["file"]).name != entry["file"] or entry["file"] in listed:
+            raise _broken(f"{entry['file']!r} is listed twice, or lies elsewhere", dir / MANIFEST)
+        listed.add(entry["file"])
+    for path in sorted(dir.glob("*.parquet")):
+        if path.name not in listed:
+            raise _broken("a shard that the manifest does not list", path)
+
+
+def _check_row(row: Row, where: str) -> None:
+    if row.num_tokens != len(row.answer_ids):
+        raise _broken(f"num_tokens is {row.num_tokens} for {len(row.answer_ids)} ids", where)
+    if row.finish_reason not in ENDS:
+        raise _broken(f"finish_reason is {row.finish_reason!r}, none of {', '.join(ENDS)}", where)
+    if not row.prompt_ids or not row.messages or row.messages[-1]["role"] != "assistant":
+        raise _broken("the row has no context or no answer by an assistant", where)
+    answer = row.messages[-1]
+    due = flags_of(row.answer_ids, row.finish_reason, answer["content"], answer.get("tool_calls", ()))
+    if row.flags != [flag for flag in FLAGS if flag in due or (flag == TOOL_MISMATCH and flag in row.flags)]:
+        raise _broken(f"flags are {row.flags}, though the answer calls for {due}", where)
+
+
+def _counts(found: dict[str, Any], where: str) -> ManifestCounts:
+    try:
+        return ManifestCounts.from_json(found)
+    except (KeyError, TypeError):
+        raise _broken("the manifest lacks counts", where) from None
+
+
+def _check_counts(said: ManifestCounts, found: ManifestCounts, where: str) -> None:
+    for (name, one), two in zip(said.to_json().items(), found.to_json().values(), strict=True):
+        if one != two:
+            raise _broken(f"{name} should be {two}, the manifest says {one}", where)
+
+
+def _check_rejected(dir: Path, count: int, rows: _Rows) -> str:
+    path = dir / REJECTED
+    refused = set()
+    for where, key in _rejected(path):
+        if key in refused or rows.has(*key, where):
+            raise _broken("prompt {} sample {} turn {} was refused, and is there all the same".format(*key), where)
+        refused.add(key)
+    if len(refused) != count:
+        raise _broken(f"{len(refused)} requests are listed, the manifest says {count}", path)
+    return f"{count} requests, none of them among the rows"
+
+
+def _rejected(path: Path) -> Iterator[tuple[str, tuple[str, int, int]]]:
+    if not path.exists():
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+                key, _ = (str(record["prompt_id"]), int(record["sample"]), int(record["turn"])), record["reason"]
+            except (ValueError, TypeError, KeyError):
+                raise _broken("no prompt_id, sample, turn and reason", where) from None
+            yield where, key
+
+
+def _broken(what: str, where: Path | str) -> DataError:
+    return DataError(what, where=str(where), hint=_MAKE_AGAIN)

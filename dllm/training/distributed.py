@@ -1,0 +1,211 @@
+"""The ranks of a run: who is who, how they add numbers up, and how they fall together.
+
+Started by torchrun or alone. gloo on CPUs, nccl with GPUs. Each rank holds all weights unless `dllm.models.sharding`
+splits them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dllm.errors import ConfigError, StageError
+
+TIMEOUT = timedelta(minutes=30)
+"""Longest wait of one rank for another; one rank may fill its share of the feature cache while others wait."""
+
+BUCKET = 1 << 26
+"""Gradient elements that travel in one all-reduce: the size of the extra buffer."""
+
+
+class PeerLost(StageError):
+    """Another rank went away while this one was talking to it."""
+
+    MESSAGE = "a rank ended early without a word"
+    HINT = "look for a kill or for memory running out, then start again"
+
+    def __init__(self) -> None:
+        super().__init__(self.MESSAGE, hint=self.HINT)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank alone writes, publishes and talks to MLflow."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Add a tensor up over ranks, in place."""
+        self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def max(self, value: float) -> float:
+        """Return the largest value of any rank."""
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        self._reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.item()
+
+    def sum(self, value: float) -> float:
+        """Return the sum of all ranks' values."""
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        self.sum_(tensor)
+        return tensor.item()
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.max(0.0)
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter], *, summed: bool = False) -> None:
+        """Add all gradients up over ranks, in place, unless they were `summed` on their way; none is then missing.
+
+        One coalesced pass after the last micro-batch, rather than DDP: DDP averages, while a pooled loss divides by a
+        denominator known only when every rank has run its last micro-batch; and ranks may differ in how many
+        micro-batches they run. What DDP would gain is overlap with the last backward pass.
+        """
+        pending = list(parameters)
+        for parameter in pending:
+            if parameter.grad is None:  # no micro-batch here, but peers wait for this rank's zeros
+                parameter.grad = torch.zeros_like(parameter)
+        if self.world == 1 or summed:
+            return
+        bucket: list[Tensor] = []
+        for index, parameter in enumerate(pending):
+            assert parameter.grad is not None
+            bucket.append(parameter.grad)
+            if index == len(pending) - 1 or sum(map(Tensor.numel, bucket)) >= BUCKET:
+                self._sum_bucket(bucket)
+                bucket = []
+
+    def share_weights(self, model: nn.Module) -> None:
+        """Give every rank the main rank's weights."""
+        if self.world > 1:
+            for tensor in model.state_dict().values():
+                with _talking():
+                    dist.broadcast(tensor, 0)
+
+    def _sum_bucket(self, gradients: Sequence[Tensor]) -> None:
+        flat = torch.cat([g.flatten() for g in gradients])
+        self.sum_(flat)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _reduce(self, tensor: Tensor, how: dist.ReduceOp.RedOpType) -> None:
+        if self.world > 1:
+            with _talking():
+                dist.all_reduce(tensor, how)
+
+
+class Join:
+    """Take this process's place among the ranks torchrun started; without torchrun, be the only one.
+
+    When a rank fails, it alone says why. Its peers notice the closed connection and end without a word; torchrun ends
+    those that do not notice. A rank that was killed outright is reported by the first peer to miss it.
+
+    Raises:
+        ConfigError: there are GPUs, but fewer than ranks.
+        StageError: another rank ended early and had no time to say why.
+    """
+
+    def __enter__(self) -> Ranks:
+        self.world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+        device = device_of(local, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        cuda = device.type == "cuda"
+        if cuda:
+            torch.cuda.set_device(device)
+        if self.world == 1:
+            return Ranks(0, 1, device)
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if not cuda and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own default: it would idle most cores
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        if local_world == self.world:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: stay on loopback
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None)
+        return Ranks(int(os.environ["RANK"]), self.world, device)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.world == 1:
+            return
+        if error is None:
+            with _talking():
+                dist.barrier()
+            dist.destroy_process_group()
+        elif isinstance(error, Exception) and not _first_to_fail():
+            raise SystemExit(getattr(error, "exit_code", 1)) from None
+
+
+@contextmanager
+def one_rank_at_a_time(device: torch.device) -> Iterator[None]:
+    """Do what takes a whole model's main memory on one rank of each machine at a time; all ranks must call it.
+
+    Raises:
+        PeerLost: another rank went away in its turn.
+    """
+    before, of = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = Ranks(before, of if dist.is_initialized() else 1, device)
+    for _ in range(before):
+        ranks.barrier()
+    yield
+    for _ in range(before, of):
+        ranks.barrier()
+
+
+def device_of(local: int, gpus: int) -> torch.device:
+    """Give a machine's ranks a GPU each, or all of them the CPU.
+
+    Raises:
+        ConfigError: there are GPUs, but none left for this rank.
+    """
+    if gpus == 0:
+        return torch.device("cpu")
+    if local >= gpus:
+        raise ConfigError(
+            f"more ranks than the {gpus} GPU{'s' if gpus > 1 else ''} of this machine",
+            where="train.nproc",
+            hint=f"set it to {gpus}, or hide the GPUs by CUDA_VISIBLE_DEVICES= and train on the CPU",
+        )
+    return torch.device("cuda", local)
+
+
+def _first_to_fail() -> bool:
+    # The store lives in torchrun's agent, so it outlasts the ranks.
+    try:
+        return dist.distributed_c10d._get_default_store().add("dllm/failed", 1) == 1
+    except RuntimeError:  # the agent itself is gone
+        return True
+
+
+@contextmanager
+def peers_watched() -> Iterator[None]:
+    """Turn a broken connection to another rank into a word on it, amid work that may fail in other ways too.
+
+    Raises:
+        PeerLost: gloo or nccl gave up.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise PeerLost from error
+        raise
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # nothing else can fail here
+        raise PeerLost from error

@@ -1,0 +1,129 @@
+"""The in-process engine against transformers' own generate, on the built-in tiny model."""
+
+import pytest
+import torch
+
+from dllm.config.params import Target
+from dllm.engines.engine import ListFeed, Request
+from dllm.engines.local import LocalEngine
+from dllm.engines.sampling import pick
+from dllm.models.targets import load_target
+
+
+class Plain:
+    """Turns ids into text and nothing else."""
+
+    def decode(self, ids, **_):
+        return " ".join(map(str, ids))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_target(Target(model="builtin:tiny"), dtype="float32")
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def request(key: int, length: int, new: int = 12, temperature: float = 0.0, top_p: float = 1.0) -> Request:
+    ids = torch.randint(5, 200, (length,), generator=torch.Generator().manual_seed(key)).tolist()
+    return Request(str(key), tuple(ids), [], new, temperature, top_p, key)
+
+
+def answers(model, requests, batch_size=4, stop_ids=frozenset()):
+    engine = LocalEngine(model, Plain(), set(stop_ids), batch_size)
+    return {answer.key: answer for answer in engine.answer(ListFeed(requests)) if answer is not None}
+
+
+def generated(model, request):
+    ids = torch.tensor([request.prompt_ids])
+    out = model.generate(ids, max_new_tokens=request.max_new_tokens, do_sample=False, eos_token_id=None)
+    return tuple(out[0, ids.shape[1] :].tolist())
+
+
+def test_greedy_ids_are_those_of_generate_for_ragged_prompts_and_refilled_slots(model):
+    requests = [request(key, length, new) for key, (length, new) in enumerate([(3, 9), (17, 4), (8, 12)] * 5)]
+    got = answers(model, requests)
+    assert {key: a.token_ids for key, a in got.items()} == {r.key: generated(model, r) for r in requests}
+    assert all(a.finish_reason == "length" for a in got.values())
+
+
+def test_a_stop_token_ends_a_row_and_is_kept(model):
+    one = request(1, 9)
+    whole = generated(model, one)
+    stop = whole[4]
+    answer = answers(model, [one], stop_ids={stop})["1"]
+    assert answer.token_ids == whole[: whole.index(stop) + 1]
+    assert answer.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_a_sampled_answer_does_not_depend_on_its_neighbours(model, top_p):
+    requests = [request(key, 5 + key, temperature=0.9, top_p=top_p) for key in range(9)]
+    crowd = answers(model, requests, batch_size=8)
+    for one in requests[::4]:
+        assert answers(model, [one])[one.key].token_ids == crowd[one.key].token_ids
+    assert len({a.token_ids for a in crowd.values()}) == 9
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no bfloat16 products")
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_on_one_thread_in_bfloat16_an_answer_is_the_same_in_any_company(temperature, one_thread):
+    model = load_target(Target(model="builtin:tiny"), dtype="bfloat16")
+    requests = [request(key, 3 + 7 * key, 30, temperature, 0.9) for key in range(13)]
+    crowd = answers(model, requests, batch_size=13)
+    for company, slots in ((requests[::3], 2), (requests[5:6], 4), (requests[2:], 5)):
+        for key, answer in answers(model, company, batch_size=slots).items():
+            assert answer == crowd[key]
+
+
+class Dialogue:
+    """A feed that has a row's next turn only once its last has been answered."""
+
+    def __init__(self, requests, turns):
+        self.ready, self.left = list(requests), {r.key: (r, turns - 1) for r in requests}
+
+    def take(self):
+        return self.ready.pop() if self.ready else None
+
+    def accept(self, answer):
+        request, left = self.left[answer.key]
+        if left:
+            longer = Request(request.key, (*request.prompt_ids, *answer.token_ids), [], 12, 0.0, 1.0, 0)
+            self.left[answer.key] = (longer, left - 1)
+            self.ready.append(longer)
+
+
+def test_requests_that_come_up_with_the_answers_are_answered_too(model):
+    feed = Dialogue([request(key, 5 + key) for key in range(6)], turns=3)
+    counts = {}
+    for answer in LocalEngine(model, Plain(), set(), 4).answer(feed):
+        if answer is not None:
+            counts[answer.key] = counts.get(answer.key, 0) + 1
+            feed.accept(answer)
+    assert counts == {str(key): 3 for key in range(6)}
+
+
+def test_no_request_no_answer(model):
+    assert answers(model, []) == {}
+
+
+def test_sampling_follows_the_tempered_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    row = request(0, 1, temperature=0.7)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.tensor([pick(logits, [row], [generator])[0] for _ in range(4000)])
+    want = torch.softmax(logits[0] / 0.7, 0)
+    assert (draws.bincount(minlength=4) / 4000 - want).abs().max() < 0.03
+
+
+def test_the_nucleus_leaves_the_tail_out():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    row = request(0, 1, temperature=1.0, top_p=0.7)
+    generator = torch.Generator().manual_seed(0)
+    assert {pick(logits, [row], [generator])[0] for _ in range(300)} == {0, 1}

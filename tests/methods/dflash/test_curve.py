@@ -1,0 +1,28 @@
+from pathlib import Path
+
+import pytest
+
+from dllm.decoding.acceptance import Acceptance
+from dllm.decoding.speculative import Round
+from dllm.methods.dflash import curve
+
+
+def figures(block_size: int, runs: list[int]) -> dict:
+    acceptance = Acceptance(block_size)
+    acceptance.add([Round((), run + 1, run, block_size - 1, 0.0) for run in runs])
+    return acceptance.figures()
+
+
+@pytest.mark.parametrize(
+    ("found", "block_size"),
+    [(figures(8, [0, 1, 1, 3, 7]) | {"speedup": 1.5}, 8), (figures(16, []), 16), (figures(2, [0, 1]), 2)],
+)
+def test_a_readable_png_appears_whole(found: dict, block_size: int, tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    path = tmp_path / "acceptance.png"
+    curve.draw(found, path, f"target, block {block_size}")
+    pixels = imread(path)
+    assert pixels.shape[0] > 500 and pixels.shape[1] > 1000
+    assert pixels[..., :3].std() > 0.02, "an empty picture"
+    assert [p.name for p in tmp_path.iterdir()] == ["acceptance.png"]

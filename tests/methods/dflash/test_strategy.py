@@ -1,0 +1,164 @@
+"""DFlash as a strategy: sums that no batch split changes, fixed validation, honest acceptance length."""
+
+from array import array
+
+import pytest
+import torch
+
+from dllm.config.params import Target, Train
+from dllm.methods.dflash.anchors import Anchors
+from dllm.methods.dflash.build import initial_draft
+from dllm.methods.dflash.feature_source import CachedFeatures, OnlineFeatures
+from dllm.methods.dflash.flops import train_flops
+from dllm.methods.dflash.objective import Batch, block_labels, teacher_hidden
+from dllm.methods.dflash.strategy import DflashStrategy
+from dllm.models import targets
+from dllm.training.batches import Example
+from dllm.training.distributed import Ranks
+
+TARGET = Target(model="builtin:tiny", dtype="float32")
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def target():
+    return targets.load_target(TARGET, device="cpu")
+
+
+def examples(prefix: str, number: int) -> list[Example]:
+    made = []
+    for i in range(number):
+        generator = torch.Generator().manual_seed(i)
+        ids = torch.randint(10, 400, (14 + 5 * i,), generator=generator).tolist()
+        made.append(Example(f"{prefix}{i}-0", array("i", ids), 4 + i % 3))
+    return made
+
+
+SPLITS = {"train": examples("t", 4), "heldout": examples("h", 3)}
+
+
+def strategy(target, source=None, **dflash) -> DflashStrategy:
+    draft = {"num_hidden_layers": 1, "num_target_layers_tapped": 3, **dflash.pop("draft", {})}
+    settings = Train.model_validate(
+        {
+            "compute_dtype": "float32",
+            "dflash": {"block_size": 4, "num_blocks_per_sample": 6, "draft": draft, **dflash},
+        }
+    )
+    model = initial_draft(settings.dflash, target, targets.load_tokenizer(TARGET), seed=0)
+    source = source or OnlineFeatures(target, model.config.target_layer_ids, SPLITS, settings.dflash.distill > 0)
+    weights = target.get_input_embeddings().weight, target.get_output_embeddings().weight
+    return DflashStrategy(model, *weights, SPLITS, source, settings)
+
+
+def pooled(parts) -> dict[str, list[float]]:
+    names = ("numerator", "denominator", "tokens", "predictions", "flops")
+    sums = {name: [sum(float(torch.as_tensor(getattr(part, name)).detach()) for part in parts)] for name in names}
+    for name in parts[0].counts:
+        sums[name] = sum(torch.as_tensor(part.counts[name]).double().reshape(-1) for part in parts).tolist()
+    return sums
+
+
+@pytest.mark.parametrize("loss", ["decay", "dpace"])
+@pytest.mark.parametrize("loss_vocab", ["full", "corpus"])
+@pytest.mark.parametrize("distill", [0.0, 0.5])
+def test_sums_do_not_depend_on_the_batch_split(target, loss, loss_vocab, distill) -> None:
+    made = strategy(target, loss=loss, loss_vocab=loss_vocab, distill=distill)
+    whole = pooled([made.terms("train", [0, 1, 2, 3], 1)])
+    split = pooled([made.terms("train", [3, 0], 1), made.terms("train", [2], 1), made.terms("train", [1], 1)])
+    for name, values in whole.items():
+        assert values == pytest.approx(split[name], rel=1e-5), name
+
+
+def test_anchors_are_drawn_afresh_each_epoch_and_never_for_validation(target) -> None:
+    made = strategy(target, num_blocks_per_sample=2)
+    again, next_epoch = made.terms("train", [2, 3], 0), made.terms("train", [2, 3], 1)
+    assert made.terms("train", [2, 3], 0).numerator.item() == again.numerator.item() != next_epoch.numerator.item()
+    with torch.no_grad():
+        first, later = (made.terms("heldout", [0, 1, 2], 0).numerator.item() for _ in range(2))
+    assert first == later
+
+
+def test_cached_features_give_the_terms_of_online_ones(target, tmp_path) -> None:
+    online = strategy(target)
+    layer_ids = online.model.config.target_layer_ids
+    cached = CachedFeatures(tmp_path, SPLITS, identity={"model": "tiny"}, layer_ids=layer_ids, dtype="float32")
+    cached.fill(target, ALONE)
+    stamps = [path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")]
+    cached.fill(target, ALONE)
+    assert stamps and stamps == [path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")]
+    offline = strategy(target, cached)
+    for split, rows in (("train", [1, 3]), ("heldout", [2])):
+        left, right = online.terms(split, rows, 0), offline.terms(split, rows, 0)
+        assert left.numerator.item() == pytest.approx(right.numerator.item(), rel=1e-5)
+        assert torch.equal(left.counts["correct"], right.counts["correct"])
+
+
+def test_the_teacher_of_a_slot_is_what_the_target_said_there(target) -> None:
+    made = strategy(target, distill=1.0)
+    row = SPLITS["train"][2]
+    ids = torch.tensor([list(row.input_ids)])
+    with torch.no_grad():
+        logits_SV = target(input_ids=ids).logits[0].float()
+    known = made.source.features("train", [2])[0]
+    last_SD = known[:, -made.width :].float()
+    torch.testing.assert_close(last_SD @ made.head_VD.float().T, logits_SV, atol=1e-4, rtol=1e-4)
+    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), known[None, :, : -made.width], last_SD[None])
+    anchors = Anchors(torch.tensor([[1]]), torch.tensor([[True]]))
+    labels = block_labels(batch, anchors, 4)
+    # the slot at offset k stands for token 1 + k, which the target foresaw one token earlier
+    assert torch.equal(teacher_hidden(batch, anchors, labels), last_SD[1:4])
+
+
+def test_acceptance_length_is_of_leading_runs_not_a_product_of_accuracies(target) -> None:
+    made = strategy(target)
+    # Four blocks with leading runs of 3, 2, 1 and 0 out of three offsets.
+    sums = {"correct": [3.0, 2.0, 1.0], "count": [4.0, 4.0, 4.0], "run_sum": [6.0], "blocks": [4.0]}
+    assert made.metrics(sums) == {
+        "draft_acc": 0.5,
+        "draft_acc_k1": 0.75,
+        "draft_acc_k2": 0.5,
+        "draft_acc_k3": 0.25,
+        "acceptance_length": 2.5,
+    }
+    assert made.metrics({"correct": [0.0] * 3, "count": [0.0] * 3, "run_sum": [0.0], "blocks": [0.0]}) == {}
+
+
+def test_a_tie_in_acceptance_goes_to_the_lower_loss(target) -> None:
+    made = strategy(target)
+    longer = made.score({"val_acceptance_length": 2.5, "val_loss": 9.0})
+    tied = made.score({"val_acceptance_length": 2.4, "val_loss": 1.0})
+    assert longer > tied > made.score({"val_acceptance_length": 2.4, "val_loss": 1.1})
+
+
+def test_weights_go_out_and_back_exactly(target, tmp_path) -> None:
+    one, other = strategy(target), strategy(target)
+    with torch.no_grad():
+        for parameter in one.model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    one.save(tmp_path)
+    other.load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+
+
+def test_a_draft_may_start_from_the_targets_last_layers_or_from_a_published_one(target, tmp_path) -> None:
+    copied = strategy(target, draft={"init": "target", "num_hidden_layers": 2})
+    last = target.get_decoder().layers[-1]
+    assert torch.equal(copied.model.layers[1].mlp.up_proj.weight, last.mlp.up_proj.weight)
+    copied.save(tmp_path)
+    warm = strategy(target, block_size=0, draft={"init": str(tmp_path)})
+    assert warm.model.config == copied.model.config
+    assert torch.equal(warm.model.fc.weight, copied.model.fc.weight)
+    smaller = strategy(target, block_size=3, draft={"init": str(tmp_path)})
+    assert len(smaller.terms("train", [0], 0).counts["correct"]) == 2
+
+
+def test_flops_count_what_a_plain_count_by_hand_counts(target) -> None:
+    shape = strategy(target).model.config
+    hidden, kv, inner = 64, 32, 192
+    slots, context, seen, scored = 8, 20, 15, 5
+    weights = slots * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner) + context * 2 * hidden * kv
+    attention = 2 * 4 * (seen + slots) * hidden
+    by_hand = 2 * (3 * (weights + attention) + 2 * context * 3 * hidden * hidden + 2 * scored * 100 * hidden)
+    counted = train_flops(shape, context_tokens=context, blocks=2, visible_tokens=seen, predictions=scored, vocab=100)
+    assert counted == by_hand

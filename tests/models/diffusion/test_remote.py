@@ -1,0 +1,178 @@
+"""Models with code of their own: small checkpoints whose code has the signature of the published ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dllm.config.params import Target
+from dllm.decoding.causal import decode_causally, decode_seeded, speculate_on_itself
+from dllm.decoding.own_generate import generate_with_own_code
+from dllm.decoding.settings import Settings
+from dllm.decoding.unmasking import sample
+from dllm.errors import ConfigError, ModelError
+from dllm.models import targets
+from dllm.models.diffusion.bidirectional import BidirectionalLM, load_bidirectional
+from tests.models.diffusion.remote_code import CODES, OLDER_PARADIGMS, PARADIGMS, checkpoint, older_checkpoint
+from tests.models.small_models import small_model
+
+PROMPTS = [[21, 22, 23, 24, 25], [40, 41]]
+WISH = Settings(max_new_tokens=6, block_size=4)
+IDS = torch.tensor([[21, 22, 23, 24, 25, 26, 27, 28], [31, 32, 33, 34, 35, 0, 0, 0], [41, 42, 43, 44, 45, 0, 0, 0]])
+VALID = torch.arange(8) < torch.tensor([[8], [5], [5]])
+
+
+def test_llada_writes_ragged_batches_though_its_code_ignores_padding(tmp_path: Path) -> None:
+    model = load_bidirectional(checkpoint(tmp_path, "llada"))
+    model.eos_ids = set()
+    assert model.note.context == "full"
+    together = sample(model, PROMPTS, WISH)
+    assert [answer for prompt in PROMPTS for answer in sample(model, [prompt], WISH)] == together
+    plain = small_model()
+    plain.mask_token_id, plain.eos_ids = model.mask_token_id, set()
+    assert [a.token_ids for a in sample(plain, PROMPTS, WISH)] == [a.token_ids for a in together]
+    with pytest.raises(ModelError, match="no cache"):
+        sample(model, PROMPTS, Settings(max_new_tokens=6, cache="dual"))
+    with pytest.raises(ConfigError, match="brings no generation code"):
+        generate_with_own_code(plain, PROMPTS, WISH)
+
+
+def test_llada_rows_of_equal_length_go_together_and_see_no_padding(tmp_path: Path) -> None:
+    model = load_bidirectional(checkpoint(tmp_path, "llada"))
+    calls = []
+    model.model.register_forward_pre_hook(lambda module, args: calls.append(tuple(args[0].shape)))
+    found = model.hidden(IDS, VALID)
+    assert sorted(calls) == [(1, 8), (2, 5)]
+    torch.testing.assert_close(found[VALID], small_model().hidden(IDS, VALID)[VALID], atol=1e-4, rtol=1e-4)
+
+
+def test_llada2_is_block_causal_through_additive_masks_and_has_its_own_generate(tmp_path: Path) -> None:
+    model = load_bidirectional(checkpoint(tmp_path, "llada2_moe"))
+    model.eos_ids = set()
+    assert model.note.context == "block" and model.prompt_blocks
+    moved = IDS[:1].clone()
+    moved[0, -1] = 99
+    blocks = torch.arange(8) // 4
+    allowed = (blocks[None] <= blocks[:, None])[None]
+    difference = model.hidden(IDS[:1], allowed_BSS=allowed) - model.hidden(moved, allowed_BSS=allowed)
+    difference = difference.abs().amax(-1)[0]
+    assert (difference[:4] == 0).all() and (difference[4:] > 0).all()
+    torch.testing.assert_close(model.causal_hidden(IDS), small_model().causal_hidden(IDS), atol=1e-4, rtol=1e-4)
+    together = sample(model, PROMPTS, WISH)
+    assert [answer for prompt in PROMPTS for answer in sample(model, [prompt], WISH)] == together
+    assert [a.token_ids for a in generate_with_own_code(model, PROMPTS, WISH)] == [[9] * 6] * 2
+
+
+def test_nemotron_is_asked_through_its_own_generate(tmp_path: Path) -> None:
+    model = load_bidirectional(checkpoint(tmp_path, "nemotron_labs_diffusion"))
+    model.eos_ids = set()
+    (answer,) = generate_with_own_code(model, PROMPTS[:1], WISH)
+    assert answer.token_ids == [9] * 6
+    assert answer.passes == 5
+    wish = Settings(max_new_tokens=6, block_size=4)
+    own = [generate_with_own_code(model, PROMPTS, wish, sampler) for sampler in ("ar", "self-spec")]
+    assert own[0] != own[1] and [a.token_ids for a in own[0]] == [a.token_ids for a in own[1]]
+    with pytest.raises(ModelError, match="own-generate"):
+        model.hidden(torch.tensor(PROMPTS[:1]))
+    with pytest.raises(ModelError, match="bidirectional, not for training"):
+        model.paired(IDS, VALID, VALID)
+
+
+@pytest.mark.parametrize("decode", [decode_causally, speculate_on_itself, decode_seeded])
+def test_nemotron_is_written_by_our_samplers_too_as_any_other_model(tmp_path: Path, decode) -> None:
+    model, plain = load_bidirectional(checkpoint(tmp_path, "nemotron_labs_diffusion")), small_model()
+    plain.mask_token_id = model.mask_token_id
+    model.eos_ids = plain.eos_ids = set()
+    found = decode(model, PROMPTS, WISH)
+    assert found == decode(plain, PROMPTS, WISH)
+    own = generate_with_own_code(model, PROMPTS, WISH, "ar")
+    assert decode is decode_seeded or [a.token_ids for a in own] == [a.token_ids for a in found]
+    with pytest.raises(ModelError, match="set up for training"):
+        decode(load_bidirectional(checkpoint(tmp_path, "nemotron_labs_diffusion"), paired=4), PROMPTS, WISH)
+
+
+def test_nemotron_is_set_up_for_training_in_the_words_that_its_code_knows(tmp_path: Path) -> None:
+    target = checkpoint(tmp_path, "nemotron_labs_diffusion")
+    assert load_bidirectional(target, paired=4).model.config.dlm_paradigm == "block_diff"
+    layout = tmp_path / "layout.py"
+    layout.write_text(layout.read_text().replace(PARADIGMS, OLDER_PARADIGMS))
+    assert load_bidirectional(target, paired=4).model.config.dlm_paradigm == "sbd_block_diff"
+
+
+def test_nemotron_lays_out_noisy_beside_clean_text_and_no_neighbour_changes_that(tmp_path: Path) -> None:
+    model = load_bidirectional(checkpoint(tmp_path, "nemotron_labs_diffusion"), paired=4)
+    masked = VALID & (torch.arange(8) > 2)
+    noisy, clean = model.paired(IDS, VALID, masked)
+    alone = [model.paired(IDS[i : i + 1, :n], VALID[i : i + 1, :n], masked[i : i + 1, :n]) for i, n in ((1, 5), (2, 5))]
+    torch.testing.assert_close(noisy[1:, :5], torch.cat([pair[0] for pair in alone]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(clean[VALID], small_model().causal_hidden(IDS, VALID)[VALID], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.causal_hidden(IDS, VALID)[VALID], clean[VALID], atol=1e-4, rtol=1e-4)
+    moved = IDS.clone()
+    moved[0, 5] = 99  # masked, and in the last block: nothing of it shows
+    assert torch.equal(model.paired(moved, VALID, masked)[0][0], noisy[0])
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_a_saved_model_takes_its_code_along_as_it_was_published(tmp_path: Path, kind: str) -> None:
+    source, first, second = (tmp_path / name for name in ("source", "first", "second"))
+    target = checkpoint(source, kind)
+    load_bidirectional(target, paired=4).save(first)
+    BidirectionalLM.from_directory(first, trust_remote_code=True).save(second)
+    published = json.loads((source / "config.json").read_text())
+    written = json.loads((second / "config.json").read_text())
+    for name in ("auto_map", "dlm_paradigm", "block_size", "model_type", "mask_token_id"):
+        assert written.get(name) == published.get(name), name
+    assert {p.name for p in second.glob("*.py")} == {p.name for p in source.glob("*.py")}
+    saved = target.model_copy(update={"model": str(second)})
+    before, after = load_bidirectional(target).state_dict(), load_bidirectional(saved).state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_code_runs_only_where_the_target_allows_it_and_from_the_hub_at_a_commit_only(tmp_path: Path) -> None:
+    target = checkpoint(tmp_path, "llada")
+    with pytest.raises(ModelError):
+        load_bidirectional(target.model_copy(update={"trust_remote_code": False}))
+    for revision in (None, "main", "abc123"):
+        with pytest.raises(ConfigError, match="pinned commit"):
+            targets.locate(Target(model="some/model", revision=revision, trust_remote_code=True))
+
+
+@pytest.mark.parametrize("kind", CODES)
+def test_a_published_model_has_one_mask_token(tmp_path: Path, kind: str) -> None:
+    target = checkpoint(tmp_path, kind)
+    own = load_bidirectional(target).mask_token_id
+    with pytest.raises(ConfigError, match=f"mask id 500, and {kind} was trained with {own}"):
+        load_bidirectional(target, mask_token_id=500)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "mask_token_id": None}))
+    with pytest.raises(ConfigError, match=f"mask id {own}, and {kind} was trained with (126336|156895|100)"):
+        load_bidirectional(target)
+
+
+def test_code_for_transformers_4_loads(tmp_path: Path) -> None:
+    target, head = older_checkpoint(tmp_path)
+    for _ in range(2):  # adjusting it again changes nothing
+        model = targets.load_target(target, device="cpu")
+        assert torch.equal(model.get_output_embeddings().weight, head)
+        expected = 1 / 10000 ** (torch.arange(0, 8, 2) / 8)
+        torch.testing.assert_close(model.model.transformer.rotary.inv_freq, expected)
+
+
+def test_other_code_is_another_model(tmp_path: Path) -> None:
+    target = checkpoint(tmp_path, "llada")
+    before = targets.identity(target)
+    (tmp_path / "modeling.py").write_text(CODES["llada"] + "# changed\n")
+    after = targets.identity(target)
+    assert before["code"] != after["code"] and before["weights"] == after["weights"]
+    assert "code" not in targets.identity(target.model_copy(update={"trust_remote_code": False}))
+
+
+def test_code_that_does_not_load_is_one_line(tmp_path: Path) -> None:
+    target, _ = older_checkpoint(tmp_path)
+    code = tmp_path / "modeling.py"
+    code.write_text("from transformers.utils import long_gone\n" + code.read_text())
+    with pytest.raises(ModelError, match="own code fails with transformers") as caught:
+        targets.load_target(target)
+    assert "\n" not in str(caught.value)

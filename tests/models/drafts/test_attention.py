@@ -1,0 +1,201 @@
+"""The structured attention against a plain-loop oracle, and what a block may and may not see."""
+
+import pytest
+import torch
+
+from dllm.models.drafts import attention as structured_attention
+from dllm.models.drafts.attention import block_attention
+from dllm.models.drafts.config import DraftConfig, layer_ids
+from dllm.models.drafts.dflash import DFlashDraft
+
+
+def tiny_config(**changes) -> DraftConfig:
+    base = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=50,
+        rms_norm_eps=1e-6,
+        rope_theta=1e4,
+        max_position_embeddings=256,
+        block_size=4,
+        mask_token_id=49,
+        target_layer_ids=(1, 3),
+        num_target_layers=8,
+    )
+    return DraftConfig(**{**base, **changes})
+
+
+def tiny_draft(seed: int = 0, **changes) -> DFlashDraft:
+    draft = DFlashDraft(tiny_config(**changes))
+    draft.reset_parameters(seed, std=0.3)
+    return draft
+
+
+def oracle(query, key, value, block_key, block_value, visible, window):
+    """Each query on its own: list what it sees, softmax over that, mix."""
+    batch, blocks, slots, heads, size = query.shape
+    keys, ratio = block_key.shape[2], heads // key.shape[2]
+    out = torch.zeros(batch, blocks, slots, heads, size)
+    for b in range(batch):
+        for n in range(blocks):
+            for q in range(slots):
+                o, a = keys - slots + q, int(visible[b, n])
+                context = [j for j in range(a) if window is None or j >= a + o - (window - 1)]
+                own = [k for k in range(keys) if window is None or (k <= o and o - k < window)]
+                for h in range(heads):
+                    g = h // ratio
+                    rows = torch.stack([key[b, j, g] for j in context] + [block_key[b, n, k, g] for k in own])
+                    values = torch.stack([value[b, j, g] for j in context] + [block_value[b, n, k, g] for k in own])
+                    weights = torch.softmax(rows @ query[b, n, q, h] * size**-0.5, 0)
+                    out[b, n, q, h] = weights @ values
+    return out.flatten(3)
+
+
+@pytest.mark.parametrize("window", [None, 4, 2])
+@pytest.mark.parametrize("slots", [4, 3])
+@pytest.mark.parametrize("at_once", [1 << 26, 300])
+def test_equals_the_oracle(monkeypatch, window, slots, at_once):
+    monkeypatch.setattr(structured_attention, "SCORES_AT_ONCE", at_once)
+    torch.manual_seed(0)
+    parts = [torch.randn(2, 3, 4, 4, 8)[:, :, 4 - slots :], torch.randn(2, 12, 2, 8), torch.randn(2, 12, 2, 8)]
+    parts += [torch.randn(2, 3, 4, 2, 8), torch.randn(2, 3, 4, 2, 8)]
+    visible = torch.tensor([[0, 6, 11], [2, 2, 9]])
+    got = block_attention(*parts, visible, window)
+    torch.testing.assert_close(got, oracle(*parts, visible, window), atol=1e-5, rtol=1e-5)
+
+
+def test_groups_of_blocks_give_the_same_gradient(monkeypatch):
+    torch.manual_seed(1)
+    parts = [torch.randn(2, 5, 3, 4, 8), torch.randn(2, 12, 2, 8), torch.randn(2, 12, 2, 8)]
+    parts += [torch.randn(2, 5, 4, 2, 8), torch.randn(2, 5, 4, 2, 8)]
+    visible = torch.tensor([[0, 3, 4, 6, 11], [1, 2, 2, 9, 10]])
+    grads = []
+    for at_once in (1 << 26, 1):
+        monkeypatch.setattr(structured_attention, "SCORES_AT_ONCE", at_once)
+        leaves = [part.clone().requires_grad_() for part in parts]
+        block_attention(*leaves, visible).square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def inputs(draft: DFlashDraft, anchors: list[int], length: int = 20):
+    torch.manual_seed(2)
+    width = draft.config.hidden_size
+    features = torch.randn(1, length, width * len(draft.config.target_layer_ids))
+    embeds = torch.randn(1, len(anchors), draft.config.block_size, width)
+    return features, embeds, torch.tensor([anchors])
+
+
+def run(draft, features, embeds, anchors, keep=None):
+    keep = torch.ones_like(anchors, dtype=torch.bool) if keep is None else keep
+    return draft(embeds, draft.project(features), anchors, keep)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_training_forward_equals_separate_decoding_calls(window):
+    draft = tiny_draft(sliding_window=window)
+    features, embeds, anchors = inputs(draft, [1, 5, 6, 19])
+    together = run(draft, features, embeds, anchors)
+    for n, anchor in enumerate(anchors[0].tolist()):
+        alone = draft.propose(embeds[:, n], features[:, :anchor], anchor, draft.new_cache())
+        torch.testing.assert_close(together[:, n], alone[:, 1:], atol=2e-5, rtol=1e-4)
+
+
+def test_context_fed_in_parts_equals_context_fed_at_once():
+    draft = tiny_draft()
+    features, embeds, _ = inputs(draft, [11])
+    once = draft.propose(embeds[:, 0], features[:, :11], 11, draft.new_cache())
+    cache = draft.new_cache()
+    for begin, end in ((0, 4), (4, 5), (5, 11)):
+        parts = draft.propose(embeds[:, 0], features[:, begin:end], end, cache)
+    assert cache.length == 11
+    torch.testing.assert_close(once, parts, atol=2e-6, rtol=1e-5)
+
+
+def test_a_block_sees_exactly_what_lies_before_its_anchor():
+    draft = tiny_draft()
+    features, embeds, anchors = inputs(draft, [5, 9])
+    base = run(draft, features, embeds, anchors)
+    after = features.clone()
+    after[:, 5:] += 1
+    assert torch.equal(run(draft, after, embeds, anchors)[:, 0], base[:, 0])
+    before = features.clone()
+    before[:, 4] += 1
+    assert not torch.allclose(run(draft, before, embeds, anchors)[:, 0], base[:, 0])
+
+
+def test_blocks_do_not_see_each_other_even_when_they_overlap():
+    draft = tiny_draft()
+    features, embeds, anchors = inputs(draft, [5, 6, 7])
+    base = run(draft, features, embeds, anchors)
+    other = embeds.clone()
+    other[:, 1] += 1
+    changed = run(draft, features, other, anchors)
+    assert torch.equal(changed[:, [0, 2]], base[:, [0, 2]])
+    assert not torch.allclose(changed[:, 1], base[:, 1])
+    order = [2, 0, 1]
+    torch.testing.assert_close(run(draft, features, embeds[:, order], anchors[:, order]), base[:, order])
+
+
+def test_a_dropped_block_sees_only_itself_and_is_finite():
+    draft = tiny_draft()
+    features, embeds, anchors = inputs(draft, [5, 9])
+    keep = torch.tensor([[True, False]])
+    base = run(draft, features, embeds, anchors, keep)
+    changed = run(draft, features + 1, embeds, anchors, keep)
+    assert base.isfinite().all()
+    assert torch.equal(base[:, 1], changed[:, 1])
+
+
+def test_only_relative_positions_matter():
+    draft = tiny_draft()
+    features, embeds, _ = inputs(draft, [6])
+    near = draft.propose(embeds[:, 0], features[:, :6], 6, draft.new_cache())
+    cache = draft.new_cache()
+    cache.length = 100  # an empty cache that claims the context begins at position 100
+    far = draft.propose(embeds[:, 0], features[:, :6], 106, cache)
+    torch.testing.assert_close(near, far, atol=1e-4, rtol=1e-4)
+    cache = draft.new_cache()
+    cache.length = 100
+    assert not torch.allclose(near, draft.propose(embeds[:, 0], features[:, :6], 107, cache), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "shape, params",
+    [
+        (dict(hidden_size=4096, intermediate_size=12288, num_attention_heads=32, num_key_value_heads=8), 1_048_626_432),
+        (dict(hidden_size=2560, intermediate_size=9728, num_attention_heads=32, num_key_value_heads=8), 537_427_200),
+    ],
+)
+def test_parameter_counts_are_those_of_the_published_drafts(shape, params):
+    config = tiny_config(num_hidden_layers=5, head_dim=128, target_layer_ids=(1, 9, 17, 25, 33), **shape)
+    with torch.device("meta"):
+        draft = DFlashDraft(config)
+    assert sum(p.numel() for p in draft.parameters()) == params
+    assert len(draft.state_dict()) == 11 * 5 + 3
+
+
+@pytest.mark.parametrize(
+    "layers, ids",
+    [
+        (24, [1, 6, 11, 16, 21]),
+        (28, [1, 7, 13, 19, 25]),
+        (30, [1, 8, 14, 20, 27]),
+        (32, [1, 8, 15, 22, 29]),
+        (36, [1, 9, 17, 25, 33]),
+        (64, [1, 16, 31, 46, 61]),
+    ],
+)
+def test_layer_ids_round_half_to_even(layers, ids):
+    assert layer_ids(layers, 5) == ids
+
+
+def test_a_config_survives_its_published_form():
+    config = tiny_config(sliding_window=6)
+    assert DraftConfig.from_json(config.to_json()) == config
+    assert config.to_json()["architectures"] == ["DFlashDraftModel"]

@@ -1,0 +1,118 @@
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dllm.errors import StageError
+from dllm.process import children as process
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_lines_of_both_streams_come_as_written_and_the_code_is_the_childs(tmp_path: Path) -> None:
+    lines: list[str] = []
+    code = (
+        r"import os; print('a', flush=True); os.write(2, b'1%\r2%\r\nb\xc3'); os.write(2, b'\xa9'); raise SystemExit(7)"
+    )
+    result = process.run(python(code), log=lines.append, log_file=tmp_path / "logs" / "x.log")
+    assert result.code == 7
+    assert lines == ["a", "1%", "2%", "bé"]
+    assert result.tail == tuple(lines)
+    assert (tmp_path / "logs" / "x.log").read_text().splitlines() == lines
+
+
+def test_a_line_is_handed_on_while_the_child_still_runs() -> None:
+    seen: list[float] = []
+    began = time.monotonic()
+    process.run(
+        python("import time; print('now', flush=True); time.sleep(1.5)"), log=lambda _: seen.append(time.monotonic())
+    )
+    assert time.monotonic() - seen[0] > 1.2
+    assert seen[0] - began < 1.2
+
+
+def test_more_output_than_a_pipe_holds_arrives_whole() -> None:
+    lines: list[str] = []
+    process.run(python("for i in range(50_000): print(i)"), log=lines.append)
+    assert lines == [str(i) for i in range(50_000)]
+
+
+def test_death_by_signal_reads_128_plus_its_number() -> None:
+    assert process.run(python("import os; os.kill(os.getpid(), 9)")).code == 137
+
+
+def test_environment_is_added_to() -> None:
+    code = "import os; print(os.environ['EXTRA'], 'HOME' in os.environ)"
+    assert process.run(python(code), env={"EXTRA": "yes"}).tail == (f"yes {'HOME' in os.environ}",)
+
+
+def test_unknown_program_is_one_line() -> None:
+    with pytest.raises(StageError, match="no-such-program"):
+        process.run(["no-such-program"])
+
+
+def test_deadline_stops_the_child(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(StageError, match=r"deadline of 0\.5 s"):
+        process.run(python("import time; time.sleep(60)"), deadline_s=0.5)
+    assert time.monotonic() - began < 10
+
+
+def test_a_background_child_runs_beside_its_caller_and_ends_with_the_block(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "x.log"
+    code = "import os, time; print('up', os.getpid(), flush=True); time.sleep(60)"
+    with process.background(python(code), log_file=log, grace_s=2) as child:
+        end = time.monotonic() + 20
+        while not child.tail:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert not child.ended
+        assert log.read_text().splitlines() == list(child.tail)
+        pid = int(child.tail[0].split()[1])
+        assert psutil.pid_exists(pid)
+    assert child.ended and not psutil.pid_exists(pid)
+    assert child.result().code == 143
+
+
+def test_a_background_child_that_ends_by_itself_keeps_its_last_words() -> None:
+    with process.background(python("print('a'); print('no end of line', end=''); raise SystemExit(3)")) as child:
+        result = child.result()
+    assert (result.code, result.tail) == (3, ("a", "no end of line"))
+
+
+def test_a_background_child_stops_when_its_lines_cannot_be_kept() -> None:
+    def full(line: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    code = "import itertools\nfor n in itertools.count(): print(n)"
+    with process.background(python(code), log=full, grace_s=1) as child, pytest.raises(OSError, match="No space"):
+        child.result()
+    assert child.ended
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
+def test_whatever_leaves_the_block_stops_the_background_child(error: type[BaseException]) -> None:
+    with pytest.raises(error), process.background(python("import time; time.sleep(60)"), grace_s=2) as child:
+        raise error
+    assert child.ended
+
+
+def test_stop_children_spares_those_named() -> None:
+    spared = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    bystanders = process.children()
+    doomed = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        process.stop_children(spare=bystanders)
+        assert not psutil.pid_exists(doomed.pid)
+        assert spared.poll() is None
+    finally:
+        spared.kill()
+        doomed.kill()
+        spared.wait()

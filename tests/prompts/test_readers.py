@@ -1,0 +1,62 @@
+"""Rows out of files, and the file and line of what cannot be read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dllm.errors import DataError
+from dllm.prompts.readers import records
+
+ROWS = [{"a": 1, "t": "zwölf"}, {"a": 2, "t": "\u2028"}, {"a": 3, "t": ""}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def write(path: Path) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+    elif path.name == "list.json":
+        path.write_text("\ufeff\n " + json.dumps(ROWS, indent=1))
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(LINES.encode()))
+    else:
+        path.write_text("\ufeff" + LINES.replace("\n", "\r\n\n"))
+    return path
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "list.json", "lines.json", "x.jsonl", "x.jsonl.gz"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name)
+    found = list(records(path))
+    assert [row for _, row in found] == ROWS
+    assert all(where.startswith(str(path)) for where, _ in found)
+
+
+def test_lines_are_counted_as_an_editor_does(tmp_path: Path) -> None:
+    assert [where for where, _ in records(write(tmp_path / "x.jsonl"))] == [
+        f"{tmp_path}/x.jsonl:{n}" for n in (1, 3, 5)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "line"),
+    [
+        ("x.jsonl", b'{"a": 1}\n{"a": \n', r"not JSON: .*x\.jsonl:2"),
+        ("x.jsonl", b'{"a": 1}\n\n{"a": "\xff"}\n', r"not UTF-8: .*x\.jsonl:3"),
+        ("x.json", b"[1,\n2,\n}", r"not JSON: .*x\.json:3"),
+        ("x.json", b'["\xff"]', r"cannot read the file: .*x\.json"),
+        ("x.parquet", b"PAR1 nothing", r"cannot read the parquet file: .*x\.parquet"),
+        ("x.jsonl.gz", b"plain", r"cannot read the file: .*x\.jsonl\.gz:1"),
+        ("x.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-12], r"cannot read the file: .*x\.jsonl\.gz"),
+    ],
+)
+def test_damage_is_one_line_with_its_place(tmp_path: Path, name: str, data: bytes, line: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=line) as caught:
+        list(records(tmp_path / name))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,135 @@
+"""Chats in their two spellings become prompts, or say why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dllm.errors import DataError
+from dllm.prompts.turns import Message, Unusable, to_chat
+
+
+def turn(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def said(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"from": role, "value": value} for role, value in turns]
+
+
+def to_prompt(chat: Any, where: str) -> list[Message]:
+    return to_chat(chat, None, where)[0]
+
+
+CHAT = [turn("system", "be kind"), turn("user", "hi"), turn("assistant", "hello"), turn("user", "why?")]
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        CHAT,
+        [*CHAT, turn("assistant", "because")],
+        said(("system", "be kind"), ("human", "hi"), ("gpt", "hello"), ("user", "why?"), ("assistant", "because")),
+        [turn("developer", "be kind"), *CHAT[1:], turn("assistant", "because"), turn("assistant", "so")],
+        [CHAT[0], turn("user", [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]), *CHAT[2:]],
+        [{**message, "name": None, "weight": 1} for message in CHAT],
+    ],
+)
+def test_both_spellings_make_the_same_prompt_without_its_last_answer(chat: Any) -> None:
+    assert to_prompt(chat, "here") == CHAT
+
+
+def test_a_bare_string_is_one_user_turn() -> None:
+    assert to_prompt("how many?", "here") == [turn("user", "how many?")]
+
+
+@pytest.mark.parametrize(
+    ("chat", "reason"),
+    [
+        ([], "no user turn"),
+        ([turn("system", "a"), turn("assistant", "b")], "no user turn"),
+        ([turn("user", " \n")], "empty user turn"),
+        ("", "empty user turn"),
+        ([turn("user", [{"type": "image_url", "image_url": {}}])], "content other than text"),
+        ([turn("tool", "b")], "no user turn"),
+        ([turn("user", " "), {"role": "tool", "content": "b"}], "empty user turn"),
+    ],
+)
+def test_a_row_without_a_prompt_gives_its_reason(chat: Any, reason: str) -> None:
+    with pytest.raises(Unusable, match=f"^{reason}$"):
+        to_prompt(chat, "here")
+
+
+@pytest.mark.parametrize(
+    ("chat", "line"),
+    [
+        (7, "a chat is a list of turns, got int"),
+        (["hi"], "turn 1 is str"),
+        ([turn("user", "a"), {"content": "b"}], "turn 2 names no `role`"),
+        ([turn("wizard", "a")], "unknown role 'wizard'"),
+        ([turn("user", None)], "turn 1 has no text .* null"),
+        ([turn("user", "\ud83d")], "half a surrogate"),
+        ([turn("user", "a"), {"role": "assistant", "tool_calls": [{"id": "x"}]}], "turn 2 has a call without a `name`"),
+        ([turn("user", "a"), turn("function_call", "search(x)")], "turn 2 has a call that is not JSON"),
+        ([turn("user", "a"), turn("assistant", None)], "turn 2 has no text .* null"),
+    ],
+)
+def test_what_is_no_chat_is_refused_with_its_place(chat: Any, line: str) -> None:
+    with pytest.raises(DataError, match=f"{line}.*file:3"):
+        to_prompt(chat, "file:3")
+
+
+def call(name: str, arguments: str, id: str) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+WITH_TOOLS = [
+    turn("user", "weather?"),
+    {"role": "assistant", "content": "", "tool_calls": [call("look", '{"city": "Köln"}', "call00000")]},
+    {"role": "tool", "content": '{"sky": "grey"}', "tool_call_id": "call00000"},
+]
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        WITH_TOOLS,
+        [*WITH_TOOLS, turn("assistant", "grey")],
+        said(
+            ("human", "weather?"),
+            ("function_call", '{"name": "look", "arguments": {"city": "Köln"}}'),
+            ("observation", '{"sky": "grey"}'),
+            ("gpt", "grey"),
+        ),
+        [
+            WITH_TOOLS[0],
+            {"role": "assistant", "content": None, "tool_calls": [{"name": "look", "arguments": {"city": "Köln"}}]},
+            turn("tool", {"sky": "grey"}),
+        ],
+        [
+            WITH_TOOLS[0],
+            {"role": "assistant", "content": None, "function_call": {"name": "look", "arguments": '{"city": "Köln"}'}},
+            turn("function", [{"type": "text", "text": '{"sky": '}, {"type": "text", "text": '"grey"}'}]),
+        ],
+    ],
+)
+def test_every_spelling_of_calls_and_results_makes_the_same_prompt(chat: Any) -> None:
+    assert to_prompt(chat, "here") == WITH_TOOLS
+
+
+def test_calls_and_results_keep_the_ids_they_have_and_get_those_they_lack_in_order() -> None:
+    two = {"role": "assistant", "tool_calls": [call("a", "{}", "mine"), {"function": {"name": "b"}}]}
+    chat = [turn("user", "go"), two, turn("tool", "of a"), turn("tool", "of b"), turn("user", "again"), two]
+    chat += [{"role": "tool", "content": "of b", "tool_call_id": "call00003", "name": "b"}, turn("tool", "of a")]
+    messages = to_prompt(chat, "here")
+    assert [message.get("tool_call_id") for message in messages if message["role"] == "tool"] == [
+        "mine", "call00001", "call00003", "mine"
+    ]  # fmt: skip
+    assert messages[6]["name"] == "b" and "name" not in messages[7]
+    assert messages[5]["tool_calls"][1] == call("b", "{}", "call00003")
+
+
+def test_an_assistant_s_last_words_go_and_a_system_turn_before_them_too() -> None:
+    assert to_prompt([*CHAT, turn("assistant", "so"), turn("system", "be brief")], "here") == CHAT
+    assert to_prompt([turn("assistant", "welcome"), *CHAT], "here") == [turn("assistant", "welcome"), *CHAT]

@@ -1,0 +1,98 @@
+"""Files and folders appear whole or not at all, whatever happens while they are written."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dllm import files as whole_file
+from dllm.files import atomic_folder, atomic_link, atomic_write
+
+KILLED_IN_THE_MIDDLE = """
+import sys, time
+from pathlib import Path
+from dllm.files import atomic_folder
+with atomic_folder(Path(sys.argv[1])) as aside:
+    (aside / "half").write_text("half")
+    print("under way", flush=True)
+    time.sleep(60)
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fill(folder: Path, *files: str) -> None:
+    with atomic_folder(folder) as aside:
+        for name in files:
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            (aside / name).write_text(name)
+
+
+def test_a_file_is_replaced_and_never_changed(tmp_path: Path) -> None:
+    path, linked = tmp_path / "file", tmp_path / "linked"
+    atomic_write(path, b"old")
+    linked.hardlink_to(path)
+    atomic_write(path, b"new")
+    assert (path.read_bytes(), linked.read_bytes()) == (b"new", b"old")
+    assert names(tmp_path) == ["file", "linked"]
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["link", "copy"])
+def test_a_file_gets_a_second_place_as_often_as_asked(
+    tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, goal = tmp_path / "source", tmp_path / "goal"
+    source.write_bytes(b"new")
+    goal.write_bytes(b"old")
+    if not links:
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.EXDEV, "another disk")
+
+        monkeypatch.setattr(os, "link", refuse)
+    for _ in range(2):
+        atomic_link(source, goal)
+        assert goal.read_bytes() == b"new" and goal.samefile(source) == links
+        assert names(tmp_path) == ["goal", "source"]
+    with pytest.raises(FileNotFoundError):
+        atomic_link(tmp_path / "absent", goal)
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two renames"])
+def test_a_folder_is_replaced_by_exactly_the_new_files(
+    tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchange:  # a system without the call
+        monkeypatch.setattr(whole_file, "_exchange", lambda one, other: False)
+    goal = tmp_path / "deep" / "goal"
+    fill(goal, "a", "b/c")
+    fill(goal, "d")
+    assert names(goal) == ["d"]
+    assert names(goal.parent) == ["goal"]
+
+
+def test_an_error_keeps_the_old_folder(tmp_path: Path) -> None:
+    goal = tmp_path / "goal"
+    fill(goal, "old")
+    with pytest.raises(OSError, match="No space"), atomic_folder(goal) as aside:
+        (aside / "new").write_text("new")
+        raise OSError(28, "No space left on device")
+    assert names(goal) == ["old"] and names(tmp_path) == ["goal"]
+
+
+def test_a_kill_in_the_middle_leaves_nothing_that_lasts(tmp_path: Path) -> None:
+    goal = tmp_path / "goal"
+    child = subprocess.Popen([sys.executable, "-c", KILLED_IN_THE_MIDDLE, str(goal)], stdout=subprocess.PIPE)
+    assert child.stdout is not None and child.stdout.readline() == b"under way\n"
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert not goal.exists() and len(names(tmp_path)) == 1
+    fill(goal, "whole")
+    assert names(tmp_path) == ["goal"]

@@ -1,0 +1,182 @@
+"""A real registry on SQLite, and one behind a real MLflow server."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dllm.errors import ModelError, ServerError
+from dllm.stages.publication import publish_tree
+from dllm.tracking import provenance, registry
+from dllm.tracking import runs as tracking
+from dllm.tracking.registry import Registered
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
+@pytest.fixture
+def root(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    return tmp_path
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.node.name).replace("[", "-").replace("]", "")
+
+
+def checkpoint(root: Path, weights: str) -> str:
+    """Put a checkpoint into the store and return its digest."""
+    source = root / "model.safetensors"
+    source.write_text(weights)
+    digest = provenance.digest(_folder(root, weights))
+    publish_tree(registry.store_path(root, digest), {"model.safetensors": source}, {"run.json": {}})
+    source.unlink()
+    return digest
+
+
+def _folder(root: Path, weights: str) -> Path:
+    folder = root / f"seen-{weights}"
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_text(weights)
+    return folder
+
+
+def enter(root: Path, name: str, weights: str, tau: float, heldout: str = "h", target: str = "t") -> Registered:
+    return registry.register(
+        root,
+        name,
+        digest=checkpoint(root, weights),
+        tau=tau,
+        heldout_digest=heldout,
+        target=target,
+        tags={"dllm.git_commit": "None"},
+    )
+
+
+def test_first_is_champion_a_better_one_takes_over_a_worse_one_does_not(root: Path, name: str) -> None:
+    first = enter(root, name, "a", 1.8)
+    assert (first.version, first.aliases, first.is_new) == (1, ("challenger", "champion"), True)
+    worse = enter(root, name, "b", 1.7)
+    assert (worse.version, worse.aliases) == (2, ("challenger",))
+    assert "does not beat version 1's 1.800" in worse.verdict
+    equal = enter(root, name, "c", 1.8)
+    assert equal.aliases == ("challenger",)
+    better = enter(root, name, "d", 1.9)
+    assert (better.version, better.aliases) == (4, ("challenger", "champion"))
+    client = tracking.connect(tracking.tracking_uri(root))
+    assert {k: int(v) for k, v in client.get_registered_model(name).aliases.items()} == {"challenger": 4, "champion": 4}
+    tags = client.get_model_version(name, "4").tags
+    assert tags["promoted_from"] == "1" and tags["promoted_at"]
+    assert tags["dllm.tau"] == "1.9" and tags["dllm.git_commit"] == "None"
+
+
+@pytest.mark.parametrize("other", [{"heldout": "other"}, {"target": "other"}])
+def test_different_prompts_or_targets_do_not_compare(root: Path, name: str, other: dict[str, str]) -> None:
+    enter(root, name, "a", 1.8)
+    second = enter(root, name, "b", 9.9, **other)
+    assert second.aliases == ("challenger",)
+    assert "do not compare" in second.verdict
+
+
+def test_the_same_bytes_are_one_version_and_are_judged_anew(root: Path, name: str) -> None:
+    enter(root, name, "a", 1.8)
+    assert enter(root, name, "b", 5.0, heldout="long").aliases == ("challenger",)
+    again = enter(root, name, "b", 2.0)
+    assert (again.version, again.is_new, again.aliases) == (2, False, ("challenger", "champion"))
+    old = enter(root, name, "a", 1.8)
+    assert (old.version, old.is_new, old.aliases) == (1, False, ()), "an old version does not become challenger again"
+
+
+def test_a_reference_leads_to_the_bytes_that_were_registered(root: Path, name: str) -> None:
+    done = enter(root, name, "a", 1.8)
+    kept = registry.resolve(f"models:/{name}@champion", root)
+    assert (kept / "model.safetensors").read_text() == "a"
+    assert registry.resolve(f"models:/{name}/{done.version}", root) == kept
+    assert done.uri == kept.as_uri()
+
+
+def test_bytes_that_changed_or_went_are_refused_and_a_checked_out_copy_serves(root: Path, name: str) -> None:
+    enter(root, name, "a", 1.8)
+    reference = f"models:/{name}@champion"
+    weights = registry.resolve(reference, root) / "model.safetensors"
+    weights.write_text("tampered")
+    with pytest.raises(ModelError, match="has changed since it was registered"):
+        registry.resolve(reference, root)
+    weights.unlink()
+    weights.with_name("run.json").unlink()
+    weights.parent.rmdir()
+    with pytest.raises(ModelError, match="is not on this machine"):
+        registry.resolve(reference, root)
+    (root / "out" / "train").mkdir(parents=True)
+    _folder(root, "a").rename(root / "out" / "train" / "checkpoint")
+    assert registry.resolve(reference, root) == root / "out" / "train" / "checkpoint"
+
+
+@pytest.mark.parametrize("reference", ["models:/absent@champion", "models:/absent/3", "models:/absent", "models:/@x"])
+def test_unknown_references_are_one_line(root: Path, reference: str) -> None:
+    with pytest.raises(ModelError) as refusal:
+        registry.resolve(reference, root)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_alias_nobody_holds_is_one_line(root: Path, name: str) -> None:
+    enter(root, name, "a", 1.8)
+    with pytest.raises(ModelError, match="not registered"):
+        registry.resolve(f"models:/{name}@no-such-alias", root)
+
+
+def test_mlflow_out_of_reach_names_its_address(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(ServerError, match=r"MLflow out of reach.*http://127\.0\.0\.1:9") as refusal:
+        enter(root, name, "a", 1.8)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
+    store = [
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path / 'served.db'}",
+        "--artifacts-destination",
+        str(tmp_path / "a"),
+    ]
+    process = subprocess.Popen(
+        [*argv, *store], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=1)
+                break
+            except OSError:
+                assert process.poll() is None
+                time.sleep(0.1)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        yield address
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(timeout=30)
+
+
+@pytest.mark.slow
+def test_a_server_takes_versions_too(server: str, tmp_path: Path, name: str) -> None:
+    done = enter(tmp_path, name, "a", 1.8)
+    assert done.uri.startswith("ssh://")
+    kept = registry.resolve(f"models:/{name}@champion", tmp_path)
+    assert (kept / "model.safetensors").read_text() == "a"

@@ -1,0 +1,111 @@
+"""A real MLflow store on SQLite."""
+
+from pathlib import Path
+
+import pytest
+
+from dllm.errors import ServerError
+from dllm.tracking import runs as tracking
+from dllm.tracking.runs import MlflowTracker
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
+@pytest.fixture
+def root(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    return tmp_path
+
+
+def run_of(tracker: MlflowTracker):
+    return tracking.connect(tracker.uri).get_run(tracker.run_id)
+
+
+def test_a_run_keeps_all_it_is_told(root: Path) -> None:
+    tracker = MlflowTracker(root, "kept", "train")
+    tracker.log_params({"train": {"optimizer": {"lr": 0.1}, **{f"p{i}": i for i in range(150)}}, "long": "x" * 9000})
+    for step in (1, 2):
+        tracker.log_metrics({"loss": 3.0 - step, "lr": 0.1}, step)
+    tracker.set_tags({"dllm.stage": "train"})
+    (root / "curve.txt").write_text("curve")
+    tracker.log_artifact(root / "curve.txt", "plots")
+    tracker.log_table({"k": [1, 2], "accepted": [0.5, 0.25]}, "acceptance.json")
+    tracker.finish("FINISHED")
+    run = run_of(tracker)
+    assert run.info.status == "FINISHED" and run.info.run_name == "train"
+    assert run.data.metrics == {"loss": 1.0, "lr": 0.1}
+    assert run.data.params["train.optimizer.lr"] == "0.1" and run.data.params["train.p149"] == "149"
+    assert len(run.data.params["long"]) == tracking.PARAM_CHARS
+    assert run.data.tags["dllm.stage"] == "train"
+    folder = root / "mlartifacts" / "kept" / tracker.run_id / "artifacts"
+    assert (folder / "plots" / "curve.txt").read_text() == "curve"
+    assert (folder / "acceptance.json").is_file()
+    history = tracking.connect(tracker.uri).get_metric_history(tracker.run_id, "loss")
+    assert [(m.step, m.value) for m in history] == [(1, 2.0), (2, 1.0)]
+
+
+def test_a_resumed_run_goes_on_with_its_first_params(root: Path) -> None:
+    first = MlflowTracker(root, "resumed", "train")
+    first.log_params({"nproc": 1})
+    first.log_metrics({"loss": 2.0}, 1)
+    first.finish("KILLED")
+    second = MlflowTracker(root, "resumed", "train", first.run_id)
+    assert second.run_id == first.run_id and run_of(second).info.status == "RUNNING"
+    second.log_params({"nproc": 2})
+    second.log_metrics({"loss": 1.0}, 2)
+    second.finish("FINISHED")
+    run = run_of(second)
+    assert (run.info.status, run.data.params, run.data.metrics) == ("FINISHED", {"nproc": "1"}, {"loss": 1.0})
+
+
+def test_a_run_the_store_has_lost_begins_anew(root: Path) -> None:
+    tracker = MlflowTracker(root, "lost", "train", "0" * 32)
+    assert tracker.run_id != "0" * 32 and not tracker.resumed
+    tracker.finish("FINISHED")
+
+
+def test_a_deleted_experiment_is_one_line(root: Path) -> None:
+    tracker = MlflowTracker(root, "deleted", "train")
+    client = tracking.connect(tracker.uri)
+    client.delete_experiment(run_of(tracker).info.experiment_id)
+    with pytest.raises(ServerError, match="'deleted' is deleted"):
+        MlflowTracker(root, "deleted", "train")
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////proc/no/such/folder/mlflow.db"])
+def test_a_store_out_of_reach_is_one_line_with_its_address(
+    root: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(ServerError) as refusal:
+        MlflowTracker(root, "x", "train")
+    assert uri in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_store_that_goes_away_costs_a_warning_and_not_the_work(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = MlflowTracker(root, "gone", "train")
+    tracking.connect(tracker.uri).delete_run(tracker.run_id)
+    for step in range(3):
+        tracker.log_metrics({"loss": 1.0}, step)
+    tracker.finish("FINISHED")
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2, "once while it works, once at the end"
+    assert all(line.startswith("warning: MLflow ") and tracker.uri in line for line in warnings)
+
+
+def test_runs_left_open_are_closed_and_others_kept(root: Path) -> None:
+    left, done = MlflowTracker(root, "open", "train"), MlflowTracker(root, "open", "train")
+    done.finish("FAILED")
+    assert tracking.close_left_open(root, [left.run_id, done.run_id, "0" * 32]) == [left.run_id]
+    assert [run_of(t).info.status for t in (left, done)] == ["KILLED", "FAILED"]
+
+
+def test_the_default_store_lies_in_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking.tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
