@@ -306,9 +306,9 @@ def find(checkpoint: str, root: Path, trust_remote_code: bool = False, revision:
             "--revision is for models off the Hugging Face hub", where=checkpoint, hint="a directory has no commit"
         )
     if checkpoint.startswith(REGISTRY_PREFIX):
-        from dllm.tracking import registry
+        from dllm.tracking import model_registry
 
-        return checkpoints.resolve(registry.resolve(checkpoint, root), root)
+        return checkpoints.resolve(model_registry.resolve(checkpoint, root), root)
     return checkpoints.resolve(checkpoint, root)
 
 

@@ -15,7 +15,7 @@ from dllm.config.params import Params
 from dllm.errors import StageError
 from dllm.stages.publication import publish_tree
 from dllm.stages.workspace import open_stage
-from dllm.tracking import provenance, registry
+from dllm.tracking import model_registry, provenance
 
 SCORE = {True: "tau_micro", False: "score"}
 """What a draft, or else a diffusion model, is ranked by."""
@@ -38,7 +38,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         raise StageError("the evaluation is of another checkpoint", where="out/evaluate/run.json", hint=hint)
     _keep(root, checkpoint, digest, trained)
     lock, is_draft = root / "dvc.lock", "tau_micro" in found
-    done = registry.register(
+    done = model_registry.register(
         root,
         params.register_.model_name,
         digest=digest,
@@ -91,7 +91,7 @@ def _note(
 
 def _keep(root: Path, checkpoint: Path, digest: str, trained: dict[str, Any]) -> None:
     """Put the checkpoint where later runs do not touch it; hard links cost no room."""
-    kept = registry.store_path(root, digest)
+    kept = model_registry.store_path(root, digest)
     if not kept.is_dir() or provenance.digest(kept) != digest:
         files = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
         publish_tree(kept, files, {"run.json": trained})

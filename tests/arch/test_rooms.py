@@ -4,14 +4,15 @@ import pytest
 
 from tests.arch.source_tree import PACKAGE, imports, line, module_name, python_files, room
 
-GROUND = {"errors", "progress", "files", "config", "process", "tracking"}
+GROUND = {"errors", "registry", "progress", "files", "config", "process", "tracking"}
 MAY_USE = {
     "dllm": set(),
     "errors": set(),
+    "registry": {"errors"},
     "progress": set(),
     "files": {"errors"},
     "process": {"errors"},
-    "config": {"errors", "files"},
+    "config": {"errors", "registry", "files"},
     "tracking": {"errors", "progress", "files", "config", "process"},
     "prompts": GROUND,
     "responses": GROUND | {"prompts"},

@@ -95,13 +95,13 @@ def test_the_target_is_the_given_then_the_trained_then_the_params(root: Path) ->
 def test_a_registered_checkpoint_is_found(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
-    from dllm.tracking import provenance, registry
+    from dllm.tracking import model_registry, provenance
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     checkpoint = root / "out" / "train" / "checkpoint"
     digest = provenance.digest(checkpoint)
-    kept = Path(shutil.copytree(checkpoint, registry.store_path(root, digest)))
-    registry.register(root, "a-draft", digest=digest, tau=1.5, heldout_digest="h", target="t", tags={})
+    kept = Path(shutil.copytree(checkpoint, model_registry.store_path(root, digest)))
+    model_registry.register(root, "a-draft", digest=digest, tau=1.5, heldout_digest="h", target="t", tags={})
     assert generation.find("models:/a-draft@champion", root) == kept
     assert generation.find("models:/a-draft/1", root) == kept
     with pytest.raises(ModelError):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dllm.tracking import registry
+from dllm.tracking import model_registry
 from dllm.tracking import runs as tracking
 from tests.flows.conftest import Project, copy_project, served, wait_until
 
@@ -90,7 +90,7 @@ def test_the_registered_version_tells_where_it_came_from(
     trained = json.loads((project.folder / "out/train/run.json").read_text())
     assert tags["dllm.data_digest"] == trained["inputs"]["regenerate"]
     assert len(tags["dllm.dvc_lock"]) == 64 and tags["dllm.git_commit"] == "None"
-    kept = registry.resolve("models:/tiny-dflash@champion", project.folder)
+    kept = model_registry.resolve("models:/tiny-dflash@champion", project.folder)
     assert (kept / "model.safetensors").samefile(project.folder / "out/train/checkpoint/model.safetensors")
 
 

@@ -9,7 +9,7 @@ from dllm.config.load import params_digest, parse_params
 from dllm.config.params import Params
 from dllm.errors import StageError
 from dllm.stages import register
-from dllm.tracking import provenance, registry
+from dllm.tracking import model_registry, provenance
 from dllm.tracking import runs as tracking
 from tests.stages.test_workspace import RAW
 
@@ -90,7 +90,7 @@ def test_the_champions_bytes_outlive_the_next_training(params: Params, root: Pat
     leave(root, "b", 1.5)
     second = register.run(params, root)
     assert (second["version"], second["aliases"]) == (2, ["challenger"])
-    champion = registry.resolve(f"models:/{params.recipe}@champion", root)
+    champion = model_registry.resolve(f"models:/{params.recipe}@champion", root)
     assert (champion / "model.safetensors").read_text() == "a"
     assert json.loads((champion / "run.json").read_text())["identity"]["target"] == TARGET
 

@@ -13,9 +13,9 @@ import pytest
 
 from dllm.errors import ModelError, ServerError
 from dllm.stages.publication import publish_tree
-from dllm.tracking import provenance, registry
+from dllm.tracking import model_registry, provenance
 from dllm.tracking import runs as tracking
-from dllm.tracking.registry import Registered
+from dllm.tracking.model_registry import Registered
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def checkpoint(root: Path, weights: str) -> str:
     source = root / "model.safetensors"
     source.write_text(weights)
     digest = provenance.digest(_folder(root, weights))
-    publish_tree(registry.store_path(root, digest), {"model.safetensors": source}, {"run.json": {}})
+    publish_tree(model_registry.store_path(root, digest), {"model.safetensors": source}, {"run.json": {}})
     source.unlink()
     return digest
 
@@ -52,7 +52,7 @@ def _folder(root: Path, weights: str) -> Path:
 
 
 def enter(root: Path, name: str, weights: str, tau: float, heldout: str = "h", target: str = "t") -> Registered:
-    return registry.register(
+    return model_registry.register(
         root,
         name,
         digest=checkpoint(root, weights),
@@ -99,40 +99,40 @@ def test_the_same_bytes_are_one_version_and_are_judged_anew(root: Path, name: st
 
 def test_a_reference_leads_to_the_bytes_that_were_registered(root: Path, name: str) -> None:
     done = enter(root, name, "a", 1.8)
-    kept = registry.resolve(f"models:/{name}@champion", root)
+    kept = model_registry.resolve(f"models:/{name}@champion", root)
     assert (kept / "model.safetensors").read_text() == "a"
-    assert registry.resolve(f"models:/{name}/{done.version}", root) == kept
+    assert model_registry.resolve(f"models:/{name}/{done.version}", root) == kept
     assert done.uri == kept.as_uri()
 
 
 def test_bytes_that_changed_or_went_are_refused_and_a_checked_out_copy_serves(root: Path, name: str) -> None:
     enter(root, name, "a", 1.8)
     reference = f"models:/{name}@champion"
-    weights = registry.resolve(reference, root) / "model.safetensors"
+    weights = model_registry.resolve(reference, root) / "model.safetensors"
     weights.write_text("tampered")
     with pytest.raises(ModelError, match="has changed since it was registered"):
-        registry.resolve(reference, root)
+        model_registry.resolve(reference, root)
     weights.unlink()
     weights.with_name("run.json").unlink()
     weights.parent.rmdir()
     with pytest.raises(ModelError, match="is not on this machine"):
-        registry.resolve(reference, root)
+        model_registry.resolve(reference, root)
     (root / "out" / "train").mkdir(parents=True)
     _folder(root, "a").rename(root / "out" / "train" / "checkpoint")
-    assert registry.resolve(reference, root) == root / "out" / "train" / "checkpoint"
+    assert model_registry.resolve(reference, root) == root / "out" / "train" / "checkpoint"
 
 
 @pytest.mark.parametrize("reference", ["models:/absent@champion", "models:/absent/3", "models:/absent", "models:/@x"])
 def test_unknown_references_are_one_line(root: Path, reference: str) -> None:
     with pytest.raises(ModelError) as refusal:
-        registry.resolve(reference, root)
+        model_registry.resolve(reference, root)
     assert "\n" not in str(refusal.value)
 
 
 def test_an_alias_nobody_holds_is_one_line(root: Path, name: str) -> None:
     enter(root, name, "a", 1.8)
     with pytest.raises(ModelError, match="not registered"):
-        registry.resolve(f"models:/{name}@no-such-alias", root)
+        model_registry.resolve(f"models:/{name}@no-such-alias", root)
 
 
 def test_mlflow_out_of_reach_names_its_address(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,5 +178,5 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_a_server_takes_versions_too(server: str, tmp_path: Path, name: str) -> None:
     done = enter(tmp_path, name, "a", 1.8)
     assert done.uri.startswith("ssh://")
-    kept = registry.resolve(f"models:/{name}@champion", tmp_path)
+    kept = model_registry.resolve(f"models:/{name}@champion", tmp_path)
     assert (kept / "model.safetensors").read_text() == "a"

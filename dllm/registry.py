@@ -1,0 +1,65 @@
+"""The seams: for each kind of thing that can be added, its members by name.
+
+A member is a line here, "module:attribute", imported when it is first asked for, so that listing names costs nothing.
+A package outside this one adds members under the entry-point group `dllm.KIND`, such as `dllm.methods`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar
+
+from dllm.errors import ConfigError
+
+Member = TypeVar("Member")
+
+
+class Registry(Generic[Member]):
+    """Members of one seam.
+
+    Args:
+        kind: plural noun, also the end of the entry-point group: `methods` reads `dllm.methods`.
+        members: name to "module:attribute".
+    """
+
+    def __init__(self, kind: str, members: Mapping[str, str]) -> None:
+        self.kind, self._own = kind, dict(members)
+        self._loaded: dict[str, Member] = {}
+
+    @cached_property
+    def _installed(self) -> dict[str, EntryPoint]:
+        return {entry.name: entry for entry in entry_points(group=f"dllm.{self.kind}") if entry.name not in self._own}
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._own
+        yield from self._installed
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._own or name in self._installed
+
+    def __getitem__(self, name: str) -> Member:
+        """Import a member, once.
+
+        Raises:
+            ConfigError: no member has that name; the nearest one is suggested.
+        """
+        if name not in self._loaded:
+            if name in self._own:
+                module, _, attribute = self._own[name].partition(":")
+                self._loaded[name] = getattr(importlib.import_module(module), attribute)
+            elif name in self._installed:
+                self._loaded[name] = self._installed[name].load()
+            else:
+                near = difflib.get_close_matches(name, list(self), n=1, cutoff=0.4)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(self)}"
+                raise ConfigError(f"no such name among the {self.kind}: {name!r}", hint=hint)
+        return self._loaded[name]
+
+    def items(self) -> Iterator[tuple[str, Member]]:
+        """Import every member, and yield it with its name."""
+        for name in self:
+            yield name, self[name]
