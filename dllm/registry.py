@@ -59,6 +59,17 @@ class Registry(Generic[Member]):
                 raise ConfigError(f"no such name among the {self.kind}: {name!r}", hint=hint)
         return self._loaded[name]
 
+    def check(self, name: str) -> str:
+        """Return the name of a member; for pydantic, as `AfterValidator(METHODS.check)`.
+
+        Raises:
+            ValueError: no member has that name; the nearest one is suggested.
+        """
+        if name not in self:
+            near = difflib.get_close_matches(name, list(self), n=1, cutoff=0.4)
+            raise ValueError(f"expected one of {', '.join(self)}" + (f"; did you mean {near[0]}?" if near else ""))
+        return name
+
     def items(self) -> Iterator[tuple[str, Member]]:
         """Import every member, and yield it with its name."""
         for name in self:

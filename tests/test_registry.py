@@ -38,3 +38,6 @@ def test_a_wrong_name_is_one_line_with_the_nearest_one() -> None:
         seam["wabe"]
     with pytest.raises(ConfigError, match="there are wave, sunau"):
         seam["qqqqqqq"]
+    assert seam.check("wave") == "wave"
+    with pytest.raises(ValueError, match=r"expected one of wave, sunau; did you mean wave\?"):
+        seam.check("wav")
