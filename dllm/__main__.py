@@ -12,13 +12,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import NoReturn
 
 import typer
 
 from dllm.errors import DllmError, StageError
-from dllm.process import children as process
+from dllm.process.signals import exit_on
 
 PACKAGE = Path(__file__).parent
 
@@ -32,9 +32,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments
-    signal.signal(signal.SIGTERM, _leave)
-    if not is_debug:
-        signal.signal(signal.SIGINT, _leave)
+    exit_on(signal.SIGTERM, *([] if is_debug else [signal.SIGINT]))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Greek letters is no reason to fail
@@ -106,10 +104,6 @@ def _print_line(text: str) -> None:
     rank = os.environ.get("RANK", "0")
     prefix = "dllm" if rank == "0" else f"dllm rank {rank}"
     print(f"{prefix}: {' '.join(text.split())}", file=sys.stderr, flush=True)
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    process.leave(number)
 
 
 if __name__ == "__main__":

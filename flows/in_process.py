@@ -12,13 +12,14 @@ from prefect.exceptions import TerminationSignal
 from prefect.settings import PREFECT_API_URL
 
 from dllm.errors import DllmError, ServerError
+from dllm.process.signals import exit_on
 
 
 def run(flow: Flow[Any, Any], **parameters: Any) -> int:
     """Run the flow, against Prefect's server if one is named and else a temporary one, and return its exit code."""
     began = time.monotonic()
     # Until the flow listens itself: dying of the signal would leave the temporary server behind.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    exit_on(signal.SIGTERM)
     try:
         _reach_server()
         flow(**parameters)

@@ -17,11 +17,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from dllm.errors import DllmError, ServerError, StageError
 from dllm.process import children as process
+from dllm.process.signals import exit_on
 from dllm.tracking.runs import is_local, tracking_uri
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +34,7 @@ READY_S = 300.0
 
 def main(what: str) -> int:
     """Start the servers, say where they are, and stay until one ends or a signal comes; return the exit code."""
-    signal.signal(signal.SIGTERM, _leave)
+    exit_on(signal.SIGTERM)
     try:
         (serve if what == "serve" else ui)()
     except DllmError as error:
@@ -169,10 +168,6 @@ def _port(variable: str, default: int) -> int:
 
 def _api(port: int) -> str:
     return f"http://{HOST}:{port}/api"
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

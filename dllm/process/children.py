@@ -23,13 +23,11 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import Protocol
+
+import psutil
 
 from dllm.errors import StageError
-
-if TYPE_CHECKING:
-    import psutil
 
 PR_SET_PDEATHSIG = 1
 GRACE_S = 20.0
@@ -278,50 +276,14 @@ def die_with_parent() -> None:
 
 def children() -> set[psutil.Process]:
     """List the processes under this one."""
-    import psutil
-
     return set(psutil.Process().children(recursive=True))
 
 
 def stop_children(spare: Collection[psutil.Process] = (), grace_s: float = 5.0) -> None:
     """Stop the processes under this one, but for those spared: SIGTERM, a grace period, SIGKILL."""
-    import psutil
-
     ours = children() - set(spare)
     for number in (signal.SIGTERM, signal.SIGKILL):
         for each in ours:
             with contextlib.suppress(psutil.Error):
                 each.send_signal(number)
         ours = set(psutil.wait_procs(ours, timeout=grace_s)[1])
-
-
-def leave(number: int) -> NoReturn:
-    """Leave the process as a signal asks: by an exception, so that `with` blocks and `finally` run.
-
-    Raises:
-        SystemExit: 128 + number.
-    """
-    # What is dropped half made, such as an event loop, complains from `__del__`, and nobody can act on that.
-    sys.unraisablehook = lambda ignored: None
-    raise SystemExit(128 + number)
-
-
-@contextlib.contextmanager
-def signals_exit() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into SystemExit once; later ones are passed over until all is closed."""
-
-    def once(number: int, frame: FrameType | None) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
-        leave(number)
-
-    try:
-        before = {number: signal.signal(number, once) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread, where alone Python lets signals be handled
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -196,15 +196,15 @@ def test_full_memory_is_one_line_that_says_what_helps(where: str) -> None:
 
 HALF_MADE = """
 import asyncio, contextlib, os, sys, time
-from dllm.process import children as process
 from dllm.config import recipe_book
+from dllm.process.signals import signals_exit
 from dllm import __main__
 class Struck(asyncio.SelectorEventLoop):
     def _make_self_pipe(self):
         os.kill(os.getpid(), int(os.environ["SENT"]))
         time.sleep(60)
 def make():
-    with process.signals_exit() if os.environ["HELD"] else contextlib.nullcontext():
+    with signals_exit() if os.environ["HELD"] else contextlib.nullcontext():
         Struck()
 recipe_book.summaries = make
 __main__.main(sys.argv[1:])
