@@ -79,9 +79,21 @@ def test_bad_input_is_one_line(
         (errors.ServerError("wrong"), 4, "wrong"),
         (errors.StageError("two\nlines"), 5, "two lines"),
         (errors.ModelError("wrong"), 6, "wrong"),
-        (OSError(28, "No space left on device", "/x/shard"), 5, "the disk is full (/x/shard); free some space"),
-        (OSError(98, "Address already in use"), 5, "the port is taken"),
-        (PermissionError(13, "Permission denied", "/x"), 5, "Permission denied (/x)"),
+        (
+            OSError(28, "No space left on device", "/x/shard"),
+            5,
+            "the disk is full (/x/shard); free some space and run the same command again",
+        ),
+        (
+            OSError(98, "Address already in use"),
+            5,
+            "the port is taken; stop the process that holds it or choose another",
+        ),
+        (
+            PermissionError(13, "Permission denied", "/x"),
+            5,
+            "Permission denied (/x); --debug shows the code that asked for it",
+        ),
         (KeyboardInterrupt(), 130, ""),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
@@ -100,8 +112,7 @@ def test_each_kind_of_failure_has_its_exit_code(
     monkeypatch.setattr(recipe_book, "summaries", fail)
     got, _, err = _call("recipe", "list", capsys=capsys)
     assert got == code
-    assert err.strip() == (f"dllm: {said}" if code == 130 and said else err.strip())
-    assert said in err and err.count("\n") <= 1 and "Traceback" not in err
+    assert err == (f"dllm: {said}\n" if said else "")
 
 
 def _start(*arguments: str, code: str = "", **environment: str) -> subprocess.Popen[str]:
