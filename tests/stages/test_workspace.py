@@ -185,6 +185,7 @@ def start_child(root: Path) -> tuple[subprocess.Popen[str], int, str]:
     return child, int(grandchild), run_id
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize(("blow", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_stage_reads_killed_and_takes_its_children_along(tmp_path: Path, blow: int, code: int) -> None:
     child, grandchild, run_id = start_child(tmp_path)
@@ -197,6 +198,7 @@ def test_a_stopped_stage_reads_killed_and_takes_its_children_along(tmp_path: Pat
         os.kill(grandchild, 0)
 
 
+@pytest.mark.kill
 def test_a_stage_killed_outright_is_closed_afterwards(tmp_path: Path) -> None:
     child, grandchild, run_id = start_child(tmp_path)
     assert contract.close(tmp_path, "prepare") == [], "a living stage is left alone"
