@@ -1,4 +1,4 @@
-# What a person does here: make run, make test. Everything happens in .venv and in this folder.
+# Start here: make run, make test. Everything stays in .venv and in this folder.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -11,14 +11,16 @@ VLLM := .venv-vllm
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
   $$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 ENV := . infra/env.sh;
+PYTEST := $(ENV) OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+FAST := not heavy and not slow and not flows and not kill and not ranks
 
-.PHONY: help setup setup-sglang run test test-laws test-heavy test-sglang test-vllm lint ui serve bench bench-train-step bench-local-engine bench-regenerate-client \
+.PHONY: help setup setup-sglang run test test-fast test-laws test-heavy test-sglang test-vllm lint ui serve bench bench-train-step bench-local-engine bench-regenerate-client \
   bench-mdlm-step bench-diffusion-decoding bench-self-speculation long clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 26
 
-setup: $(INSTALLED)  ## make .venv with what the default recipe needs
+setup: $(INSTALLED)  ## create .venv with what the default recipe needs
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@[ -n "$(PYTHON)" ] || { echo "make: no Python 3.11 or later found; install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -30,7 +32,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 # A server pins its own torch and transformers: an environment of its own, without constraints.txt.
-setup-sglang: $(SGLANG)/installed  ## make .venv-sglang, for `dllm serve` and engine sglang: 11 GB
+setup-sglang: $(SGLANG)/installed  ## create .venv-sglang, for `dllm serve` and engine sglang: 11 GB
 
 $(SGLANG)/installed: | $(INSTALLED)
 	@echo "setup: installing SGLang into $(SGLANG), once; 11 GB, this takes some minutes"
@@ -47,39 +49,42 @@ $(VLLM)/installed: | $(INSTALLED)
 	@$(VLLM)/bin/python infra/vllm_cpu.py
 	@touch $@
 
-# Prefect's own console lines would repeat what the stages print; its log still has them.
-run: setup  ## the whole pipeline, then the table; RECIPE=name takes another recipe, FORCE=1 does all of it again
+# Prefect's console output would repeat what the stages print; its log still has it.
+run: setup  ## the whole pipeline, then its report; RECIPE=name chooses the recipe, FORCE=1 reruns every stage
 	@$(ENV) $(if $(RECIPE),python -m dllm recipe use $(RECIPE);) \
 	  PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL=CRITICAL python -m flows.pipeline $(if $(FORCE),--force); \
 	  python -m dllm report
 
-long:  ## the same for some 75 minutes, to a better draft
+long:  ## the same with a recipe of about 75 minutes and a better draft
 	@$(MAKE) --no-print-directory run RECIPE=smollm2-135m-dflash-long
 
-test: setup  ## all tests
-	@# By file: what a file's tests share is made once. In order, so that the long ones are under way early. A process a
-	@# core with a thread each: threads of two processes that share both cores spin while they wait for each other.
-	@$(ENV) OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: setup  ## all tests but the heavy ones; what CI runs
+	@# By file, so that module fixtures are built once; in order, so that the long files start early. One thread per
+	@# process: threads of two processes on the same cores spin while they wait for each other.
+	@$(PYTEST) $(ARGS)
 
-test-heavy: setup  ## the tests of minutes: parts over two workers, killed and resumed; memory over many rows
+test-fast: setup  ## the tests to run at each change: no Prefect server, no kill loops, no second rank, nothing slow
+	@$(PYTEST) -m "$(FAST)" $(ARGS)
+
+test-heavy: setup  ## tests that take minutes: regenerate in parts over two workers, killed and resumed; memory over many rows
 	@$(ENV) python -m pytest -m heavy $(ARGS)
 
 ROUNDS ?= 10
 
-test-laws: setup  ## the property-based tests, ROUNDS times, each with examples that no run before has seen
+test-laws: setup  ## the property-based tests, ROUNDS times, each with new random examples
 	@$(ENV) for round in $$(seq $(ROUNDS)); do OMP_NUM_THREADS=1 python -m pytest --quiet --hypothesis-profile other \
 	  --numprocesses 2 --dist loadfile $$(grep -rl '^@given' tests) $(ARGS) || exit 1; done
 
-test-sglang: setup $(SGLANG)/installed  ## SGLang for real, without a GPU too: its whole life, and regenerate through it
+test-sglang: setup $(SGLANG)/installed  ## a real SGLang server, on a GPU or a CPU: its life cycle, and regenerate through it
 	@$(ENV) python -m pytest tests/servers/test_sglang.py -s -o faulthandler_timeout=1800 $(ARGS)
 
-test-vllm: setup $(VLLM)/installed  ## vLLM for real: regenerate through it, and how it accepts DRAFT=checkpoint
+test-vllm: setup $(VLLM)/installed  ## a real vLLM server: regenerate through it, and speculative decoding with DRAFT=checkpoint
 	@$(ENV) python -m pytest tests/servers/test_vllm.py -s -o faulthandler_timeout=1800 $(ARGS)
 
 lint: setup  ## style and types
 	@$(ENV) ruff check . && ruff format --check . && mypy
 
-ui: setup  ## MLflow and Prefect in the browser, on loopback; MLFLOW_PORT and PREFECT_PORT choose ports
+ui: setup  ## MLflow and Prefect web UIs on loopback; MLFLOW_PORT and PREFECT_PORT set the ports
 	@$(ENV) exec python infra/services.py ui
 
 serve: setup  ## a Prefect server and its workers on loopback, with the flows deployed
@@ -87,26 +92,26 @@ serve: setup  ## a Prefect server and its workers on loopback, with the flows de
 
 bench: bench-train-step bench-local-engine bench-regenerate-client bench-mdlm-step  ## every benchmark that needs no checkpoint
 
-bench-train-step: setup  ## one exact training step: ours against NeMo AutoModel's
+bench-train-step: setup  ## one DFlash training step: ours against NeMo AutoModel's
 	@$(PY) -c 'import nemo_automodel' 2>/dev/null || $(PIP) --no-deps nemo-automodel==0.7.0
 	@$(ENV) python benchmarks/train_step.py
 
-bench-local-engine: setup  ## answers in process: the local engine against transformers' generate
+bench-local-engine: setup  ## generation in process: the local engine against transformers' generate
 	@$(ENV) python benchmarks/local_engine.py $(ARGS)
 
-bench-regenerate-client: setup  ## how full a client keeps a server: ours, a bare loop, NeMo AutoModel's script
+bench-regenerate-client: setup  ## server utilization of a client: ours, a plain asyncio loop, NeMo AutoModel's script
 	@$(PY) -c 'import nemo_automodel' 2>/dev/null || $(PIP) --no-deps nemo-automodel==0.7.0
 	@$(ENV) python benchmarks/regenerate_client.py $(ARGS)
 
-bench-mdlm-step: setup  ## one mdlm training step against a plain causal one of the same model
+bench-mdlm-step: setup  ## one mdlm training step against a causal-LM step of the same model
 	@$(ENV) python benchmarks/mdlm_step.py $(ARGS)
 
 CHECKPOINT ?= out/train/checkpoint
 
-bench-diffusion-decoding: setup  ## cached threshold decoding against one token a pass; CHECKPOINT of recipe tiny-mdlm
+bench-diffusion-decoding: setup  ## cached threshold decoding against one token per pass; CHECKPOINT of recipe tiny-mdlm
 	@$(ENV) python benchmarks/diffusion_decoding.py --checkpoint $(CHECKPOINT) $(ARGS)
 
-bench-self-speculation: setup  ## block cache and self-speculation against none; CHECKPOINT of a hybrid recipe
+bench-self-speculation: setup  ## block cache and self-speculation against decoding without; CHECKPOINT of a hybrid recipe
 	@$(ENV) python benchmarks/self_speculation.py --checkpoint $(CHECKPOINT) $(ARGS)
 
 clean:  ## remove results, work and caches; keeps environments, dvc.lock, and the registry

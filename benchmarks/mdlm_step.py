@@ -32,13 +32,13 @@ from dllm.config.params import Params, Source
 from dllm.methods.diffusion.build import initial_model
 from dllm.methods.diffusion.strategy import DiffusionStrategy
 from dllm.models import targets
+from dllm.process.signals import Interrupt
 from dllm.prompts import sources
 from dllm.prompts import template as chat
 from dllm.prompts.readers import json_lines
 from dllm.tracking.runs import NullTracker
 from dllm.training.batches import Example, collate
 from dllm.training.distributed import Ranks
-from dllm.training.interrupt import Interrupt
 from dllm.training.loop import Loop
 from dllm.training.optimizer import Optimizers
 from dllm.training.order import Order

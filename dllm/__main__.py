@@ -1,7 +1,7 @@
-"""`python -m dllm`: run a verb, and turn whatever happens into an exit code and at most one line on stderr.
+"""`python -m dllm`: run a verb; turn every outcome into an exit code and at most one line on stderr.
 
-Owns the exit codes: 2 to 6 as dllm/errors.py has them, 5 for a failing operating system, 130 and 143 for SIGINT and
-SIGTERM, 1 for a bug of ours. Tracebacks appear only with --debug.
+Exit codes: 2 to 6 as in dllm/errors.py, 5 for an error of the operating system, 130 and 143 for SIGINT and SIGTERM,
+1 for a bug in dllm. Tracebacks appear only with --debug.
 """
 
 import errno
@@ -12,17 +12,17 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import NoReturn
 
 import typer
 
 from dllm.errors import DllmError, StageError
-from dllm.process import children as process
+from dllm.process.signals import exit_on
 
 PACKAGE = Path(__file__).parent
 
-SMALLER = (
+MEMORY_HINT = (
     "make batches or rows smaller (train.batch_size, train.max_length, batch_size of the stage); "
     "docs/recipes.md has fsdp and activation_checkpointing"
 )
@@ -32,12 +32,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments
-    signal.signal(signal.SIGTERM, _leave)
-    if not is_debug:
-        signal.signal(signal.SIGINT, _leave)
+    exit_on(signal.SIGTERM, *([] if is_debug else [signal.SIGINT]))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without Greek letters is no reason to fail
+            stream.reconfigure(errors="replace")  # a terminal without Greek letters must not fail
     if not is_debug:
         sys.excepthook = _report_bug
     sys.exit(_run(arguments, is_debug))
@@ -47,7 +45,7 @@ def _run(arguments: list[str], is_debug: bool) -> int:
     from dllm.cli.app import app
 
     try:
-        # Not app(): that would put typer's own excepthook in place of ours.
+        # Not app(): typer would replace our excepthook by its own.
         verbs = typer.main.get_command(app)
         return verbs.main(args=arguments, prog_name="python -m dllm", standalone_mode=False) or 0
     except (DllmError, typer.TyperException, OSError, KeyboardInterrupt) as error:
@@ -57,11 +55,11 @@ def _run(arguments: list[str], is_debug: bool) -> int:
     except (RuntimeError, MemoryError) as error:
         if is_debug or not _is_memory_full(error):
             raise
-        return _report(StageError("memory is full", hint=SMALLER))
+        return _report(StageError("memory is full", hint=MEMORY_HINT))
 
 
 def _report(error: BaseException) -> int:
-    """Print one line for an error the user can act on, and return its exit code."""
+    """Print one line for an error the user can act on; return its exit code."""
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, typer.TyperException):
@@ -73,11 +71,11 @@ def _report(error: BaseException) -> int:
 
 
 def _report_usage(error: typer.TyperException) -> int:
-    said = error.format_message().replace("Value error, ", "").rstrip(".")
-    if said:  # empty where no verb was given: the help is printed already
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    if message:  # empty where no verb was given: the help is already printed
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "python -m dllm"
-        _print_line(f"{said[0].lower()}{said[1:]}; see `{path} --help`")
+        _print_line(f"{message[0].lower()}{message[1:]}; see `{path} --help`")
     return error.exit_code
 
 
@@ -86,12 +84,12 @@ def _explain(error: OSError) -> StageError:
     if error.errno == errno.ENOSPC:
         return StageError("the disk is full", where=where, hint="free some space and run the same command again")
     if error.errno == errno.EADDRINUSE:
-        return StageError("the port is taken", where=where, hint="stop what holds it or choose another")
+        return StageError("the port is taken", where=where, hint="stop the process that holds it or choose another")
     return StageError(error.strerror or str(error), where=where, hint="--debug shows the code that asked for it")
 
 
 def _is_memory_full(error: BaseException) -> bool:
-    # By name and text: this must not wait for torch to be imported.
+    # By name and text, so that torch need not be imported.
     on_gpu = type(error).__name__ == "OutOfMemoryError"
     return on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
@@ -106,10 +104,6 @@ def _print_line(text: str) -> None:
     rank = os.environ.get("RANK", "0")
     prefix = "dllm" if rank == "0" else f"dllm rank {rank}"
     print(f"{prefix}: {' '.join(text.split())}", file=sys.stderr, flush=True)
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    process.leave(number)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Child processes of a flow, a dvc for each stage or a verb: lines shown and kept, a bar, nothing left behind."""
+"""Child processes of a flow, `dvc repro` for a stage or a verb: output shown and logged, a progress bar, no orphans."""
 
 from __future__ import annotations
 
@@ -28,47 +28,47 @@ from flows.artifacts import ProgressBar
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = f"gpu:{platform.node()}"
-"""Name of the concurrency limit. One slot stands for all GPUs of the machine: torchrun takes them together."""
+"""Name of the concurrency limit. One slot is all GPUs of the machine: torchrun takes them together."""
 DEADLINE_S = 7 * 24 * 3600.0
-"""No stage takes so long: a hung one is stopped, and its slot comes free."""
+"""No stage takes this long: a hung one is stopped and frees its slot."""
 RECORD_EVERY_S = 5.0
 DVC_CHATTER = re.compile(
     r"\s*$|To track the changes|To enable auto|\s+git add|\s+dvc config|Use `dvc push`|\w+ lock file "
-    r"|WARNING: Process .* RWLock"  # the lock of a run that was killed; DVC has removed it
+    r"|WARNING: Process .* RWLock"  # the stale lock of a killed run; DVC has removed it
 )
 COMPLAINT = re.compile(r"dllm( rank \d+)?: |ERROR: ")
 STAGE_CODE = re.compile(r"exited with (\d+)")
 
 
 def reproduce(root: Path, stage: str, force: bool = False) -> None:
-    """Let DVC run one stage if it must.
+    """Run one stage through DVC, if it is out of date.
 
     Args:
         root: the project's folder.
         stage: the stage.
-        force: run it whatever DVC thinks.
+        force: run it even if DVC considers it up to date.
 
     Raises:
-        ServerError: the stage did not reach a server.
-        StageError: it failed otherwise; the message is its own last line.
+        ServerError: the stage could not reach a server.
+        StageError: it failed otherwise; the message is the stage's error line.
     """
     argv = ["dvc", "--wait-for-lock", "repro", "--single-item", stage]
     _run(root, stage, [sys.executable, "-m", *argv, *(["--force"] if force else [])])
 
 
 def run_verb(root: Path, *words: str, name: str | None = None) -> None:
-    """Run one verb of `python -m dllm` with its arguments; raises as `reproduce` does.
+    """Run a verb of `python -m dllm` with its arguments; raises as `reproduce` does.
 
     Args:
         root: the project's folder.
-        words: the verb, and what follows it.
-        name: what its log and its bar are called; the verb's own if None.
+        words: the verb and its arguments.
+        name: name of its log and its progress bar; None takes the verb.
     """
     _run(root, name or words[0], [sys.executable, "-m", "dllm", *words])
 
 
 class Retries(TypedDict):
-    """How a task is tried again."""
+    """How a task is retried."""
 
     retries: int
     retry_delay_seconds: list[float]
@@ -76,7 +76,7 @@ class Retries(TypedDict):
 
 
 def out_of_reach(_: object, run: TaskRun, state: State[Any]) -> bool:
-    """Tell the failure that time may heal, a server out of reach, from those it will not."""
+    """Retry only what may pass with time: a server out of reach."""
     return isinstance(state.result(raise_on_failure=False), ServerError)
 
 
@@ -85,13 +85,13 @@ WHEN_A_SERVER_IS_BACK: Retries = {
     "retry_delay_seconds": [10, 60, 300],
     "retry_condition_fn": out_of_reach,
 }
-"""For tasks that keep what they have done and go on from there."""
+"""For tasks that resume from finished work."""
 
 
 def gpu_slot() -> AbstractContextManager[None]:
-    """Hold the machine's GPUs while a stage runs; where there are none, hold nothing.
+    """Hold the machine's GPU slot while a stage runs; without GPUs, hold nothing.
 
-    A slot that cannot be had is waited for, and one that cannot be renewed for a moment does not kill what runs.
+    A taken slot is waited for. A lease that cannot be renewed for a moment does not stop the stage.
     """
     if not _has_gpu():
         return nullcontext()
@@ -114,7 +114,7 @@ def _run(root: Path, stage: str, argv: Sequence[str]) -> None:
         result = process.run(
             argv, env=environment, cwd=root, deadline_s=DEADLINE_S, log=relay, log_file=root / "logs" / f"{stage}.log"
         )
-    finally:  # cancelled, or out of memory: a stage that was killed outright has left its MLflow run open
+    finally:  # after SIGKILL (cancelled, out of memory) the MLflow run of the stage is still open
         with contextlib.suppress(ServerError):
             contract.close(root, stage)
     relay.bar.catch_up()
@@ -129,7 +129,7 @@ def _run(root: Path, stage: str, argv: Sequence[str]) -> None:
 
 
 class _Relay:
-    """Shows every line; sends the flow run's log one every few seconds, since each is a request to the server."""
+    """Shows every line; logs one every few seconds to the flow run, since each is a request to the server."""
 
     def __init__(self, stage: str) -> None:
         self.bar = ProgressBar(f"{stage}-progress")

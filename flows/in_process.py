@@ -1,4 +1,4 @@
-"""Running a flow in this very process, for `make run`: no server needed, one line for an error, an exit code."""
+"""Run a flow in this process, for `make run`: no server needed, one line for an error, an exit code."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from prefect.exceptions import TerminationSignal
 from prefect.settings import PREFECT_API_URL
 
 from dllm.errors import DllmError, ServerError
+from dllm.process.signals import exit_on
 
 
 def run(flow: Flow[Any, Any], **parameters: Any) -> int:
-    """Run the flow, against Prefect's server if one is named and else a temporary one, and return its exit code."""
+    """Run the flow on the configured Prefect server, or else a temporary one, and return its exit code."""
     began = time.monotonic()
-    # Until the flow listens itself: dying of the signal would leave the temporary server behind.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # Until the flow handles it: a process that SIGTERM ends leaves the temporary server behind.
+    exit_on(signal.SIGTERM)
     try:
-        _reach_server()
+        _check_server()
         flow(**parameters)
     except DllmError as error:
         print(f"dllm: {error}", file=sys.stderr)
         return error.exit_code
     except (KeyboardInterrupt, TerminationSignal) as stop:
-        print(f"{flow.name}: stopped; the next call goes on from here", file=sys.stderr)
+        print(f"{flow.name}: stopped; the next call resumes from here", file=sys.stderr)
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
     print(f"\n{flow.name}: finished in {time.monotonic() - began:.1f} s", flush=True)
     return 0
 
 
-def _reach_server() -> None:
+def _check_server() -> None:
     address = PREFECT_API_URL.value()
     try:
         with get_client(sync_client=True) as client:
             cause = client.api_healthcheck()
-    except RuntimeError as error:  # the temporary server did not come up
+    except RuntimeError as error:  # the temporary server did not start
         cause = error
     if cause is not None:
         where = address or "a temporary one, its data in PREFECT_HOME"

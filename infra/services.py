@@ -1,7 +1,7 @@
-"""The servers a person wants beside the pipeline, on loopback, until Ctrl-C: `ui` or `serve`.
+"""Run the pipeline's servers on loopback until Ctrl-C: `ui` or `serve`.
 
-While Prefect's server runs, `prefect.toml` in the project's folder names its address. So `prefect` commands and
-`make run` find it from there, and two servers never share one database.
+While Prefect's server runs, `prefect.toml` in the project's folder has its address, so that `prefect` commands and
+`make run` find it, and two servers never share one database.
 """
 
 from __future__ import annotations
@@ -17,25 +17,24 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from dllm.errors import DllmError, ServerError, StageError
 from dllm.process import children as process
+from dllm.process.signals import exit_on
 from dllm.tracking.runs import is_local, tracking_uri
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"
 PREFECT_TOML = ROOT / "prefect.toml"
 POOLS = {"local": 1, "parts": 2}
-"""Work pools, and how many flow runs at a time this machine takes from each. Runs in `local` share out/, where DVC and
-the stages refuse a second one. Runs in `parts` write folders of their own."""
+"""Work pools, and how many flow runs this machine takes from each at a time. Runs in `local` share out/, where DVC and
+the stages refuse a second one. Runs in `parts` write to separate folders."""
 READY_S = 300.0
 
 
 def main(what: str) -> int:
-    """Start the servers, say where they are, and stay until one ends or a signal comes; return the exit code."""
-    signal.signal(signal.SIGTERM, _leave)
+    """Start the servers, print their addresses, and run until one ends or a signal arrives; return the exit code."""
+    exit_on(signal.SIGTERM)
     try:
         (serve if what == "serve" else ui)()
     except DllmError as error:
@@ -49,7 +48,7 @@ def main(what: str) -> int:
 
 
 def ui() -> None:
-    """Open MLflow's and Prefect's pages."""
+    """Start the web UIs of MLflow and Prefect."""
     mlflow_port, prefect_port = _port("MLFLOW_PORT", 5000), _port("PREFECT_PORT", 4200)
     uri, running = tracking_uri(ROOT), _running_prefect()
     if is_local(uri):
@@ -67,26 +66,26 @@ def ui() -> None:
         _wait_ready(mlflow, f"{where}/health", "mlflow")
     print(f"MLflow   {where if is_local(uri) else uri}")
     print(f"Prefect  {(running or _api(prefect_port)).removesuffix('/api')}")
-    _stay(started)
+    _run_until_one_ends(started)
 
 
 def serve() -> None:
-    """Start a Prefect server, deploy the flows of prefect.yaml, and work for them."""
+    """Start a Prefect server, deploy the flows of prefect.yaml, and start their workers."""
     port = _port("PREFECT_PORT", 4200)
     _check_free(port, "PREFECT_PORT")
     server = _start_prefect(port)
     for pool in POOLS:
-        _once("work-pool", "create", pool, "--type", "process", "--overwrite")
-    _once("--no-prompt", "deploy", "--all")
+        _prefect("work-pool", "create", pool, "--type", "process", "--overwrite")
+    _prefect("--no-prompt", "deploy", "--all")
     workers = [_start_worker(pool, limit) for pool, limit in POOLS.items()]
     print(f"Prefect  {_api(port).removesuffix('/api')}")
     print("run      . infra/env.sh && prefect deployment run 'pipeline/smollm2-dflash' --watch")
     print("logs     logs/prefect-worker-local.log, logs/prefect-worker-parts.log")
-    _stay([server, *workers])
+    _run_until_one_ends([server, *workers])
 
 
 def _start_prefect(port: int) -> subprocess.Popen[bytes]:
-    os.environ["PREFECT_SERVER_UI_API_URL"] = _api(port)  # else its pages ask port 4200, whatever the server's own
+    os.environ["PREFECT_SERVER_UI_API_URL"] = _api(port)  # else its pages call port 4200, whatever the server's port
     server = _start("prefect-server", ["prefect", "server", "start", "--host", HOST, "--port", str(port)])
     _wait_ready(server, f"{_api(port)}/health", "prefect-server")
     PREFECT_TOML.write_text(f'# Written by infra/services.py while its server runs.\n[api]\nurl = "{_api(port)}"\n')
@@ -111,41 +110,41 @@ def _start(name: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
         )  # fmt: skip
 
 
-def _once(*arguments: str) -> None:
+def _prefect(*arguments: str) -> None:
     result = process.run([sys.executable, "-m", "prefect", *arguments], cwd=ROOT, deadline_s=READY_S)
     if result.code:
-        said = " ".join(" ".join(result.tail).split())[-300:]
-        raise ServerError(f"`prefect {' '.join(arguments)}` failed: {said}", where=os.environ["PREFECT_API_URL"])
+        output = " ".join(" ".join(result.tail).split())[-300:]
+        raise ServerError(f"`prefect {' '.join(arguments)}` failed: {output}", where=os.environ["PREFECT_API_URL"])
 
 
 def _wait_ready(server: subprocess.Popen[bytes], address: str, name: str) -> None:
     end = time.monotonic() + READY_S
-    while not _answers(address):
+    while not _responds(address):
         if server.poll() is not None or time.monotonic() > end:
             raise ServerError(f"{name} did not start", where=address, hint=f"see logs/{name}.log")
         time.sleep(0.2)
 
 
-def _stay(servers: Sequence[subprocess.Popen[bytes]]) -> None:
-    print("Ctrl-C ends it.", flush=True)
+def _run_until_one_ends(servers: Sequence[subprocess.Popen[bytes]]) -> None:
+    print("Ctrl-C stops it.", flush=True)
     while all(server.poll() is None for server in servers):
         time.sleep(0.5)
     raise ServerError("a server has ended", where="logs/")
 
 
 def _running_prefect() -> str | None:
-    """Return the address of a server that is already there: the environment's, or another call's of this file."""
-    address = os.environ.get("PREFECT_API_URL") or _named()
-    return address if address and _answers(f"{address}/health") else None
+    """Return the address of a running server: the one in the environment, or one that this file started."""
+    address = os.environ.get("PREFECT_API_URL") or _recorded()
+    return address if address and _responds(f"{address}/health") else None
 
 
-def _named() -> str | None:
+def _recorded() -> str | None:
     if not PREFECT_TOML.is_file():
         return None
     return PREFECT_TOML.read_text().split('"')[1]
 
 
-def _answers(address: str) -> bool:
+def _responds(address: str) -> bool:
     try:
         with urllib.request.urlopen(address, timeout=5):
             return True
@@ -159,7 +158,7 @@ def _check_free(port: int, variable: str) -> None:
         try:
             probe.bind((HOST, port))
         except OSError:
-            hint = f"stop what listens there, or choose another: {variable}={port + 1}"
+            hint = f"stop the process that listens there, or choose another: {variable}={port + 1}"
             raise StageError("the port is taken", where=f"{HOST}:{port}", hint=hint) from None
 
 
@@ -169,10 +168,6 @@ def _port(variable: str, default: int) -> int:
 
 def _api(port: int) -> str:
     return f"http://{HOST}:{port}/api"
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

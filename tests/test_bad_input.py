@@ -19,11 +19,12 @@ STAGES = ("prepare", "regenerate", "train", "evaluate")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, empty_mlflow_store: Path) -> Path:
     """Run the tiny recipe up to its evaluation, once for all tests here."""
     from dllm.stages import prepare, regenerate, train
 
     root = tmp_path_factory.mktemp("finished")
+    shutil.copyfile(empty_mlflow_store, root / "mlflow.db")
     recipe_book.activate("tiny-dflash", root / "params.yaml")
     params = load_params(root / "params.yaml", ["train.epochs=1"])
     for stage in (prepare, regenerate, train):

@@ -27,7 +27,7 @@ Overrides = Annotated[
 ]
 Root = Annotated[Path, typer.Option("--root", help="The project's folder: holds params.yaml, work/ and out/.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Print a traceback when something fails.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite a params.yaml that was edited by hand.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite a params.yaml whose values are those of no recipe.")]
 
 
 app = typer.Typer(
@@ -284,7 +284,7 @@ def list_recipes(debug: Debug = False) -> None:
 
 @recipes.command("show")
 def show_recipe(name: Annotated[str, typer.Argument(help="A name from `recipe list`.")], debug: Debug = False) -> None:
-    """Print a recipe as it would stand in params.yaml."""
+    """Print a recipe as `use` writes it: every key, defaults included."""
     from dllm.config import recipe_book
 
     typer.echo(recipe_book.text(name), nl=False)
@@ -298,7 +298,7 @@ def use_recipe(
     root: Root = Path(),
     debug: Debug = False,
 ) -> None:
-    """Write a recipe to params.yaml, unless that was edited by hand."""
+    """Write a recipe to params.yaml with every key, unless the file there has values of its own."""
     from dllm.config import recipe_book
 
     path = root.resolve() / params

@@ -143,9 +143,7 @@ def _model(
 
 
 def _named(pairs: Sequence[str]) -> dict[str, Any]:
-    import yaml
-
-    from dllm.config import yaml_reader
+    from dllm.config.load import read_yaml
 
     named = {}
     for pair in pairs:
@@ -153,8 +151,8 @@ def _named(pairs: Sequence[str]) -> dict[str, Any]:
         if not equals or not name:
             raise ConfigError(f"expected KEY=VALUE, not {pair!r}", where="--gen")
         try:
-            named[name] = yaml_reader.read(value)
-        except yaml.YAMLError:
+            named[name] = read_yaml(value)
+        except ValueError:
             raise ConfigError(f"no value: {value!r}", where=f"--gen {name}") from None
     return named
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from dllm.config.section import NonNegativeInt, PositiveInt, Section
 
@@ -18,10 +18,6 @@ class Lora(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[list[str], Field(min_length=1)]
     """Last parts of the names of the linear maps that get them, such as q_proj."""
-
-
-LATER = ("lora", "fsdp", "activation_checkpointing")
-"""Keys that came after models had been trained without them; absent from a recipe where they are off."""
 
 
 class Masking(Section):
@@ -64,12 +60,6 @@ class Masking(Section):
         if self.lora is not None and self.fsdp:
             raise ValueError("fsdp splits what is trained, and lora trains little; leave one of them out")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what is not there or off: what was trained before it existed needs no rerun."""
-        sections: dict[str, Any] = write(self)
-        return {key: value for key, value in sections.items() if key not in LATER or value not in (None, False)}
 
 
 class Mdlm(Masking):

@@ -1,4 +1,4 @@
-"""params.yaml read, overridden and checked; digests of its sections."""
+"""Read params.yaml, apply overrides, check every value, and digest sections."""
 
 from __future__ import annotations
 
@@ -9,41 +9,31 @@ import typing
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from dllm.config import yaml_reader
 from dllm.config.params import Params
 from dllm.errors import ConfigError
 
-GUIDE_NAMES = {
-    "overlap_anchors": "anchor_sampling: with_replacement (true) or non_overlapping (false)",
-    "attention_backend": "nothing: attention is exact and sparse on every device",
-    "target_model_id": "target.model",
-    "target_torch_dtype": "target.dtype",
-    "unshifted": "nothing: data are never shifted",
-    "supervise_padding": "eos_padding",
-    "pad_seq_len_divisible": "eos_padding",
-    "use_fused_linear_ce": "nothing: the cross-entropy is always chunked; ce_chunk_size sets how",
-}
-"""Fields of NeMo AutoModel's guide that have another name here, and that name."""
-
 
 def load_params(path: Path | str = "params.yaml", overrides: typing.Sequence[str] = ()) -> Params:
-    """Read params.yaml, apply `a.b.c=value` overrides (values are YAML), and check all of it.
+    """Read params.yaml, apply `a.b.c=value` overrides (values are YAML), and check the result.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong type, or values clash.
+        ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong type, or values conflict.
     """
     path = Path(path)
     try:
-        raw = yaml_reader.read(path.read_text())
+        raw = read_yaml(path.read_text())
     except FileNotFoundError:
         raise ConfigError(
-            "no params file", where=str(path), hint="run `python -m dllm recipe use NAME` or go to the project's folder"
+            "no params file",
+            where=str(path),
+            hint="run `python -m dllm recipe use NAME` or go to the project's folder",
         ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not YAML: {' '.join(str(error).split())}", where=str(path)) from None
+    except ValueError as error:
+        raise ConfigError(f"not YAML: {error}", where=str(path)) from None
     if not isinstance(raw, dict):
         raise ConfigError("params must be a mapping of sections", where=str(path))
     for override in overrides:
@@ -60,10 +50,34 @@ def parse_params(raw: dict[str, Any], where: str = "params.yaml") -> Params:
         raise ConfigError(_explain(first), where=where) from None
 
 
+def read_yaml(text: str) -> Any:
+    """Read one YAML 1.2 document; values are those that DVC, which uses the same library, reads from params.yaml.
+
+    Raises:
+        ValueError: the text is not YAML, or a mapping has a key twice. The message is one line.
+    """
+    try:
+        # Pure Python: the C parser, which is not installed everywhere, refuses [http://host:80/v1] without quotes.
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise ValueError(_one_line(error)) from None
+
+
 def params_digest(*sections: BaseModel) -> str:
-    """Hash sections into 16 hex digits that change exactly when a value does."""
-    text = json.dumps([s.model_dump(mode="json", by_alias=True) for s in sections], sort_keys=True)
+    """Hash sections into 16 hex digits that depend on their values only.
+
+    Keys whose value is None are left out: a new key with default None changes no digest.
+    """
+    text = json.dumps([s.model_dump(mode="json", by_alias=True, exclude_none=True) for s in sections], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _one_line(error: YAMLError) -> str:
+    if not isinstance(error, MarkedYAMLError):
+        return " ".join(str(error).split())
+    mark = error.problem_mark or error.context_mark
+    what = " ".join(str(error.problem or error.context).split())
+    return what if mark is None else f"{what}, line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
@@ -77,18 +91,15 @@ def _override(raw: dict[str, Any], text: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"{key}: {parent} holds no keys", where="--set")
     try:
-        node[last] = yaml_reader.read(value)
-    except yaml.YAMLError:
+        node[last] = read_yaml(value)
+    except ValueError:
         raise ConfigError(f"{key}: {value!r} is not a YAML value", where="--set") from None
 
 
 def _explain(error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        name = str(error["loc"][-1])
-        if name in GUIDE_NAMES:
-            return f"{path}: not a key here; use {GUIDE_NAMES[name]}"
-        near = difflib.get_close_matches(name, _known_keys(error["loc"][:-1]), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(error["loc"][-1]), _known_keys(error["loc"][:-1]), n=1, cutoff=0.5)
         return f"{path}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     if error["type"] == "missing":
         return f"{path}: missing"

@@ -236,11 +236,6 @@ class Evaluate(Section):
     diffusion: DiffusionEvaluation | None = None
     """For modes `mdlm` and `hybrid`; null takes the defaults."""
 
-    @model_serializer(mode="wrap")
-    def _without_absent(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        sections: dict[str, Any] = write(self)
-        return {key: value for key, value in sections.items() if key != "diffusion" or value is not None}
-
 
 class Register(Section):
     """The checkpoint as a version of an MLflow registered model."""

@@ -1,17 +1,29 @@
-"""The shipped recipes: complete params files, one a model family, and how one becomes params.yaml.
+"""The shipped recipes, and how one becomes params.yaml.
 
-A recipe leaves no key out, so that params.yaml always shows every value a run depends on.
+A recipe states only the values that differ from the defaults. params.yaml is written with every key, so that it shows
+each value that a run depends on.
 """
 
-import difflib
-import os
-import tempfile
-from pathlib import Path
+from __future__ import annotations
 
+import difflib
+import io
+import typing
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from ruamel.yaml import YAML
+from ruamel.yaml.nodes import ScalarNode, SequenceNode
+from ruamel.yaml.representer import RoundTripRepresenter
+
+from dllm.config.load import load_params, parse_params, read_yaml
+from dllm.config.params import Params
 from dllm.errors import ConfigError
+from dllm.files import atomic_write
 
 FOLDER = Path(__file__).parent / "recipes"
-"""Where the recipes lie: one NAME.yaml each, whose first line is a comment that sums it up."""
+"""Folder of the recipes: one NAME.yaml each, whose first line is a comment with its summary."""
 
 
 def names() -> list[str]:
@@ -20,12 +32,12 @@ def names() -> list[str]:
 
 
 def summaries() -> dict[str, str]:
-    """Map each recipe to the one sentence in its first line."""
-    return {name: text(name).splitlines()[0].lstrip("# ") for name in names()}
+    """Map each recipe to the sentence in its first line."""
+    return {name: source(name).splitlines()[0].lstrip("# ") for name in names()}
 
 
-def text(name: str) -> str:
-    """Read a recipe, comments and all.
+def source(name: str) -> str:
+    """Read a recipe file as it is shipped: its comments and what differs from the defaults.
 
     Raises:
         ConfigError: no recipe has that name.
@@ -37,24 +49,95 @@ def text(name: str) -> str:
     return (FOLDER / f"{name}.yaml").read_text()
 
 
+def load(name: str) -> Params:
+    """Load a recipe, with defaults for what it does not state; raises as `source` does."""
+    return parse_params(read_yaml(source(name)), where=f"{name}.yaml")
+
+
+def text(name: str) -> str:
+    """Write a recipe as a whole params.yaml: its comments, then every key; raises as `source` does."""
+    header = [line for line in source(name).splitlines() if line.startswith("#")]
+    sections = [_dump({key: value}) for key, value in every_key(load(name)).items()]
+    return "\n".join(["\n".join(header) + "\n" + sections[0], *sections[1:]])
+
+
+def every_key(model: BaseModel) -> dict[str, Any]:
+    """Map every key to its value, in the order of the fields; an optional section that is absent is left out."""
+    dumped = model.model_dump(mode="json", by_alias=True)
+    whole = {}
+    for name, field in type(model).model_fields.items():
+        key, value = field.alias or name, getattr(model, name)
+        if key not in dumped or (value is None and _may_be_section(field.annotation)):
+            continue
+        whole[key] = _nested(value, dumped[key])
+    return whole
+
+
 def activate(name: str, path: Path, *, force: bool = False) -> None:
-    """Write a recipe to `path`, atomically.
+    """Write a recipe to `path` as a whole params.yaml, atomically.
 
     Raises:
-        ConfigError: no recipe has that name, or the file at `path` equals no recipe and `force` is not given.
+        ConfigError: no recipe has that name, or the values in the file at `path` are those of no recipe and `force` is
+            not given.
     """
-    wanted = text(name)
-    if path.exists() and not force and path.read_text() not in {text(other) for other in names()}:
-        raise ConfigError("it was edited by hand", where=str(path), hint="keep a copy and give --force to overwrite it")
+    content = text(name)
+    if path.exists() and not force and not _is_recipe(path):
+        raise ConfigError(
+            "its values are those of no recipe", where=str(path), hint="keep a copy and give --force to overwrite it"
+        )
     if not path.parent.is_dir():
         raise ConfigError("no such folder", where=str(path.parent))
-    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    atomic_write(path, content.encode())
+
+
+def _is_recipe(path: Path) -> bool:
+    """Say whether overwriting the file loses no value: it has exactly those of the recipe that it names."""
     try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(wanted)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(draft).chmod(0o644)
-        Path(draft).replace(path)
-    finally:
-        Path(draft).unlink(missing_ok=True)
+        params = load_params(path)
+    except ConfigError:
+        return False
+    return params.recipe in names() and params == load(params.recipe)
+
+
+def _may_be_section(annotation: Any) -> bool:
+    parts = [annotation, *typing.get_args(annotation)]
+    return any(isinstance(part, type) and issubclass(part, BaseModel) for part in parts)
+
+
+def _nested(value: Any, dumped: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return every_key(value)
+    if isinstance(value, list):
+        return [_nested(one, one_dumped) for one, one_dumped in zip(value, dumped, strict=True)]
+    return dumped
+
+
+class _Representer(RoundTripRepresenter):
+    """Writes null for None, lists of plain values in one line, and floats that YAML 1.1 reads as floats too."""
+
+    def represent_float(self, data: float) -> ScalarNode:
+        value = repr(data)
+        return self.represent_scalar("tag:yaml.org,2002:float", value if "." in value else value.replace("e", ".0e"))
+
+    def represent_none(self, data: None) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+    def represent_list(self, data: list[Any]) -> SequenceNode:
+        # DVC's parser refuses a plain scalar with a colon inside [ ].
+        is_plain = not any(isinstance(each, (dict, list)) or ":" in str(each) for each in data)
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=is_plain)
+
+
+_Representer.add_representer(type(None), _Representer.represent_none)
+_Representer.add_representer(float, _Representer.represent_float)
+_Representer.add_representer(list, _Representer.represent_list)
+
+
+def _dump(raw: dict[str, Any]) -> str:
+    writer = YAML()
+    writer.Representer = _Representer
+    writer.width = 120
+    writer.indent(mapping=2, sequence=4, offset=2)
+    stream = io.StringIO()
+    writer.dump(raw, stream)
+    return stream.getvalue()

@@ -1,8 +1,7 @@
-"""Running a child process: its lines as they come, its own session, a deadline, and no orphan whatever happens.
+"""Run a child process in its own session, with its output line by line, a deadline, and no orphans.
 
-The child stands under `dllm/process/supervisor.py`, the kill ladder. `run` waits for it; `background` lets it run
-beside the caller. Call both from the main thread: that is where Python, and Prefect's cancellation, raise the
-exceptions that must stop the child.
+`dllm/process/supervisor.py` is its parent and stops it. `run` waits for the child; `background` runs it concurrently.
+Call both from the main thread: Python, and Prefect's cancellation, raise there the exceptions that must stop the child.
 """
 
 from __future__ import annotations
@@ -23,19 +22,17 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import Protocol
+
+import psutil
 
 from dllm.errors import StageError
-
-if TYPE_CHECKING:
-    import psutil
 
 PR_SET_PDEATHSIG = 1
 GRACE_S = 20.0
 """From SIGTERM to SIGKILL: longer than torchrun's shutdown timeout (15 s), shorter than Prefect's own grace (30 s)."""
 SUPERVISOR_MARGIN_S = 8.0
-LOOK_EVERY_S = 0.2
+POLL_INTERVAL_S = 0.2
 TAIL_LINES = 50
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 LINE_END = re.compile(r"\r\n|\n|\r(?!$)")
@@ -49,7 +46,7 @@ class Result:
     """Exit code; 128 + n where signal n ended it."""
     seconds: float
     tail: tuple[str, ...]
-    """The last lines it wrote."""
+    """The last lines of its output."""
 
 
 def run(
@@ -62,17 +59,17 @@ def run(
     log_file: Path | None = None,
     grace_s: float = GRACE_S,
 ) -> Result:
-    """Run a program to its end and hand on its lines, both streams merged, as it writes them.
+    """Run a program to its end and pass on its lines, both streams merged, as they are written.
 
-    Any exception in the meantime, also one that is no Exception (Ctrl-C, Prefect's cancellation), stops the whole tree
-    of processes before it goes on. So does the death of the caller itself.
+    Any exception meanwhile, a BaseException too (Ctrl-C, Prefect's cancellation), stops the whole process tree before
+    it propagates. So does the death of the caller.
 
     Args:
         argv: the program and its arguments; no shell.
-        env: added to this process's environment.
-        deadline_s: after so many seconds the tree is stopped.
+        env: variables added to this process's environment.
+        deadline_s: seconds after which the tree is stopped.
         log: called with every line.
-        log_file: every line is added to it too.
+        log_file: every line is appended to it.
         grace_s: from SIGTERM to SIGKILL.
 
     Raises:
@@ -80,14 +77,14 @@ def run(
     """
     with contextlib.ExitStack() as stack:
         child = _start(stack, argv, env, cwd, log, log_file, grace_s)
-        child.hand_on(deadline_s)
+        child.read_lines(deadline_s)
         if not child.ended:
             raise StageError(f"stopped after its deadline of {deadline_s:g} s", where=" ".join(argv))
     return child.result()
 
 
 class Background(Protocol):
-    """A child that runs beside its caller."""
+    """A child that runs concurrently with its caller."""
 
     @property
     def ended(self) -> bool:
@@ -95,13 +92,13 @@ class Background(Protocol):
 
     @property
     def tail(self) -> tuple[str, ...]:
-        """The last lines it wrote so far."""
+        """The last lines of its output so far."""
 
     def result(self) -> Result:
-        """Wait for its end and its last line, and say how it went.
+        """Wait for its end and its last line.
 
         Raises:
-            OSError: a line could not be handed on (a full disk, say), so the child was stopped.
+            OSError: a line could not be passed on (the disk is full, say), so the child was stopped.
         """
 
 
@@ -115,17 +112,16 @@ def background(
     log_file: Path | None = None,
     grace_s: float = GRACE_S,
 ) -> Iterator[Background]:
-    """Run a program beside the caller for as long as the `with` block lasts; a thread hands on its lines.
+    """Run a program for as long as the `with` block lasts; a thread passes on its lines.
 
-    However the block is left, the program's whole tree is stopped first; so it is when the caller dies. Arguments as
-    for `run`.
+    The program's process tree is stopped when the block is left and when the caller dies. Arguments as for `run`.
 
     Raises:
         StageError: the program cannot be found.
     """
     with contextlib.ExitStack() as stack:
         child = _start(stack, argv, env, cwd, log, log_file, grace_s)
-        child.hand_on_beside()
+        child.start_reader()
         yield child
 
 
@@ -138,7 +134,7 @@ def _start(
     log_file: Path | None,
     grace_s: float,
 ) -> _Child:
-    """Start a program whose life ends with the stack's."""
+    """Start a program that is stopped when the stack is closed."""
     environment = {**os.environ, **(env or {})}
     if shutil.which(argv[0], path=environment.get("PATH")) is None:
         raise StageError(f"program {argv[0]!r} not found", where="PATH", hint="run `make setup`")
@@ -161,31 +157,31 @@ class _Child:
         grace_s: float,
         sinks: Sequence[Callable[[str], object]],
     ) -> None:
-        self._last: deque[str] = deque(maxlen=TAIL_LINES)
-        self._grace_s, self._sinks = grace_s, (self._last.append, *sinks)
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._grace_s, self._sinks = grace_s, (self._tail.append, *sinks)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._rest = ""
+        self._partial = ""
         self._reader: threading.Thread | None = None
         self._failure: OSError | None = None
         self._began = time.monotonic()
-        # never written to: the supervisor sees it close when this process is gone
-        their_end, self._lifeline = os.pipe()
+        # never written to: the supervisor sees it close when this process has died
+        read_end, self._lifeline = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", str(SUPERVISOR), str(their_end), str(grace_s), *argv],
+                [sys.executable, "-I", str(SUPERVISOR), str(read_end), str(grace_s), *argv],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 cwd=cwd,
                 start_new_session=True,
-                pass_fds=[their_end],
+                pass_fds=[read_end],
             )
         except BaseException:
             os.close(self._lifeline)
             raise
         finally:
-            os.close(their_end)
+            os.close(read_end)
         assert self._process.stdout is not None
         self._output = self._process.stdout.fileno()
 
@@ -195,7 +191,7 @@ class _Child:
 
     @property
     def tail(self) -> tuple[str, ...]:
-        return tuple(self._last)
+        return tuple(self._tail)
 
     @property
     def seconds(self) -> float:
@@ -216,12 +212,12 @@ class _Child:
         if not self.ended:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
-            patience_s = self._grace_s + SUPERVISOR_MARGIN_S
+            timeout_s = self._grace_s + SUPERVISOR_MARGIN_S
             if self._reader is None:
-                self.hand_on(self.seconds + patience_s)
+                self.read_lines(self.seconds + timeout_s)
             else:
-                self._reader.join(patience_s)
-        if not self.ended:  # the supervisor hangs: its own pipe end closes with it, nothing else can be done from here
+                self._reader.join(timeout_s)
+        if not self.ended:  # the supervisor hangs, and nothing else can be done from here
             self._process.kill()
         self._process.wait()
         os.close(self._lifeline)
@@ -230,26 +226,26 @@ class _Child:
         assert self._process.stdout is not None
         self._process.stdout.close()
 
-    def hand_on_beside(self) -> None:
+    def start_reader(self) -> None:
         """Pass lines to the sinks from a thread until the child has ended."""
-        self._reader = threading.Thread(target=self._hand_on_or_stop, name="child's lines", daemon=True)
+        self._reader = threading.Thread(target=self._read_or_stop, name="child's lines", daemon=True)
         self._reader.start()
 
-    def _hand_on_or_stop(self) -> None:
+    def _read_or_stop(self) -> None:
         try:
-            self.hand_on(None)
-        except OSError as error:  # a child whose lines nobody takes would stand still, without a word
+            self.read_lines(None)
+        except OSError as error:  # a child whose output nobody reads would block once the pipe is full
             self._failure = error
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
             self._sinks = self._sinks[:1]
-            self.hand_on(None)
+            self.read_lines(None)
 
-    def hand_on(self, until_s: float | None) -> None:
-        """Pass lines to the sinks until the supervisor has ended or so many seconds since the start are over."""
+    def read_lines(self, until_s: float | None) -> None:
+        """Pass lines to the sinks until the supervisor has ended, or until `until_s` seconds since the start."""
         while True:
-            over = self.ended  # looked at before reading: what was written before the end is still read
-            while select.select([self._output], [], [], 0 if over else LOOK_EVERY_S)[0]:
+            over = self.ended  # before reading: what was written before the end is still read
+            while select.select([self._output], [], [], 0 if over else POLL_INTERVAL_S)[0]:
                 block = os.read(self._output, 65536)
                 if not block:
                     over = self._process.wait() is not None
@@ -261,10 +257,10 @@ class _Child:
                 break
             if until_s is not None and self.seconds > until_s:
                 return
-        self._split(self._decoder.decode(b"", final=True) + "\n" if self._rest else "")
+        self._split(self._decoder.decode(b"", final=True) + "\n" if self._partial else "")
 
     def _split(self, text: str) -> None:
-        *lines, self._rest = LINE_END.split(self._rest + text)
+        *lines, self._partial = LINE_END.split(self._partial + text)
         for line in lines:
             for sink in self._sinks:
                 sink(line)
@@ -277,51 +273,15 @@ def die_with_parent() -> None:
 
 
 def children() -> set[psutil.Process]:
-    """List the processes under this one."""
-    import psutil
-
+    """List the descendants of this process."""
     return set(psutil.Process().children(recursive=True))
 
 
 def stop_children(spare: Collection[psutil.Process] = (), grace_s: float = 5.0) -> None:
-    """Stop the processes under this one, but for those spared: SIGTERM, a grace period, SIGKILL."""
-    import psutil
-
+    """Stop the descendants of this process except `spare`: SIGTERM, a grace period, SIGKILL."""
     ours = children() - set(spare)
     for number in (signal.SIGTERM, signal.SIGKILL):
         for each in ours:
             with contextlib.suppress(psutil.Error):
                 each.send_signal(number)
         ours = set(psutil.wait_procs(ours, timeout=grace_s)[1])
-
-
-def leave(number: int) -> NoReturn:
-    """Leave the process as a signal asks: by an exception, so that `with` blocks and `finally` run.
-
-    Raises:
-        SystemExit: 128 + number.
-    """
-    # What is dropped half made, such as an event loop, complains from `__del__`, and nobody can act on that.
-    sys.unraisablehook = lambda ignored: None
-    raise SystemExit(128 + number)
-
-
-@contextlib.contextmanager
-def signals_exit() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into SystemExit once; later ones are passed over until all is closed."""
-
-    def once(number: int, frame: FrameType | None) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
-        leave(number)
-
-    try:
-        before = {number: signal.signal(number, once) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread, where alone Python lets signals be handled
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

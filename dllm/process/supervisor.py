@@ -1,10 +1,9 @@
-"""The parent of a child: a small process that sees to it that nothing of the child's tree outlives its caller.
+"""The parent of a child: a small process that ensures that no process of the child's tree outlives the caller.
 
-`dllm.process.children.run` starts this file by its path. Signals reach one process group, and torchrun puts every rank
-in a session of its own, so a caller that dies or kills a group leaves ranks behind. The supervisor adopts orphans
-(where the system lets it), notices that its caller is gone because a pipe closes, and climbs one ladder in every case:
-SIGTERM to the child's group and then to what it leaves behind, a grace period, SIGKILL to whatever is left, wherever
-it sits.
+`dllm.process.children.run` starts this file by its path. A signal reaches one process group, and torchrun starts every
+rank in its own session, so a caller that dies or kills a group leaves ranks behind. The supervisor adopts orphans
+(a subreaper, on Linux), detects the death of its caller by a pipe that closes, and always stops the tree in the same
+order: SIGTERM to the child's group, then to its remaining descendants, a grace period, SIGKILL to all that are left.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ import psutil
 IS_LINUX = sys.platform == "linux"
 PR_SET_CHILD_SUBREAPER = 36
 LEFT_BEHIND_GRACE_S = 5.0
-LOOK_EVERY_S = 0.1
-SCAN_EVERY_S = 5.0
-"""Between scans of the process table while all is well; each costs milliseconds of a core."""
+POLL_INTERVAL_S = 0.1
+SCAN_INTERVAL_S = 5.0
+"""Between scans of the process table while the child runs; each takes milliseconds of one core."""
 
 
 def main(arguments: list[str]) -> int:
-    """Run `argv` until it ends, the pipe closes, or SIGTERM comes; return its exit code once all of its tree is gone.
+    """Run `argv` until it ends, the pipe closes, or SIGTERM arrives; return its exit code once its tree has ended.
 
     Args:
         arguments: descriptor of the pipe, grace period in seconds, then the child's argv.
@@ -45,56 +44,56 @@ def main(arguments: list[str]) -> int:
         print(f"cannot start {argv[0]}: {error.strerror}", file=sys.stderr)
         return 127
     tree = _Tree(child.pid)
-    while child.poll() is None and not stop.asked:
-        if select.select([pipe], [], [], LOOK_EVERY_S)[0]:  # only ever readable when the caller's end has closed
-            stop.asked = True
-        tree.look_now_and_then()
-    if stop.asked:
+    while child.poll() is None and not stop.requested:
+        if select.select([pipe], [], [], POLL_INTERVAL_S)[0]:  # readable only when the caller's end is closed
+            stop.requested = True
+        tree.scan_if_due()
+    if stop.requested:
         end = time.monotonic() + grace_s
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGTERM)
-        tree.wait_gone(grace_s, child, or_child=True)
-        # What sits in sessions of its own has heard nothing if the child did not hand the word on.
-        _signal(tree.look(), signal.SIGTERM)
-        tree.wait_gone(end - time.monotonic(), child)
-    elif tree.look():
-        _signal(tree.look(), signal.SIGTERM)
-        tree.wait_gone(LEFT_BEHIND_GRACE_S, child)
-    while left := tree.look():
+        tree.wait_ended(grace_s, child, or_child=True)
+        # Processes in other sessions have no SIGTERM yet if the child did not forward it.
+        _signal(tree.scan(), signal.SIGTERM)
+        tree.wait_ended(end - time.monotonic(), child)
+    elif tree.scan():
+        _signal(tree.scan(), signal.SIGTERM)
+        tree.wait_ended(LEFT_BEHIND_GRACE_S, child)
+    while left := tree.scan():
         _signal(left, signal.SIGKILL)
-        tree.wait_gone(1.0, child)
+        tree.wait_ended(1.0, child)
     code = child.wait()
     return 128 - code if code < 0 else code
 
 
 class _Stop:
-    asked = False
+    requested = False
 
     def __init__(self) -> None:
-        signal.signal(signal.SIGTERM, self._ask)
-        signal.signal(signal.SIGINT, self._ask)
+        signal.signal(signal.SIGTERM, self._request)
+        signal.signal(signal.SIGINT, self._request)
 
-    def _ask(self, number: int, frame: object) -> None:
-        self.asked = True
+    def _request(self, number: int, frame: object) -> None:
+        self.requested = True
 
 
 class _Tree:
-    """All processes that came from the child, also those whose own parents have died."""
+    """All descendants of the child, also those whose parents have died."""
 
     def __init__(self, child: int) -> None:
         self._child = child
         self._me = psutil.Process()
         self._seen: set[psutil.Process] = set()
-        self._looked = time.monotonic()
+        self._scanned = time.monotonic()
 
-    def look_now_and_then(self) -> None:
-        """Take note of what runs, for systems where orphans cannot be adopted, and collect the adopted dead."""
-        if time.monotonic() - self._looked > SCAN_EVERY_S:
-            self.look()
+    def scan_if_due(self) -> None:
+        """Record descendants, for systems where orphans cannot be adopted, and reap adopted ones, every few seconds."""
+        if time.monotonic() - self._scanned > SCAN_INTERVAL_S:
+            self.scan()
 
-    def look(self) -> list[psutil.Process]:
-        """List those that still run."""
-        self._looked = time.monotonic()
+    def scan(self) -> list[psutil.Process]:
+        """Scan the process table and list those that still run."""
+        self._scanned = time.monotonic()
         self._reap_adopted()
         for root in [self._me] if IS_LINUX else [self._me, *self._seen]:
             with contextlib.suppress(psutil.Error):
@@ -102,17 +101,17 @@ class _Tree:
         self._seen = {process for process in self._seen if _runs(process)}
         return list(self._seen)
 
-    def wait_gone(self, timeout_s: float, child: subprocess.Popen[bytes], *, or_child: bool = False) -> None:
-        """Wait until none is left, or with `or_child` until the child itself is gone; at most so long."""
+    def wait_ended(self, timeout_s: float, child: subprocess.Popen[bytes], *, or_child: bool = False) -> None:
+        """Wait at most `timeout_s` until none is left, or with `or_child` until the child itself has ended."""
         end = time.monotonic() + timeout_s
-        while self.look() and time.monotonic() < end:
+        while self.scan() and time.monotonic() < end:
             if child.poll() is not None and or_child:
                 return
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(POLL_INTERVAL_S)
 
     def _reap_adopted(self) -> None:
         for process in self._seen:
-            if process.pid != self._child:  # the child's own exit code is subprocess's to collect
+            if process.pid != self._child:  # subprocess collects the child's exit code
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(process.pid, os.WNOHANG)
 

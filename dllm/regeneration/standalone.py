@@ -20,7 +20,7 @@ from dllm.config.params import Params, Source
 from dllm.errors import ConfigError, DataError
 from dllm.files import full_disk_in_one_line
 from dllm.models import targets
-from dllm.process import children as process
+from dllm.process.signals import signals_exit
 from dllm.prompts import stream as conversations
 from dllm.prompts.stream import Tally
 from dllm.prompts.table import Prompt
@@ -85,7 +85,7 @@ def run(order: Order) -> dict[str, Any]:
     """
     _check_apart(order)
     output = order.output
-    with process.signals_exit(), full_disk_in_one_line(output), output_folder.claimed(output, order.resume):
+    with signals_exit(), full_disk_in_one_line(output), output_folder.claimed(output, order.resume):
         tokenizer = targets.load_tokenizer(order.params.target)
         made_of = _made_of(order, tokenizer)
         fingerprint = _digest(made_of)

@@ -27,6 +27,7 @@ from dllm.config.params import Params
 from dllm.errors import StageError
 from dllm.files import full_disk_in_one_line, lock_folder
 from dllm.process import children as process
+from dllm.process.signals import signals_exit
 from dllm.stages.publication import publish_tree, write_json
 from dllm.stages.schema import SCHEMA
 from dllm.tracking import provenance
@@ -117,7 +118,7 @@ def open_stage(
         SystemExit: 143 after SIGTERM, 130 after SIGINT; the run then reads KILLED.
     """
     root = root.absolute()
-    with process.signals_exit(), full_disk_in_one_line(root):
+    with signals_exit(), full_disk_in_one_line(root):
         if "DVC_STAGE" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
             process.die_with_parent()  # neither dvc nor torchrun takes its children along when it is killed outright
         digests = {key: digest(path) for key, path in (inputs or {}).items()}

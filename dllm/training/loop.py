@@ -18,12 +18,12 @@ import torch
 from dllm.config.params import Train
 from dllm.errors import DataError, StageError
 from dllm.models.sharding import gathered, is_sharded
+from dllm.process.signals import SIGNALS, Interrupt
 from dllm.progress import Progress
 from dllm.tracking.runs import Tracker
 from dllm.training import metrics
 from dllm.training.checkpoints import Checkpoints, TrainState
 from dllm.training.distributed import Ranks, peers_watched
-from dllm.training.interrupt import SIGNALS, Interrupt
 from dllm.training.journal import MetricsLog, Phase
 from dllm.training.optimizer import Optimizers
 from dllm.training.order import Order, derive_seed, micro_batches

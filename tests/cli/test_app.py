@@ -79,9 +79,21 @@ def test_bad_input_is_one_line(
         (errors.ServerError("wrong"), 4, "wrong"),
         (errors.StageError("two\nlines"), 5, "two lines"),
         (errors.ModelError("wrong"), 6, "wrong"),
-        (OSError(28, "No space left on device", "/x/shard"), 5, "the disk is full (/x/shard); free some space"),
-        (OSError(98, "Address already in use"), 5, "the port is taken"),
-        (PermissionError(13, "Permission denied", "/x"), 5, "Permission denied (/x)"),
+        (
+            OSError(28, "No space left on device", "/x/shard"),
+            5,
+            "the disk is full (/x/shard); free some space and run the same command again",
+        ),
+        (
+            OSError(98, "Address already in use"),
+            5,
+            "the port is taken; stop the process that holds it or choose another",
+        ),
+        (
+            PermissionError(13, "Permission denied", "/x"),
+            5,
+            "Permission denied (/x); --debug shows the code that asked for it",
+        ),
         (KeyboardInterrupt(), 130, ""),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
@@ -100,8 +112,7 @@ def test_each_kind_of_failure_has_its_exit_code(
     monkeypatch.setattr(recipe_book, "summaries", fail)
     got, _, err = _call("recipe", "list", capsys=capsys)
     assert got == code
-    assert err.strip() == (f"dllm: {said}" if code == 130 and said else err.strip())
-    assert said in err and err.count("\n") <= 1 and "Traceback" not in err
+    assert err == (f"dllm: {said}\n" if said else "")
 
 
 def _start(*arguments: str, code: str = "", **environment: str) -> subprocess.Popen[str]:
@@ -196,15 +207,15 @@ def test_full_memory_is_one_line_that_says_what_helps(where: str) -> None:
 
 HALF_MADE = """
 import asyncio, contextlib, os, sys, time
-from dllm.process import children as process
 from dllm.config import recipe_book
+from dllm.process.signals import signals_exit
 from dllm import __main__
 class Struck(asyncio.SelectorEventLoop):
     def _make_self_pipe(self):
         os.kill(os.getpid(), int(os.environ["SENT"]))
         time.sleep(60)
 def make():
-    with process.signals_exit() if os.environ["HELD"] else contextlib.nullcontext():
+    with signals_exit() if os.environ["HELD"] else contextlib.nullcontext():
         Struck()
 recipe_book.summaries = make
 __main__.main(sys.argv[1:])
@@ -250,4 +261,4 @@ def test_recipes_are_listed_shown_and_used(tmp_path: Path, capsys: pytest.Captur
     assert code == 0 and (tmp_path / "params.yaml").read_text() == recipe_book.text("tiny-dflash")
     (tmp_path / "params.yaml").write_text("recipe: mine\n")
     code, _, err = _call("recipe", "use", "tiny-dflash", "--root", str(tmp_path), capsys=capsys)
-    assert code == 2 and "edited by hand" in err and err.count("\n") == 1
+    assert code == 2 and "values are those of no recipe" in err and err.count("\n") == 1

@@ -92,12 +92,12 @@ def test_the_target_is_the_given_then_the_trained_then_the_params(root: Path) ->
         generation.target_of(checkpoint, root)
 
 
-def test_a_registered_checkpoint_is_found(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_registered_checkpoint_is_found(root: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
     from dllm.tracking import model_registry, provenance
 
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
     checkpoint = root / "out" / "train" / "checkpoint"
     digest = provenance.digest(checkpoint)
     kept = Path(shutil.copytree(checkpoint, model_registry.store_path(root, digest)))

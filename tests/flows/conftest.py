@@ -14,6 +14,8 @@ import psutil
 import pytest
 import yaml
 
+from dllm.config import recipe_book
+
 ROOT = Path(__file__).parents[2]
 PARTS = ("dllm", "flows", "infra", "data", ".dvc/config", ".dvcignore", "dvc.yaml", "prefect.yaml")
 
@@ -98,7 +100,7 @@ def copy_project(folder: Path) -> None:
             shutil.copytree(source, goal, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copyfile(source, goal)
-    params = yaml.safe_load((ROOT / "dllm" / "config" / "recipes" / "tiny-dflash.yaml").read_text())
+    params = yaml.safe_load(recipe_book.text("tiny-dflash"))
     params["prepare"]["sources"][0]["limit"] = 24
     params["regenerate"]["max_new_tokens"] = 8
     params["train"]["epochs"] = 1

@@ -14,6 +14,8 @@ import pytest
 from dllm.errors import StageError
 from dllm.process import children as process
 
+pytestmark = pytest.mark.kill
+
 LEAF = """
 import os, pathlib, signal, sys, time
 def note(number, frame):

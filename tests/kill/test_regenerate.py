@@ -19,6 +19,8 @@ import pytest
 from dllm.responses import shards, verify
 from tests.engines.openai.loopback_server import echo, serving
 
+pytestmark = pytest.mark.kill
+
 CHATS, SAMPLES = 60, 2
 KILLS = 10
 BLOWS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

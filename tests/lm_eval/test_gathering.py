@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -34,6 +35,7 @@ def speak(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.ranks
 def test_two_ranks_hear_both_whatever_their_length(tmp_path: Path) -> None:
     ranks = [multiprocessing.get_context("fork").Process(target=speak, args=(rank, tmp_path)) for rank in (0, 1)]
     for rank in ranks:

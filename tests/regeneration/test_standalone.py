@@ -256,15 +256,14 @@ def test_flags_of_the_command_alone_need_an_input(tmp_path: Path, capsys: pytest
 
 
 def test_an_mlflow_run_is_left_where_a_store_is_named(
-    chats: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    chats: Path, tmp_path: Path, mlflow_store: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
     with serving() as server:
         assert call(*flags(chats, tmp_path / "out", server), capsys=capsys)[0] == 0
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=uri)
+    client = MlflowClient(tracking_uri=mlflow_store)
     experiment = client.get_experiment_by_name("regenerate")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])

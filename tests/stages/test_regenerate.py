@@ -114,6 +114,7 @@ regenerate.run(Params.model_validate_json(sys.argv[1]), pathlib.Path(sys.argv[2]
 """
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_killed_and_run_again_it_asks_for_the_rest_only(
     root: Path, tmp_path: Path, mlflow_store: str, monkeypatch, signum: signal.Signals

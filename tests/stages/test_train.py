@@ -52,12 +52,11 @@ def records(root: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Iterator[str]:
-    """One real MLflow store for all: making its tables takes seconds."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+def store(mlflow_store: str) -> Iterator[str]:
+    """Name the store to all tests of the module, and to what they share."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", uri)
-        yield uri
+        patch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
+        yield mlflow_store
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +134,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes_in_the_same_tracked_run(alone, t
     assert steps == [r["step"] for r in records(straight) if r["kind"] == "train"]
 
 
+@pytest.mark.ranks
 def test_two_ranks_train_like_one(alone, tmp_path) -> None:
     straight, _, _ = alone
     prepare(tmp_path, batch_size=2, nproc=2)

@@ -24,15 +24,9 @@ RAW = {
 }
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One MLflow store for the module: making its tables takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
-
-
 @pytest.fixture(autouse=True)
-def _tracked(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+def _tracked(mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
 
 
 @pytest.fixture
@@ -191,6 +185,7 @@ def start_child(root: Path) -> tuple[subprocess.Popen[str], int, str]:
     return child, int(grandchild), run_id
 
 
+@pytest.mark.kill
 @pytest.mark.parametrize(("blow", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_stage_reads_killed_and_takes_its_children_along(tmp_path: Path, blow: int, code: int) -> None:
     child, grandchild, run_id = start_child(tmp_path)
@@ -203,6 +198,7 @@ def test_a_stopped_stage_reads_killed_and_takes_its_children_along(tmp_path: Pat
         os.kill(grandchild, 0)
 
 
+@pytest.mark.kill
 def test_a_stage_killed_outright_is_closed_afterwards(tmp_path: Path) -> None:
     child, grandchild, run_id = start_child(tmp_path)
     assert contract.close(tmp_path, "prepare") == [], "a living stage is left alone"

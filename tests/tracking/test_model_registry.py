@@ -1,6 +1,7 @@
 """A real registry on SQLite, and one behind a real MLflow server."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,14 +19,9 @@ from dllm.tracking import runs as tracking
 from dllm.tracking.model_registry import Registered
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
-
-
 @pytest.fixture
-def root(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+def root(tmp_path: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
     return tmp_path
 
 
@@ -144,11 +140,12 @@ def test_mlflow_out_of_reach_names_its_address(root: Path, name: str, monkeypatc
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def server(tmp_path: Path, empty_mlflow_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     argv = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)]
+    shutil.copyfile(empty_mlflow_store, tmp_path / "served.db")
     store = [
         "--backend-store-uri",
         f"sqlite:///{tmp_path / 'served.db'}",

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from dllm.errors import ConfigError
 from dllm.training.distributed import PeerLost, device_of
 
+pytestmark = pytest.mark.ranks
+
 ROOT = Path(__file__).parents[2]
 
 

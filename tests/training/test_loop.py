@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from dllm.errors import DataError, StageError
+from dllm.process.signals import Interrupt
 from dllm.tracking.runs import NullTracker
 from dllm.training.distributed import Ranks
-from dllm.training.interrupt import Interrupt
 from dllm.training.loop import Loop
 from dllm.training.strategy import LossSums, Rows
 from tests.training.toy import ToyStrategy, settings

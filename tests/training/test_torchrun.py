@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.ranks
+
 RANK = """
 import os, pathlib, sys, time
 rank = os.environ["RANK"]

@@ -1,6 +1,7 @@
 """A strategy small enough to see through: a two-layer regression whose rows differ in length and weight.
 
-Run as a module under torchrun it trains with the real loop: `toy.py WORK SETTINGS_JSON [WOE]`.
+mypy checks it against the protocol. Run as a module under torchrun it trains with the real loop:
+`toy.py WORK SETTINGS_JSON [WOE]`.
 """
 
 import hashlib
@@ -9,19 +10,20 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from dllm.config.params import Train
 from dllm.errors import DataError, DllmError
 from dllm.tracking.runs import NullTracker
 from dllm.training.distributed import Join, Ranks
 from dllm.training.loop import Loop
-from dllm.training.strategy import LossSums, Rows
+from dllm.training.strategy import LossSums, Rows, Split
 
 
 class ToyStrategy:
@@ -38,7 +40,7 @@ class ToyStrategy:
         self.train_rows = Rows([f"r{i}" for i in range(rows)], [1 + (7 * i) % 9 for i in range(rows)])
         self.heldout_rows = Rows([f"h{i}" for i in range(heldout)], [1 + i % 4 for i in range(heldout)])
 
-    def terms(self, split, rows, epoch) -> LossSums:
+    def terms(self, split: Split, rows: Sequence[int], epoch: int) -> LossSums:
         of = self.train_rows if split == "train" else self.heldout_rows
         total, weight, hits = torch.zeros(()), 0.0, 0.0
         for row in rows:
@@ -51,14 +53,15 @@ class ToyStrategy:
             self._suffer()
         return LossSums(total, weight, int(weight), len(rows), 100.0 * weight, {"hits": hits, "seen": len(rows)})
 
-    def metrics(self, sums):
+    def metrics(self, sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
         return {"hit_rate": sums["hits"][0] / sums["seen"][0]}
 
-    def score(self, validation):
+    def score(self, validation: Mapping[str, float]) -> tuple[float, ...]:
         return (-validation["val_loss"],)
 
-    def save(self, directory: Path) -> None:
-        save_file(self.model.state_dict(), directory / "model.safetensors")
+    def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        kept = self.model.state_dict() if weights is None else dict(weights)
+        save_file(kept, directory / "model.safetensors")
         (directory / "config.json").write_text("{}")
 
     def load(self, directory: Path) -> None:
@@ -79,14 +82,14 @@ class ToyStrategy:
             raise ZeroDivisionError("a bug")
 
 
-def settings(**changes) -> Train:
+def settings(**changes: Any) -> Train:
     """Make a train section for the toy."""
     base = {"epochs": 3, "batch_size": 4, "log_every": 2, "validate_every": 4, "compute_dtype": "float32"}
     optimizer = {"lr": 0.05, "weight_decay": 0.01, **changes.pop("optimizer", {})}
     return Train.model_validate({**base, **changes, "optimizer": optimizer})
 
 
-def _seed(*parts) -> int:
+def _seed(*parts: object) -> int:
     return random.Random(hashlib.sha256(repr(parts).encode()).hexdigest()).getrandbits(40)
 
 

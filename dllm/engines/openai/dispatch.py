@@ -19,6 +19,7 @@ from dllm.engines.openai.pool import Pool
 from dllm.engines.openai.retry import COSTLY, FREE, Fault, Outcomes, Refused, pause_s
 from dllm.engines.openai.servers import Server
 from dllm.errors import ServerError
+from dllm.process.signals import EventLoop
 
 TICK_S = 1.0
 AT_ONCE = 16
@@ -59,22 +60,21 @@ class Dispatch:
             ServerError: no server can be used, or too many requests are refused.
         """
         self._feed = feed
-        loop = asyncio.new_event_loop()
+        loop = EventLoop()
         try:
-            loop.run_until_complete(self._open())
-            while loop.run_until_complete(self._turn()):
+            loop.run(self._open)
+            while loop.run(self._turn):
                 if not self._finished and not self._failures:
                     yield None
                 while self._finished:
                     yield self._outcome(*self._finished.popleft())
                     self._outcomes.check()
-                    loop.run_until_complete(self._fill())  # its place is free: no server waits for the other answers
+                    loop.run(self._fill)  # its place is free: no server waits for the other answers
                 # What did finish is handed over before a failure ends the run: it need not be asked again.
                 if self._failures:
                     raise self._failures[0]
         finally:
-            loop.run_until_complete(self._close())
-            loop.close()
+            loop.close(self._close)
 
     async def _open(self) -> None:
         self._wake = asyncio.Event()

@@ -20,6 +20,7 @@ from dllm.engines.openai.dispatch import Dispatch
 from dllm.engines.openai.retry import Fault, pause_s
 from dllm.engines.openai.servers import URL_VARIABLE, Server, server_url, shown
 from dllm.errors import ConfigError, ServerError
+from dllm.process.signals import EventLoop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,9 +64,9 @@ class OpenAIEngine:
             ServerError: none is in reach, or one serves something else.
         """
         if self._facts is None:
-            loop = asyncio.new_event_loop()
+            loop = EventLoop()
             try:
-                loop.run_until_complete(self._only_meet())
+                loop.run(self._only_meet)
             finally:
                 loop.close()
         return {"engine": "openai", "servers": [shown(url) for url in self.urls], **(self._facts or {})}

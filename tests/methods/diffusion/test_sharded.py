@@ -17,6 +17,8 @@ from tests.methods.diffusion.sharded_run import BUILTIN, FAMILIES, MIDDLE, SPLIT
 from tests.models.diffusion.remote_code import checkpoint
 from tests.training.test_distribution import finish, ranked
 
+pytestmark = pytest.mark.ranks
+
 LAST = f"checkpoints/step-{STEPS:06d}"
 
 
