@@ -61,8 +61,11 @@ def parse_params(raw: dict[str, Any], where: str = "params.yaml") -> Params:
 
 
 def params_digest(*sections: BaseModel) -> str:
-    """Hash sections into 16 hex digits that change exactly when a value does."""
-    text = json.dumps([s.model_dump(mode="json", by_alias=True) for s in sections], sort_keys=True)
+    """Hash sections into 16 hex digits that depend on their values only.
+
+    Keys whose value is None are left out: a new key with default None changes no digest.
+    """
+    text = json.dumps([s.model_dump(mode="json", by_alias=True, exclude_none=True) for s in sections], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from dllm.config.diffusion import DiffusionEvaluation
 from dllm.config.load import parse_params
 from dllm.errors import DataError
+from dllm.methods.diffusion.evaluate import _digest, _from_each_source_in_turn, _prompts
 from dllm.methods.diffusion.responses import Written, figures
+from dllm.methods.diffusion.settings import DiffusionEvaluation
 from dllm.responses.shards import Row
-from dllm.stages.evaluate_diffusion import _digest, _from_each_source_in_turn, _prompts
 from dllm.training.batches import make_examples
 
 RAW = {

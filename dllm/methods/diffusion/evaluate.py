@@ -1,7 +1,7 @@
-"""Stage `evaluate` for a diffusion model: how likely it finds held-out answers, and how well and fast it writes them.
+"""Evaluation of a diffusion model: likelihood bound of held-out responses, and quality and speed of decoding.
 
-The same prompts are decoded in fewer and fewer passes and with each threshold, so that the table shows what writing
-several tokens at a time costs in right answers.
+The same prompts are decoded in fewer and fewer forward passes and with each threshold, which shows what it costs in
+correct responses to generate several tokens per pass.
 """
 
 from __future__ import annotations
@@ -11,75 +11,81 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dllm.config.diffusion import DiffusionEvaluation
+import torch
+
 from dllm.config.params import Evaluate, Params
+from dllm.decoding.diffusion import default_sampler
+from dllm.decoding.settings import Settings
 from dllm.errors import DataError
+from dllm.methods.diffusion import curve, likelihood
+from dllm.methods.diffusion.responses import figures, name_of, write_answers
+from dllm.methods.diffusion.settings import DiffusionEvaluation
+from dllm.methods.method import EvaluateContext, Evaluation
+from dllm.models import targets
+from dllm.models.diffusion.bidirectional import BidirectionalLM
 from dllm.progress import Progress
 from dllm.prompts import references
-from dllm.responses.shards import MANIFEST, Row, read_rows
-from dllm.stages.workspace import Stage, open_stage
-
-if TYPE_CHECKING:
-    from dllm.models.diffusion.bidirectional import BidirectionalLM
-    from dllm.training.batches import Example
+from dllm.responses.shards import SCHEMA, Row, ShardEntry, iter_rows, shard_name, write_manifest, write_shard
+from dllm.training.batches import Example, make_examples
 
 POINT = 0.01
-"""Share of words that writing in parallel may cost and still count as equally good."""
+"""Fraction of words that parallel decoding may lose and still count as equally good."""
+KNOWN_WORDS = "known_words.json"
+SHARD_ROWS = 1000
 
 
-def is_diffusion(root: Path) -> bool:
-    """Tell whether out/train/checkpoint is a diffusion model rather than a draft."""
-    from dllm.models.diffusion.bidirectional import NOTE
+def write_heldout(responses: Path, folder: Path) -> dict[str, Path]:
+    """Copy what evaluation reads of the regenerated responses: held-out rows, and which of their words are known.
 
-    return (root / "out" / "train" / "checkpoint" / NOTE).is_file()
+    Rows are streamed; only words of held-out responses are kept in memory.
+
+    Args:
+        responses: out/regenerate/.
+        folder: where the files go; a reader sees a folder of responses.
+
+    Returns: the files by name.
+    """
+    folder.mkdir(exist_ok=True)
+    entries: list[ShardEntry] = []
+    words: set[str] = set()
+    rows = iter_rows(responses, "heldout")
+    while part := list(islice(rows, SHARD_ROWS)):
+        entries.append(write_shard(part, folder / shard_name(len(entries))))
+        words.update(word for row in part for word in _words(row))
+    known: set[str] = set()
+    for row in iter_rows(responses, "train"):
+        known.update(word for word in _words(row) if word in words)
+    (folder / KNOWN_WORDS).write_text(json.dumps(sorted(known)) + "\n")
+    manifest = write_manifest(folder, {"schema": SCHEMA, "shards": entries})
+    paths = [manifest, folder / KNOWN_WORDS, *(folder / entry["file"] for entry in entries)]
+    return {path.name: path for path in paths}
 
 
-def run(params: Params, root: Path) -> dict[str, Any]:
-    """Measure the trained model, publish out/evaluate/, and return its metrics.
+def evaluate(ctx: EvaluateContext, data: Path, settings: DiffusionEvaluation, predicts_next: bool) -> Evaluation:
+    """Measure the trained model.
+
+    Args:
+        ctx: the run.
+        data: the folder that `write_heldout` wrote.
+        settings: `evaluate.diffusion`.
+        predicts_next: measure the likelihood under next-token prediction, too.
 
     Raises:
-        DataError: there is no held-out answer.
+        DataError: there is no held-out response.
         ModelError: the checkpoint is missing or cannot be read.
     """
-    from dllm.models import targets
-
-    with open_stage(
-        "evaluate",
-        params,
-        sections=[params.target, params.evaluate],
-        inputs={
-            "references": root / "out" / "prepare" / references.FILE,
-            "answers": root / "out" / "regenerate" / MANIFEST,
-            "checkpoint": root / "out" / "train" / "checkpoint",
-        },
-        identity={"target": targets.identity(params.target)},
-        root=root,
-    ) as stage:
-        return _evaluate(params, root, stage)
-
-
-def _evaluate(params: Params, root: Path, stage: Stage) -> dict[str, Any]:
-    import torch
-
-    from dllm.methods.diffusion import likelihood
-    from dllm.models import targets
-    from dllm.models.diffusion.bidirectional import BidirectionalLM
-    from dllm.training.batches import make_examples
-
-    settings = params.evaluate.diffusion or DiffusionEvaluation()
-    folder = root / "out" / "regenerate"
-    heldout = sorted(read_rows(folder, "heldout"), key=lambda row: (row.prompt_id, row.sample, row.turn))
+    params = ctx.params
+    heldout = sorted(iter_rows(data, "heldout"), key=lambda row: (row.prompt_id, row.sample, row.turn))
     if not heldout:
-        raise DataError("no held-out answer", where=str(folder), hint="raise prepare.heldout_fraction")
-    likely = list(islice(_from_each_source_in_turn(heldout), settings.likelihood_answers))
-    checkpoint = root / "out" / "train" / "checkpoint"
-    asked: dict[str, Any] = {"dtype": params.target.dtype, "device": targets.best_device()}
+        raise DataError("no held-out response", where=str(data), hint="raise prepare.heldout_fraction")
+    measured = list(islice(_from_each_source_in_turn(heldout), settings.likelihood_answers))
+    where: dict[str, Any] = {"dtype": params.target.dtype, "device": targets.best_device()}
     trusted = params.target.trust_remote_code
-    model = BidirectionalLM.from_directory(checkpoint, **asked, trust_remote_code=trusted, paired=True).eval()
-    examples = make_examples(likely, model.longest).kept
-    with Progress("evaluate: likelihood", len(examples), "answers") as progress:
+    model = BidirectionalLM.from_directory(ctx.checkpoint, **where, trust_remote_code=trusted, paired=True).eval()
+    examples = make_examples(measured, model.longest).kept
+    with Progress("evaluate: likelihood", len(examples), "responses") as progress:
         bound = likelihood.bound(
             model,
             examples,
@@ -88,13 +94,14 @@ def _evaluate(params: Params, root: Path, stage: Stage) -> dict[str, Any]:
             seed=0,
             advance=progress.update,
         ).figures()
-    if model.note.mode == "hybrid":
+    if predicts_next:
         bound["ar_nll"] = likelihood.causal_nll(model, examples, batch_size=settings.batch_size)
     if model.lays_out_pairs:  # such code is built one way for likelihood and another for generation
-        model = BidirectionalLM.from_directory(checkpoint, **asked, trust_remote_code=trusted).eval()
+        model = BidirectionalLM.from_directory(ctx.checkpoint, **where, trust_remote_code=trusted).eval()
     rows, too_long = _prompts(heldout, params.evaluate, model.longest)
-    known = references.read_references(root / "out" / "prepare")
-    decodings, written = _decode(params, settings, model, rows, _words(read_rows(folder, "train")), known)
+    known = references.read_references(ctx.root / "out" / "prepare")
+    seen = set(json.loads((data / KNOWN_WORDS).read_text()))
+    decodings, responses = _decode(params, settings, model, rows, seen, known)
     plain, parallel = decodings[0], most_parallel(decodings)
     answers = plain["answers_exact"] if plain["answers_right"] is None else plain["answers_right"]
     scores = {"nelbo": -bound["nelbo"], "words": plain["words_exact"] or 0.0, "answers": answers}
@@ -114,8 +121,11 @@ def _evaluate(params: Params, root: Path, stage: Stage) -> dict[str, Any]:
         "device": str(model.head_VD.device),
         "threads": torch.get_num_threads(),
     }
-    _publish(stage, written, metrics)
-    return metrics
+    return _write(ctx, responses, metrics)
+
+
+def _words(row: Row) -> list[str]:
+    return str(row.messages[-1]["content"]).split()
 
 
 def _by_source(rows: Sequence[Row]) -> list[list[Row]]:
@@ -149,10 +159,6 @@ def _prompts(rows: Sequence[Row], asked: Evaluate, longest: int) -> tuple[list[R
     return found, too_long
 
 
-def _words(rows: Sequence[Row]) -> set[str]:
-    return {word for row in rows for word in str(row.messages[-1]["content"]).split()}
-
-
 def _decode(
     params: Params,
     settings: DiffusionEvaluation,
@@ -161,10 +167,6 @@ def _decode(
     seen: set[str],
     known: Mapping[str, str],
 ) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
-    from dllm.decoding.diffusion import default_sampler
-    from dllm.decoding.settings import Settings
-    from dllm.methods.diffusion.responses import figures, name_of, write_answers
-
     asked: dict[str, Any] = {
         "max_new_tokens": params.evaluate.max_new_tokens,
         "block_size": params.evaluate.block_size or None,
@@ -214,19 +216,16 @@ def _digest(
     return hashlib.sha256(json.dumps(terms).encode()).hexdigest()[:16]
 
 
-def _publish(stage: Stage, table: dict[str, list[Any]], metrics: dict[str, Any]) -> None:
+def _write(ctx: EvaluateContext, table: dict[str, list[Any]], metrics: dict[str, Any]) -> Evaluation:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from dllm.methods.diffusion import curve
-
-    rows, picture = stage.work / "answers.parquet", stage.work / "noise.png"
+    rows, picture = ctx.work / "answers.parquet", ctx.work / "evaluation.png"
     with rows.open("wb") as file:
         pq.write_table(pa.table(table), file)
     curve.draw(metrics, picture)
     for level in metrics["by_noise_level"]:
         if level["accuracy"] is not None:
-            named = {"accuracy_at_noise": level["accuracy"], "cross_entropy_at_noise": level["cross_entropy"]}
-            stage.tracker.log_metrics(named, round(100 * level["masked_up_to"]))
-    stage.tracker.log_artifact(picture)
-    stage.publish({path.name: path for path in (rows, picture)}, metrics)
+            at_noise = {"accuracy_at_noise": level["accuracy"], "cross_entropy_at_noise": level["cross_entropy"]}
+            ctx.tracker.log_metrics(at_noise, round(100 * level["masked_up_to"]))
+    return Evaluation(metrics, picture, {rows.name: rows})
