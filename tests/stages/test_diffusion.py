@@ -1,14 +1,18 @@
 """The stages on a diffusion model: arithmetic, given answers, training, evaluation, the registry."""
 
+import io
 import json
 
 import pytest
 import yaml
+from rich.console import Console
 
+from dllm.cli import report
 from dllm.config import recipe_book
 from dllm.config.load import load_params, params_digest, parse_params
 from dllm.config.params import Params
 from dllm.methods.diffusion.evaluate import most_parallel
+from dllm.methods.figures import DASH
 from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig
 from dllm.registry import METHODS
 from dllm.stages import evaluate, prepare, regenerate, register, train
@@ -87,6 +91,14 @@ def test_from_prompts_to_the_registry(tmp_path, monkeypatch, mlflow_store, recip
     assert table.key == "decodings" and [row["way"] for row in table.rows] == [w["way"] for w in record["decodings"]]
     summary = artifacts.summary(method.rows(metrics), metrics["register"], runs)
     assert f"| NELBO, held-out responses | {found['nelbo']:.4f} ± {found['nelbo_se']:.4f} nats per token |" in summary
+    empty = [label for label, value in method.rows(metrics) if DASH in value.replace(f"training: {DASH}", "")]
+    assert empty == ["correct final answers"], "the source has no references"
+    printed = io.StringIO()
+    report.print_report(tmp_path, Console(file=printed))
+    for way in found["decodings"]:
+        (line,) = [line for line in printed.getvalue().splitlines() if f" {way['way']} " in line]
+        figures = f"{way['words_exact']:.3f} {way['answers_exact']:.3f} {way['tokens_per_pass']:.2f}"
+        assert " ".join(line.split("│")[2].split()[-4:-1]) == figures
 
 
 @pytest.mark.slow
