@@ -20,7 +20,7 @@ from dllm.decoding.diffusion import default_sampler
 from dllm.decoding.settings import Settings
 from dllm.errors import DataError
 from dllm.methods.diffusion import curve, likelihood
-from dllm.methods.diffusion.responses import figures, name_of, write_answers
+from dllm.methods.diffusion.responses import figures, generate_responses, name_of
 from dllm.methods.diffusion.settings import DiffusionEvaluation
 from dllm.methods.method import EvaluateContext, Evaluation
 from dllm.models import targets
@@ -140,20 +140,20 @@ def _from_each_source_in_turn(rows: Sequence[Row]) -> Iterator[Row]:
         yield from (row for row in turn if row is not None)
 
 
-def _prompts(rows: Sequence[Row], asked: Evaluate, longest: int) -> tuple[list[Row], int]:
-    """Take the first prompts of each source, each once, and count those that leave no room to answer."""
+def _prompts(rows: Sequence[Row], settings: Evaluate, max_length: int) -> tuple[list[Row], int]:
+    """Take the first prompts of each source, each once, and count those that leave no room for a response."""
     found, too_long = [], 0
-    for own in _by_source(rows):
+    for same_source in _by_source(rows):
         once: dict[tuple[str, int], Row] = {}
-        for row in own:
+        for row in same_source:
             once.setdefault((row.prompt_id, row.turn), row)
-        fitting = [row for row in once.values() if len(row.prompt_ids) + asked.max_new_tokens <= longest]
+        fitting = [row for row in once.values() if len(row.prompt_ids) + settings.max_new_tokens <= max_length]
         too_long += len(once) - len(fitting)
-        found += fitting[: asked.num_prompts]
+        found += fitting[: settings.num_prompts]
     if not found:
         raise DataError(
-            f"none of {too_long} held-out prompts leaves room for {asked.max_new_tokens} new tokens among the model's "
-            f"{longest}",
+            f"none of {too_long} held-out prompts leaves room for {settings.max_new_tokens} new tokens within the "
+            f"{max_length} of the model",
             where="evaluate.max_new_tokens",
         )
     return found, too_long
@@ -167,35 +167,35 @@ def _decode(
     seen: set[str],
     known: Mapping[str, str],
 ) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
-    asked: dict[str, Any] = {
+    common: dict[str, Any] = {
         "max_new_tokens": params.evaluate.max_new_tokens,
         "block_size": params.evaluate.block_size or None,
     }
-    own = default_sampler(model)
-    ways = [(own, Settings(**asked, steps=steps)) for steps in settings.steps]
-    cache = settings.cache if own == "llada" else "none"  # the others keep what is final in any case
-    ways += [(own, Settings(**asked, threshold=threshold, cache=cache)) for threshold in settings.thresholds]
+    default = default_sampler(model)
+    ways = [(default, Settings(**common, steps=steps)) for steps in settings.steps]
+    cache = settings.cache if default == "llada" else "none"  # the others have a cache of their own
+    ways += [(default, Settings(**common, threshold=threshold, cache=cache)) for threshold in settings.thresholds]
     if model.note.context == "causal":
-        ways += [(sampler, Settings(**asked)) for sampler in ("ar", "self-spec")]
+        ways += [(sampler, Settings(**common)) for sampler in ("ar", "self-spec")]
     columns = ("prompt_id", "way", "wanted", "reference", "written", "passes")
     table: dict[str, list[Any]] = {name: [] for name in columns}
     found = []
-    with Progress("evaluate: decoding", len(ways) * len(rows), "answers") as progress:
+    with Progress("evaluate: decoding", len(ways) * len(rows), "responses") as progress:
         for sampler, way in ways:
-            answers = write_answers(model, rows, sampler, way, settings.batch_size, progress.update, known)
+            responses = generate_responses(model, rows, sampler, way, settings.batch_size, progress.update, known)
             about = {"way": name_of(sampler, way), "sampler": sampler, "threshold": way.threshold, "steps": way.steps}
-            found.append({**about, **figures(answers, seen)})
-            for answer in answers:
-                values = (answer.id, about["way"], answer.wanted, answer.reference, answer.text, answer.passes)
+            found.append({**about, **figures(responses, seen)})
+            for each in responses:
+                values = (each.id, about["way"], each.expected, each.reference, each.text, each.passes)
                 for name, value in zip(columns, values, strict=True):
                     table[name].append(value)
     return found, table
 
 
 def most_parallel(decodings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the way with the most tokens a pass that gets within a point of the words that the first one gets."""
-    wanted = (decodings[0]["words_exact"] or 0.0) - POINT
-    fine = [way for way in decodings if (way["words_exact"] or 0.0) >= wanted]
+    """Return the way with the most tokens per pass whose fraction of correct words is within POINT of the first way."""
+    least = (decodings[0]["words_exact"] or 0.0) - POINT
+    fine = [way for way in decodings if (way["words_exact"] or 0.0) >= least]
     return max(fine, key=lambda way: float(way["tokens_per_pass"]))
 
 
@@ -206,7 +206,7 @@ def _digest(
     rows: Sequence[Row],
     known: Mapping[str, str],
 ) -> str:
-    """Name what the score was measured on and how, so that two checkpoints are compared on the same terms only."""
+    """Name the data and settings of the score, so that two checkpoints are compared under equal conditions only."""
     terms: list[Any] = [settings.score, params.target.dtype]
     if settings.score == "nelbo":
         terms += [settings.likelihood_samples, [[list(each.input_ids), each.prompt_length] for each in examples]]
