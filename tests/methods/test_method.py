@@ -53,7 +53,8 @@ def said(**sections):
     print(params_digest(params.train, params.evaluate), file=sys.stderr)
     return str(params.train.method_settings), str(params.evaluate.toy_measures)
 
-print(json.dumps([said(train={"mode": "toy"}), said(train={"mode": "toy", "toy": {"size": 4}}, evaluate={"toy_measures": {}}),
+print(json.dumps([said(train={"mode": "toy"}),
+       said(train={"mode": "toy", "toy": {"size": 4}}, evaluate={"toy_measures": {}}),
        said(train={"mode": "toy", "toy": {"sise": 4}}), said(train={"mode": "toi"}),
        said(train={"mode": "toy", "toy": {"size": 99}}), said(train={"toy": {"size": 0}})]))
 """
