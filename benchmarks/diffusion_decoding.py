@@ -27,7 +27,7 @@ import yaml
 from dllm.config import recipe_book
 from dllm.config.load import parse_params
 from dllm.decoding.settings import Settings
-from dllm.methods.diffusion.responses import Written, figures, write_answers
+from dllm.methods.diffusion.responses import Generated, figures, generate_responses
 from dllm.models.diffusion.bidirectional import BidirectionalLM
 from dllm.prompts.table import HELDOUT, collect
 from dllm.prompts.template import prompt_ids
@@ -52,7 +52,7 @@ def heldout_rows(model: BidirectionalLM) -> list[Row]:
 
 def measure(model: BidirectionalLM, rows: Sequence[Row], way: Settings, batch: int) -> dict[str, Any]:
     """Write the rows' answers; return what `answering.figures` makes of them."""
-    return figures(write_answers(model, rows, SAMPLER, way, batch), set())
+    return figures(generate_responses(model, rows, SAMPLER, way, batch), set())
 
 
 def candidates() -> Iterator[Settings]:
@@ -81,11 +81,11 @@ def choose(model: BidirectionalLM, rows: Sequence[Row], batch: int, plain: float
 def compare(model: BidirectionalLM, rows: Sequence[Row], way: Settings, batch: int, rounds: int) -> dict[str, Any]:
     """Run both ways in turn, each round on other rows; return medians and ratios."""
     arms = {"plain": PLAIN, "cached": way}
-    written: dict[str, list[Written]] = {name: [] for name in arms}
+    written: dict[str, list[Generated]] = {name: [] for name in arms}
     rates: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds):
         for name in sorted(arms, reverse=bool(turn % 2)):
-            answers = write_answers(model, rows[turn::rounds], SAMPLER, arms[name], batch)
+            answers = generate_responses(model, rows[turn::rounds], SAMPLER, arms[name], batch)
             rates[name].append(figures(answers, set())["tokens_per_s"])
             written[name] += answers
     found = {name: figures(answers, set()) for name, answers in written.items()}

@@ -30,12 +30,12 @@ from dllm.config import recipe_book
 from dllm.config.load import parse_params
 from dllm.config.params import Params, Source
 from dllm.methods.diffusion.build import initial_model
-from dllm.methods.diffusion.strategy import DiffusionStrategy
 from dllm.models import targets
 from dllm.process.signals import Interrupt
 from dllm.prompts import sources
 from dllm.prompts import template as chat
 from dllm.prompts.readers import json_lines
+from dllm.registry import METHODS
 from dllm.tracking.runs import NullTracker
 from dllm.training.batches import Example, collate
 from dllm.training.distributed import Ranks
@@ -76,7 +76,7 @@ def gsm8k(params: Params) -> list[Example]:
 def mdlm(params: Params, examples: list[Example], work: Path) -> Step:
     """Return a step of dllm's loop."""
     model = initial_model(params.target, params.train, "cpu")
-    strategy = DiffusionStrategy(model, {"train": examples, "heldout": []}, params.train)
+    strategy = METHODS[params.train.mode].strategy(model, {"train": examples, "heldout": []}, params.train)
     loop = Loop(strategy, params.train, Ranks(0, 1, torch.device("cpu")), work=work, tracker=NullTracker())
     interrupt = Interrupt()
     return lambda: loop._step(interrupt)

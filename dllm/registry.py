@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dllm.errors import ConfigError
 
@@ -74,3 +74,14 @@ class Registry(Generic[Member]):
         """Import every member, and yield it with its name."""
         for name in self:
             yield name, self[name]
+
+
+METHODS: Registry[Any] = Registry(
+    "methods",
+    {
+        "dflash": "dllm.methods.dflash.method:DFLASH",
+        "mdlm": "dllm.methods.diffusion.method:MDLM",
+        "hybrid": "dllm.methods.diffusion.method:HYBRID",
+    },
+)
+"""Training methods, the values of `train.mode`: instances of `dllm.methods.method.Method`."""

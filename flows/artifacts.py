@@ -1,14 +1,14 @@
-"""What a flow run shows in Prefect: bars while it works, then the acceptance curve and a summary.
+"""What a flow run shows in Prefect: progress bars, then tables of figures and a summary.
 
-Keys stay the same from run to run, so that Prefect lists them as versions of one thing.
+Keys are the same in each run, so that Prefect lists them as versions of one artifact.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
@@ -21,20 +21,11 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-STAGES = ("prepare", "regenerate", "train", "evaluate", "register")
+from dllm.registry import METHODS
+from dllm.stages.records import Records, read_records, trained_method
+
 LOCAL_UI = "http://127.0.0.1:5000"
-"""Where `make ui` opens MLflow when no server is named."""
-DRAFT_FIGURES = ("tau_micro", "tau_macro", "speedup", "tokens_per_s_ar", "tokens_per_s_spec", "greedy_identical")
-LIKELIHOOD_FIGURES = ("nelbo", "nelbo_se", "masked_acc")
-WRITING_FIGURES = (
-    "answers_right",
-    "words_exact",
-    "words_unseen_exact",
-    "parallel_words_exact",
-    "parallel_tokens_per_pass",
-    "parallel_tokens_per_s",
-)
-DECODING = ("way", "sampler", "words_exact", "answers_exact", "answers_right", "tokens_per_pass", "tokens_per_s")
+"""Address of MLflow under `make ui`, where MLFLOW_TRACKING_URI names no server."""
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e\+\d+)?)"
 PROGRESS = re.compile(rf"[\w -]+: {NUMBER}/{NUMBER} ")
@@ -42,11 +33,11 @@ PROGRESS = re.compile(rf"[\w -]+: {NUMBER}/{NUMBER} ")
 UPDATE_EVERY_S = 5.0
 """Each update is a request to the server."""
 SILENCE_S = 60.0
-"""After a server that did not answer: a bar is no reason to hold up the work."""
+"""Pause after a request that the server did not answer, so that a bar does not delay the work."""
 
 
 class ProgressBar:
-    """A bar under one key, moved by the lines that a child prints; lines of other kinds leave it alone.
+    """A progress bar under one key, updated from the progress lines that a child prints; other lines are ignored.
 
     Args:
         key: lower-case letters, digits and dashes.
@@ -59,14 +50,14 @@ class ProgressBar:
         self._latest = ""
 
     def show(self, line: str) -> None:
-        """Move the bar to where the line says, unless it has only just moved."""
+        """Update the bar from a line, unless it was updated within UPDATE_EVERY_S."""
         if share(line) is not None:
             self._latest = line
             if time.monotonic() >= self._next:
                 self.catch_up()
 
     def catch_up(self) -> None:
-        """Move the bar to the last line it was shown."""
+        """Update the bar from the latest line."""
         line, self._latest = self._latest, ""
         done = share(line)
         if done is None:
@@ -82,7 +73,7 @@ class ProgressBar:
 
 
 def share(line: str) -> float | None:
-    """Read how far a line of progress is, from 0 to 1; None for lines that do not say."""
+    """Parse the fraction done, from 0 to 1, from a progress line; None for other lines."""
     found = PROGRESS.match(line)
     if found is None:
         return None
@@ -91,54 +82,29 @@ def share(line: str) -> float | None:
 
 
 def publish(root: Path) -> None:
-    """Write a table, `acceptance-curve` or `decodings`, and the text `summary` from the records under out/."""
-    evaluated = _read(root, "evaluate", "metrics.json")
-    key, description, table = figures(evaluated)
-    create_table_artifact(table=table, key=key, description=description)
-    create_markdown_artifact(markdown=summary(root, evaluated), key="summary", description="The run in figures.")
+    """Write the tables of the method and the text `summary`, from the records under out/."""
+    metrics, runs = read_records(root, "metrics.json"), read_records(root, "run.json")
+    method = METHODS[str(trained_method(runs))]
+    for table in method.tables(metrics):
+        rows = [dict(row) for row in table.rows]
+        create_table_artifact(table=rows, key=table.key, description=table.description)
+    text = summary(method.rows(metrics), metrics["register"], runs)
+    create_markdown_artifact(markdown=text, key="summary", description="Main figures of the run.")
 
 
-def figures(evaluated: dict[str, Any]) -> tuple[str, str, list[dict[str, Any]]]:
-    """Lay out what evaluate found: of a draft a row an offset, of a diffusion model a row a way of decoding.
-
-    Returns: the table's key, what it shows, its rows.
-    """
-    if "decodings" in evaluated:
-        rows = [{name: way[name] for name in DECODING} for way in evaluated["decodings"]]
-        return "decodings", "Held-out prompts, decoded in each way.", rows
-    given = evaluated.get("conditional_acceptance_by_offset", [])
-    rows = [
-        {"offset": k, "accepted": reached, "accepted given k-1": given[k - 1] if k <= len(given) else None}
-        for k, reached in enumerate(evaluated["acceptance_by_offset"], start=1)
-    ]
-    return "acceptance-curve", "Acceptance by offset in the block, held-out prompts.", rows
-
-
-def summary(root: Path, evaluated: dict[str, Any]) -> str:
-    """Write the main figures, the registered version, and links to each stage's MLflow run."""
-    registered = _read(root, "register", "metrics.json")
-    lines = ["| figure | value |", "|---|---|"]
-    shown = [name for name in DRAFT_FIGURES + LIKELIHOOD_FIGURES + WRITING_FIGURES if name in evaluated]
-    lines += [f"| {name} | {_show(evaluated[name])} |" for name in shown]
+def summary(rows: Iterable[tuple[str, str]], registered: Mapping[str, Any], runs: Records) -> str:
+    """Format the main figures, the registered version, and links to the MLflow run of each stage."""
     aliases = " ".join(f"@{alias}" for alias in registered["aliases"])
-    lines += [f"| registered | {registered['model_name']} version {registered['version']} {aliases} |", ""]
-    lines += ["| stage | MLflow run | seconds |", "|---|---|---|"]
-    for stage in STAGES:
-        run = _read(root, stage, "run.json")
+    version = f"{registered['model_name']} version {registered['version']} {aliases}"
+    lines = ["| figure | value |", "|---|---|"]
+    lines += [f"| {label} | {value} |" for label, value in [*rows, ("registered", version)]]
+    lines += ["", "| stage | MLflow run | seconds |", "|---|---|---|"]
+    for stage, run in runs.items():
         lines.append(f"| {stage} | [{run['mlflow_run_id'][:12]}]({_link(run)}) | {run['seconds']} |")
     return "\n".join(lines)
 
 
-def _link(run: dict[str, Any]) -> str:
+def _link(run: Mapping[str, Any]) -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     base = uri.rstrip("/") if uri.startswith("http") else LOCAL_UI
     return f"{base}/#/experiments/{run['mlflow_experiment_id']}/runs/{run['mlflow_run_id']}"
-
-
-def _show(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _read(root: Path, stage: str, name: str) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((root / "out" / stage / name).read_text())
-    return record

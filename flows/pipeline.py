@@ -1,7 +1,7 @@
 """The Prefect flow `pipeline`: the four DVC stages one after the other, then the registry.
 
-Prefect decides when, where and how often; DVC decides whether a stage must run; the stage does the work. So tasks hold
-no results and no caches. Each is called directly: cancellation reaches the main thread only, and its child through it.
+Prefect decides when, where and how often; DVC decides whether a stage must run; the stage does the work. So tasks have
+no results and no caches. Each is called directly: cancellation reaches the main thread, and through it its child.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
+from dllm.stages import DVC_STAGES
 from dllm.stages import workspace as contract
 from flows import artifacts
 from flows.children import ROOT, WHEN_A_SERVER_IS_BACK, gpu_slot, reproduce, run_verb
@@ -24,7 +25,7 @@ def prepare(force: bool) -> None:
 
 @task(name="regenerate", cache_policy=NO_CACHE, **WHEN_A_SERVER_IS_BACK)
 def regenerate(force: bool) -> None:
-    """Run DVC's stage `regenerate`, again where a server was out of reach: finished answers are kept."""
+    """Run DVC's stage `regenerate`, again after a server could not be reached: finished responses are kept."""
     with gpu_slot():
         reproduce(ROOT, "regenerate", force)
 
@@ -51,13 +52,13 @@ def register() -> None:
 
 @flow(name="pipeline")
 def pipeline(force: bool = False) -> None:
-    """Regenerate, train, evaluate and register a draft, as far as something has changed.
+    """Prepare, regenerate, train, evaluate and register; a stage whose inputs are unchanged is skipped.
 
     Args:
-        force: run every stage again, from nothing.
+        force: run every stage again, from scratch.
     """
     if force:
-        for stage in ("prepare", "regenerate", "train", "evaluate"):
+        for stage in DVC_STAGES:
             contract.forget(ROOT, stage)
     prepare(force)
     regenerate(force)

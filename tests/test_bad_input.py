@@ -13,9 +13,8 @@ import pytest
 from dllm import __main__ as command
 from dllm.config import recipe_book
 from dllm.config.load import load_params
+from dllm.stages import DVC_STAGES
 from dllm.stages.workspace import digest
-
-STAGES = ("prepare", "regenerate", "train", "evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +152,7 @@ def test_a_stage_refuses_in_one_line(
 
 
 def _published(root: Path) -> dict[str, str]:
-    return {stage: digest(root / "out" / stage) for stage in STAGES if (root / "out" / stage).is_dir()}
+    return {stage: digest(root / "out" / stage) for stage in DVC_STAGES if (root / "out" / stage).is_dir()}
 
 
 def test_mlflow_out_of_reach_is_one_line(

@@ -11,15 +11,16 @@ from typing import Annotated, Literal
 import typer
 
 from dllm.cli import regenerate as regenerate_verb
+from dllm.stages import STAGES
 
-STAGES = {
+HELP = {
     "prepare": "Collect prompts as chats, and hold some out.",
     "regenerate": "Let the target answer every prompt.",
     "train": "Train a draft on the target's own words.",
     "evaluate": "Decode speculatively on held-out prompts, against plain decoding.",
     "register": "Make the checkpoint a version of an MLflow registered model.",
 }
-"""Every stage, in the order of the pipeline: also its module, its section of params.yaml and its folder under out/."""
+"""Help text of each stage."""
 
 ParamsPath = Annotated[Path, typer.Option("--params", help="Params file, relative to --root.", show_default=True)]
 Overrides = Annotated[
@@ -65,7 +66,8 @@ def _run_stage(name: str, params: Path, overrides: Sequence[str], root: Path) ->
     importlib.import_module(f"dllm.stages.{name}").run(checked, root)
 
 
-for _name, _help in STAGES.items():
+for _name in STAGES:
+    _help = HELP[_name]
     if _name == "regenerate":  # also a command of its own, for those who want only this
         _help += " With --input-data: any chats, without a project."
         app.command(_name, help=_help)(regenerate_verb.command(functools.partial(_run_stage, _name)))

@@ -1,26 +1,23 @@
-"""params.yaml as typed, strict, frozen models: one class a section.
+"""params.yaml as typed, strict, frozen pydantic models: one class per section.
 
-Owns what may stand in params.yaml and which combinations make sense. Environment variables never change what a
-stage computes; the machine facts they carry are listed in docs/operations.md.
+The settings of training methods live with the methods; here they become optional sections of `train` and `evaluate`,
+built from the registry. Environment variables never change what a stage computes; those that exist are listed in
+docs/operations.md.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import (
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, create_model, model_validator
 
-from dllm.config.diffusion import DiffusionEvaluation, Hybrid, Mdlm
 from dllm.config.section import Fraction, NonNegativeInt, PositiveInt, Section
+from dllm.registry import METHODS
 
 
 class Target(Section):
-    """The causal model a draft learns to foresee, or that becomes a diffusion model."""
+    """The causal language model that a draft is trained for, or that is turned into a diffusion model."""
 
     model: str
     """`builtin:smollm2-135m-instruct`, `builtin:tiny`, a directory, or a Hugging Face id."""
@@ -119,122 +116,112 @@ class Regenerate(Section):
         return self
 
 
-class Draft(Section):
-    """The small block-diffusion model that is trained."""
-
-    init: str = "random"
-    """`random` (sized by the target), `target` (layers start as copies of the target's last ones), or a published
-    draft: a directory or a Hugging Face id."""
-    num_hidden_layers: PositiveInt = 5
-    num_target_layers_tapped: PositiveInt = 5
-    """How many target layers are tapped, evenly spread, where `target_layer_ids` is null."""
-    target_layer_ids: list[NonNegativeInt] | None = None
-    """0-based decoder layers whose outputs are tapped."""
-    sliding_window: PositiveInt | None = None
-    """Context window of every draft layer; null sees the whole context."""
-
-
-class Dflash(Section):
-    """Block diffusion against target features (DFlash paper, section 4 and appendix A.1)."""
-
-    block_size: NonNegativeInt = 16
-    """Slots a block: one clean anchor and block_size - 1 masks. 0 reads the draft's."""
-    loss_decay_gamma: Annotated[float, Field(ge=0)] = 0.0
-    """Decay of the loss over a block's offsets. 0 takes the paper's: 7, 5, 4 for blocks of 16, 10, 8."""
-    loss: Literal["decay", "dpace"] = "decay"
-    """`decay`: exp(-(k-1)/gamma) weights; `dpace`: weights from the draft's own confidence (D-PACE, alpha 0.5)."""
-    distill: Fraction = 0.0
-    """Share of the loss that asks for the target's whole next-token distribution instead of the one token it wrote.
-    0 is the paper's loss."""
-    mask_token_id: NonNegativeInt | None = None
-    """Id fed at masked slots; null resolves it from the tokenizer. It must be a row of the target's embedding."""
-    num_blocks_per_sample: PositiveInt = 512
-    """Anchors a sequence and epoch."""
-    anchor_sampling: Literal["without_replacement", "with_replacement", "non_overlapping"] = "without_replacement"
-    """All three draw from supervised positions; `with_replacement` is the paper's independent sampling."""
-    features: Literal["cached", "online"] = "cached"
-    """Target hidden states: written once to disk, or computed for every batch."""
-    loss_vocab: Literal["full", "corpus"] = "full"
-    """`corpus` leaves tokens that no training answer holds out of training steps, their softmax and accuracies alike;
-    validation always uses all."""
-    ce_chunk_size: PositiveInt = 256
-    """Block positions whose logits exist at one time."""
-    draft: Draft = Draft()
-
-    @model_validator(mode="after")
-    def _block_has_masks(self) -> Dflash:
-        if self.block_size == 1:
-            raise ValueError("block_size must be 0 (the draft's) or at least 2: a block of 1 has nothing to predict")
-        if self.block_size == 0 and self.draft.init in ("random", "target"):
-            raise ValueError("block_size 0 reads the draft's, but draft.init makes a new draft; name a size such as 16")
-        return self
-
-
 class Optimizer(Section):
-    """How the trained weights move."""
+    """The optimizer of the trained weights, and its schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """`muon` moves matrices by orthogonalised momentum and everything else by AdamW."""
+    """`muon` updates matrices with orthogonalised momentum and all other parameters with AdamW."""
     lr: Annotated[float, Field(gt=0)] = 6e-4
     betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_ratio: Fraction = 0.04
-    """Share of all optimizer steps that warm up linearly."""
+    """Fraction of optimizer steps with linear warm-up."""
 
 
-MODES = ("dflash", "mdlm", "hybrid")
-"""Ways to train; each has its section in `train`."""
+class _Train(Section):
+    """One training run under torchrun: what every method shares."""
 
-
-class Train(Section):
-    """One training run under torchrun."""
-
-    mode: Literal["dflash", "mdlm", "hybrid"] = "dflash"
-    """`dflash`: a draft beside the frozen target; `mdlm` and `hybrid`: a diffusion model made of the target."""
+    mode: Annotated[str, AfterValidator(METHODS.check)] = next(iter(METHODS))
+    """The training method; its settings are the section of that name."""
     nproc: PositiveInt = 1
-    """Ranks torchrun starts; on a machine with GPUs, one a GPU."""
+    """Ranks that torchrun starts; on a machine with GPUs, one per GPU."""
     epochs: Annotated[float, Field(gt=0)] = 6.0
     batch_size: PositiveInt = 8
-    """Sequences a rank and micro-batch."""
+    """Sequences per rank and micro-batch."""
     grad_accumulation: PositiveInt = 1
     max_length: PositiveInt = 3072
-    """Longest sequence in tokens; what is longer is cut on the right."""
+    """Maximum sequence length in tokens; longer sequences are truncated on the right."""
     seed: int = 0
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the forward and backward pass; master weights are float32."""
     log_every: PositiveInt = 10
     """Optimizer steps between metrics."""
     validate_every: PositiveInt = 100
-    """Optimizer steps between looks at held-out text; a checkpoint follows each."""
+    """Optimizer steps between validations on held-out sequences; a checkpoint follows each."""
     validation_samples: PositiveInt = 64
-    """Held-out sequences in a validation."""
+    """Held-out sequences per validation."""
     keep_checkpoints: PositiveInt = 2
     optimizer: Optimizer = Optimizer()
-    dflash: Dflash = Dflash()
-    mdlm: Mdlm = Mdlm()
-    hybrid: Hybrid = Hybrid()
 
-    @model_serializer(mode="wrap")
-    def _own_mode_only(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the other modes' sections: they shape nothing, and must not ask for a rerun."""
-        sections: dict[str, Any] = write(self)
-        return {key: value for key, value in sections.items() if key not in MODES or key == self.mode}
+    @property
+    def method_settings(self) -> Section:
+        """The section of the method that `mode` names."""
+        section: Section = getattr(self, self.mode)
+        return section
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_method_section(cls, data: Any) -> Any:
+        """Give the method that trains its defaults where params.yaml has no section for it."""
+        if not isinstance(data, dict):
+            return data
+        mode = data.get("mode", cls.model_fields["mode"].default)
+        known = isinstance(mode, str) and mode in METHODS
+        return {**data, mode: {}} if known and data.get(mode) is None else data
+
+    @model_validator(mode="after")
+    def _drop_other_methods(self) -> Self:
+        """Check the sections of other methods, and leave them out: they do not affect this run or its digest."""
+        for name in METHODS:
+            if name != self.mode:
+                self.__dict__[name] = None
+        return self
 
 
-class Evaluate(Section):
-    """Real decoding on held-out prompts: speculative for a draft, parallel for a diffusion model."""
+class _Evaluate(Section):
+    """Decoding of held-out prompts: what every method shares."""
 
     num_prompts: PositiveInt = 64
-    """Held-out prompts of each source."""
+    """Held-out prompts per source."""
     max_new_tokens: PositiveInt = 256
     block_size: NonNegativeInt = 0
-    """Slots a round at decoding; 0 takes the draft's. Smaller than the draft's is allowed."""
+    """Block size at decoding; 0 takes that of the checkpoint. A draft may be decoded with smaller blocks than its
+    own."""
     identity_prompts: NonNegativeInt = 4
-    """Prompts decoded again in float32 to check that speculative ids equal autoregressive ids."""
-    diffusion: DiffusionEvaluation | None = None
-    """For modes `mdlm` and `hybrid`; null takes the defaults."""
+    """Prompts decoded again in float32 to check that speculative and autoregressive decoding give the same ids."""
+
+
+def _sections(base: type[Section], name: str, settings: Mapping[str, type[Section]], about: str) -> Any:
+    """Add optional sections of methods to a model."""
+    fields: dict[str, Any] = {
+        key: (section | None, Field(default=None, description=about)) for key, section in settings.items()
+    }
+    return create_model(name, __base__=base, __module__=__name__, __doc__=base.__doc__, **fields)
+
+
+if TYPE_CHECKING:  # the sections of methods are typed where they are used, in dllm/methods/
+
+    class Train(_Train):
+        """One training run under torchrun, with a section per method."""
+
+    class Evaluate(_Evaluate):
+        """Decoding of held-out prompts, with the sections that methods add."""
+
+else:
+    Train = _sections(
+        _Train,
+        "Train",
+        {name: method.settings for name, method in METHODS.items()},
+        "Settings of the method of this name; required by no other mode.",
+    )
+    Evaluate = _sections(
+        _Evaluate,
+        "Evaluate",
+        {name: section for _, method in METHODS.items() for name, section in method.evaluation.items()},
+        "Further settings of the methods that read them; null takes the defaults.",
+    )
 
 
 class Register(Section):
@@ -257,19 +244,8 @@ class Params(Section):
     register_: Register = Field(alias="register")
 
     @model_validator(mode="after")
-    def _fit(self) -> Params:
-        block = self.train.dflash.block_size
-        if self.train.mode == "dflash" and block and self.evaluate.block_size > block:
-            raise ValueError(
-                f"evaluate.block_size is {self.evaluate.block_size}, larger than train.dflash.block_size {block}; "
-                "a draft does not reach past the block it was trained on"
-            )
+    def _check_together(self) -> Params:
         if self.evaluate.block_size == 1:
-            raise ValueError("evaluate.block_size must be 0 (the draft's) or at least 2")
-        cache = "none" if self.evaluate.diffusion is None else self.evaluate.diffusion.cache
-        if self.train.mode == "hybrid" and self.train.hybrid.attention == "block" and cache != "none":
-            raise ValueError(
-                f"evaluate.diffusion.cache is {cache}, and a hybrid with attention block is decoded over a cache of "
-                "its own; set it to none"
-            )
+            raise ValueError("evaluate.block_size must be 0 (that of the checkpoint) or at least 2")
+        METHODS[self.train.mode].check(self)
         return self

@@ -54,7 +54,7 @@ def _is_described_elsewhere(node: Definition, is_member: bool) -> bool:
 @cache
 def _protocol_methods() -> frozenset[str]:
     classes = [node for path in python_files("dllm") for node in tree(path).body if isinstance(node, ast.ClassDef)]
-    protocols = [node for node in classes if any(ast.unparse(base) == "Protocol" for base in node.bases)]
+    protocols = [node for node in classes if any(ast.unparse(base).split("[")[0] == "Protocol" for base in node.bases)]
     methods = [child for node in protocols for child in node.body if isinstance(child, ast.FunctionDef)]
     return frozenset(child.name for child in methods if ast.get_docstring(child))
 

@@ -4,8 +4,9 @@ import ast
 
 import yaml
 
-from dllm.cli.app import STAGES, app
+from dllm.cli.app import app
 from dllm.config.params import Params
+from dllm.stages import STAGES
 from dllm.stages.schema import SCHEMA
 from tests.arch.source_tree import PACKAGE, ROOT, tree
 

@@ -11,8 +11,8 @@ import pytest
 
 from dllm import __main__ as command
 from dllm import errors
-from dllm.cli.app import STAGES
 from dllm.config import recipe_book
+from dllm.stages import STAGES
 from tests.arch.source_tree import ROOT
 
 

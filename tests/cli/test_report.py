@@ -2,64 +2,54 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from dllm.cli import report
+from dllm.config import recipe_book
+from dllm.config.load import parse_params
 from dllm.errors import DataError, StageError
+from dllm.stages import STAGES, evaluate, prepare, regenerate, register, train
 from tests.arch.source_tree import ROOT
 
-METRICS = {
-    "prepare": {"sources": {}},
-    "regenerate": {"prompts": 1513, "rows": 3026, "tokens": 230111, "seconds": 300.0},
-    "train": {
-        "draft_params": 8712345,
-        "steps": 900,
-        "best_step": 800,
-        "val_draft_acc": 0.4912,
-        "val_draft_acc_k1": 0.71,
-        "val_draft_acc_k2": 0.52,
-        "val_draft_acc_k3": 0.33,
-    },
-    "evaluate": {
-        "tau_micro": 2.0912,
-        "tau_macro": 2.1134,
-        "tokens_per_s_ar": 35.21,
-        "tokens_per_s_spec": 52.44,
-        "speedup": 1.4894,
-        "greedy_identical": True,
-        "acceptance_by_offset": [0.53, 0.26, 0.12],
-        "conditional_acceptance_by_offset": [0.53, 0.49, None],
-    },
-    "register": {
-        "model_name": "smollm2-135m-dflash",
-        "version": 7,
-        "aliases": ["challenger", "champion"],
-        "verdict": "champion: τ 2.091 beats version 6's 2.000",
-    },
-}
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run every stage once: the report is tested on the records that they write."""
+    root = tmp_path_factory.mktemp("finished")
+    raw = yaml.safe_load(recipe_book.text("tiny-dflash"))
+    raw["prepare"]["sources"][0]["limit"] = 24
+    raw["regenerate"]["max_new_tokens"] = 8
+    raw["train"]["epochs"] = 1
+    raw["evaluate"] |= {"num_prompts": 1, "max_new_tokens": 8, "identity_prompts": 1}
+    params = parse_params(raw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+        for stage in (prepare, regenerate, train, evaluate, register):
+            stage.run(params, root)
+    return root
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """Lay out the records of a whole run."""
-    for number, (stage, metrics) in enumerate(METRICS.items(), start=1):
-        folder = tmp_path / "out" / stage
-        folder.mkdir(parents=True)
-        (folder / "metrics.json").write_text(json.dumps(metrics))
-        run = {
-            "recipe": "smollm2-135m-dflash",
-            "seconds": 100.5 * number,
-            "mlflow_run_id": f"{number}" * 32,
-            "git": {"commit": "c0ffee" * 6, "dirty": stage == "train"},
-        }
-        (folder / "run.json").write_text(json.dumps(run))
-    (tmp_path / "out" / "evaluate" / "acceptance.png").touch()
+def root(finished: Path, tmp_path: Path) -> Path:
+    """Copy the records of a whole run."""
+    keep = shutil.ignore_patterns("*.parquet", "*.safetensors")
+    shutil.copytree(finished / "out", tmp_path / "out", ignore=keep)
     return tmp_path
+
+
+def _record(root: Path, stage: str, file: str = "metrics.json") -> dict:
+    return json.loads((root / "out" / stage / file).read_text())
+
+
+def _change(root: Path, stage: str, file: str = "metrics.json", **values: object) -> None:
+    (root / "out" / stage / file).write_text(json.dumps({**_record(root, stage, file), **values}))
 
 
 def _printed(root: Path, **settings: object) -> str:
@@ -75,71 +65,77 @@ def _row(text: str, name: str) -> str:
 
 def test_the_table_tells_the_whole_run(root: Path) -> None:
     text = _printed(root)
-    assert "smollm2-135m-dflash" in text.splitlines()[0]
+    assert "tiny-dflash" in text.splitlines()[0]
+    answered, trained, found = (_record(root, stage) for stage in ("regenerate", "train", "evaluate"))
     expected = {
-        "prompts regenerated": "1,513 (3,026 answers)",
-        "tokens regenerated": "230,111",
-        "draft parameters": "8,712,345",
-        "optimizer steps": "900 (best at 800)",
-        "draft_acc, held-out": "0.491",
-        "τ micro": "2.09",
-        "τ macro": "2.11",
-        "tokens/s autoregressive": "35.2",
-        "tokens/s speculative": "52.4",
-        "speculative / autoregressive": "1.49 ×",
+        "prompts regenerated": f"{answered['prompts']} ({answered['rows']} responses)",
+        "tokens regenerated": f"{answered['tokens']:,}",
+        "optimizer steps": f"{trained['steps']} (best at {trained['best_step']})",
+        "draft parameters": f"{trained['draft_params']:,}",
+        "draft_acc, held-out": f"{trained['val_draft_acc']:.3f}",
+        "τ micro": f"{found['tau_micro']:.2f}",
+        "τ macro": f"{found['tau_macro']:.2f}",
+        "tokens/s autoregressive": f"{found['tokens_per_s_ar']:.1f}",
+        "tokens/s speculative": f"{found['tokens_per_s_spec']:.1f}",
+        "speculative / autoregressive": f"{found['speedup']:.2f} ×",
         "same ids as greedy": "yes",
-        "registered": "smollm2-135m-dflash version 7 @challenger, @champion",
-        "champion?": "τ 2.091 beats version 6's 2.000",
-        "plots": "out/evaluate/acceptance.png",
-        "look closer": "make ui",
+        "registered": "tiny-dflash version 1 @challenger, @champion",
+        "champion?": "champion: the first version",
+        "plots": "out/evaluate/evaluation.png, out/train/curves.png",
+        "more": "make ui",
     }
     for name, value in expected.items():
         assert value in _row(text, name), name
 
 
-def test_the_curve_has_one_row_an_offset(root: Path) -> None:
+def test_the_curve_has_one_row_per_offset(root: Path) -> None:
+    reached, given = [0.53, 0.26, 0.12], [0.53, 0.49, None]
+    found = _record(root, "evaluate")
+    assert len(found["acceptance_by_offset"]) == len(found["conditional_acceptance_by_offset"]) == 3
+    _change(root, "evaluate", acceptance_by_offset=reached, conditional_acceptance_by_offset=given)
     lines = _printed(root).splitlines()
     start = next(number for number, line in enumerate(lines) if "draft_acc_k" in line)
     rows = [line.split("│")[2].split() for line in lines[start + 1 : start + 4]]
+    accuracies = [f"{_record(root, 'train')[f'val_draft_acc_k{k}']:.3f}" for k in (1, 2, 3)]
     assert rows == [
-        ["1", "0.710", "0.530", "0.530", "█" * 11],
-        ["2", "0.520", "0.490", "0.260", "█" * 5],
-        ["3", "0.330", report.DASH, "0.120", "█" * 2],
+        ["1", accuracies[0], "0.530", "0.530", "█" * 11],
+        ["2", accuracies[1], "0.490", "0.260", "█" * 5],
+        ["3", accuracies[2], report.DASH, "0.120", "█" * 2],
     ]
 
 
-def test_a_diffusion_model_has_one_row_a_way_of_writing(root: Path) -> None:
-    ways = [("one token a pass", 1.0, 1.0, 0.99, 28.6), ("threshold 0.9", 0.996, None, 84.33, 2204.0)]
-    names = ("way", "words_exact", "answers_exact", "tokens_per_pass", "tokens_per_s")
-    found = {"nelbo": 0.1426, "nelbo_se": 0.002, "decodings": [dict(zip(names, way, strict=True)) for way in ways]}
-    (root / "out" / "evaluate" / "metrics.json").write_text(json.dumps(found))
-    text = _printed(root)
-    assert "0.1426 ± 0.0020 nats a token" in _row(text, "bound on held-out answers")
-    assert _row(text, "one token a pass").split("│")[2].split()[-4:] == ["1.000", "1.000", "0.99", "28.6"]
-    assert _row(text, "threshold 0.9").split("│")[2].split()[-4:] == ["0.996", report.DASH, "84.33", "2204.0"]
-    assert "τ micro" not in text
-
-
 def test_each_stage_shows_its_seconds_and_its_run(root: Path) -> None:
+    for number, stage in enumerate(STAGES, start=1):
+        git = {"commit": "c0ffee" * 6, "dirty": stage == "train"}
+        _change(root, stage, "run.json", seconds=100.5 * number, mlflow_run_id=f"{number}" * 32, git=git)
     text = _printed(root)
     assert _row(text, "3" * 12).split("│")[2].split() == ["train", "301.5", "3" * 12, "c0ffeec0", "+", "edits"]
     assert f"{100.5 * 15:.1f}" in _row(text, " all ")
 
 
-@pytest.mark.parametrize("missing", list(METRICS))
+@pytest.mark.parametrize("missing", STAGES)
 def test_a_stage_that_has_not_run_leaves_dashes(root: Path, missing: str) -> None:
-    for file in (root / "out" / missing).iterdir():
-        file.unlink()
+    shutil.rmtree(root / "out" / missing)
     text = _printed(root)
     assert report.DASH in text
     if missing == "evaluate":
         assert report.DASH in _row(text, "τ micro")
-        assert "0.710" in text, "the curve on text is there without decoding"
+        first = f"{_record(root, 'train')['val_draft_acc_k1']:.3f}"
+        assert first in text.split("by offset in the block")[1], "the curve on text is there without decoding"
+
+
+@pytest.mark.parametrize(
+    "identity", [None, {}, {"target": {}}, {"method": "a method of a package that is gone"}], ids=str
+)
+def test_a_run_that_names_no_known_method_has_a_report(root: Path, identity: dict | None) -> None:
+    for stage in ("train", "evaluate"):
+        _change(root, stage, "run.json", identity=identity)
+    text = _printed(root)
+    assert "tokens regenerated" in text and "optimizer steps" in text and "τ" not in text
 
 
 def test_ids_that_differ_from_greedy_stand_out(root: Path) -> None:
-    path = root / "out" / "evaluate" / "metrics.json"
-    path.write_text(json.dumps({**METRICS["evaluate"], "greedy_identical": False}))
+    _change(root, "evaluate", greedy_identical=False)
     assert "NO" in _row(_printed(root), "same ids as greedy")
 
 
@@ -157,7 +153,8 @@ def test_a_pipe_gets_plain_text(root: Path) -> None:
         env={"PYTHONIOENCODING": "ascii", "PATH": ""},
     )
     assert b"\x1b" not in done.stdout
-    assert b"2.09" in done.stdout and done.stderr == b""
+    tau = f"{_record(root, 'evaluate')['tau_micro']:.2f}"
+    assert tau.encode() in done.stdout and done.stderr == b""
 
 
 def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_recipes_that_run_foreign_code_pin_it_and_name_its_mask() -> None:
         assert params.target.trust_remote_code == (family in MASKS), name
         if family in MASKS:
             assert re.fullmatch("[0-9a-f]{40}", params.target.revision or ""), name
-            section = params.train.hybrid if params.train.mode == "hybrid" else params.train.mdlm
+            section = params.train.method_settings
             assert section.mask_token_id == MASKS[family], name
             assert (section.lora is not None) == name.endswith("-lora"), name
             seen.add(family)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from dllm.stages import DVC_STAGES, STAGES
 from dllm.tracking import model_registry
 from dllm.tracking import runs as tracking
 from tests.flows.conftest import Project, copy_project, served, wait_until
 
 pytestmark = [pytest.mark.flows, pytest.mark.slow]
 
-STAGES = ("prepare", "regenerate", "train", "evaluate")
 RANKS = """
 import os, pathlib, time
 from dllm.config.load import load_params
@@ -69,12 +69,12 @@ def artifacts(prefect_home: Path) -> list[str]:
 
 
 def test_the_first_run_leaves_everything(project: Project, first: str, prefect_home: Path) -> None:
-    positions = [first.index(f"== {stage} ==") for stage in (*STAGES, "register")]
+    positions = [first.index(f"== {stage} ==") for stage in STAGES]
     assert positions == sorted(positions)
     assert re.search(r"regenerate: \d+/24 answers .* answers/s", first), "live progress reaches the terminal"
     assert "Traceback" not in first and "\x1b" not in first
     assert "git add" not in first
-    assert runs(project) == sorted((stage, "FINISHED") for stage in (*STAGES, "register"))
+    assert runs(project) == sorted((stage, "FINISHED") for stage in STAGES)
     bars = {f"{stage}-progress" for stage in ("regenerate", "train", "evaluate")}
     assert {"acceptance-curve", "summary"} | bars == set(artifacts(prefect_home))
     registered = json.loads((project.folder / "out/register/metrics.json").read_text())
@@ -98,7 +98,7 @@ def test_dvc_repro_finds_nothing_to_do_and_keeps_the_lock(project: Project, firs
     before = lock(project)
     done = project.run("dvc", "repro")
     assert done.returncode == 0, done.stdout
-    assert all(f"Stage '{stage}' didn't change, skipping" in done.stdout for stage in STAGES)
+    assert all(f"Stage '{stage}' didn't change, skipping" in done.stdout for stage in DVC_STAGES)
     assert lock(project) == before
     assert "tau_micro" in project.run("dvc", "metrics", "show", "--json").stdout
 

@@ -1,17 +1,22 @@
 """The stages on a diffusion model: arithmetic, given answers, training, evaluation, the registry."""
 
+import io
 import json
 
 import pytest
 import yaml
+from rich.console import Console
 
+from dllm.cli import report
 from dllm.config import recipe_book
-from dllm.config.diffusion import Hybrid, Mdlm
 from dllm.config.load import load_params, params_digest, parse_params
 from dllm.config.params import Params
+from dllm.methods.diffusion.evaluate import most_parallel
+from dllm.methods.figures import DASH
 from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig
+from dllm.registry import METHODS
 from dllm.stages import evaluate, prepare, regenerate, register, train
-from dllm.stages.evaluate_diffusion import most_parallel
+from dllm.stages.records import read_records, trained_method
 from flows import artifacts
 from tests.models.diffusion.remote_code import checkpoint
 
@@ -57,7 +62,7 @@ def test_from_prompts_to_the_registry(tmp_path, monkeypatch, mlflow_store, recip
     trained = train.run(asked, tmp_path)
     assert trained["steps"] >= 4 and trained["masked_tokens"] > 0 and trained["val_nelbo"] > 0
     model = BidirectionalLM.from_directory(tmp_path / "out" / "train" / "checkpoint")
-    block = asked.train.hybrid.block_size if asked.train.mode == "hybrid" else None
+    block = asked.train.method_settings.block_size if asked.train.mode == "hybrid" else None
     assert model.note == DiffusionConfig(asked.train.mode, model.mask_token_id, block)
     found = evaluate.run(asked, tmp_path)
     assert found["nelbo"] > 0 and found["nelbo_se"] > 0
@@ -79,9 +84,21 @@ def test_from_prompts_to_the_registry(tmp_path, monkeypatch, mlflow_store, recip
     assert again["version"] == standing["version"]
     record = json.loads((tmp_path / "out" / "evaluate" / "metrics.json").read_text())
     assert record["heldout_digest"] == found["heldout_digest"]
-    key, _, rows = artifacts.figures(record)
-    assert key == "decodings" and [row["way"] for row in rows] == [w["way"] for w in found["decodings"]]
-    assert f"| nelbo | {found['nelbo']:.3f} |" in artifacts.summary(tmp_path, record)
+    metrics, runs = read_records(tmp_path, "metrics.json"), read_records(tmp_path, "run.json")
+    assert trained_method(runs) == asked.train.mode
+    method = METHODS[asked.train.mode]
+    (table,) = method.tables(metrics)
+    assert table.key == "decodings" and [row["way"] for row in table.rows] == [w["way"] for w in record["decodings"]]
+    summary = artifacts.summary(method.rows(metrics), metrics["register"], runs)
+    assert f"| NELBO, held-out responses | {found['nelbo']:.4f} ± {found['nelbo_se']:.4f} nats per token |" in summary
+    empty = [label for label, value in method.rows(metrics) if DASH in value.replace(f"training: {DASH}", "")]
+    assert empty == ["correct final answers"], "the source has no references"
+    printed = io.StringIO()
+    report.print_report(tmp_path, Console(file=printed))
+    for way in found["decodings"]:
+        (line,) = [line for line in printed.getvalue().splitlines() if f" {way['way']} " in line]
+        figures = f"{way['words_exact']:.3f} {way['answers_exact']:.3f} {way['tokens_per_pass']:.2f}"
+        assert " ".join(line.split("│")[2].split()[-4:-1]) == figures
 
 
 @pytest.mark.slow
@@ -124,8 +141,8 @@ def test_the_most_parallel_way_loses_no_more_than_a_point() -> None:
 
 def test_the_other_modes_sections_shape_no_digest(tmp_path) -> None:
     asked = params(tmp_path, "tiny-mdlm")
-    other = parse_params({**yaml.safe_load((tmp_path / "params.yaml").read_text())})
-    changed = other.train.model_copy(update={"hybrid": Hybrid(ar_loss_alpha=0.7)})
-    assert params_digest(changed) == params_digest(asked.train)
-    moved = other.train.model_copy(update={"mdlm": Mdlm(eps=0.01)})
-    assert params_digest(moved) != params_digest(asked.train)
+    raw = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    other = parse_params({**raw, "train": {**raw["train"], "hybrid": {"ar_loss_alpha": 0.7}}})
+    assert params_digest(other.train) == params_digest(asked.train)
+    own = parse_params({**raw, "train": {**raw["train"], "mdlm": {**raw["train"]["mdlm"], "eps": 0.01}}})
+    assert params_digest(own.train) != params_digest(asked.train)

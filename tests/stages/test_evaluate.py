@@ -70,7 +70,7 @@ def test_every_figure_is_there_and_agrees_with_the_others(root: Path, draft: DFl
     out = root / "out" / "evaluate"
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert {p.name for p in out.iterdir()} == {
-        "acceptance.png", "acceptance.json", "prompts.parquet", "metrics.json", "run.json",
+        "evaluation.png", "acceptance.json", "prompts.parquet", "metrics.json", "run.json",
     }  # fmt: skip
     assert metrics["prompts"] == 5 and metrics["tokens"] <= 50
     assert metrics["greedy_identical"] is True and metrics["identity_identical"] == metrics["identity_prompts"] == 2
@@ -99,7 +99,7 @@ def test_every_figure_is_there_and_agrees_with_the_others(root: Path, draft: DFl
     assert run.data.metrics["by_source.code.prompts"] == 2
     history = client.get_metric_history(run_id, "acceptance_at_offset")
     assert [(m.step, m.value) for m in history] == list(enumerate(metrics["acceptance_by_offset"], start=1))
-    assert {"acceptance.png", "acceptance.json", "prompts.json"} <= {f.path for f in client.list_artifacts(run_id)}
+    assert {"evaluation.png", "acceptance.json", "prompts.json"} <= {f.path for f in client.list_artifacts(run_id)}
 
 
 def test_a_smaller_block_is_reported_as_what_was_used(root: Path) -> None:

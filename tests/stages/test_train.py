@@ -75,6 +75,7 @@ def test_a_run_publishes_a_draft_its_curves_and_its_figures(alone, store) -> Non
         "checkpoint/config.json",
         "checkpoint/model.safetensors",
         "curves.png",
+        "evaluation/files.json",
         "metrics.json",
         "run.json",
         "training.jsonl",

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from dllm.config.params import Dflash
 from dllm.errors import ModelError
 from dllm.methods.dflash.mask_token import resolve_mask_id
+from dllm.methods.dflash.settings import Dflash
 from dllm.models.drafts.config import for_target
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.targets import stop_ids

@@ -1,4 +1,4 @@
-"""DFlash as a training strategy: features, anchors and the objective, joined for the loop.
+"""DFlash as a training strategy: features, anchors and objective.
 
 Shape suffixes: B batch, S sequence, D hidden, V vocabulary, F tapped features, P = block_size - 1 offsets.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from dllm.config.params import Train
 from dllm.methods.dflash.anchors import Anchors, draw_anchors
 from dllm.methods.dflash.flops import train_flops
 from dllm.methods.dflash.objective import Batch, StepSums, dflash_terms
+from dllm.methods.dflash.settings import Dflash
+from dllm.models.drafts.checkpoint import load_draft, save_draft
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.training.batches import Example, collate
 from dllm.training.order import derive_seed
@@ -23,19 +25,19 @@ from dllm.training.strategy import LossSums, Rows, Split
 
 
 class FeatureSource(Protocol):
-    """Where the target's hidden states come from."""
+    """A source of the target's hidden states."""
 
     def features(self, split: Split, rows: Sequence[int]) -> list[Tensor]:
-        """Return the features of some rows of a split. Shapes: one (S, F) tensor a row, (S, F + D) to distil from."""
+        """Return the features of some rows of a split. Shapes: one (S, F) tensor per row, (S, F + D) to distill."""
 
 
 class DflashStrategy:
-    """Train a draft to foresee the target's words from the target's features.
+    """Train a draft to predict the tokens of the target from its hidden states.
 
     Args:
-        draft: the model that is trained, on its device.
-        embedding_VD: the target's embedding, in any dtype.
-        head_VD: the target's head.
+        draft: the trained model, on its device.
+        embedding_VD: the embedding of the target, in any dtype.
+        head_VD: the output head of the target.
         splits: the examples of each split.
         source: features of those examples.
         settings: the train section.
@@ -54,22 +56,23 @@ class DflashStrategy:
         settings: Train,
     ) -> None:
         self.model, self.splits, self.source, self.settings = draft, splits, source, settings
+        self.dflash = cast(Dflash, settings.method_settings)
         self.dtype = getattr(torch, settings.compute_dtype)
         self.device = embedding_VD.device
         self.embedding_VD, self.head_VD = embedding_VD.to(self.dtype), head_VD.to(self.dtype)
         self.width = embedding_VD.shape[1]
         self.vocab_ids: Tensor | None = None
         self.train_head_VD = self.head_VD
-        if settings.dflash.loss_vocab == "corpus":
-            self.vocab_ids = _answer_vocabulary(splits["train"]).to(self.device)
+        if self.dflash.loss_vocab == "corpus":
+            self.vocab_ids = _response_vocabulary(splits["train"]).to(self.device)
             self.train_head_VD = self.head_VD[self.vocab_ids]
         self.train_rows, self.heldout_rows = _rows(splits["train"]), _rows(splits["heldout"])
         offsets = draft.config.block_size - 1
         self.counts = {"correct": offsets, "count": offsets, "run_sum": 1, "blocks": 1}
 
     def terms(self, split: Split, rows: Sequence[int], epoch: int) -> LossSums:
-        """Draw each row's anchors from its own seed, and sum the loss and the right guesses over its blocks."""
-        settings, examples = self.settings.dflash, [self.splits[split][row] for row in rows]
+        """Draw the anchors of each row from a seed of its own, and sum loss and correct predictions over its blocks."""
+        settings, examples = self.dflash, [self.splits[split][row] for row in rows]
         input_ids_BS, loss_mask_BS = collate(examples)
         anchors = draw_anchors(
             loss_mask_BS,
@@ -99,10 +102,10 @@ class DflashStrategy:
         return self._terms(step, anchors, tokens=sum(map(len, examples)))
 
     def metrics(self, sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """Return accuracy over all offsets and at each, and the acceptance length its leading runs make.
+        """Return accuracy over all offsets and at each, and the acceptance length.
 
-        acceptance_length is 1 + the mean over blocks of the leading run of right guesses: runs of 3, 2, 1, 0 make 2.5.
-        It is never the product of the offsets' accuracies.
+        acceptance_length is 1 + the mean over blocks of the number of leading correct predictions: 3, 2, 1, 0 make 2.5.
+        It is not the product of the accuracies by offset.
         """
         figures: dict[str, float] = {}
         if sum(sums["count"]):
@@ -115,19 +118,15 @@ class DflashStrategy:
         return figures
 
     def score(self, validation: Mapping[str, float]) -> tuple[float, ...]:
-        """Prefer the longer held-out acceptance; between equals, the lower loss."""
+        """Prefer the longer held-out acceptance length; at equal length, the lower loss."""
         return validation.get("val_acceptance_length", 1.0), -validation["val_loss"]
 
     def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Write the draft as published ones look, in float32; its weights are never split."""
-        from dllm.models.drafts.checkpoint import save_draft
-
+        """Write the draft in the layout of published drafts, in float32; its weights are never sharded."""
         save_draft(self.model, directory, torch.float32)
 
     def load(self, directory: Path) -> None:
-        """Take back the weights that `save` wrote, exactly."""
-        from dllm.models.drafts.checkpoint import load_draft
-
+        """Load the weights that `save` wrote, exactly."""
         self.model.load_state_dict(load_draft(directory).state_dict())
 
     def _terms(self, step: StepSums, anchors: Anchors, tokens: int) -> LossSums:
@@ -153,7 +152,7 @@ def _rows(examples: Sequence[Example]) -> Rows:
     return Rows([example.id for example in examples], [len(example) for example in examples])
 
 
-def _answer_vocabulary(examples: Sequence[Example]) -> Tensor:
+def _response_vocabulary(examples: Sequence[Example]) -> Tensor:
     ids: set[int] = set()
     for example in examples:
         ids.update(example.input_ids[example.prompt_length :])

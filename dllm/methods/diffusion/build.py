@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Literal
+from typing import cast
 
 import torch
 
-from dllm.config.diffusion import Masking
 from dllm.config.params import Target, Train
 from dllm.errors import ConfigError, ModelError
+from dllm.methods.diffusion.settings import Masking
 from dllm.models import targets
 from dllm.models.diffusion import remote
-from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig, load_bidirectional
+from dllm.models.diffusion.bidirectional import BidirectionalLM, load_bidirectional
 from dllm.models.diffusion.lora import Adapter
 from dllm.models.sharding import mesh_of_ranks, recompute_layers, shard
 from dllm.training.distributed import one_rank_at_a_time
@@ -29,7 +29,7 @@ def initial_model(target: Target, settings: Train, device: torch.device | str) -
         ConfigError: the mask token or the way of training does not fit the target.
         PeerLost: another rank went away while it read.
     """
-    masking, device = masking_of(settings), torch.device(device)
+    masking, device = _masking(settings), torch.device(device)
     mesh = mesh_of_ranks(device) if masking.fsdp else None
     with nullcontext() if mesh is None else one_rank_at_a_time(device):
         model = _whole_model(target, settings, device if mesh is None else "cpu")
@@ -41,7 +41,7 @@ def initial_model(target: Target, settings: Train, device: torch.device | str) -
 
 
 def _whole_model(target: Target, settings: Train, device: torch.device | str) -> BidirectionalLM:
-    masking = masking_of(settings)
+    masking = _masking(settings)
     check_family(target, settings)
     dtype = torch.float32 if masking.lora is None else getattr(torch, settings.compute_dtype)
     with torch.random.fork_rng(devices=[]):
@@ -69,32 +69,24 @@ def check_family(target: Target, settings: Train) -> None:
         ConfigError: with the way that it can be trained.
     """
     kind = remote.kind_at(targets.locate(target)) if target.trust_remote_code else None
-    masking = masking_of(settings)
+    masking = _masking(settings)
     by_block = masking.attention == "block"
     if kind is not None and masking.activation_checkpointing and not masking.fsdp:
         raise ConfigError(
             "activation_checkpointing of a model with code of its own needs fsdp",
             where=f"target.model: {target.model}",
         )
-    if kind is not None and kind.masks == "none" and (settings.mode == "hybrid" or by_block):
+    if kind is not None and kind.masks == "none" and (masking.predicts_next or by_block):
         raise ConfigError(
             "this model's code takes no attention mask: mode mdlm with attention full is all it can be trained with",
             where=f"target.model: {target.model}",
         )
-    if kind is not None and kind.masks == "own" and not (settings.mode == "hybrid" and by_block):
+    if kind is not None and kind.masks == "own" and not (masking.predicts_next and by_block):
         raise ConfigError(
             "this model's code lays out blocks itself: train it with mode hybrid and attention block",
             where=f"target.model: {target.model}",
         )
 
 
-def masking_of(settings: Train) -> Masking:
-    """Return the section of the mode that trains."""
-    return settings.hybrid if settings.mode == "hybrid" else settings.mdlm
-
-
-def note_of(settings: Train, mask_token_id: int) -> DiffusionConfig:
-    """Say how the trained model is to be decoded."""
-    masking = masking_of(settings)
-    mode: Literal["mdlm", "hybrid"] = "hybrid" if settings.mode == "hybrid" else "mdlm"
-    return DiffusionConfig(mode, mask_token_id, masking.block_size if masking.attention == "block" else None)
+def _masking(settings: Train) -> Masking:
+    return cast(Masking, settings.method_settings)

@@ -1,4 +1,4 @@
-"""The picture of a diffusion model: how well it guesses by noise level, and what writing in parallel costs."""
+"""The picture of a diffusion model: accuracy by noise level, and quality against tokens per forward pass."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 
 def draw(metrics: Mapping[str, Any], path: Path) -> None:
-    """Draw what `evaluate` found, as a PNG: accuracy by noise level, and right words by tokens a pass."""
+    """Draw accuracy by noise level, and correct words by tokens per forward pass, as a PNG."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     levels = [level for level in metrics["by_noise_level"] if level["accuracy"] is not None]
     left.plot([level["masked_up_to"] for level in levels], [level["accuracy"] for level in levels], "o-")
-    left.set(xlabel="share of tokens masked, up to", ylabel="accuracy on masked tokens", ylim=(0, 1.05))
+    left.set(xlabel="fraction of tokens masked, up to", ylabel="accuracy on masked tokens", ylim=(0, 1.05))
     for (label, places), mark in zip(_lines(metrics).items(), ("s--", "o-", "^", "v"), strict=False):
         right.plot(*zip(*places, strict=True), mark, label=label)
-        # Labels of one line below its points, of the next beside them: they often meet.
+        # Labels of one line stand below its points, those of the next beside them: the points often coincide.
         at = {"xytext": (0, -13), "ha": "center"} if mark == "s--" else {"xytext": (7, -3), "ha": "left"}
         for place, names in places.items():
             right.annotate(", ".join(names), place, textcoords="offset points", fontsize=8, **at)
@@ -28,18 +28,18 @@ def draw(metrics: Mapping[str, Any], path: Path) -> None:
         right.set_xscale("log", base=2)
         right.xaxis.set_major_formatter("{x:g}")
     right.margins(x=0.2)
-    right.set(xlabel="tokens a pass", ylabel="words right", ylim=(0, 1.05))
+    right.set(xlabel="tokens per forward pass", ylabel="fraction of words correct", ylim=(0, 1.05))
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
 
 def _lines(metrics: Mapping[str, Any]) -> dict[str, dict[tuple[float, float], list[str]]]:
-    """Gather the ways of decoding by kind, and by place those that meet there."""
+    """Group the ways of decoding by kind, and by position those whose points coincide."""
     lines: dict[str, dict[tuple[float, float], list[str]]] = {}
     for way in metrics["decodings"]:
         kind = "threshold" if way["threshold"] is not None else way["sampler"]
-        line = lines.setdefault(kind if kind in ("threshold", "ar", "self-spec") else "so many passes", {})
+        line = lines.setdefault(kind if kind in ("threshold", "ar", "self-spec") else "number of passes", {})
         number = way["threshold"] or way["steps"]
         name = way["way"] if number is None else f"{number:g}"
         line.setdefault((way["tokens_per_pass"], way["words_exact"] or 0.0), []).append(name)

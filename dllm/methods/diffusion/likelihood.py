@@ -1,6 +1,6 @@
-"""How likely a diffusion model finds given answers: a bound by Monte Carlo, its error, and accuracy by noise level.
+"""Likelihood of given responses under a diffusion model: a Monte Carlo bound, its error, and accuracy by noise level.
 
-Shape suffixes: B batch, S sequence, M masked places, K blocks of a row.
+Shape suffixes: B batch, S sequence, M masked positions, K blocks of a row.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from dllm.training.hits import is_argmax
 LEVELS = 10
 
 Mask = tuple[Tensor, Tensor, Tensor]
-"""masked_S bool, chance_S float32 (what a place's cross-entropy is divided by), block_S int64."""
+"""masked_S bool, chance_S float32 (what the cross-entropy of a position is divided by), block_S int64."""
 
 
 @dataclass
 class Bound:
-    """Sums over answers and masks; figures are made of them at the end.
+    """Sums over responses and masks; figures are computed from them at the end.
 
-    Units: nats; tokens of answers.
+    Units: nats; tokens of responses.
     """
 
     tokens: int = 0
     estimates: list[list[float]] = field(default_factory=list)
-    """Of each answer, one estimate of its bound a mask; a single one where all its masks were taken."""
+    """Per response, one estimate of its bound per mask; a single one where all its masks were enumerated."""
     correct: list[int] = field(default_factory=lambda: [0] * LEVELS)
     masked: list[int] = field(default_factory=lambda: [0] * LEVELS)
     nll: list[float] = field(default_factory=lambda: [0.0] * LEVELS)
 
     def figures(self) -> dict[str, Any]:
-        """Return the bound and its standard error a token, perplexity, and the curve over noise levels.
+        """Return the bound and its standard error per token, perplexity, and accuracy and loss by noise level.
 
-        The standard error is the masks' alone: other masks, the same answers.
+        The standard error is over masks: other masks, the same responses.
         """
         pairs = [mean_and_error(own) for own in self.estimates]
         means, variances = [mean for mean, _ in pairs], [error**2 for _, error in pairs]
@@ -69,9 +69,9 @@ class Bound:
 
 
 def mean_and_error(estimates: Sequence[float]) -> tuple[float, float]:
-    """Return the mean of one answer's estimates and its standard error, 0 for a single one.
+    """Return the mean of the estimates of one response and its standard error, 0 for a single one.
 
-    The error is of independent estimates; evenly spread numbers of masks make the true one smaller.
+    The error assumes independent estimates; evenly spaced numbers of masks make the true one smaller.
     """
     number, mean = len(estimates), sum(estimates) / len(estimates)
     return mean, math.sqrt(sum((x - mean) ** 2 for x in estimates) / max(1, number - 1) / number)
@@ -87,18 +87,18 @@ def bound(
     seed: int,
     chunk: int = 512,
     count_out: bool = False,
-    advance: Callable[[int], object] = lambda answers: None,
+    advance: Callable[[int], object] = lambda responses: None,
 ) -> Bound:
-    """Bound the answers' negative log-likelihood from above, by as many masks each as asked.
+    """Bound the negative log-likelihood of responses from above, with so many mask samples per response.
 
-    In each block of n answer tokens k of them are masked, k uniform on 1 .. n and spread evenly over an answer's
-    samples; the cross-entropy on them times n / k estimates the block's bound without bias. A model without blocks is
-    one block. With blocks of one token the estimate is the autoregressive likelihood, exactly.
+    In each block of n response tokens k are masked, k uniform on 1 .. n and spaced evenly over the samples of a
+    response; the cross-entropy on them times n / k is an unbiased estimate of the bound of the block. A model without
+    blocks has one block. With blocks of one token the estimate is the autoregressive likelihood, exactly.
 
     Args:
-        count_out: where an answer's blocks have no more than `samples` masks, take each once and leave nothing to
-            chance; the curve over noise levels then has no meaning.
-        advance: told how many more answers are done.
+        count_out: where the blocks of a response have no more than `samples` masks, enumerate them, so that the
+            bound is exact; the figures by noise level then have no meaning.
+        advance: called with the number of responses that are done.
     Source: LLaDA (Nie et al. 2025), equation 6; BD3-LM (Arriola et al. 2025), equation 8, for the sum over blocks.
     """
     found = Bound()
@@ -121,10 +121,10 @@ def bound(
 def causal_scores(
     model: BidirectionalLM, examples: Sequence[Example], *, batch_size: int, chunk: int = 512
 ) -> list[tuple[float, bool]]:
-    """Return each answer's negative log-likelihood with the causal mask in place, and whether it is the greedy one.
+    """Return the negative log-likelihood of each response under the causal mask, and whether greedy decoding gives it.
 
-    Greedy decoding never writes the mask token, so that is no rival.
-    Units: nats an answer.
+    Greedy decoding never generates the mask token, so that token is not compared.
+    Units: nats per response.
     """
     found = []
     for begin in range(0, len(examples), batch_size):
@@ -138,9 +138,9 @@ def causal_scores(
 
 
 def causal_nll(model: BidirectionalLM, examples: Sequence[Example], *, batch_size: int, chunk: int = 512) -> float:
-    """Return the mean negative log-likelihood of answer tokens under the same weights with their causal mask.
+    """Return the mean negative log-likelihood of response tokens under the causal mask.
 
-    Units: nats a token.
+    Units: nats per token.
     """
     scores = causal_scores(model, examples, batch_size=batch_size, chunk=chunk)
     tokens = sum(len(example) - example.prompt_length for example in examples)
@@ -153,7 +153,7 @@ def scored(
     """Return the cross-entropy of labels, and whether each is the most probable token, a chunk of logits at a time.
 
     Args:
-        no_rival: a token that is not asked whether it is more probable.
+        no_rival: a token that is excluded from the comparison.
 
     Shapes: returns nll_M float64 and hit_M bool.
     Units: nats.
@@ -171,7 +171,7 @@ def scored(
 
 
 def by_row(places_BS: Tensor, nll_M: Tensor, hit_M: Tensor) -> list[tuple[float, bool]]:
-    """Gather scored places by row: the sum of their cross-entropies, and whether all were hits."""
+    """Reduce scored positions by row: the sum of their cross-entropies, and whether all were hits."""
     counts = places_BS.sum(1).tolist()
     return [
         (float(nll.sum()), bool(hit.all())) for nll, hit in zip(nll_M.split(counts), hit_M.split(counts), strict=True)
@@ -180,7 +180,7 @@ def by_row(places_BS: Tensor, nll_M: Tensor, hit_M: Tensor) -> list[tuple[float,
 
 @dataclass(frozen=True)
 class _Plan:
-    """One answer and its masks; the mean over them is the bound itself (`is_exact`) or an estimate."""
+    """One response and its masks; the mean over them is the bound itself (`is_exact`) or an estimate."""
 
     example: Example
     masks: Iterator[Mask]
@@ -199,14 +199,14 @@ def _plan(model: BidirectionalLM, example: Example, samples: int, seed: int, cou
 
 
 def _masks(example: Example, blocks: Sequence[Tensor], block_S: Tensor, samples: int, seed: int) -> Iterator[Mask]:
-    """Draw one answer's masks."""
+    """Draw the masks of one response."""
     generator = noise_generator(seed, "likelihood", 0, example.id)
     first = [int(torch.randint(int(here.sum()), (), generator=generator)) for here in blocks]
     for sample in range(samples):
         masked_S, chance_S = torch.zeros(len(example), dtype=torch.bool), torch.ones(len(example))
         for here, begin in zip(blocks, first, strict=True):
             number = int(here.sum())
-            # Evenly spread, and each one uniform on 1 .. number, since `begin` is.
+            # Evenly spaced, and each one uniform on 1 .. number, since `begin` is.
             count = (begin + sample * number // samples) % number + 1
             masked_S |= exact_number_noise(here, count, generator).masked_S
             chance_S[here] = count / number
@@ -214,10 +214,10 @@ def _masks(example: Example, blocks: Sequence[Tensor], block_S: Tensor, samples:
 
 
 def _all_masks(blocks: Sequence[Tensor], block_S: Tensor, number: int) -> Iterator[Mask]:
-    """Take every mask of each block once, beside those of the others: blocks do not see each other's masks.
+    """Enumerate the masks of each block, in parallel over blocks: a block does not attend to the masks of others.
 
-    A mask of k among n places is drawn with chance 1 / (n C(n, k)) and then counts n / k; over `number` masks that come
-    once each, cross-entropies divided by k C(n, k) / number have the bound as their mean.
+    A mask of k among n positions has probability 1 / (n C(n, k)) and weight n / k; over `number` masks that occur once
+    each, cross-entropies divided by k C(n, k) / number have the bound as their mean.
     """
     places = [here.nonzero()[:, 0].tolist() for here in blocks]
     subsets = [[c for k in range(1, len(own) + 1) for c in combinations(own, k)] for own in places]

@@ -1,4 +1,4 @@
-"""Answers a diffusion model writes to held-out prompts, held against those the data give."""
+"""Responses that a diffusion model generates to held-out prompts, compared with those of the data."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from dllm.responses.shards import Row
 
 
 @dataclass(frozen=True)
-class Written:
-    """One answer, and what it was to be.
+class Generated:
+    """One generated response, and the expected one.
 
-    Units: seconds are the batch's, shared out evenly.
+    Units: seconds are those of the batch, divided by its rows.
     """
 
     id: str
     text: str
-    wanted: str
+    expected: str
     tokens: int
     passes: int
     seconds: float
     reference: str | None = None
-    """What the right answer comes to, where it is known."""
+    """The correct final answer, where the source has it."""
 
 
 def name_of(sampler: str, settings: Settings) -> str:
-    """Name a way of decoding in tables: by what decides how many tokens a pass writes."""
+    """Name a way of decoding in tables, by the setting that decides how many tokens a pass generates."""
     if sampler in ("ar", "self-spec"):
         return sampler
     if settings.threshold is not None:
@@ -43,19 +43,19 @@ def name_of(sampler: str, settings: Settings) -> str:
     return f"{settings.steps} pass{'' if settings.steps == 1 else 'es'}"
 
 
-def write_answers(
+def generate_responses(
     model: BidirectionalLM,
     rows: Sequence[Row],
     sampler: str,
     settings: Settings,
     batch_size: int,
-    advance: Callable[[int], object] = lambda answers: None,
+    advance: Callable[[int], object] = lambda responses: None,
     known: Mapping[str, str] | None = None,
-) -> list[Written]:
-    """Generate from the rows' prompts, batch by batch, as `generate` would.
+) -> list[Generated]:
+    """Generate a response to the prompt of each row, batch by batch, as the verb `generate` does.
 
     Args:
-        advance: told how many more answers are done.
+        advance: called with the number of responses that each batch adds.
         known: references by prompt id.
     """
     found = []
@@ -66,33 +66,34 @@ def write_answers(
         seconds = (time.perf_counter() - clock) / len(part)
         for row, answer in zip(part, answers, strict=True):
             text = str(model.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
-            wanted = str(row.messages[-1]["content"])
+            expected = str(row.messages[-1]["content"])
             costs = (len(answer.token_ids), answer.passes, seconds)
-            found.append(Written(row.prompt_id, text, wanted, *costs, (known or {}).get(row.prompt_id)))
+            found.append(Generated(row.prompt_id, text, expected, *costs, (known or {}).get(row.prompt_id)))
         advance(len(part))
     return found
 
 
-def figures(answers: Sequence[Written], seen: AbstractSet[str]) -> dict[str, Any]:
-    """Return how often answers and their words are met, and what they cost.
+def figures(answers: Sequence[Generated], seen: AbstractSet[str]) -> dict[str, Any]:
+    """Return the fractions of exact responses and words, and the cost of generation.
 
-    A word counts where it stands: the third word of an answer against the third that was wanted. Unseen words are
-    those no training answer holds. Tokens per pass counts tokens up to the end token, over passes of their row.
-    `answers_right` is the share that comes to what the source knows to be right, of those where it does.
+    Words are compared by position: the third word of a response with the third of the expected one. Unseen words are
+    those that occur in no training response. Tokens per pass are tokens up to the end token over passes of their row.
+    `answers_right` is the fraction of correct final answers, among responses whose source has a reference.
 
     Args:
-        seen: the words of all training answers.
+        answers: generated responses.
+        seen: the words of all training responses; those that are expected nowhere may be left out.
     """
     words = right = unseen = unseen_right = 0
     for answer in answers:
-        got, wanted = answer.text.split(), answer.wanted.split()
-        for place, word in enumerate(wanted):
+        got, expected = answer.text.split(), answer.expected.split()
+        for place, word in enumerate(expected):
             hit = place < len(got) and got[place] == word
             words, right = words + 1, right + hit
             if word not in seen:
                 unseen, unseen_right = unseen + 1, unseen_right + hit
     tokens, seconds = sum(a.tokens for a in answers), sum(a.seconds for a in answers)
-    exact = sum(a.text.strip() == a.wanted.strip() for a in answers)
+    exact = sum(a.text.strip() == a.expected.strip() for a in answers)
     checked = [is_right(a.text, a.reference) for a in answers if a.reference is not None]
     return {
         "answers": len(answers),

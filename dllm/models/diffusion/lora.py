@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dllm.config.diffusion import Lora
+from dllm.config.lora import Lora
 from dllm.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:

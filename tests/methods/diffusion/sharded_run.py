@@ -16,12 +16,13 @@ from torch import nn
 
 from dllm.config.params import Target, Train
 from dllm.methods.diffusion import build as initial
-from dllm.methods.diffusion.strategy import DiffusionStrategy
+from dllm.methods.diffusion.masked import MaskedStrategy
 from dllm.models import sharding
 from dllm.tracking.runs import NullTracker
 from dllm.training.batches import Example
 from dllm.training.distributed import Ranks
 from dllm.training.loop import Loop
+from tests.methods.diffusion.strategies import strategy_of
 from tests.methods.diffusion.test_strategy import row
 from tests.models.diffusion.remote_code import checkpoint
 from tests.training.toy import as_ranks_do
@@ -45,7 +46,7 @@ SPLITS = {
 }
 
 
-class Struck(DiffusionStrategy):
+class Struck:
     """Rank 1 is killed amid its third micro-batch, by nobody it could tell."""
 
     calls = 0
@@ -63,7 +64,7 @@ class Timed:
     def __init__(self, file: Path) -> None:
         self.file, self.spans = file, list[tuple[float, float]]()
         initial._whole_model = self.of(initial._whole_model)
-        DiffusionStrategy._read = self.of(DiffusionStrategy._read)
+        MaskedStrategy._read = self.of(MaskedStrategy._read)
 
     def of(self, read):
         def timed(*given):
@@ -76,7 +77,7 @@ class Timed:
         return timed
 
 
-def train(family: str, target: Target, ranks: Ranks, work: Path, kind=DiffusionStrategy, **changes) -> Loop:
+def train(family: str, target: Target, ranks: Ranks, work: Path, mixin: type = object, **changes) -> Loop:
     way = FAMILIES[family]
     section = {way["mode"]: {**way.get(way["mode"], {}), **changes}}
     settings = Train.model_validate(
@@ -84,7 +85,7 @@ def train(family: str, target: Target, ranks: Ranks, work: Path, kind=DiffusionS
         | {"validate_every": MIDDLE, "grad_accumulation": 1, "keep_checkpoints": 9, **section}
     )
     splits: dict[str, list[Example]] = dict(SPLITS)
-    strategy = kind(initial.initial_model(target, settings, ranks.device), splits, settings)
+    strategy = strategy_of(initial.initial_model(target, settings, ranks.device), splits, settings, mixin)
     loop = Loop(strategy, settings, ranks, work=work, tracker=NullTracker())
     loop.run()
     return loop

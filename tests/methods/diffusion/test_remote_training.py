@@ -12,9 +12,10 @@ from dllm.config.params import Target, Train
 from dllm.errors import ConfigError
 from dllm.methods.diffusion import likelihood
 from dllm.methods.diffusion.build import initial_model
-from dllm.methods.diffusion.strategy import DiffusionStrategy
+from dllm.methods.diffusion.masked import MaskedStrategy
 from dllm.models.diffusion.bidirectional import load_bidirectional
 from dllm.training.batches import Example
+from tests.methods.diffusion.strategies import strategy_of
 from tests.models.diffusion.remote_code import checkpoint
 from tests.models.small_models import small_model
 
@@ -44,12 +45,12 @@ def kind(request) -> str:
 
 
 @pytest.fixture
-def strategy(tmp_path: Path, kind: str) -> DiffusionStrategy:
+def strategy(tmp_path: Path, kind: str) -> MaskedStrategy:
     target = checkpoint(tmp_path / "published", kind)
-    return DiffusionStrategy(initial_model(target, train(kind), "cpu"), SPLITS, train(kind))
+    return strategy_of(initial_model(target, train(kind), "cpu"), SPLITS, train(kind))
 
 
-def test_sums_do_not_depend_on_the_batch_split(strategy: DiffusionStrategy) -> None:
+def test_sums_do_not_depend_on_the_batch_split(strategy: MaskedStrategy) -> None:
     with torch.no_grad():
         whole = strategy.terms("train", [0, 1, 2, 3], 1)
         parts = [strategy.terms("train", part, 1) for part in ([3, 0], [2], [1])]
@@ -60,7 +61,7 @@ def test_sums_do_not_depend_on_the_batch_split(strategy: DiffusionStrategy) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_reach_every_weight_in_training(strategy: DiffusionStrategy, dtype: torch.dtype) -> None:
+def test_gradients_reach_every_weight_in_training(strategy: MaskedStrategy, dtype: torch.dtype) -> None:
     strategy.dtype = dtype
     strategy.model.train()
     strategy.terms("train", [0, 1, 2, 3], 0).numerator.backward()
@@ -70,10 +71,10 @@ def test_gradients_reach_every_weight_in_training(strategy: DiffusionStrategy, d
 
 
 @pytest.mark.parametrize("kind", ["llada", "llada2_moe"], indirect=True)
-def test_the_loss_is_that_of_the_same_weights_without_own_code(strategy: DiffusionStrategy, kind: str) -> None:
+def test_the_loss_is_that_of_the_same_weights_without_own_code(strategy: MaskedStrategy, kind: str) -> None:
     plain = small_model()
     plain.mask_token_id, plain.prompt_blocks = strategy.model.mask_token_id, strategy.model.prompt_blocks
-    ours = DiffusionStrategy(plain, SPLITS, train(kind))
+    ours = strategy_of(plain, SPLITS, train(kind))
     with torch.no_grad():
         for epoch in range(3):
             expected = ours.terms("train", [0, 1, 2, 3], epoch).numerator.item()
@@ -81,7 +82,7 @@ def test_the_loss_is_that_of_the_same_weights_without_own_code(strategy: Diffusi
 
 
 @pytest.mark.parametrize("kind", ["nemotron_labs_diffusion"], indirect=True)
-def test_nemotrons_terms_are_of_its_own_layout(strategy: DiffusionStrategy) -> None:
+def test_nemotrons_terms_are_of_its_own_layout(strategy: MaskedStrategy) -> None:
     """Blocks count from the row's first column; what ends a row's last block is masked, as when it is written."""
     model, example = strategy.model, SPLITS["train"][1]
     batch = strategy.corrupt("train", [1], 0)
@@ -104,7 +105,7 @@ def test_nemotrons_terms_are_of_its_own_layout(strategy: DiffusionStrategy) -> N
     assert float(terms.counts["weighted"].sum()) == pytest.approx((ce / prob[0])[masked[0]].sum().item(), rel=1e-4)
 
 
-def test_likelihood_is_bounded_through_own_code(strategy: DiffusionStrategy, kind: str) -> None:
+def test_likelihood_is_bounded_through_own_code(strategy: MaskedStrategy, kind: str) -> None:
     model, examples = strategy.model.eval(), SPLITS["train"]
     one = likelihood.bound(model, examples, samples=2, batch_size=8, seed=0).figures()
     other = likelihood.bound(model, examples, samples=2, batch_size=3, seed=0).figures()
@@ -115,7 +116,7 @@ def test_likelihood_is_bounded_through_own_code(strategy: DiffusionStrategy, kin
 
 
 def test_a_checkpoint_comes_back_and_is_published_with_its_code(
-    strategy: DiffusionStrategy, tmp_path: Path, kind: str
+    strategy: MaskedStrategy, tmp_path: Path, kind: str
 ) -> None:
     step, export = tmp_path / "step", tmp_path / "export"
     strategy.save(step)
@@ -133,14 +134,12 @@ def test_a_checkpoint_comes_back_and_is_published_with_its_code(
 
 
 @pytest.mark.parametrize("kind", ["llada2_moe", "nemotron_labs_diffusion"], indirect=True)
-def test_end_tokens_fill_the_row_where_blocks_are_counted_from_its_start(
-    strategy: DiffusionStrategy, kind: str
-) -> None:
+def test_end_tokens_fill_the_row_where_blocks_are_counted_from_its_start(strategy: MaskedStrategy, kind: str) -> None:
     end = min(strategy.model.eos_ids)
     ended = Example("e", array("i", [20, 21, 22, 23, 24, 25, 26, 27, end]), 3)
     name = strategy.settings.mode
     section = Train.model_validate({**WAYS[kind], name: {**BLOCKS, "eos_padding": 4}})
-    filled = DiffusionStrategy(strategy.model, {"train": [ended], "heldout": []}, section)
+    filled = strategy_of(strategy.model, {"train": [ended], "heldout": []}, section)
     assert len(filled.splits["train"][0]) == 12
 
 

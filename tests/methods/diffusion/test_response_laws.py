@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dllm.decoding.causal import decode_causally, decode_seeded, speculate_on_itself
 from dllm.decoding.settings import Settings
 from dllm.decoding.unmasking import fill, sample
-from dllm.methods.diffusion.responses import Written, figures
+from dllm.methods.diffusion.responses import Generated, figures
 from dllm.models.diffusion.bidirectional import BidirectionalLM
 from tests.decoding.watched import PROMPT, Watched, wishes
 from tests.models.small_models import MASK
@@ -137,7 +137,9 @@ def test_a_random_order_is_the_same_for_any_model(prompt, new, size, seed, weigh
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40)), min_size=1, max_size=6))
 def test_tokens_per_pass_are_all_tokens_over_all_passes(costs) -> None:
     """Law: sums are divided, not rates averaged."""
-    found = figures([Written(str(n), "", "a", tokens, passes, 0.5) for n, (tokens, passes) in enumerate(costs)], set())
+    found = figures(
+        [Generated(str(n), "", "a", tokens, passes, 0.5) for n, (tokens, passes) in enumerate(costs)], set()
+    )
     tokens, passes = (sum(each) for each in zip(*costs, strict=True))
     assert found["tokens"] == tokens
     assert found["tokens_per_pass"] == pytest.approx(tokens / passes)

@@ -2,12 +2,12 @@
 
 import pytest
 
-from dllm.config.diffusion import DiffusionEvaluation
 from dllm.config.load import parse_params
 from dllm.errors import DataError
-from dllm.methods.diffusion.responses import Written, figures
+from dllm.methods.diffusion.evaluate import _digest, _from_each_source_in_turn, _prompts
+from dllm.methods.diffusion.responses import Generated, figures
+from dllm.methods.diffusion.settings import DiffusionEvaluation
 from dllm.responses.shards import Row
-from dllm.stages.evaluate_diffusion import _digest, _from_each_source_in_turn, _prompts
 from dllm.training.batches import make_examples
 
 RAW = {
@@ -27,9 +27,9 @@ def row(id: str, source: str = "a", sample: int = 0, prompt: int = 3, answer: st
 
 def test_answers_are_compared_whole_and_words_where_they_stand() -> None:
     answers = [
-        Written("1", "1 2 3\n", "1 2 3", 3, 2, 0.5, "3"),
-        Written("2", "1 9 3 4", "1 2 3", 4, 2, 0.5, "3"),
-        Written("3", "2", "1 2", 1, 1, 0.5),
+        Generated("1", "1 2 3\n", "1 2 3", 3, 2, 0.5, "3"),
+        Generated("2", "1 9 3 4", "1 2 3", 4, 2, 0.5, "3"),
+        Generated("3", "2", "1 2", 1, 1, 0.5),
     ]
     found = figures(answers, seen={"1", "3"})
     assert found["answers"] == 3 and found["answers_exact"] == 1 / 3
@@ -48,13 +48,13 @@ def test_sources_take_turns() -> None:
 def test_a_prompt_is_decoded_once_and_only_where_its_answer_has_room() -> None:
     asked = parse_params(RAW).evaluate
     rows = [row("1", sample=s) for s in range(4)] + [row("2", prompt=13), row("3"), row("4"), row("5", "b")]
-    found, too_long = _prompts(rows, asked, longest=20)
+    found, too_long = _prompts(rows, asked, max_length=20)
     assert [(r.prompt_id, r.sample) for r in found] == [("1", 0), ("3", 0), ("5", 0)] and too_long == 1
-    assert [r.prompt_id for r in _prompts(rows, asked, longest=21)[0]] == ["1", "2", "5"]
+    assert [r.prompt_id for r in _prompts(rows, asked, max_length=21)[0]] == ["1", "2", "5"]
     with pytest.raises(
-        DataError, match=r"none of 5 held-out prompts leaves room for 8 new tokens among the model's 10"
+        DataError, match=r"none of 5 held-out prompts leaves room for 8 new tokens within the 10 of the model"
     ):
-        _prompts(rows, asked, longest=10)
+        _prompts(rows, asked, max_length=10)
 
 
 @pytest.mark.parametrize("score", ["nelbo", "words", "answers"])

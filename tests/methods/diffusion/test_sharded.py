@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from dllm.config.params import Train
 from dllm.errors import ConfigError
 from dllm.methods.diffusion.build import initial_model
-from dllm.methods.diffusion.strategy import DiffusionStrategy
 from dllm.training.distributed import PeerLost
 from tests.methods.diffusion.sharded_run import BUILTIN, FAMILIES, MIDDLE, SPLITS, STEPS
+from tests.methods.diffusion.strategies import strategy_of
 from tests.models.diffusion.remote_code import checkpoint
 from tests.training.test_distribution import finish, ranked
 
@@ -102,7 +102,7 @@ def test_recomputed_layers_keep_less_and_give_the_same_gradients(changes: dict) 
     for recompute in (False, True):
         section = {"activation_checkpointing": recompute, **changes}
         settings = Train.model_validate({"mode": "mdlm", "compute_dtype": "float32", "mdlm": section})
-        strategy = DiffusionStrategy(initial_model(BUILTIN, settings, "cpu").train(), SPLITS, settings)
+        strategy = strategy_of(initial_model(BUILTIN, settings, "cpu").train(), SPLITS, settings)
         held: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor, held: dict[int, int] = held) -> torch.Tensor:
@@ -131,7 +131,7 @@ def test_a_killed_rank_is_one_line(tmp_path: Path) -> None:
 
 def test_adapters_are_not_split() -> None:
     way = {"mode": "mdlm", "mdlm": {"fsdp": True, "lora": {"target_modules": ["q_proj"]}}}
-    with pytest.raises(ValueError, match="leave one of them out"):
+    with pytest.raises(ValueError, match="remove one of them"):
         Train.model_validate(way)
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dllm.config.diffusion import Mdlm
 from dllm.config.params import Target, Train
 from dllm.methods.diffusion.build import initial_model
-from dllm.methods.diffusion.strategy import DiffusionStrategy, padded_with_eos
+from dllm.methods.diffusion.masked import MaskedStrategy, padded_with_eos
+from dllm.methods.diffusion.settings import Mdlm
 from dllm.training.batches import Example
+from tests.methods.diffusion.strategies import strategy_of
 
 TARGET = Target(model="builtin:tiny", dtype="float32")
 
@@ -41,9 +42,9 @@ def model():
     return initial_model(TARGET, Train(mode="mdlm"), "cpu")
 
 
-def strategy(model, kind: str, **changes) -> DiffusionStrategy:
+def strategy(model, kind: str, **changes) -> MaskedStrategy:
     settings = Train.model_validate({"compute_dtype": "float32", **KINDS[kind], **changes})
-    return DiffusionStrategy(model, SPLITS, settings)
+    return strategy_of(model, SPLITS, settings)
 
 
 def sums(parts) -> dict[str, list[float]]:
@@ -102,7 +103,7 @@ def test_normalisers_differ_in_nothing_but_the_share_of_rows(model) -> None:
         section = {"mode": "mdlm", "compute_dtype": "float32", "mdlm": {"normaliser": normaliser}}
         settings = Train.model_validate(section)
         with torch.no_grad():
-            terms = DiffusionStrategy(model, {"train": equal, "heldout": []}, settings).terms("train", [0, 1, 2], 0)
+            terms = strategy_of(model, {"train": equal, "heldout": []}, settings).terms("train", [0, 1, 2], 0)
         found[normaliser] = terms.numerator.item() / terms.denominator
     assert found["sequence"] == pytest.approx(found["token"], rel=1e-5)
     assert found["batch"] == pytest.approx(10 * found["token"], rel=1e-5)
@@ -256,5 +257,5 @@ def test_exact_counts_estimate_no_likelihood(model) -> None:
 
 @pytest.mark.parametrize("mode", ["mdlm", "hybrid"])
 def test_a_block_size_that_changes_nothing_is_refused(mode) -> None:
-    with pytest.raises(ValueError, match="block_size changes nothing"):
+    with pytest.raises(ValueError, match="block_size has no effect"):
         Train.model_validate({"mode": mode, mode: {"block_size": 32}})

@@ -15,12 +15,13 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from dllm.config.params import Train
+from dllm.methods.diffusion.masked import MaskedStrategy
 from dllm.methods.diffusion.noise import Noise
-from dllm.methods.diffusion.strategy import DiffusionStrategy
 from dllm.tracking.runs import NullTracker
 from dllm.training.batches import Example
 from dllm.training.distributed import Ranks
 from dllm.training.loop import Loop
+from tests.methods.diffusion.strategies import strategy_of
 from tests.models.small_models import small_model
 
 CLOCKED = {"time", "mem", "tokens_per_s", "masked_tokens_per_s", "mfu"}
@@ -53,11 +54,11 @@ def settings(mode: str = "mdlm", section: dict | None = None, **changes) -> Trai
     return Train.model_validate({"mode": mode, "compute_dtype": "float32", mode: section or {}, **changes})
 
 
-def strategy(asked: Train, kind=DiffusionStrategy, eos: int | None = None, lengths=LENGTHS) -> DiffusionStrategy:
+def strategy(asked: Train, mixin: type = object, eos: int | None = None, lengths=LENGTHS) -> MaskedStrategy:
     model = small_model().requires_grad_(True)
     model.eos_ids = {eos} if eos else set()
     splits = {"train": rows("t", eos, lengths), "heldout": rows("h", eos)[:2]}
-    return kind(model, splits, asked)
+    return strategy_of(model, splits, asked, mixin)
 
 
 def supervised(lengths) -> list[int]:
@@ -86,7 +87,7 @@ def test_places_that_are_not_masked_get_no_gradient(lengths, seed, epoch, sectio
 def test_without_a_masked_token_the_diffusion_loss_is_0(mode, section) -> None:
     """Law: no mask: the loss is exactly 0, or the next-token loss alone, and every gradient is finite."""
     made = strategy(settings(mode, section))
-    made._draw = lambda *given: Noise(torch.zeros_like(given[-1]), torch.ones(len(given[-1])))  # type: ignore[method-assign]
+    made._draw = lambda *given: [Noise(torch.zeros_like(given[-1]), torch.ones(len(given[-1])))]  # type: ignore[method-assign]
     terms = made.terms("train", [0, 1, 2], 0)
     ahead = terms.counts["ar_nll"] if mode == "hybrid" else torch.zeros(1)
     assert terms.numerator.item() == pytest.approx(float(ahead), rel=1e-6, abs=0)
@@ -231,7 +232,7 @@ def test_the_joint_loss_is_next_token_prediction_and_a_share_of_diffusion(length
     assert float(found[alpha].numerator) == pytest.approx(whole, rel=1e-4)
 
 
-class Killed(DiffusionStrategy):
+class Killed:
     """Receives a signal in the middle of its third step."""
 
     calls = 0
@@ -243,9 +244,9 @@ class Killed(DiffusionStrategy):
         return super().terms(split, rows, epoch)
 
 
-def trained(work: Path, asked: Train, kind=DiffusionStrategy) -> Path:
+def trained(work: Path, asked: Train, mixin: type = object) -> Path:
     alone = Ranks(0, 1, torch.device("cpu"))
-    return Loop(strategy(asked, kind), asked, alone, work=work, tracker=NullTracker()).run().checkpoint
+    return Loop(strategy(asked, mixin), asked, alone, work=work, tracker=NullTracker()).run().checkpoint
 
 
 def journal(work: Path) -> list[dict]:

@@ -10,17 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dllm.config.diffusion import Mdlm
 from dllm.config.params import Target, Train
 from dllm.errors import ConfigError, ModelError
 from dllm.methods.diffusion.build import initial_model
-from dllm.methods.diffusion.strategy import DiffusionStrategy
+from dllm.methods.diffusion.masked import MaskedStrategy
+from dllm.methods.diffusion.settings import Mdlm
 from dllm.models.diffusion.bidirectional import BidirectionalLM
 from dllm.models.diffusion.lora import FILES
 from dllm.tracking.runs import NullTracker
 from dllm.training.batches import Example
 from dllm.training.distributed import Ranks
 from dllm.training.loop import Loop
+from tests.methods.diffusion.strategies import strategy_of
 from tests.models.diffusion.remote_code import checkpoint
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -45,12 +46,12 @@ def settings(**changes) -> Train:
     return Train.model_validate(values)
 
 
-def strategy(target: Target = TINY, **changes) -> DiffusionStrategy:
+def strategy(target: Target = TINY, **changes) -> MaskedStrategy:
     asked = settings(**changes)
-    return DiffusionStrategy(initial_model(target, asked, "cpu"), SPLITS, asked)
+    return strategy_of(initial_model(target, asked, "cpu"), SPLITS, asked)
 
 
-def run(made: DiffusionStrategy, work: Path):
+def run(made: MaskedStrategy, work: Path):
     return Loop(made, made.settings, ALONE, work=work, tracker=NullTracker()).run()
 
 
@@ -82,7 +83,7 @@ def test_merged_the_model_says_what_it_said_adapted(tmp_path: Path) -> None:
     assert not any("lora" in name for name in load_file(tmp_path / "export" / "model.safetensors"))
 
 
-class Stopped(DiffusionStrategy):
+class Stopped:
     """Is told to end in its fourth step, between two checkpoints."""
 
     steps = 0
@@ -98,7 +99,7 @@ def test_a_stopped_run_goes_on_bitwise(tmp_path: Path) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     run(strategy(), straight)
     with pytest.raises(SystemExit):
-        run(Stopped(initial_model(TINY, settings(), "cpu"), SPLITS, settings()), stopped)
+        run(strategy_of(initial_model(TINY, settings(), "cpu"), SPLITS, settings(), Stopped), stopped)
     assert (stopped / "checkpoints" / "latest").read_text() == "step-000004\n"
     run(strategy(), stopped)
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):

@@ -1,0 +1,204 @@
+"""Evaluation of a draft: acceptance length and speedup of speculative decoding on held-out prompts.
+
+Each prompt is decoded autoregressively and speculatively, one directly after the other in one process and in
+alternating order, so that drift of the machine affects both. A few prompts are decoded again in float32, where both
+must give the same ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dllm.config.params import Params
+from dllm.decoding.acceptance import Acceptance
+from dllm.decoding.comparison import Comparison, Pair, figures, table
+from dllm.decoding.speculative import Decoder
+from dllm.errors import DataError
+from dllm.files import atomic_write
+from dllm.methods.dflash import curve
+from dllm.methods.method import EvaluateContext, Evaluation
+from dllm.models import targets
+from dllm.models.drafts.checkpoint import load_draft
+from dllm.models.packing import packed_linears
+from dllm.progress import Progress
+from dllm.prompts.table import HELDOUT, read_prompts
+from dllm.prompts.template import prompt_ids
+
+WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out prompt as ids."""
+
+    id: str
+    source: str
+    ids: tuple[int, ...]
+
+
+def evaluate(ctx: EvaluateContext) -> Evaluation:
+    """Measure the trained draft.
+
+    Raises:
+        DataError: there is no held-out prompt that fits the target.
+        ModelError: the target or the draft is missing, or they do not fit each other.
+    """
+    params = ctx.params
+    comparison = _load(ctx, params.target.dtype)
+    speculative = comparison.speculative
+    tokenizer = targets.load_tokenizer(params.target)
+    stop_ids = targets.stop_ids(speculative.model, tokenizer)
+    questions, excluded = _questions(params, ctx.root, tokenizer, speculative.limit)
+    draft, device = speculative.draft, speculative.model.device
+    assert draft is not None
+    parts = ctx.work / "prompts"
+    with packed_linears(speculative.model, draft):  # both ways of decoding gain from it
+        pairs = _compare(params, parts, comparison, questions, stop_ids)
+    metrics = {
+        **figures(pairs, speculative.block_size),
+        "by_source": {
+            source: figures([p for p in pairs if p.source == source], speculative.block_size)
+            for source in sorted({p.source for p in pairs})
+        },
+        "block_size": speculative.block_size,
+        "draft_params": sum(parameter.numel() for parameter in draft.parameters()),
+        "draft_layers": draft.config.num_hidden_layers,
+        **excluded,
+        "heldout_digest": _heldout_digest([q.id for q in questions], params.evaluate.max_new_tokens),
+        "dtype": params.target.dtype,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
+    del comparison, speculative, draft  # the float32 target needs the memory
+    metrics |= _check_identity(ctx, questions[: params.evaluate.identity_prompts], stop_ids)
+    return _write(ctx, pairs, metrics, scratch=parts)
+
+
+def _load(ctx: EvaluateContext, dtype: str) -> Comparison:
+    model = targets.load_target(ctx.params.target, dtype)
+    draft = load_draft(ctx.checkpoint, model.config).to(model.device, model.dtype)
+    return Comparison(Decoder(model), Decoder(model, draft, ctx.params.evaluate.block_size))
+
+
+def _questions(params: Params, root: Path, tokenizer: Any, limit: int) -> tuple[list[Question], dict[str, int]]:
+    """Take the first held-out prompts of each source by id; count those that leave no room for a response, or that
+    the chat template refuses."""
+    taken: dict[str, list[Question]] = {}
+    excluded = {"prompts_too_long": 0, "prompts_refused": 0}
+    refusal: DataError | None = None
+    for prompt in read_prompts(root / "out" / "prepare", HELDOUT):
+        same_source = taken.setdefault(prompt.source, [])
+        if len(same_source) == params.evaluate.num_prompts:
+            continue
+        try:
+            ids = prompt_ids(tokenizer, prompt.messages, params.target.enable_thinking, tools=prompt.tools)
+        except DataError as error:  # regenerate has excluded it, too
+            refusal, excluded["prompts_refused"] = error, excluded["prompts_refused"] + 1
+            continue
+        if len(ids) >= limit:
+            excluded["prompts_too_long"] += 1
+        else:
+            same_source.append(Question(prompt.id, prompt.source, tuple(ids)))
+    questions = sorted((q for same_source in taken.values() for q in same_source), key=lambda q: q.id)
+    if refusal and not questions:
+        raise refusal
+    if not questions:
+        long = excluded["prompts_too_long"]
+        raise DataError(
+            "no held-out prompt to evaluate on",
+            where=str(root / "out" / "prepare"),
+            hint=f"{long} were longer than the target's {limit} positions; raise prepare.heldout_fraction",
+        )
+    return questions, excluded
+
+
+def _compare(
+    params: Params, parts: Path, comparison: Comparison, questions: Sequence[Question], stop_ids: set[int]
+) -> list[Pair]:
+    """Decode every question both ways; finished ones stay in `parts`, each with its two times from one process."""
+    parts.mkdir(exist_ok=True)
+    done = {q.id: pair for q in questions if (pair := _finished(parts / f"{q.id}.json")) is not None}
+    left = [(index, q) for index, q in enumerate(questions) if q.id not in done]
+    if left:
+        comparison.decode(left[0][1].ids, max_new_tokens=WARM_UP_TOKENS, stop_ids=stop_ids)
+    with Progress("evaluate", len(questions), "prompts", initial=len(done)) as progress:
+        for index, question in left:
+            pair = comparison.decode(
+                question.ids,
+                max_new_tokens=params.evaluate.max_new_tokens,
+                stop_ids=stop_ids,
+                prompt_id=question.id,
+                source=question.source,
+                speculative_first=index % 2 == 1,
+            )
+            atomic_write(parts / f"{question.id}.json", json.dumps(pair.to_json()).encode())
+            done[question.id] = pair
+            so_far = figures(list(done.values()), comparison.speculative.block_size)
+            shown = {"tau": so_far["tau_micro"], "speedup": so_far["speedup"]}
+            progress.update(1, **{name: value for name, value in shown.items() if value is not None})
+    return [done[q.id] for q in questions]
+
+
+def _finished(path: Path) -> Pair | None:
+    try:
+        return Pair.from_json(json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError, TypeError, KeyError):  # not there, or torn by a power cut
+        return None
+
+
+def _check_identity(ctx: EvaluateContext, questions: Sequence[Question], stop_ids: set[int]) -> dict[str, Any]:
+    """Decode a few questions both ways in float32, where rounding no longer decides between tokens."""
+    if not questions:
+        return {"greedy_identical": None, "identity_prompts": 0, "identity_identical": 0}
+    comparison = _load(ctx, "float32")
+    identical = 0
+    with Progress("evaluate: same ids in float32", len(questions), "prompts") as progress:
+        for question in questions:
+            tokens = ctx.params.evaluate.max_new_tokens
+            pair = comparison.decode(question.ids, max_new_tokens=tokens, stop_ids=stop_ids)
+            identical += pair.identical
+            progress.update(1, identical=identical)
+            if not pair.identical:
+                note = f"evaluate: float32 ids differ after {pair.same_prefix} tokens on prompt {question.id}"
+                print(note, file=sys.stderr, flush=True)
+    return {
+        "greedy_identical": identical == len(questions),
+        "identity_prompts": len(questions),
+        "identity_identical": identical,
+    }
+
+
+def _heldout_digest(ids: Sequence[str], max_new_tokens: int) -> str:
+    """Name the data, so that two checkpoints are compared on the same prompts only."""
+    return hashlib.sha256("\n".join([str(max_new_tokens), *ids]).encode()).hexdigest()[:16]
+
+
+def _write(ctx: EvaluateContext, pairs: Sequence[Pair], metrics: dict[str, Any], scratch: Path) -> Evaluation:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    picture, curves, rows = (ctx.work / name for name in ("evaluation.png", "acceptance.json", "prompts.parquet"))
+    title = f"{ctx.params.target.model.removeprefix('builtin:')}, block {metrics['block_size']}"
+    curve.draw(metrics, picture, title)
+    kept = Acceptance(2).figures().keys()
+    parts = {"all": metrics, **metrics["by_source"]}
+    by_part = {name: {key: part[key] for key in kept} for name, part in parts.items()}
+    curves.write_text(json.dumps({"block_size": metrics["block_size"], **by_part}, indent=2) + "\n")
+    columns = table(pairs)
+    with rows.open("wb") as file:
+        pq.write_table(pa.table(columns), file)
+    offsets = zip(metrics["acceptance_by_offset"], metrics["conditional_acceptance_by_offset"], strict=True)
+    for k, (accepted, conditional) in enumerate(offsets, start=1):
+        both = {"acceptance_at_offset": accepted, "conditional_acceptance_at_offset": conditional}
+        ctx.tracker.log_metrics({name: value for name, value in both.items() if value is not None}, k)
+    ctx.tracker.log_table(columns, "prompts.json")
+    ctx.tracker.log_artifact(curves)
+    return Evaluation(metrics, picture, {path.name: path for path in (curves, rows)}, scratch=[scratch])

@@ -1,0 +1,127 @@
+"""The method `dflash`: a draft model for speculative decoding, trained on hidden states of the frozen target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from dllm.config.section import Section
+from dllm.methods.dflash.settings import Dflash
+from dllm.methods.figures import DASH, Records, Row, Table, count, number
+from dllm.methods.method import EvaluateContext, Evaluation, Method, Publication, Score, TrainContext
+
+if TYPE_CHECKING:
+    from dllm.config.params import Params
+    from dllm.methods.dflash.strategy import DflashStrategy
+    from dllm.training.loop import Outcome
+
+FEATURES = Path("work", "features")
+"""Caches of the target's hidden states, shared by all configurations: gigabytes, faster to read than to compute."""
+
+
+class DflashMethod:
+    """Train a DFlash draft, and measure its acceptance length in speculative decoding."""
+
+    settings = Dflash
+    evaluation: Mapping[str, type[Section]] = {}
+    reads: Mapping[str, str] = {"prompts": "out/prepare/prompts.parquet"}
+
+    def check(self, params: Params) -> None:
+        block = cast(Dflash, params.train.method_settings).block_size
+        if block and params.evaluate.block_size > block:
+            raise ValueError(
+                f"evaluate.block_size is {params.evaluate.block_size}, larger than train.dflash.block_size {block}; "
+                "a draft cannot be decoded with larger blocks than it was trained on"
+            )
+
+    def build(self, ctx: TrainContext[Dflash]) -> DflashStrategy:
+        from dllm.methods.dflash.build import initial_draft
+        from dllm.methods.dflash.feature_source import CachedFeatures, OnlineFeatures
+        from dllm.methods.dflash.strategy import DflashStrategy
+        from dllm.models import targets
+
+        settings, params = ctx.settings, ctx.params
+        target = targets.load_target(params.target, device=ctx.ranks.device)
+        tokenizer = targets.load_tokenizer(params.target)
+        draft = initial_draft(settings, target, tokenizer, params.train.seed).to(ctx.ranks.device)
+        embedding_VD: Any = target.get_input_embeddings().weight
+        head_VD: Any = target.get_output_embeddings().weight
+        layer_ids = draft.config.target_layer_ids
+        source: CachedFeatures | OnlineFeatures
+        if settings.features == "cached":
+            source = CachedFeatures(
+                ctx.root / FEATURES,
+                ctx.splits,
+                identity=dict(ctx.target),
+                layer_ids=layer_ids,
+                dtype=params.target.dtype,
+                with_last=settings.distill > 0,
+            )
+            source.fill(target, ctx.ranks)
+        else:
+            source = OnlineFeatures(target, layer_ids, ctx.splits, with_last=settings.distill > 0)
+        del target  # with cached features only its embedding and head stay in memory
+        return DflashStrategy(draft, embedding_VD, head_VD, ctx.splits, source, params.train)
+
+    def sizes(self, strategy: DflashStrategy) -> dict[str, int | None]:
+        size = sum(parameter.numel() for parameter in strategy.model.parameters())
+        return {"draft_params": size, "block_size": strategy.model.config.block_size}
+
+    def publish(self, ctx: TrainContext[Dflash], strategy: DflashStrategy, outcome: Outcome, work: Path) -> Publication:
+        from dllm.methods.dflash.feature_source import forget_old
+        from dllm.models.drafts.checkpoint import load_draft, save_draft
+
+        export = work / "export"
+        save_draft(load_draft(outcome.checkpoint), export, strategy.dtype)
+        forget_old(ctx.root / FEATURES)
+        offsets = [f"draft_acc_k{k}" for k in range(1, strategy.model.config.block_size)]
+        panels = [["loss"], ["acceptance_length"], ["draft_acc", *offsets]]
+        return Publication({name: export / name for name in ("config.json", "model.safetensors")}, panels)
+
+    def evaluate(self, ctx: EvaluateContext) -> Evaluation:
+        from dllm.methods.dflash.evaluate import evaluate
+
+        return evaluate(ctx)
+
+    def score(self, metrics: Mapping[str, Any]) -> Score:
+        return Score("tau_micro", "τ", metrics["tau_micro"])
+
+    def rows(self, metrics: Records) -> Iterator[Row]:
+        trained, found = metrics.get("train", {}), metrics.get("evaluate", {})
+        yield "draft parameters", count(trained.get("draft_params"))
+        yield "draft_acc, held-out text", number(trained.get("val_draft_acc"), 3)
+        yield "τ micro, held-out prompts", number(found.get("tau_micro"), 2)
+        yield "τ macro, held-out prompts", number(found.get("tau_macro"), 2)
+        yield "tokens/s autoregressive", number(found.get("tokens_per_s_ar"), 1)
+        yield "tokens/s speculative", number(found.get("tokens_per_s_spec"), 1)
+        yield "speculative / autoregressive", f"{number(found.get('speedup'), 2)} ×"
+        same = found.get("greedy_identical")
+        yield "same ids as greedy, float32", DASH if same is None else "yes" if same is True else f"NO ({same})"
+
+    def tables(self, metrics: Records) -> Iterator[Table]:
+        trained, found = metrics.get("train", {}), metrics.get("evaluate", {})
+        columns: dict[str, list[float | None]] = {
+            "draft_acc_k": [],
+            "accepted given k-1": found.get("conditional_acceptance_by_offset") or [],
+            "accepted": found.get("acceptance_by_offset") or [],
+        }
+        while (accuracy := trained.get(f"val_draft_acc_k{len(columns['draft_acc_k']) + 1}")) is not None:
+            columns["draft_acc_k"].append(accuracy)
+        length = max(map(len, columns.values()))
+        if length:
+            rows = [
+                {"k": k + 1} | {name: values[k] if k < len(values) else None for name, values in columns.items()}
+                for k in range(length)
+            ]
+            yield Table(
+                "acceptance-curve",
+                "by offset in the block",
+                "Accuracy on held-out text and acceptance on held-out prompts, by offset in the block.",
+                rows,
+                digits=dict.fromkeys(columns, 3),
+                bar="accepted",
+            )
+
+
+DFLASH: Method[Dflash] = DflashMethod()

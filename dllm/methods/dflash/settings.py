@@ -1,0 +1,60 @@
+"""Settings of the method `dflash`: the section `train.dflash` of params.yaml."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from dllm.config.section import Fraction, NonNegativeInt, PositiveInt, Section
+
+
+class Draft(Section):
+    """The block-diffusion draft model that is trained."""
+
+    init: str = "random"
+    """`random` (with the shapes of the target), `target` (layers are copies of the last layers of the target), or a
+    published draft: a directory or a Hugging Face id."""
+    num_hidden_layers: PositiveInt = 5
+    num_target_layers_tapped: PositiveInt = 5
+    """Number of evenly spaced target layers whose hidden states the draft reads, if `target_layer_ids` is null."""
+    target_layer_ids: list[NonNegativeInt] | None = None
+    """0-based decoder layers of the target whose outputs the draft reads."""
+    sliding_window: PositiveInt | None = None
+    """Context window of every draft layer; null attends to the whole context."""
+
+
+class Dflash(Section):
+    """Block diffusion conditioned on hidden states of the target (DFlash paper, section 4 and appendix A.1)."""
+
+    block_size: NonNegativeInt = 16
+    """Positions per block: one clean anchor and block_size - 1 masks. 0 takes the block size of a published draft."""
+    loss_decay_gamma: Annotated[float, Field(ge=0)] = 0.0
+    """Decay of the loss over the offsets of a block. 0 takes the paper's value: 7, 5, 4 for blocks of 16, 10, 8."""
+    loss: Literal["decay", "dpace"] = "decay"
+    """`decay`: exp(-(k-1)/gamma) weights; `dpace`: weights from the confidence of the draft (D-PACE, alpha 0.5)."""
+    distill: Fraction = 0.0
+    """Weight of the distillation term, the cross-entropy against the next-token distribution of the target; the
+    cross-entropy against its tokens has the rest. 0 is the loss of the paper."""
+    mask_token_id: NonNegativeInt | None = None
+    """Mask token id; null takes it from the tokenizer. It must be a row of the target's embedding."""
+    num_blocks_per_sample: PositiveInt = 512
+    """Anchors per sequence and epoch."""
+    anchor_sampling: Literal["without_replacement", "with_replacement", "non_overlapping"] = "without_replacement"
+    """All three sample from supervised positions; `with_replacement` is the independent sampling of the paper."""
+    features: Literal["cached", "online"] = "cached"
+    """Hidden states of the target: cached on disk once, or computed for every batch."""
+    loss_vocab: Literal["full", "corpus"] = "full"
+    """`corpus` restricts softmax and accuracy of training steps to tokens that occur in training responses; validation
+    always uses the full vocabulary."""
+    ce_chunk_size: PositiveInt = 256
+    """Block positions per chunk of the cross-entropy, whose logits exist at one time."""
+    draft: Draft = Draft()
+
+    @model_validator(mode="after")
+    def _block_has_masks(self) -> Dflash:
+        if self.block_size == 1:
+            raise ValueError("block_size must be 0 (the draft's) or at least 2: a block of 1 has nothing to predict")
+        if self.block_size == 0 and self.draft.init in ("random", "target"):
+            raise ValueError("block_size 0 reads the draft's, but draft.init makes a new draft; name a size such as 16")
+        return self

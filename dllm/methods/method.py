@@ -1,0 +1,132 @@
+"""The seam for training methods: what the stages, the report and params.yaml ask of the method that `train.mode` names.
+
+A method is an instance in `dllm.registry.METHODS`. Its module is imported when params.yaml is loaded, at the latest:
+it imports torch, transformers and `dllm.config.params` inside the functions that need them, or for typing only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from dllm.config.section import Section
+from dllm.methods.figures import Records, Row, Table
+
+if TYPE_CHECKING:
+    from dllm.config.params import Params
+    from dllm.tracking.runs import Tracker
+    from dllm.training.batches import Example
+    from dllm.training.distributed import Ranks
+    from dllm.training.loop import Outcome
+    from dllm.training.strategy import Split, Strategy
+
+Settings = TypeVar("Settings", bound=Section)
+
+
+@dataclass(frozen=True)
+class Score:
+    """The figure by which the registry compares two checkpoints; larger is better."""
+
+    key: str
+    """Its name in out/register/metrics.json."""
+    name: str
+    """Its name in the verdict."""
+    value: float
+
+
+@dataclass(frozen=True)
+class TrainContext(Generic[Settings]):
+    """One run of the stage `train`, on each of its ranks."""
+
+    params: Params
+    settings: Settings
+    """The method's section of `train`."""
+    root: Path
+    ranks: Ranks
+    target: Mapping[str, Any]
+    """Identity of the target."""
+    splits: Mapping[Split, Sequence[Example]]
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What a trained model leaves in out/train/, besides the log and the metrics.
+
+    Each maps a name, which may hold `/`, to a file in work.
+    """
+
+    checkpoint: Mapping[str, Path]
+    """Files of out/train/checkpoint/, which is registered."""
+    panels: Sequence[Sequence[str]]
+    """Metrics that share a panel of curves.png, panel by panel."""
+    evaluation: Mapping[str, Path] = field(default_factory=dict)
+    """Files of out/train/evaluation/: inputs of this method's evaluation other than the prompts and the checkpoint."""
+    beside: Mapping[str, Path] = field(default_factory=dict)
+    """Other files of out/train/."""
+
+
+@dataclass(frozen=True)
+class EvaluateContext:
+    """One run of the stage `evaluate`."""
+
+    params: Params
+    root: Path
+    work: Path
+    """Scratch of this configuration; it is kept when a run is killed."""
+    tracker: Tracker
+
+    @property
+    def checkpoint(self) -> Path:
+        """The trained checkpoint."""
+        return self.root / "out" / "train" / "checkpoint"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    metrics: dict[str, Any]
+    """metrics.json; `heldout_digest` names the data, so that only scores on the same data are compared."""
+    picture: Path
+    """A PNG."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Other files of out/evaluate/: name to a file in work."""
+    scratch: Sequence[Path] = ()
+    """Folders in work to delete after publication, so that the next run measures again."""
+
+
+class Method(Protocol[Settings]):
+    """A way to train: its settings, its strategy, its checkpoint and its evaluation."""
+
+    settings: type[Settings]
+    """Its section of params.yaml under `train`, with a default for every key."""
+    evaluation: Mapping[str, type[Section]]
+    """Sections of `evaluate` that it adds, by name; methods may share one."""
+    reads: Mapping[str, str]
+    """Inputs of its evaluation besides the checkpoint: name to path in the project. dvc.yaml lists the paths."""
+
+    def check(self, params: Params) -> None:
+        """Raise ValueError where settings of several sections conflict under this method."""
+
+    def build(self, ctx: TrainContext[Settings]) -> Strategy:
+        """Load the models and data that are trained; all ranks call it."""
+
+    def sizes(self, strategy: Any) -> Mapping[str, int | None]:
+        """Return the sizes of the trained model for out/train/metrics.json."""
+
+    def publish(self, ctx: TrainContext[Settings], strategy: Any, outcome: Outcome, work: Path) -> Publication:
+        """Export the best checkpoint into work, in train.compute_dtype; rank 0 alone calls it."""
+
+    def evaluate(self, ctx: EvaluateContext) -> Evaluation:
+        """Measure the trained checkpoint."""
+
+    def score(self, metrics: Mapping[str, Any]) -> Score:
+        """Return the score in a metrics.json of its evaluation; KeyError where it has none."""
+
+    def rows(self, metrics: Records) -> Iterable[Row]:
+        """Label and format the main figures of train and evaluate, with dashes for those of a missing stage."""
+
+    def tables(self, metrics: Records) -> Iterable[Table]:
+        """Return the tables for which there are figures."""
