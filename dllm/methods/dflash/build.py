@@ -8,9 +8,9 @@ import torch
 
 from dllm.config.params import Dflash
 from dllm.errors import ModelError
-from dllm.methods.dflash.mask_token import resolve_mask_id
 from dllm.models.drafts.config import for_target
 from dllm.models.drafts.dflash import DFlashDraft
+from dllm.models.mask_token import draft_mask_id
 from dllm.models.targets import stop_ids
 
 
@@ -36,7 +36,7 @@ def initial_draft(settings: Dflash, target: Any, tokenizer: Any, seed: int) -> D
         target.config,
         num_hidden_layers=wanted.num_hidden_layers,
         block_size=settings.block_size,
-        mask_token_id=resolve_mask_id(settings.mask_token_id, tokenizer, rows, stops),
+        mask_token_id=draft_mask_id(settings.mask_token_id, tokenizer, rows, stops),
         taps=wanted.num_target_layers_tapped,
         target_layer_ids=tuple(wanted.target_layer_ids) if wanted.target_layer_ids else None,
         sliding_window=wanted.sliding_window,
@@ -59,7 +59,7 @@ def _published(settings: Dflash, target: Any, tokenizer: Any, rows: int, stops: 
             where="train.dflash.mask_token_id",
             hint="leave it null to take the draft's",
         )
-    resolve_mask_id(shape.mask_token_id, tokenizer, rows, stops)
+    draft_mask_id(shape.mask_token_id, tokenizer, rows, stops)
     if settings.block_size:
         draft.config = shape.with_block_size(settings.block_size)
     return draft

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.methods.dflash.anchors import Anchors
-from dllm.methods.dflash.loss import decay_weights, dpace_weights, linear_cross_entropy
+from dllm.methods.dflash.loss import decay_weights, dpace_weights
 from dllm.models.drafts.dflash import DFlashDraft
+from dllm.training.cross_entropy import frozen_head_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def dflash_terms(
     if vocab_ids is not None:
         ids_M = torch.searchsorted(vocab_ids, ids_M)
     teacher_MD = teacher_hidden(batch, anchors, labels) if distill else None
-    loss_M, nll_M, hit_M = linear_cross_entropy(hidden_MD, head_VD, ids_M, chunk, teacher_MD, distill)
+    loss_M, nll_M, hit_M = frozen_head_cross_entropy(hidden_MD, head_VD, ids_M, chunk, teacher_MD, distill)
     if loss == "dpace":
         prob_BNP = torch.ones(valid.shape, device=valid.device).masked_scatter(valid, (-nll_M).exp())
         weights_M = dpace_weights(prob_BNP, valid)[valid]
