@@ -22,11 +22,11 @@ from torch import nn
 
 from dllm.methods.dflash.anchors import draw_anchors
 from dllm.methods.dflash.objective import Batch, dflash_terms
-from dllm.models.drafts.config import DraftConfig
+from dllm.models.drafts.config import DFlashConfig
 from dllm.models.drafts.dflash import DFlashDraft
 
 BATCH, LENGTH, ANCHORS, BLOCK, LAYERS, PROMPT, GAMMA = 8, 240, 48, 8, 2, 92, 4.0
-CONFIG = DraftConfig(
+CONFIG = DFlashConfig(
     hidden_size=576,
     intermediate_size=1536,
     num_hidden_layers=LAYERS,

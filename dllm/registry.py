@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dllm.errors import ConfigError
 
@@ -74,3 +74,16 @@ class Registry(Generic[Member]):
         """Import every member, and yield it with its name."""
         for name in self:
             yield name, self[name]
+
+
+DRAFTS: Registry[Any] = Registry("drafts", {"dflash": "dllm.models.drafts.dflash:DFlashDraft"})
+"""Draft architectures: classes like `dllm.models.drafts.protocol.Draft`; `train.dflash.draft.architecture`."""
+
+OBJECTIVES: Registry[Any] = Registry(
+    "objectives",
+    {
+        "decay": "dllm.methods.dflash.objectives:decay",
+        "dpace": "dllm.methods.dflash.objectives:dpace",
+    },
+)
+"""Losses of a draft: functions like `dllm.methods.dflash.objectives.Objective`; `train.dflash.loss`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     Field,
     SerializerFunctionWrapHandler,
     model_serializer,
@@ -17,6 +18,7 @@ from pydantic import (
 
 from dllm.config.diffusion import DiffusionEvaluation, Hybrid, Mdlm
 from dllm.config.section import Fraction, NonNegativeInt, PositiveInt, Section
+from dllm.registry import DRAFTS, OBJECTIVES
 
 
 class Target(Section):
@@ -122,9 +124,10 @@ class Regenerate(Section):
 class Draft(Section):
     """The small block-diffusion model that is trained."""
 
+    architecture: Annotated[str, AfterValidator(DRAFTS.check)] = "dflash"
+    """Draft architecture, such as `dflash`."""
     init: str = "random"
-    """`random` (sized by the target), `target` (layers start as copies of the target's last ones), or a published
-    draft: a directory or a Hugging Face id."""
+    """`random` (sized by the target), or a published draft to start from: a directory or a Hugging Face id."""
     num_hidden_layers: PositiveInt = 5
     num_target_layers_tapped: PositiveInt = 5
     """How many target layers are tapped, evenly spread, where `target_layer_ids` is null."""
@@ -141,10 +144,10 @@ class Dflash(Section):
     """Slots a block: one clean anchor and block_size - 1 masks. 0 reads the draft's."""
     loss_decay_gamma: Annotated[float, Field(ge=0)] = 0.0
     """Decay of the loss over a block's offsets. 0 takes the paper's: 7, 5, 4 for blocks of 16, 10, 8."""
-    loss: Literal["decay", "dpace"] = "decay"
+    loss: Annotated[str, AfterValidator(OBJECTIVES.check)] = "decay"
     """`decay`: exp(-(k-1)/gamma) weights; `dpace`: weights from the draft's own confidence (D-PACE, alpha 0.5)."""
     distill: Fraction = 0.0
-    """Share of the loss that asks for the target's whole next-token distribution instead of the one token it wrote.
+    """Share of the loss against the target's whole next-token distribution instead of the one token it generated.
     0 is the paper's loss."""
     mask_token_id: NonNegativeInt | None = None
     """Id fed at masked slots; null resolves it from the tokenizer. It must be a row of the target's embedding."""
@@ -165,7 +168,7 @@ class Dflash(Section):
     def _block_has_masks(self) -> Dflash:
         if self.block_size == 1:
             raise ValueError("block_size must be 0 (the draft's) or at least 2: a block of 1 has nothing to predict")
-        if self.block_size == 0 and self.draft.init in ("random", "target"):
+        if self.block_size == 0 and self.draft.init == "random":
             raise ValueError("block_size 0 reads the draft's, but draft.init makes a new draft; name a size such as 16")
         return self
 

@@ -16,7 +16,7 @@ from dllm.config.params import Params, Target, Train
 from dllm.stages.workspace import Stage, open_stage
 
 if TYPE_CHECKING:
-    from dllm.methods.dflash.feature_source import CachedFeatures, OnlineFeatures
+    from dllm.methods.dflash.features import CachedFeatures, OnlineFeatures
     from dllm.methods.dflash.strategy import DflashStrategy
     from dllm.methods.diffusion.strategy import DiffusionStrategy
     from dllm.training.batches import Examples
@@ -56,7 +56,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
 def _train(params: Params, root: Path, stage: Stage, ranks: Ranks, identity: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from dllm.methods.dflash import feature_source
+    from dllm.methods.dflash import features
     from dllm.methods.diffusion.strategy import DiffusionStrategy
     from dllm.training.loop import Loop
 
@@ -79,7 +79,7 @@ def _train(params: Params, root: Path, stage: Stage, ranks: Ranks, identity: dic
             _publish_model(stage, strategy, outcome, metrics, dtype)
         else:
             _publish_draft(stage, strategy, outcome, metrics, dtype)
-        feature_source.forget_old(root / FEATURES)
+        features.forget_old(root / FEATURES)
     return metrics
 
 
@@ -87,7 +87,7 @@ def _dflash(
     params: Params, root: Path, ranks: Ranks, identity: dict[str, Any], splits: Mapping[Split, list[Any]]
 ) -> DflashStrategy:
     from dllm.methods.dflash.build import initial_draft
-    from dllm.methods.dflash.feature_source import CachedFeatures, OnlineFeatures
+    from dllm.methods.dflash.features import CachedFeatures, OnlineFeatures
     from dllm.methods.dflash.strategy import DflashStrategy
     from dllm.models import targets
 

@@ -1,10 +1,12 @@
-"""The acceptance picture: how far the target agrees with the draft, and how many tokens a round brings."""
+"""The acceptance picture: acceptance by offset, and the tokens emitted per round."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dllm.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,10 +16,10 @@ GIVEN, REACHED, BARS = "#d9822b", "#2b6cb0", "#90b4d8"
 
 
 def draw(figures: Mapping[str, Any], path: Path, title: str) -> None:
-    """Draw acceptance by offset and the spread of tokens a round as a PNG.
+    """Draw acceptance by offset and the distribution of tokens per round as a PNG.
 
     Args:
-        figures: what `Acceptance.figures` returns, with `speedup` where it was measured.
+        figures: what `Acceptance.figures` returns, with `speedup` if it was measured.
         path: where the PNG goes.
         title: what was decoded, e.g. the target's name.
     """
@@ -30,9 +32,8 @@ def draw(figures: Mapping[str, Any], path: Path, title: str) -> None:
     _draw_curve(curve, figures["acceptance_by_offset"], figures["conditional_acceptance_by_offset"])
     _draw_spread(spread, figures["accepted_histogram"], figures["tau_micro"])
     figure.suptitle(_headline(figures, title), x=0.01, ha="left", color=INK, fontsize=12, fontweight="bold")
-    aside = path.with_name(f".{path.name}.partial")
-    figure.savefig(aside, format="png")
-    aside.rename(path)
+    with atomic_path(path) as aside:
+        figure.savefig(aside, format="png")
 
 
 def _headline(figures: Mapping[str, Any], title: str) -> str:
@@ -53,7 +54,7 @@ def _draw_curve(axes: Axes, reached: list[float | None], given: list[float | Non
         if not points:
             continue
         axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=5, linewidth=2, label=label)
-    # Many offsets would write over each other: then only the ends are labelled.
+    # Many labels would overlap: then only the ends have one.
     last = len(reached)
     for k, value in enumerate(reached, start=1):
         if value is not None and (last <= 9 or k in (1, last)):
@@ -89,7 +90,7 @@ def _draw_spread(axes: Axes, histogram: list[int], tau: float | None) -> None:
             fontsize=9,
             color=INK,
         )
-    _style(axes, "Tokens a round", "tokens that held, the target's own included", "% of rounds")
+    _style(axes, "Tokens per round", "tokens emitted, the bonus token included", "% of rounds")
     axes.set_xticks(range(1, len(histogram), 1 if len(histogram) <= 17 else 4))
 
 

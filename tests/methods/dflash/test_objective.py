@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.methods.dflash.anchors import Anchors, candidates, draw_anchors
-from dllm.methods.dflash.loss import decay_weights, dpace_weights
-from dllm.methods.dflash.objective import Batch, block_labels, denominator, dflash_terms
+from dllm.methods.dflash.objective import Batch, block_labels, dflash_terms
+from dllm.methods.dflash.objectives import decay_weights, dpace_weights
 from tests.models.drafts.test_attention import tiny_draft
 
 SAMPLINGS = ["without_replacement", "with_replacement", "non_overlapping"]
@@ -135,7 +135,8 @@ def test_denominator_is_the_sum_of_the_weights_that_count():
         math.exp(-k / 2.0) for row in labels.valid_BNP.flatten(0, 1).tolist() for k, counts in enumerate(row) if counts
     )
     assert terms.denominator == pytest.approx(by_hand, rel=1e-6)
-    assert denominator(labels, 4, gamma=2.0, loss="decay") == terms.denominator
+    blocks = terms_of(tiny_draft(), batch_of(3), [0, 1, 2], loss="dpace")[0].denominator
+    assert blocks == labels.valid_BNP.any(-1).sum()
 
 
 def test_runs_and_counts_match_a_plain_loop():
@@ -146,7 +147,7 @@ def test_runs_and_counts_match_a_plain_loop():
     table = torch.randn(50, 32, generator=generator)
     tokens = part.input_ids_BS.gather(1, anchors.pos_BN)
     embeds = torch.cat([table[tokens][:, :, None], table[49].expand(*tokens.shape, 3, -1)], 2)
-    best = (draft(embeds, draft.project(part.features_BSF), anchors.pos_BN, anchors.keep_BN) @ table.T).argmax(-1)
+    best = (draft(embeds, part.features_BSF, anchors.pos_BN, anchors.keep_BN) @ table.T).argmax(-1)
     runs = blocks = 0
     correct = [0, 0, 0]
     for b, n in anchors.keep_BN.nonzero().tolist():
@@ -175,7 +176,7 @@ def test_a_smaller_vocabulary_that_holds_every_label_changes_only_the_normaliser
 
 
 def test_a_few_steps_teach_a_block_by_heart():
-    """The serving gate in small: on one sample the draft must come to foresee whole blocks."""
+    """The serving gate in small: on one sample the draft must come to predict whole blocks."""
     draft, batch = tiny_draft(), batch_of(1)
     optimizer = torch.optim.Adam(draft.parameters(), lr=0.01)
     for _ in range(150):
