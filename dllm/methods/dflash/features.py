@@ -58,7 +58,7 @@ class FeatureCache:
 
     def __init__(self, directory: Path, rows: Sequence[Sequence[int]], with_last: bool = False) -> None:
         self.directory, self.rows, self.with_last = directory, rows, with_last
-        # Similar lengths side by side waste little on padding when the target runs over them.
+        # Rows of similar length in one part need little padding when the target runs over them.
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
         self.parts: list[list[int]] = []
         tokens = TOKENS_A_PART

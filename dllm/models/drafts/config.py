@@ -101,7 +101,7 @@ def for_target(
     """Size a new draft by a target's transformers config: same width, heads, RoPE and vocabulary.
 
     Raises:
-        ModelError: the target has too few layers for the taps, or a tap names a layer it does not have.
+        ModelError: the target has too few layers for the taps, or a tapped layer does not exist.
     """
     layers = target.num_hidden_layers
     ids = target_layer_ids or tuple(layer_ids(layers, taps))

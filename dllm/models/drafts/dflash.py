@@ -1,7 +1,7 @@
-"""The DFlash draft: a few Qwen3-shaped layers that read a target's hidden states as keys and values.
+"""The DFlash draft: a few Qwen3-shaped layers that attend to projections of a target's hidden states.
 
-Owns the network alone. It has no embedding and no head: both are the target's, and so are the features. Weights are
-float32 masters; every forward computes in the dtype of its input.
+It has no embedding and no head of its own: both are the target's, and so are the features. Weights are float32 masters;
+every forward computes in the dtype of its input.
 
 Shape suffixes: B batch, N blocks, L slots of a block, S context, D hidden, F tapped features (taps * D), H query heads,
 G key/value heads, R = H / G, E head dim.
@@ -100,7 +100,7 @@ class Layer(nn.Module):
 
 
 class Rope:
-    """Cosines and sines of some positions, ready to rotate heads at those positions (half-split layout)."""
+    """Cosines and sines of some positions, to rotate heads at those positions (half-split layout)."""
 
     def __init__(self, positions: Tensor, config: DFlashConfig, dtype: torch.dtype) -> None:
         half = config.head_dim // 2
@@ -116,7 +116,7 @@ class Rope:
 
 
 class ContextCache:
-    """Keys and values of the context in each draft layer; blocks leave nothing in it."""
+    """Keys and values of the context in each draft layer; those of blocks are not kept."""
 
     def __init__(self, layers: int) -> None:
         self.length = 0
