@@ -1,10 +1,10 @@
-"""One exact DFlash training step, ours against NeMo AutoModel's, in turn in one process.
+"""One exact DFlash training step, ours against NeMo AutoModel's, alternating in one process.
 
     python benchmarks/train_step.py [--rounds 8] [--threads 2] [--json FILE]
 
-Same work for both: SmolLM2-135M's shapes, batch 8, length 240, 48 anchors, block 8, 2 layers, cached features, the
+The same work for both: SmolLM2-135M's shapes, batch 8, length 240, 48 anchors, block 8, 2 layers, cached features, the
 full vocabulary, loss, backward, clipping and AdamW. Needs `pip install --no-deps nemo-automodel==0.7.0`; nothing of it
-is part of dllm. Prints block positions a second of each, their ratio round by round, and the share of the arithmetic
+is part of dllm. Prints block positions per second of each, their ratio per round, and the share of the arithmetic
 bound that this machine's own matrix product allows.
 """
 
@@ -22,11 +22,11 @@ from torch import nn
 
 from dllm.methods.dflash.anchors import draw_anchors
 from dllm.methods.dflash.objective import Batch, dflash_terms
-from dllm.models.drafts.config import DraftConfig
+from dllm.models.drafts.config import DFlashConfig
 from dllm.models.drafts.dflash import DFlashDraft
 
 BATCH, LENGTH, ANCHORS, BLOCK, LAYERS, PROMPT, GAMMA = 8, 240, 48, 8, 2, 92, 4.0
-CONFIG = DraftConfig(
+CONFIG = DFlashConfig(
     hidden_size=576,
     intermediate_size=1536,
     num_hidden_layers=LAYERS,

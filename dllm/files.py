@@ -34,6 +34,22 @@ def atomic_write(path: Path, data: bytes) -> None:
     _sync(path.parent)
 
 
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a path to write a file to; at the end it is flushed to disk and moved into place.
+
+    For libraries that write to a path. Two processes may write the same file: the last one stays, whole.
+    """
+    aside = _aside(path)
+    try:
+        yield aside
+        _sync(aside)
+        aside.replace(path)
+        _sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def atomic_link(source: Path, path: Path) -> None:
     """Give a file a second place, in one step: a hard link, or a copy where there can be none.
 

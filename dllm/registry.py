@@ -85,3 +85,14 @@ METHODS: Registry[Any] = Registry(
     },
 )
 """Training methods, the values of `train.mode`: instances of `dllm.methods.method.Method`."""
+DRAFTS: Registry[Any] = Registry("drafts", {"dflash": "dllm.models.drafts.dflash:DFlashDraft"})
+"""Draft architectures: classes like `dllm.models.drafts.protocol.Draft`; `train.dflash.draft.architecture`."""
+
+OBJECTIVES: Registry[Any] = Registry(
+    "objectives",
+    {
+        "decay": "dllm.methods.dflash.objectives:decay",
+        "dpace": "dllm.methods.dflash.objectives:dpace",
+    },
+)
+"""Losses of a draft: functions like `dllm.methods.dflash.objectives.Objective`; `train.dflash.loss`."""

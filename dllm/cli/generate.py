@@ -351,10 +351,10 @@ class _Streamed:
     text: str = ""
 
     def add(self, each: Round) -> None:
-        if each.accepted:
-            self.rounds.append(each)
-        else:
+        if each.is_prefill:
             self.prefill_s = each.seconds
+        else:
+            self.rounds.append(each)
         self.token_ids += each.tokens
         text = str(self.tokenizer.decode(self.token_ids, skip_special_tokens=True))
         if text.endswith("\ufffd"):  # a character whose bytes are not all there yet
@@ -365,14 +365,14 @@ class _Streamed:
 
     def figures(self) -> dict[str, Any]:
         seconds, decoded = sum(r.seconds for r in self.rounds), len(self.token_ids) - 1
-        accepted = [r.accepted for r in self.rounds]
+        emitted = [r.counts.num_emitted for r in self.rounds]
         return {
             "text": str(self.tokenizer.decode(self.token_ids, skip_special_tokens=True)),
             "token_ids": self.token_ids,
             "tokens": len(self.token_ids),
-            "rounds": len(accepted),
-            "tokens_per_round": accepted,
-            "tau": sum(accepted) / len(accepted) if accepted else None,
+            "rounds": len(emitted),
+            "tokens_per_round": emitted,
+            "tau": sum(emitted) / len(emitted) if emitted else None,
             "tokens_per_s": decoded / seconds if seconds else None,
             "prefill_s": self.prefill_s,
             "decode_s": seconds,

@@ -1,16 +1,26 @@
-"""How many tokens a round brings, and how acceptance falls with the offset.
+"""Acceptance length of speculative decoding, and acceptance by offset in the block.
 
-Owns the sums behind every acceptance figure. They add up over answers, shards and machines, and are divided last.
-Offset k is the k-th draft of a round, k = 1 .. block size - 1.
+Owns the sums behind every acceptance figure. They add up over responses, and are divided last. Offset k is the k-th
+draft token of a round, k = 1 .. block size - 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from dllm.decoding.speculative import Round
+
+class RoundCounts(NamedTuple):
+    """Tokens of one round of speculative decoding."""
+
+    num_emitted: int
+    """The accepted draft tokens and the target's own next one, the bonus token: num_accepted + 1. A stop id among the
+    draft tokens ends the round without a bonus token: num_accepted."""
+    num_accepted: int
+    """Draft tokens accepted."""
+    num_drafted: int
+    """Draft tokens proposed."""
 
 
 @dataclass
@@ -18,69 +28,59 @@ class Acceptance:
     """Sums over rounds of speculative decoding.
 
     Args:
-        block_size: slots a round.
+        block_size: slots per round.
     """
 
     block_size: int
     rounds: int = 0
-    accepted: int = 0
-    """Tokens that held, over all rounds."""
+    num_emitted: int = 0
+    """Tokens over all rounds, bonus tokens included."""
     responses: int = 0
-    """Answers that had a round at all."""
+    """Responses that had a round."""
     response_means: float = 0.0
-    """Sum over answers of their mean tokens a round."""
+    """Sum over responses of their mean tokens per round."""
     histogram: list[int] = field(default_factory=list)
-    """Rounds by tokens that held, 0 .. block_size."""
-    offered: list[int] = field(default_factory=list)
-    """Rounds that offered a draft at an offset."""
+    """Rounds by tokens emitted, 0 .. block_size."""
+    drafted: list[int] = field(default_factory=list)
+    """Rounds with a draft token at an offset."""
     reached: list[int] = field(default_factory=list)
-    """Rounds in which all earlier drafts held and none of them ended the answer."""
-    held: list[int] = field(default_factory=list)
-    """Rounds in which the draft at an offset, and all before it, held."""
+    """Rounds in which all earlier draft tokens were accepted and none of them ended the response."""
+    accepted: list[int] = field(default_factory=list)
+    """Rounds in which the draft tokens up to and at an offset were accepted."""
 
     def __post_init__(self) -> None:
         self.histogram = self.histogram or [0] * (self.block_size + 1)
-        for name in ("offered", "reached", "held"):
+        for name in ("drafted", "reached", "accepted"):
             setattr(self, name, getattr(self, name) or [0] * (self.block_size - 1))
 
-    def add(self, answer: Sequence[Round]) -> None:
-        """Count the rounds of one answer, its prompt's aside."""
-        rounds = [r for r in answer if r.accepted > 0]
-        for r in rounds:
-            self._add_round(r)
+    def add(self, response: Iterable[RoundCounts]) -> None:
+        """Count the rounds of one response, its prefill left out."""
+        rounds = list(response)
+        for each in rounds:
+            self._add_round(each)
         if rounds:
             self.responses += 1
-            self.response_means += sum(r.accepted for r in rounds) / len(rounds)
-
-    def merge(self, other: Acceptance) -> None:
-        """Add another's sums."""
-        assert self.block_size == other.block_size, "acceptance of different block sizes does not add up"
-        self.rounds += other.rounds
-        self.accepted += other.accepted
-        self.responses += other.responses
-        self.response_means += other.response_means
-        for name in ("histogram", "offered", "reached", "held"):
-            setattr(self, name, [a + b for a, b in zip(getattr(self, name), getattr(other, name), strict=True)])
+            self.response_means += sum(each.num_emitted for each in rounds) / len(rounds)
 
     @property
     def tau_micro(self) -> float | None:
-        """Mean tokens a round over all rounds, the target's own token included."""
-        return self.accepted / self.rounds if self.rounds else None
+        """Mean tokens emitted per round over all rounds."""
+        return self.num_emitted / self.rounds if self.rounds else None
 
     @property
     def tau_macro(self) -> float | None:
-        """Mean over answers of their mean tokens a round (the figure in the DFlash paper)."""
+        """Mean over responses of their mean tokens emitted per round (the figure in the DFlash paper)."""
         return self.response_means / self.responses if self.responses else None
 
     @property
     def unconditional(self) -> list[float | None]:
-        """Share of rounds in which the drafts up to each offset all held."""
-        return _shares(self.held, self.offered)
+        """Share of rounds in which the draft tokens up to each offset were all accepted."""
+        return _shares(self.accepted, self.drafted)
 
     @property
     def conditional(self) -> list[float | None]:
-        """Share of drafts at each offset that held, where all before them did."""
-        return _shares(self.held, self.reached)
+        """Share of draft tokens at each offset that were accepted, given that all before them were."""
+        return _shares(self.accepted, self.reached)
 
     def figures(self) -> dict[str, Any]:
         """Return everything worth reporting, ready for JSON."""
@@ -90,20 +90,20 @@ class Acceptance:
             "rounds": self.rounds,
             "acceptance_by_offset": self.unconditional,
             "conditional_acceptance_by_offset": self.conditional,
-            "drafts_offered_by_offset": self.offered,
+            "drafts_offered_by_offset": self.drafted,
             "accepted_histogram": self.histogram,
         }
 
-    def _add_round(self, r: Round) -> None:
+    def _add_round(self, counts: RoundCounts) -> None:
         self.rounds += 1
-        self.accepted += r.accepted
-        self.histogram[r.accepted] += 1
-        # A round that a stop id ended inside its drafts says nothing of the next draft: it neither held nor failed.
-        open_ended = r.accepted > r.run
-        for offset in range(r.drafted):
-            self.offered[offset] += 1
-            self.reached[offset] += offset < r.run + open_ended
-            self.held[offset] += offset < r.run
+        self.num_emitted += counts.num_emitted
+        self.histogram[counts.num_emitted] += 1
+        # After a stop id among the draft tokens, the next one was neither accepted nor rejected.
+        has_bonus = counts.num_emitted > counts.num_accepted
+        for offset in range(counts.num_drafted):
+            self.drafted[offset] += 1
+            self.reached[offset] += offset < counts.num_accepted + has_bonus
+            self.accepted[offset] += offset < counts.num_accepted
 
 
 def _shares(part: Sequence[int], whole: Sequence[int]) -> list[float | None]:

@@ -1,7 +1,7 @@
-"""One prompt decoded both ways: what each took, and whether they said the same.
+"""One prompt decoded with and without a draft: the time of each, and whether the tokens are the same.
 
-Owns the sums behind speed-up and agreement. A time is counted over tokens after the first one: reading the prompt is
-the same work for both. The draft's look at the prompt is counted.
+Owns the sums behind speed-up and agreement. A time is counted over tokens after the first one: the prefill is the same
+work for both. The draft's pass over the prompt's features is counted.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dllm.decoding.acceptance import Acceptance
-from dllm.decoding.speculative import Answer, Decoder, Round
+from dllm.decoding.acceptance import Acceptance, RoundCounts
+from dllm.decoding.speculative import Decoder, Generation
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,9 @@ class Pair:
     spec_tokens: int
     spec_s: float
     same_prefix: int
-    """Leading ids that are the same both ways, the first token included."""
+    """Leading ids that agree, the first token included."""
     identical: bool
-    rounds: tuple[tuple[int, int, int], ...]
-    """Per round: tokens that held, drafts that held, drafts offered."""
+    rounds: tuple[RoundCounts, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as plain values."""
@@ -41,8 +40,8 @@ class Pair:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> Pair:
-        """Take back what `to_json` returned."""
-        return cls(**{**raw, "rounds": tuple((a, b, c) for a, b, c in raw["rounds"])})
+        """Read what `to_json` returned."""
+        return cls(**{**raw, "rounds": tuple(RoundCounts(*counts) for counts in raw["rounds"])})
 
 
 class Comparison:
@@ -66,12 +65,12 @@ class Comparison:
         source: str = "",
         speculative_first: bool = False,
     ) -> Pair:
-        """Decode a prompt both ways, one right after the other, and compare."""
-        answers: dict[Decoder, Answer] = {}
+        """Decode a prompt with both decoders, one right after the other, and compare."""
+        found: dict[Decoder, Generation] = {}
         order = (self.plain, self.speculative)
         for decoder in reversed(order) if speculative_first else order:
-            answers[decoder] = decoder.answer(prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
-        ar, spec = (answers[decoder] for decoder in order)
+            found[decoder] = decoder.generate(prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+        ar, spec = (found[decoder] for decoder in order)
         return Pair(
             prompt_id=prompt_id,
             source=source,
@@ -82,12 +81,12 @@ class Comparison:
             spec_s=spec.decode_s,
             same_prefix=same_prefix(ar.token_ids, spec.token_ids),
             identical=ar.token_ids == spec.token_ids,
-            rounds=tuple((r.accepted, r.run, r.drafted) for r in spec.rounds),
+            rounds=tuple(r.counts for r in spec.rounds),
         )
 
 
 def same_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """Count the leading ids that two answers share."""
+    """Count the leading ids that two responses share."""
     for index, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return index
@@ -95,14 +94,15 @@ def same_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def figures(pairs: Sequence[Pair], block_size: int) -> dict[str, Any]:
-    """Sum up pairs and divide: acceptance, speed and agreement.
+    """Return acceptance, speed and agreement over pairs.
 
-    Units: `*_ms_per_token` milliseconds of decoding; `speedup` is autoregressive over speculative time a token,
-        of sums; `speedup_median` is the median over prompts, and far from it where other work disturbed the machine.
+    Units: `*_ms_per_token` milliseconds of decoding; `speedup` is autoregressive over speculative time per
+        token, of sums; `speedup_median` is the median over prompts, and far from it where other work disturbed the
+        machine.
     """
     acceptance = Acceptance(block_size)
     for pair in pairs:
-        acceptance.add([Round((), accepted, run, drafted, 0.0) for accepted, run, drafted in pair.rounds])
+        acceptance.add(pair.rounds)
     ar_tokens, ar_s = sum(p.ar_tokens for p in pairs), sum(p.ar_s for p in pairs)
     spec_tokens, spec_s = sum(p.spec_tokens for p in pairs), sum(p.spec_s for p in pairs)
     ratios = [r for p in pairs if (r := _over(p.ar_s * p.spec_tokens, p.spec_s * p.ar_tokens)) is not None]
@@ -125,7 +125,7 @@ def figures(pairs: Sequence[Pair], block_size: int) -> dict[str, Any]:
 
 
 def table(pairs: Sequence[Pair]) -> dict[str, list[Any]]:
-    """Lay pairs out as columns, one row a prompt."""
+    """Return pairs as columns, one row per prompt."""
     rows = [
         {
             "prompt_id": p.prompt_id,
@@ -133,7 +133,7 @@ def table(pairs: Sequence[Pair]) -> dict[str, list[Any]]:
             "prompt_tokens": p.prompt_tokens,
             "tokens": p.spec_tokens + 1,
             "rounds": len(p.rounds),
-            "tau": _over(sum(accepted for accepted, _, _ in p.rounds), len(p.rounds)),
+            "tau": _over(sum(counts.num_emitted for counts in p.rounds), len(p.rounds)),
             "ms_per_token_ar": _over(1000 * p.ar_s, p.ar_tokens),
             "ms_per_token_spec": _over(1000 * p.spec_s, p.spec_tokens),
             "identical": p.identical,

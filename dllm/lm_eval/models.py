@@ -22,6 +22,7 @@ from dllm.errors import ConfigError
 from dllm.methods.diffusion import likelihood
 from dllm.methods.diffusion.passes import batch_of
 from dllm.training.batches import Example
+from dllm.training.cross_entropy import nll_and_hits
 from dllm.training.order import derive_seed
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ class CausalScores:
             ahead_BS = maskable_BS[:, 1:]
             # Padding is on the right, where causal attention does not look.
             hidden_MD = self.model.base_model(input_ids=ids_BS[:, :-1], use_cache=False).last_hidden_state[ahead_BS]
-            nll_M, hit_M = likelihood.scored(self._logits, hidden_MD, ids_BS[:, 1:][ahead_BS], CHUNK)
+            nll_M, hit_M = nll_and_hits(self._logits, hidden_MD, ids_BS[:, 1:][ahead_BS], CHUNK)
             found += [Score(-nll, 0.0, hit) for nll, hit in likelihood.by_row(ahead_BS, nll_M, hit_M)]
             advance(len(part))
         return found

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm.errors import ModelError
+from dllm.models.drafts.checkpoint import family_of
 
 CONFIG, WEIGHTS, ADAPTER = "config.json", "*.safetensors", "adapter_config.json"
 POINTERS = ("best", "latest", "LATEST", "LATEST.txt")
@@ -49,11 +50,12 @@ def resolve(name: str | Path, root: Path) -> Path:
 
 
 def is_draft(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint's config is a DFlash draft's."""
+    """Tell whether a checkpoint's config is a draft's."""
     try:
-        return "dflash_config" in json.loads((checkpoint / CONFIG).read_text())
-    except (OSError, ValueError, TypeError):
+        raw = json.loads((checkpoint / CONFIG).read_text())
+    except (OSError, ValueError):
         return False
+    return isinstance(raw, dict) and ("dflash_config" in raw or family_of(raw) is not None)
 
 
 def trained_for(checkpoint: Path) -> dict[str, Any] | None:

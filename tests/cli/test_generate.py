@@ -65,6 +65,7 @@ def test_the_streamed_text_is_the_answer(root: Path, sampler: str) -> None:
 
 
 def test_text_comes_out_in_whole_characters(root: Path) -> None:
+    from dllm.decoding.acceptance import RoundCounts
     from dllm.decoding.speculative import Round
 
     tokenizer = targets.load_tokenizer(Target(model="builtin:tiny"))
@@ -72,7 +73,7 @@ def test_text_comes_out_in_whole_characters(root: Path) -> None:
     answer = generation._Streamed(tokenizer, stream)
     seen = []
     for token in tokenizer("日 é")["input_ids"]:
-        answer.add(Round((token,), 1, 0, 0, 0.01))
+        answer.add(Round((token,), RoundCounts(1, 0, 0), 0.01))
         seen.append(stream.getvalue())
     assert seen[-1] == "日 é" and seen[0] == seen[1] == ""
     assert not any("\ufffd" in text for text in seen)

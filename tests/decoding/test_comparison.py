@@ -3,6 +3,7 @@
 import pytest
 
 from dllm.config.params import Target
+from dllm.decoding.acceptance import RoundCounts
 from dllm.decoding.comparison import Comparison, Pair, figures, same_prefix, table
 from dllm.decoding.speculative import Decoder
 from dllm.models import targets
@@ -13,7 +14,7 @@ PROMPT = [1, 300, 20, 45, 301, 77]
 
 def pair(**changed: object) -> Pair:
     plain = dict(prompt_id="p", source="s", prompt_tokens=3, ar_tokens=10, ar_s=1.0, spec_tokens=10, spec_s=0.5)
-    rounds = ((4, 3, 3), (4, 3, 3), (2, 1, 3))
+    rounds = (RoundCounts(4, 3, 3), RoundCounts(4, 3, 3), RoundCounts(2, 1, 3))
     return Pair(**{**plain, "same_prefix": 11, "identical": True, "rounds": rounds, **changed})  # type: ignore[arg-type]
 
 
@@ -42,7 +43,8 @@ def test_answers_of_one_token_leave_no_figure_rather_than_a_division_by_zero() -
 def test_a_pair_survives_json() -> None:
     import json
 
-    assert Pair.from_json(json.loads(json.dumps(pair().to_json()))) == pair()
+    found = Pair.from_json(json.loads(json.dumps(pair().to_json())))
+    assert found == pair() and found.rounds[2].num_accepted == 1
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_same_prefix(one: list[int], other: list[int], shared: int) -> None:
 def test_a_prompt_is_decoded_both_ways(speculative_first: bool) -> None:
     model = targets.load_target(Target(model="builtin:tiny"), "float32", "cpu")
     plain = Decoder(model)
-    truth = plain.answer(PROMPT, max_new_tokens=20).token_ids
+    truth = plain.generate(PROMPT, max_new_tokens=20).token_ids
     speculative = Decoder(model, oracle(model, PROMPT, truth, 4))
     found = Comparison(plain, speculative).decode(
         PROMPT, max_new_tokens=13, stop_ids=(), prompt_id="x", source="y", speculative_first=speculative_first

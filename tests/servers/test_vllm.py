@@ -132,8 +132,8 @@ def decode(params: Params, checkpoint: Path, asked: Sequence[Prompt]) -> tuple[A
     with packed_linears(model, draft):
         for prompt in asked:
             ids = chat.prompt_ids(tokenizer, prompt.messages)
-            answer = decoder.answer(ids, max_new_tokens=ANSWER_TOKENS, stop_ids=stops)
-            found.add(answer.rounds)
+            answer = decoder.generate(ids, max_new_tokens=ANSWER_TOKENS, stop_ids=stops)
+            found.add(r.counts for r in answer.rounds)
             texts.append(tokenizer.decode(answer.token_ids, skip_special_tokens=True))
     return found, texts
 

@@ -1,4 +1,4 @@
-"""Where a sequence's blocks begin.
+"""Anchors: the positions where the blocks of a sequence begin.
 
 Shape suffixes: B batch, S sequence, N blocks.
 """
@@ -30,7 +30,7 @@ def draw_anchors(
 
     Each row draws from its own seed, so a row's anchors do not depend on the batch it is in or on padding.
     `without_replacement`: up to num_blocks different ones. `with_replacement`: num_blocks independent draws.
-    `non_overlapping`: as many as fit at least block_size apart, every arrangement alike likely.
+    `non_overlapping`: as many as fit at least block_size apart, every arrangement equally likely.
 
     Shapes: loss_mask_BS bool. Returns N <= num_blocks columns, as many as the fullest row needs.
     Source: DFlash, section 4.2 (random anchors) and appendix A.1 (512 of them, drawn anew each epoch).

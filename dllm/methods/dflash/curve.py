@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllm.files import atomic_path
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -30,7 +32,8 @@ def draw(figures: Mapping[str, Any], path: Path, title: str) -> None:
     _draw_curve(curve, figures["acceptance_by_offset"], figures["conditional_acceptance_by_offset"])
     _draw_spread(spread, figures["accepted_histogram"], figures["tau_micro"])
     figure.suptitle(_headline(figures, title), x=0.01, ha="left", color=INK, fontsize=12, fontweight="bold")
-    figure.savefig(path, format="png")
+    with atomic_path(path) as aside:
+        figure.savefig(aside, format="png")
 
 
 def _headline(figures: Mapping[str, Any], title: str) -> str:

@@ -1,16 +1,20 @@
-"""Target hidden states at the tapped layers, cached on disk. `dllm.models.taps` computes them.
+"""The target's features for training: from a cache on disk that all ranks fill together, or computed for each batch.
 
-Shape suffixes: B batch, S sequence, T tokens of many rows end to end, D hidden, F tapped features (taps * D).
+`dllm.models.taps` computes them.
+
+Shape suffixes: S sequence, T tokens of many rows end to end, D hidden, F tapped features (taps * D).
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
@@ -18,17 +22,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dllm.errors import DataError
+from dllm.files import atomic_path
 from dllm.models.taps import compute
+from dllm.progress import Progress
+from dllm.training.batches import Example
+from dllm.training.distributed import Ranks
+from dllm.training.strategy import Split
 
 SCHEMA = 1
 TOKENS_A_PART = 16_384
-"""Tokens in one cache file: about 90 MB at 5 taps of 576, and what a kill can cost."""
+"""Tokens in one cache file: about 90 MB at 5 taps of 576, and the most that a kill can cost."""
+LOCK = ".lock"
+"""In each cache's directory: held while a process reads it, and as old as the latest use."""
 
 
 def cache_key(
     target: dict[str, Any], layer_ids: Sequence[int], dtype: str, rows: Sequence[Sequence[int]], with_last: bool = False
 ) -> str:
-    """Hash all that determines the features: the target's identity, taps, dtype and every token."""
+    """Hash everything that determines the features: the target's identity, taps, dtype and every token."""
     made_of = [SCHEMA, target, list(layer_ids), dtype, *(["last"] if with_last else [])]
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode())
     for row in rows:
@@ -37,17 +48,17 @@ def cache_key(
 
 
 class FeatureCache:
-    """Features of many rows in safetensors files of about TOKENS_A_PART tokens, each written whole or not at all.
+    """Features of many rows in safetensors files of about TOKENS_A_PART tokens, each written atomically.
 
     Args:
         directory: home of this cache; its name should be the `cache_key`.
         rows: token ids of every row, in a fixed order; row i of the cache is rows[i].
-        with_last: keep what the target feeds its head, too.
+        with_last: keep the input of the target's head, too.
     """
 
     def __init__(self, directory: Path, rows: Sequence[Sequence[int]], with_last: bool = False) -> None:
         self.directory, self.rows, self.with_last = directory, rows, with_last
-        # Similar lengths side by side waste little on padding when the target runs over them.
+        # Rows of similar length in one part need little padding when the target runs over them.
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
         self.parts: list[list[int]] = []
         tokens = TOKENS_A_PART
@@ -74,14 +85,8 @@ class FeatureCache:
             done += compute(model, layer_ids, [self.rows[row] for row in batch], self.with_last)
         features_TF = torch.cat(done)
         self.directory.mkdir(parents=True, exist_ok=True)
-        aside = self._path(part).with_suffix(f".{os.getpid()}.tmp")
-        try:
+        with atomic_path(self._path(part)) as aside:
             save_file({"features": features_TF.contiguous()}, aside)
-            with aside.open("rb") as file:
-                os.fsync(file.fileno())
-            aside.rename(self._path(part))
-        finally:
-            aside.unlink(missing_ok=True)
         return len(features_TF)
 
     def read(self, row: int) -> Tensor:
@@ -98,7 +103,7 @@ class FeatureCache:
                 raise self._damaged(part, str(error)) from None
         features_SF = self._open[part][at : at + len(self.rows[row])]
         if len(features_SF) != len(self.rows[row]):
-            raise self._damaged(part, "fewer tokens than its rows hold")
+            raise self._damaged(part, "it has fewer tokens than its rows")
         return features_SF
 
     def _starts(self, members: list[int]) -> Iterator[tuple[int, int]]:
@@ -116,3 +121,93 @@ class FeatureCache:
             where=str(self._path(part)),
             hint="delete that file and run the stage again",
         )
+
+
+class OnlineFeatures:
+    """Run the target over every batch."""
+
+    def __init__(
+        self,
+        target: Any,
+        layer_ids: Sequence[int],
+        splits: Mapping[Split, Sequence[Example]],
+        with_last: bool = False,
+    ) -> None:
+        self.target, self.layer_ids, self.splits, self.with_last = target, layer_ids, splits, with_last
+
+    def features(self, split: Split, rows: Sequence[int]) -> list[Tensor]:
+        """Return the features of some rows of a split. Shapes: one (S, F) tensor per row."""
+        ids = [self.splits[split][row].input_ids for row in rows]
+        return compute(self.target, self.layer_ids, ids, self.with_last)
+
+
+class CachedFeatures:
+    """Read features from the cache on disk, which is locked against deletion meanwhile.
+
+    Args:
+        root: directory of all caches.
+        splits: the examples that need features.
+        identity: the target's.
+        layer_ids: its tapped layers.
+        dtype: the target's.
+        with_last: keep the input of its head, too.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        splits: Mapping[Split, Sequence[Example]],
+        *,
+        identity: dict[str, Any],
+        layer_ids: Sequence[int],
+        dtype: str,
+        with_last: bool = False,
+    ) -> None:
+        self.layer_ids = layer_ids
+        rows = [example.input_ids for split in ("train", "heldout") for example in splits[split]]
+        self.offsets: dict[Split, int] = {"train": 0, "heldout": len(splits["train"])}
+        self.cache = FeatureCache(root / cache_key(identity, layer_ids, dtype, rows, with_last), rows, with_last)
+        self._lock = _use(self.cache.directory)
+
+    def features(self, split: Split, rows: Sequence[int]) -> list[Tensor]:
+        """Return the features of some rows of a split. Shapes: one (S, F) tensor per row."""
+        return [self.cache.read(self.offsets[split] + row) for row in rows]
+
+    def fill(self, target: Any, ranks: Ranks) -> None:
+        """Compute the missing parts, each rank its share.
+
+        Raises:
+            StageError: another rank failed.
+        """
+        while True:
+            missing = self.cache.missing()
+            if not ranks.max(len(missing)):  # also a barrier: no rank writes before all have looked
+                return
+            mine = missing[ranks.rank :: ranks.world]
+            tokens = sum(len(self.cache.rows[row]) for part in mine for row in self.cache.parts[part])
+            with Progress("target features", tokens, "tokens", shown=ranks.is_main) as bar:
+                for part in mine:
+                    bar.update(self.cache.fill(part, target, self.layer_ids))
+            ranks.barrier()
+
+
+def forget_old(root: Path, keep: int = 2) -> None:
+    """Delete caches that no process reads, except those used last.
+
+    Args:
+        root: directory of all caches.
+        keep: how many stay.
+    """
+    by_age = sorted(root.glob(f"*/{LOCK}"), key=lambda lock: lock.stat().st_mtime_ns)
+    for lock in by_age[:-keep]:
+        with contextlib.suppress(BlockingIOError), lock.open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent)
+
+
+def _use(directory: Path) -> IO[str]:
+    directory.mkdir(parents=True, exist_ok=True)
+    stream = (directory / LOCK).open("a")
+    fcntl.flock(stream, fcntl.LOCK_SH)
+    (directory / LOCK).touch()
+    return stream

@@ -37,7 +37,7 @@ class DflashMethod:
 
     def build(self, ctx: TrainContext[Dflash]) -> DflashStrategy:
         from dllm.methods.dflash.build import initial_draft
-        from dllm.methods.dflash.feature_source import CachedFeatures, OnlineFeatures
+        from dllm.methods.dflash.features import CachedFeatures, OnlineFeatures
         from dllm.methods.dflash.strategy import DflashStrategy
         from dllm.models import targets
 
@@ -69,7 +69,7 @@ class DflashMethod:
         return {"draft_params": size, "block_size": strategy.model.config.block_size}
 
     def publish(self, ctx: TrainContext[Dflash], strategy: DflashStrategy, outcome: Outcome, work: Path) -> Publication:
-        from dllm.methods.dflash.feature_source import forget_old
+        from dllm.methods.dflash.features import forget_old
         from dllm.models.drafts.checkpoint import load_draft, save_draft
 
         export = work / "export"

@@ -1,9 +1,8 @@
-"""One DFlash training step's terms: blocks in, sums out.
+"""The loss and the acceptance counts of one micro-batch of blocks, as sums.
 
-Everything that is averaged later leaves here as a numerator and a denominator, so that no figure depends on how a
-batch was split.
+Averages are formed later, from numerators and denominators, so that no figure depends on how a batch was split.
 
-Shape suffixes: B batch, S sequence, N blocks, L slots a block, P = L - 1 predicted slots, D hidden, F features,
+Shape suffixes: B batch, S sequence, N blocks, L slots of a block, P = L - 1 predicted slots, D hidden, F features,
 V vocabulary, M block positions that count.
 """
 
@@ -16,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.methods.dflash.anchors import Anchors
-from dllm.methods.dflash.loss import decay_weights, dpace_weights, linear_cross_entropy
-from dllm.models.drafts.dflash import DFlashDraft
+from dllm.methods.dflash.objectives import Weighting
+from dllm.models.drafts.protocol import Draft, ScoredSlots
+from dllm.registry import OBJECTIVES
+from dllm.training.cross_entropy import frozen_head_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Batch:
     """Sequences with their target features, padded on the right.
 
     Shapes: input_ids_BS int64, loss_mask_BS bool (false on padding), features_BSF, last_BSD (what the target feeds its
-    head; only to distil from).
+    head; only for distillation).
     """
 
     input_ids_BS: Tensor
@@ -36,7 +37,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Labels:
-    """What each predicted slot should say, and whether it counts.
+    """The true token of each predicted slot, and whether it counts.
 
     Shapes: ids_BNP int64, valid_BNP bool.
     """
@@ -50,7 +51,7 @@ class StepSums:
     """Sums over one micro-batch.
 
     Shapes: numerator scalar with gradient; correct_P and count_P int64 by offset 1 .. L-1.
-    run_sum: tokens in the leading runs of right guesses, over num_blocks blocks that have a label.
+    run_sum: tokens in the leading runs of correct predictions, over num_blocks blocks that have a label.
     """
 
     numerator: Tensor
@@ -62,7 +63,7 @@ class StepSums:
 
 
 def block_labels(batch: Batch, anchors: Anchors, block_size: int) -> Labels:
-    """Look up the token each slot stands for: slot k of a block at a predicts the token AT a + k, no shift.
+    """Look up the true token of each slot: slot k of a block at a predicts the token AT a + k, no shift.
 
     Source: DFlash, section 4.1 (same-position prediction).
     """
@@ -76,18 +77,7 @@ def block_labels(batch: Batch, anchors: Anchors, block_size: int) -> Labels:
     return Labels(ids_BNP, supervised_BNP & inside_BNP & anchors.keep_BN[..., None])
 
 
-def denominator(labels: Labels, block_size: int, *, gamma: float, loss: str) -> float:
-    """Return what the step's loss is divided by, before any forward pass.
-
-    `decay`: the sum of weights that count (DFlash, equation 4 as a weighted mean). `dpace`: the number of blocks.
-    """
-    if loss == "dpace":
-        return float(labels.valid_BNP.any(-1).sum())
-    weights_P = decay_weights(block_size, gamma).to(labels.valid_BNP.device)
-    return float((labels.valid_BNP.sum((0, 1)) * weights_P.double()).sum())
-
-
-def block_hidden(draft: DFlashDraft, embedding_VD: Tensor, batch: Batch, anchors: Anchors, labels: Labels) -> Tensor:
+def block_hidden(draft: Draft, embedding_VD: Tensor, batch: Batch, anchors: Anchors, labels: Labels) -> Tensor:
     """Run the draft over all blocks and keep the slots that count.
 
     Shapes: embedding_VD the target's. Returns hidden_MD in the dtype of batch.features_BSF.
@@ -98,12 +88,12 @@ def block_hidden(draft: DFlashDraft, embedding_VD: Tensor, batch: Batch, anchors
     anchor_BN1D = F.embedding(tokens_BN, embedding_VD)[:, :, None]
     masks = mask_D.expand(*tokens_BN.shape, draft.config.block_size - 1, -1)
     embeds_BNLD = torch.cat([anchor_BN1D, masks], 2).to(features.dtype)
-    hidden_BNPD = draft(embeds_BNLD, draft.project(features), anchors.pos_BN, anchors.keep_BN)
+    hidden_BNPD = draft(embeds_BNLD, features, anchors.pos_BN, anchors.keep_BN)
     return hidden_BNPD[labels.valid_BNP]
 
 
 def teacher_hidden(batch: Batch, anchors: Anchors, labels: Labels) -> Tensor | None:
-    """Find what the target itself knew of each slot that counts: its last hidden state one token before.
+    """Return the hidden state from which the target predicted each slot that counts: its last, one token before.
 
     Shapes: returns teacher_MD, or None where the batch carries none.
     """
@@ -116,7 +106,7 @@ def teacher_hidden(batch: Batch, anchors: Anchors, labels: Labels) -> Tensor | N
 
 
 def dflash_terms(
-    draft: DFlashDraft,
+    draft: Draft,
     embedding_VD: Tensor,
     head_VD: Tensor,
     batch: Batch,
@@ -132,29 +122,37 @@ def dflash_terms(
 
     Shapes: head_VD the target's head in the compute dtype. With vocab_ids (sorted ids, V' of them) head_VD holds just
         those rows, and every label must be among them.
-    distill: the share of the loss against the target's own distribution; the batch must carry last_BSD.
-    Source: DFlash, equation 4; D-PACE for loss "dpace".
+    loss: a name in OBJECTIVES.
+    distill: the share of the cross-entropy against the target's distribution; the batch must carry last_BSD.
     """
-    size = draft.config.block_size
-    labels = block_labels(batch, anchors, size)
+    labels = block_labels(batch, anchors, draft.config.block_size)
     valid = labels.valid_BNP
     ids_M = labels.ids_BNP[valid]
     hidden_MD = block_hidden(draft, embedding_VD, batch, anchors, labels)
     if vocab_ids is not None:
         ids_M = torch.searchsorted(vocab_ids, ids_M)
     teacher_MD = teacher_hidden(batch, anchors, labels) if distill else None
-    loss_M, nll_M, hit_M = linear_cross_entropy(hidden_MD, head_VD, ids_M, chunk, teacher_MD, distill)
-    if loss == "dpace":
-        prob_BNP = torch.ones(valid.shape, device=valid.device).masked_scatter(valid, (-nll_M).exp())
-        weights_M = dpace_weights(prob_BNP, valid)[valid]
-    else:
-        weights_M = decay_weights(size, gamma).to(valid.device).expand(valid.shape)[valid]
-    right_BNP = torch.zeros_like(valid).masked_scatter(valid, hit_M)
-    runs_BN = right_BNP.long().cumprod(-1).sum(-1)
+    loss_M, nll_M, hit_M = frozen_head_cross_entropy(hidden_MD, head_VD, ids_M, chunk, teacher_MD, distill)
+    slots = ScoredSlots(
+        ids_BNL=torch.cat([batch.input_ids_BS.gather(1, anchors.pos_BN)[..., None], labels.ids_BNP], -1),
+        valid_BNP=valid,
+        hidden_MD=hidden_MD,
+        head_VD=head_VD,
+        vocab_ids=vocab_ids,
+        loss_M=loss_M,
+        nll_M=nll_M,
+        teacher_MD=teacher_MD,
+    )
+    weighting: Weighting = OBJECTIVES[loss](slots, gamma)
+    numerator = (weighting.weights_M * loss_M).sum()
+    for term in (weighting.term, draft.extra_loss(slots, weighting.weights_M)):
+        numerator = numerator if term is None else numerator + term
+    correct_BNP = torch.zeros_like(valid).masked_scatter(valid, hit_M)
+    runs_BN = correct_BNP.long().cumprod(-1).sum(-1)
     return StepSums(
-        numerator=(weights_M * loss_M).sum(),
-        denominator=denominator(labels, size, gamma=gamma, loss=loss),
-        correct_P=right_BNP.sum((0, 1)),
+        numerator=numerator,
+        denominator=weighting.denominator,
+        correct_P=correct_BNP.sum((0, 1)),
         count_P=valid.sum((0, 1)),
         run_sum=int(runs_BN.sum()),
         num_blocks=int(valid[..., 0].sum()),

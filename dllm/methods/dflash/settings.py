@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from dllm.config.section import Fraction, NonNegativeInt, PositiveInt, Section
+from dllm.registry import DRAFTS, OBJECTIVES
 
 
 class Draft(Section):
     """The block-diffusion draft model that is trained."""
 
+    architecture: Annotated[str, AfterValidator(DRAFTS.check)] = "dflash"
+    """Draft architecture."""
     init: str = "random"
-    """`random` (with the shapes of the target), `target` (layers are copies of the last layers of the target), or a
-    published draft: a directory or a Hugging Face id."""
+    """`random` (with the shapes of the target), or a published draft: a directory or a Hugging Face id."""
     num_hidden_layers: PositiveInt = 5
     num_target_layers_tapped: PositiveInt = 5
     """Number of evenly spaced target layers whose hidden states the draft reads, if `target_layer_ids` is null."""
@@ -31,7 +33,7 @@ class Dflash(Section):
     """Positions per block: one clean anchor and block_size - 1 masks. 0 takes the block size of a published draft."""
     loss_decay_gamma: Annotated[float, Field(ge=0)] = 0.0
     """Decay of the loss over the offsets of a block. 0 takes the paper's value: 7, 5, 4 for blocks of 16, 10, 8."""
-    loss: Literal["decay", "dpace"] = "decay"
+    loss: Annotated[str, AfterValidator(OBJECTIVES.check)] = "decay"
     """`decay`: exp(-(k-1)/gamma) weights; `dpace`: weights from the confidence of the draft (D-PACE, alpha 0.5)."""
     distill: Fraction = 0.0
     """Weight of the distillation term, the cross-entropy against the next-token distribution of the target; the
@@ -55,6 +57,6 @@ class Dflash(Section):
     def _block_has_masks(self) -> Dflash:
         if self.block_size == 1:
             raise ValueError("block_size must be 0 (the draft's) or at least 2: a block of 1 has nothing to predict")
-        if self.block_size == 0 and self.draft.init in ("random", "target"):
+        if self.block_size == 0 and self.draft.init == "random":
             raise ValueError("block_size 0 reads the draft's, but draft.init makes a new draft; name a size such as 16")
         return self

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from dllm.config.params import Train
 from dllm.methods.dflash.anchors import Anchors, draw_anchors
-from dllm.methods.dflash.flops import train_flops
 from dllm.methods.dflash.objective import Batch, StepSums, dflash_terms
 from dllm.methods.dflash.settings import Dflash
 from dllm.models.drafts.checkpoint import load_draft, save_draft
-from dllm.models.drafts.dflash import DFlashDraft
+from dllm.models.drafts.protocol import Draft
 from dllm.training.batches import Example, collate
 from dllm.training.order import derive_seed
 from dllm.training.strategy import LossSums, Rows, Split
@@ -48,7 +47,7 @@ class DflashStrategy:
 
     def __init__(
         self,
-        draft: DFlashDraft,
+        draft: Draft,
         embedding_VD: Tensor,
         head_VD: Tensor,
         splits: Mapping[Split, Sequence[Example]],
@@ -131,8 +130,7 @@ class DflashStrategy:
 
     def _terms(self, step: StepSums, anchors: Anchors, tokens: int) -> LossSums:
         predictions = int(step.count_P.sum())
-        flops = train_flops(
-            self.model.config,
+        flops = self.model.train_flops(
             context_tokens=tokens,
             blocks=int(anchors.keep_BN.sum()),
             visible_tokens=int(anchors.pos_BN.sum()),

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from dllm.config.params import Train
-from dllm.methods.diffusion.losses import weighted_cross_entropy
 from dllm.methods.diffusion.masked import Corrupted, MaskedStrategy
 from dllm.methods.diffusion.noise import Noise, exact_count_noise
 from dllm.methods.diffusion.settings import Hybrid
 from dllm.models.diffusion.bidirectional import BidirectionalLM
 from dllm.training.batches import Example
+from dllm.training.cross_entropy import weighted_cross_entropy
 from dllm.training.strategy import Split
 
 

@@ -18,7 +18,7 @@ from dllm.methods.diffusion.noise import exact_number_noise, noise_generator
 from dllm.methods.diffusion.passes import batch_of, grid_of, masked_pass, padded
 from dllm.models.diffusion.bidirectional import BidirectionalLM
 from dllm.training.batches import Example
-from dllm.training.hits import is_argmax
+from dllm.training.cross_entropy import nll_and_hits
 
 LEVELS = 10
 
@@ -132,7 +132,7 @@ def causal_scores(
         ids_BS, maskable_BS, valid_BS = (x.to(model.head_VD.device) for x in batch_of(part))
         ahead_BS = maskable_BS[:, 1:]
         hidden_MD = model.causal_hidden(ids_BS[:, :-1], valid_BS[:, :-1])[ahead_BS]
-        nll_M, hit_M = scored(model.logits, hidden_MD, ids_BS[:, 1:][ahead_BS], chunk, model.mask_token_id)
+        nll_M, hit_M = nll_and_hits(model.logits, hidden_MD, ids_BS[:, 1:][ahead_BS], chunk, model.mask_token_id)
         found += by_row(ahead_BS, nll_M, hit_M)
     return found
 
@@ -145,29 +145,6 @@ def causal_nll(model: BidirectionalLM, examples: Sequence[Example], *, batch_siz
     scores = causal_scores(model, examples, batch_size=batch_size, chunk=chunk)
     tokens = sum(len(example) - example.prompt_length for example in examples)
     return sum(nll for nll, _ in scores) / max(1, tokens)
-
-
-def scored(
-    logits: Callable[[Tensor], Tensor], hidden_MD: Tensor, labels_M: Tensor, chunk: int, no_rival: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy of labels, and whether each is the most probable token, a chunk of logits at a time.
-
-    Args:
-        no_rival: a token that is excluded from the comparison.
-
-    Shapes: returns nll_M float64 and hit_M bool.
-    Units: nats.
-    """
-    nll_M, hit_M = torch.empty(len(labels_M), dtype=torch.float64), torch.empty(len(labels_M), dtype=torch.bool)
-    for begin in range(0, len(labels_M), chunk):
-        part = slice(begin, begin + chunk)
-        logits_CV = logits(hidden_MD[part])
-        log_CV = torch.log_softmax(logits_CV, -1, dtype=torch.float32)
-        nll_M[part] = -log_CV.gather(1, labels_M[part, None])[:, 0].double().cpu()
-        if no_rival is not None:
-            logits_CV[:, no_rival] = float("-inf")
-        hit_M[part] = is_argmax(logits_CV, labels_M[part]).cpu()
-    return nll_M, hit_M
 
 
 def by_row(places_BS: Tensor, nll_M: Tensor, hit_M: Tensor) -> list[tuple[float, bool]]:
@@ -238,7 +215,7 @@ def _estimates(model: BidirectionalLM, part: Sequence[tuple[Example, Mask]], fou
         padded([mask[i] for _, mask in part], fill).to(device) for i, fill in enumerate((False, 1.0, -1))
     )
     hidden_MD, _ = masked_pass(model, ids_BS, valid_BS, block_BS, masked_BS, model.note.context)
-    nll_M, hit_M = scored(model.logits, hidden_MD, ids_BS[masked_BS], chunk)
+    nll_M, hit_M = nll_and_hits(model.logits, hidden_MD, ids_BS[masked_BS], chunk)
     chance_M = chance_BS[masked_BS].cpu()
     level_M = (chance_M * LEVELS).ceil().long().sub(1).clamp(0, LEVELS - 1)
     for level, hit, nll in zip(level_M.tolist(), hit_M.tolist(), nll_M.tolist(), strict=True):

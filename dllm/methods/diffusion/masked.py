@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from dllm.config.params import Train
-from dllm.methods.diffusion.losses import weighted_cross_entropy
 from dllm.methods.diffusion.noise import Noise, Times, noise_generator, uniform_noise
 from dllm.methods.diffusion.passes import batch_of, grid_of, masked_pass, origin_of, padded
 from dllm.methods.diffusion.settings import Masking
 from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig
 from dllm.models.sharding import is_sharded, shard_like
 from dllm.training.batches import Example
+from dllm.training.cross_entropy import weighted_cross_entropy
 from dllm.training.distributed import one_rank_at_a_time
 from dllm.training.strategy import LossSums, Rows, Split
 

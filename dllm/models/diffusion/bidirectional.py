@@ -23,7 +23,7 @@ from dllm.config.params import Target
 from dllm.errors import DataError, ModelError
 from dllm.models import targets
 from dllm.models.diffusion import remote
-from dllm.models.diffusion.mask_row import settle_mask_token
+from dllm.models.mask_token import settle_mask_token
 from dllm.prompts.template import stop_ids
 
 if TYPE_CHECKING:
@@ -309,7 +309,10 @@ def load_bidirectional(
     wanted = note.mask_token_id if note is not None else mask_token_id
     if wanted is None and kind is None and (published := remote.kind_at(path)) is not None:
         wanted = published.mask_token_id_in(path)  # LLaDA, read as a Llama
-    found = BidirectionalLM(model, tokenizer, settle_mask_token(model, tokenizer, wanted, _eos_ids(model, tokenizer)))
+    family = remote.KINDS.get(model.config.model_type)
+    trained_id = None if family is None else getattr(model.config, "mask_token_id", None) or family.mask_token_id
+    mask_id = settle_mask_token(model, tokenizer, wanted, _eos_ids(model, tokenizer), trained_id)
+    found = BidirectionalLM(model, tokenizer, mask_id)
     found.note = note or found.note
     if paired is not None and found.lays_out_pairs:
         found.note = replace(found.note, block_size=paired)

@@ -1,7 +1,7 @@
-"""Attention of many blocks over one context: exact, and no score ever exists between two blocks.
+"""Exact attention of many blocks over one context, without scores between blocks.
 
-A dense mask over [context | all blocks] would hold N * L more columns than any query may see. Here each query's scores
-are its context part (S columns) and its own block (L columns), joined before one softmax.
+A dense mask over [context | all blocks] would have N * L more columns than any query attends to. Here each query's
+scores are its context part (S columns) and its own block (L columns), concatenated before one softmax.
 
 Shape suffixes: B batch, N blocks, Q query slots, L key slots, S context, H query heads, G key/value heads, R = H / G,
 E head dim.
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 SCORES_AT_ONCE = 1 << 26
-"""Most attention scores that exist at one time; larger problems go by groups of blocks, recomputed in backward."""
+"""Most attention scores that exist at one time; larger problems run by groups of blocks, recomputed in backward."""
 
 
 def block_attention(
@@ -41,7 +41,7 @@ def block_attention(
     parts = []
     for begin in range(0, blocks, group):
         part = slice(begin, begin + group)
-        # Sorted anchors make this cut worth half of the work: no block of the group sees further.
+        # No block of the group attends further; as anchors are sorted, this saves half of the work.
         seen = max(1, int(visible_BN[:, part].max()))
         inputs = [query_BNQHE[:, part], key_BSGE[:, :seen], value_BSGE[:, :seen]]
         inputs += [block_key_BNLGE[:, part], block_value_BNLGE[:, part], visible_BN[:, part]]
@@ -83,7 +83,7 @@ def _attend(
 
 
 def _hidden(visible_BN: Tensor, context: int, window: int | None, slots: int, keys: int) -> Tensor:
-    """Say which context rows are out of sight. Shapes: (B, 1, N, 1 or Q, 1, S) bool."""
+    """Mark the context rows that a query does not attend to. Shapes: (B, 1, N, 1 or Q, 1, S) bool."""
     position_S = torch.arange(context, device=visible_BN.device)
     after = position_S >= visible_BN[:, None, :, None, None, None]
     if window is None:

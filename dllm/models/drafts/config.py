@@ -1,7 +1,8 @@
-"""The shape of a draft, and how published checkpoints write it down."""
+"""The config of a DFlash draft: its fields, its published form, and its size for a target."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -9,8 +10,8 @@ from dllm.errors import ModelError
 
 
 @dataclass(frozen=True, kw_only=True)
-class DraftConfig:
-    """Everything that determines a draft's network and how it is fed."""
+class DFlashConfig:
+    """Everything that determines a DFlash draft's network and its inputs."""
 
     hidden_size: int
     intermediate_size: int
@@ -57,7 +58,7 @@ class DraftConfig:
         }
 
     @classmethod
-    def from_json(cls, raw: dict[str, Any], where: str = "config.json") -> DraftConfig:
+    def from_json(cls, raw: Mapping[str, Any], where: str = "config.json") -> DFlashConfig:
         """Read a published `config.json`.
 
         Raises:
@@ -82,7 +83,7 @@ class DraftConfig:
         known = {f.name: flat[f.name] for f in fields(cls)}
         return cls(**{**known, "target_layer_ids": tuple(flat["target_layer_ids"])})
 
-    def with_block_size(self, block_size: int) -> DraftConfig:
+    def with_block_size(self, block_size: int) -> DFlashConfig:
         """Return the same draft for blocks of another size."""
         return replace(self, block_size=block_size)
 
@@ -96,11 +97,11 @@ def for_target(
     taps: int = 5,
     target_layer_ids: tuple[int, ...] | None = None,
     sliding_window: int | None = None,
-) -> DraftConfig:
+) -> DFlashConfig:
     """Size a new draft by a target's transformers config: same width, heads, RoPE and vocabulary.
 
     Raises:
-        ModelError: the target has too few layers for the taps, or a tap names a layer it does not have.
+        ModelError: the target has too few layers for the taps, or a tapped layer does not exist.
     """
     layers = target.num_hidden_layers
     ids = target_layer_ids or tuple(layer_ids(layers, taps))
@@ -112,7 +113,7 @@ def for_target(
     ropes = getattr(target, "rope_parameters", None) or {}
     theta = ropes["rope_theta"] if "rope_theta" in ropes else getattr(target, "rope_theta", 10000.0)
     heads = target.num_attention_heads
-    return DraftConfig(
+    return DFlashConfig(
         hidden_size=target.hidden_size,
         intermediate_size=target.intermediate_size,
         num_hidden_layers=num_hidden_layers,

@@ -1,22 +1,24 @@
-"""The DFlash draft: a few Qwen3-shaped layers that read a target's hidden states as keys and values.
+"""The DFlash draft: a few Qwen3-shaped layers that attend to projections of a target's hidden states.
 
-Owns the network alone. It has no embedding and no head: both are the target's, and so are the features. Weights are
-float32 masters; every forward computes in the dtype of its input.
+It has no embedding and no head of its own: both are the target's, and so are the features. Weights are float32 masters;
+every forward computes in the dtype of its input.
 
-Shape suffixes: B batch, N blocks, L slots a block, S context, D hidden, F tapped features (taps * D), H query heads,
+Shape suffixes: B batch, N blocks, L slots of a block, S context, D hidden, F tapped features (taps * D), H query heads,
 G key/value heads, R = H / G, E head dim.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dllm.models.drafts.attention import block_attention
-from dllm.models.drafts.config import DraftConfig
+from dllm.models.drafts.config import DFlashConfig, for_target
+from dllm.models.drafts.protocol import Draft, DraftSettings, Proposal, TargetIO
 
 
 class Linear(nn.Linear):
@@ -46,7 +48,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Project queries from the block, keys and values from context and block alike (DFlash, section 4.1)."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: DFlashConfig) -> None:
         super().__init__()
         hidden, size = config.hidden_size, config.head_dim
         self.heads, self.kv_heads, self.size = config.num_attention_heads, config.num_key_value_heads, size
@@ -70,7 +72,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: DFlashConfig) -> None:
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
@@ -84,7 +86,7 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One draft layer; the context passes only through its key and value projections."""
 
-    def __init__(self, config: DraftConfig) -> None:
+    def __init__(self, config: DFlashConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
@@ -98,9 +100,9 @@ class Layer(nn.Module):
 
 
 class Rope:
-    """Cosines and sines of some positions, ready to rotate heads at those positions (half-split layout)."""
+    """Cosines and sines of some positions, to rotate heads at those positions (half-split layout)."""
 
-    def __init__(self, positions: Tensor, config: DraftConfig, dtype: torch.dtype) -> None:
+    def __init__(self, positions: Tensor, config: DFlashConfig, dtype: torch.dtype) -> None:
         half = config.head_dim // 2
         steps = torch.arange(half, device=positions.device, dtype=torch.float32)
         angles = positions[..., None].float() * config.rope_theta ** (-steps / half)
@@ -114,7 +116,7 @@ class Rope:
 
 
 class ContextCache:
-    """Keys and values of the context in each draft layer; blocks leave nothing in it."""
+    """Keys and values of the context in each draft layer; those of blocks are not kept."""
 
     def __init__(self, layers: int) -> None:
         self.length = 0
@@ -130,20 +132,48 @@ class ContextCache:
         return key, value
 
 
-class DFlashDraft(nn.Module):
-    """Propose the tokens of a block at once from an anchor and the target's features.
+class DFlashDraft(Draft):
+    """Predict all tokens of a block in one pass from an anchor and the target's features.
 
     Parameter names and the config are those of published drafts, so that SGLang and vLLM load a saved one unchanged.
     Source: DFlash (arXiv 2602.06036), section 4; layout as in z-lab's released checkpoints.
     """
 
-    def __init__(self, config: DraftConfig) -> None:
-        super().__init__()
+    architectures = ("DFlashDraftModel", "Qwen3DFlashDraftModel")
+    config: DFlashConfig
+
+    def __init__(self, config: DFlashConfig) -> None:
+        super().__init__(config)
         self.config = config
         self.fc = Linear(config.hidden_size * len(config.target_layer_ids), config.hidden_size)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    @classmethod
+    def reads(cls, raw: Mapping[str, Any]) -> bool:
+        """Tell whether a config.json is a DFlash draft's: by its architecture, or by `dflash_config` without one."""
+        return super().reads(raw) or ("dflash_config" in raw and not raw.get("architectures"))
+
+    @classmethod
+    def read_config(cls, raw: Mapping[str, Any], where: str) -> DFlashConfig:
+        """Read a published `config.json`."""
+        return DFlashConfig.from_json(raw, where)
+
+    @classmethod
+    def config_for(
+        cls, target_config: Any, settings: DraftSettings, *, block_size: int, mask_token_id: int
+    ) -> DFlashConfig:
+        """Size a new draft by its target: same width, heads, RoPE and vocabulary."""
+        return for_target(
+            target_config,
+            num_hidden_layers=settings.num_hidden_layers,
+            block_size=block_size,
+            mask_token_id=mask_token_id,
+            taps=settings.num_target_layers_tapped,
+            target_layer_ids=tuple(settings.target_layer_ids) if settings.target_layer_ids else None,
+            sliding_window=settings.sliding_window,
+        )
 
     def reset_parameters(self, seed: int, std: float = 0.02) -> None:
         """Draw all matrices from N(0, std^2) with the given seed and set all norms to one."""
@@ -156,13 +186,12 @@ class DFlashDraft(nn.Module):
         """Turn tapped features into the context that every layer reads. Shapes: (B, S, F) -> (B, S, D)."""
         return self.hidden_norm(self.fc(features_BSF))
 
-    def forward(self, embeds_BNLD: Tensor, context_BSD: Tensor, anchor_BN: Tensor, keep_BN: Tensor) -> Tensor:
-        """Run many blocks of each sequence at once, each seeing the context before its anchor and itself.
+    def forward(self, embeds_BNLD: Tensor, features_BSF: Tensor, anchor_BN: Tensor, keep_BN: Tensor) -> Tensor:
+        """Run many blocks of each sequence at once; slot k predicts the token at anchor + k.
 
-        Shapes: embeds_BNLD block embeddings, context_BSD from `project`, anchor_BN positions (int64), keep_BN bool (a
-            dropped block sees itself only). Returns hidden_BNPD for the P = L - 1 masked slots.
         Source: DFlash, section 4.2 and appendix A.1 (attention mask of training).
         """
+        context_BSD = self.project(features_BSF)
         slots = embeds_BNLD.shape[2]
         offset_L = torch.arange(slots, device=anchor_BN.device)
         block_rope = Rope(anchor_BN[..., None] + offset_L, self.config, embeds_BNLD.dtype)
@@ -175,22 +204,51 @@ class DFlashDraft(nn.Module):
             normed = layer.input_layernorm(x_BNLD)
             block = attn.keys_values(normed, block_rope)
             query = attn.queries(normed, block_rope)
-            if index == len(self.layers) - 1:  # the anchor's own output is thrown away: never compute it
+            if index == len(self.layers) - 1:  # the anchor's own output is not used
                 query, x_BNLD = query[:, :, 1:], x_BNLD[:, :, 1:]
             window = self.config.sliding_window
             mixed = block_attention(query, context[0], context[1], block[0], block[1], visible_BN, window)
             x_BNLD = layer.finish(x_BNLD, mixed)
         return self.norm(x_BNLD)
 
+    def train_flops(
+        self, *, context_tokens: int, blocks: int, visible_tokens: int, predictions: int, vocab: int
+    ) -> float:
+        """Count the multiply-adds that a step's matrix products need, forward and backward, twice each.
+
+        A product with trained weights costs three times its forward pass (values, input gradients, weight gradients);
+        the frozen head and the projection of frozen features need one of the two gradients, so twice. Recomputation,
+        norms and the target's own forward pass are not counted.
+        """
+        config = self.config
+        hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+        kv_heads = config.num_key_value_heads * config.head_dim
+        slots = blocks * config.block_size
+        kv_weights = 2 * hidden * kv_heads
+        slot_weights = 2 * hidden * heads + kv_weights + 3 * hidden * config.intermediate_size
+        pairs = config.block_size * (visible_tokens + slots)
+        layer = 3 * (slots * slot_weights + context_tokens * kv_weights + 2 * pairs * heads)
+        projection = 2 * context_tokens * len(config.target_layer_ids) * hidden * hidden
+        return 2.0 * (config.num_hidden_layers * layer + projection + 2 * predictions * vocab * hidden)
+
     def new_cache(self) -> ContextCache:
         """Return an empty cache for `propose`."""
         return ContextCache(len(self.layers))
 
-    def propose(self, embeds_BLD: Tensor, features_BSF: Tensor, start: int, cache: ContextCache) -> Tensor:
-        """Run one block at decoding: add the new context rows to the cache, then read the block at `start`.
+    def propose(
+        self, anchor_id: int, num_tokens: int, features_BSF: Tensor, start: int, cache: ContextCache, target: TargetIO
+    ) -> Proposal:
+        """Propose the most probable token at each slot, all in one pass over an anchor and masks."""
+        ids_BL = torch.full((1, num_tokens + 1), self.config.mask_token_id, device=features_BSF.device)
+        ids_BL[0, 0] = anchor_id
+        hidden_BLD = self.run_block(target.embed(ids_BL), features_BSF, start, cache)
+        return Proposal(target.head(hidden_BLD[:, 1:]).argmax(-1)[0])
 
-        Shapes: embeds_BLD anchor and masks, features_BSF the rows verified since the last call, in order; they take
-            the positions from cache.length on. Returns hidden_BLD; row 0 means nothing.
+    def run_block(self, embeds_BLD: Tensor, features_BSF: Tensor, start: int, cache: ContextCache) -> Tensor:
+        """Add new context rows to the cache, then run one block at `start`.
+
+        Shapes: embeds_BLD anchor and masks, features_BSF the rows verified since the last call, in order; their
+            positions are cache.length and on. Returns hidden_BLD; row 0, the anchor's, predicts nothing.
         """
         device, slots = embeds_BLD.device, embeds_BLD.shape[1]
         context_BSD = self.project(features_BSF)

@@ -2,14 +2,13 @@ from pathlib import Path
 
 import pytest
 
-from dllm.decoding.acceptance import Acceptance
-from dllm.decoding.speculative import Round
+from dllm.decoding.acceptance import Acceptance, RoundCounts
 from dllm.methods.dflash import curve
 
 
 def figures(block_size: int, runs: list[int]) -> dict:
     acceptance = Acceptance(block_size)
-    acceptance.add([Round((), run + 1, run, block_size - 1, 0.0) for run in runs])
+    acceptance.add([RoundCounts(run + 1, run, block_size - 1) for run in runs])
     return acceptance.figures()
 
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from dllm.methods.diffusion.losses import weighted_cross_entropy
 from dllm.methods.diffusion.noise import Times, exact_count_noise, noise_generator, uniform_noise
+from dllm.training.cross_entropy import weighted_cross_entropy
 
 PLACES = 6
 MASKABLE_S, BLOCK_S = torch.ones(PLACES, dtype=torch.bool), torch.zeros(PLACES, dtype=torch.int64)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from dllm.config.params import Target
-from dllm.models.diffusion.mask_row import MASK
+from dllm.models.mask_token import MASK
 from dllm.models.targets import load_tokenizer
 from tests.models.small_models import TINY
 

@@ -5,11 +5,11 @@ import torch
 
 from dllm.models.drafts import attention as structured_attention
 from dllm.models.drafts.attention import block_attention
-from dllm.models.drafts.config import DraftConfig, layer_ids
+from dllm.models.drafts.config import DFlashConfig, layer_ids
 from dllm.models.drafts.dflash import DFlashDraft
 
 
-def tiny_config(**changes) -> DraftConfig:
+def tiny_config(**changes) -> DFlashConfig:
     base = dict(
         hidden_size=32,
         intermediate_size=48,
@@ -26,7 +26,7 @@ def tiny_config(**changes) -> DraftConfig:
         target_layer_ids=(1, 3),
         num_target_layers=8,
     )
-    return DraftConfig(**{**base, **changes})
+    return DFlashConfig(**{**base, **changes})
 
 
 def tiny_draft(seed: int = 0, **changes) -> DFlashDraft:
@@ -93,7 +93,7 @@ def inputs(draft: DFlashDraft, anchors: list[int], length: int = 20):
 
 def run(draft, features, embeds, anchors, keep=None):
     keep = torch.ones_like(anchors, dtype=torch.bool) if keep is None else keep
-    return draft(embeds, draft.project(features), anchors, keep)
+    return draft(embeds, features, anchors, keep)
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -102,17 +102,17 @@ def test_training_forward_equals_separate_decoding_calls(window):
     features, embeds, anchors = inputs(draft, [1, 5, 6, 19])
     together = run(draft, features, embeds, anchors)
     for n, anchor in enumerate(anchors[0].tolist()):
-        alone = draft.propose(embeds[:, n], features[:, :anchor], anchor, draft.new_cache())
+        alone = draft.run_block(embeds[:, n], features[:, :anchor], anchor, draft.new_cache())
         torch.testing.assert_close(together[:, n], alone[:, 1:], atol=2e-5, rtol=1e-4)
 
 
 def test_context_fed_in_parts_equals_context_fed_at_once():
     draft = tiny_draft()
     features, embeds, _ = inputs(draft, [11])
-    once = draft.propose(embeds[:, 0], features[:, :11], 11, draft.new_cache())
+    once = draft.run_block(embeds[:, 0], features[:, :11], 11, draft.new_cache())
     cache = draft.new_cache()
     for begin, end in ((0, 4), (4, 5), (5, 11)):
-        parts = draft.propose(embeds[:, 0], features[:, begin:end], end, cache)
+        parts = draft.run_block(embeds[:, 0], features[:, begin:end], end, cache)
     assert cache.length == 11
     torch.testing.assert_close(once, parts, atol=2e-6, rtol=1e-5)
 
@@ -155,14 +155,14 @@ def test_a_dropped_block_sees_only_itself_and_is_finite():
 def test_only_relative_positions_matter():
     draft = tiny_draft()
     features, embeds, _ = inputs(draft, [6])
-    near = draft.propose(embeds[:, 0], features[:, :6], 6, draft.new_cache())
+    near = draft.run_block(embeds[:, 0], features[:, :6], 6, draft.new_cache())
     cache = draft.new_cache()
     cache.length = 100  # an empty cache that claims the context begins at position 100
-    far = draft.propose(embeds[:, 0], features[:, :6], 106, cache)
+    far = draft.run_block(embeds[:, 0], features[:, :6], 106, cache)
     torch.testing.assert_close(near, far, atol=1e-4, rtol=1e-4)
     cache = draft.new_cache()
     cache.length = 100
-    assert not torch.allclose(near, draft.propose(embeds[:, 0], features[:, :6], 107, cache), atol=1e-4)
+    assert not torch.allclose(near, draft.run_block(embeds[:, 0], features[:, :6], 107, cache), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -197,5 +197,5 @@ def test_layer_ids_round_half_to_even(layers, ids):
 
 def test_a_config_survives_its_published_form():
     config = tiny_config(sliding_window=6)
-    assert DraftConfig.from_json(config.to_json()) == config
+    assert DFlashConfig.from_json(config.to_json()) == config
     assert config.to_json()["architectures"] == ["DFlashDraftModel"]

@@ -12,11 +12,11 @@ from dllm.config.params import Target
 from dllm.errors import ModelError
 from dllm.models import targets
 from dllm.models.drafts import checkpoint as export
-from dllm.models.drafts.config import DraftConfig
+from dllm.models.drafts.config import DFlashConfig
 from dllm.models.drafts.dflash import DFlashDraft
 from tests.decoding import stand_in_drafts
 
-QWEN3_8B = DraftConfig(
+QWEN3_8B = DFlashConfig(
     hidden_size=4096,
     intermediate_size=12288,
     num_hidden_layers=5,
@@ -51,18 +51,43 @@ def hidden(draft: DFlashDraft) -> torch.Tensor:
     embeds_BLD = torch.randn(1, 4, 64, generator=generator)
     features_BSF = torch.randn(1, 9, 192, generator=generator)
     with torch.inference_mode():
-        return draft.propose(embeds_BLD, features_BSF, 9, draft.new_cache())
+        return draft.run_block(embeds_BLD, features_BSF, 9, draft.new_cache())
 
 
-def test_the_tensors_of_published_drafts() -> None:
-    shapes = export.tensor_shapes(QWEN3_8B)
+def published_shapes(config: DFlashConfig) -> dict[str, tuple[int, ...]]:
+    """The layout of z-lab's released checkpoints: 11 tensors per layer and 3 besides."""
+    hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    layer = {
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "self_attn.q_norm": (head,),
+        "self_attn.k_norm": (head,),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    besides = {"fc": (hidden, hidden * len(config.target_layer_ids)), "hidden_norm": (hidden,), "norm": (hidden,)}
+    layers = {f"layers.{i}.{name}": shape for i in range(config.num_hidden_layers) for name, shape in layer.items()}
+    return {f"{name}.weight": shape for name, shape in (besides | layers).items()}
+
+
+def test_the_tensors_are_those_of_published_drafts() -> None:
+    shapes = DFlashDraft.tensor_shapes(QWEN3_8B)
+    assert shapes == published_shapes(QWEN3_8B)
     assert len(shapes) == 11 * 5 + 3
     assert sum(math.prod(shape) for shape in shapes.values()) == 1_048_626_432
 
 
-def test_the_module_has_exactly_these_tensors(draft: DFlashDraft) -> None:
-    own = {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items()}
-    assert own == export.tensor_shapes(draft.config)
+def test_listing_tensors_draws_no_random_number(draft: DFlashDraft) -> None:
+    before = torch.get_rng_state()
+    assert DFlashDraft.tensor_shapes(draft.config) == published_shapes(draft.config)
+    assert torch.equal(before, torch.get_rng_state())
+    assert {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items()} == published_shapes(draft.config)
 
 
 def test_what_is_saved_comes_back_bit_for_bit(draft: DFlashDraft, model, tmp_path: Path) -> None:
@@ -146,6 +171,13 @@ def test_what_is_no_draft_is_one_line(draft: DFlashDraft, model, tmp_path: Path)
     with pytest.raises(ModelError, match=r"config\.json is missing"):
         export.load_draft(tmp_path)
     (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot read the draft's config"):
+        export.load_draft(tmp_path)
+    for raw in ({"architectures": ["LlamaForCausalLM"]}, {"architectures": ["DFlash2DraftModel"], "dflash_config": {}}):
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        with pytest.raises(ModelError, match=f"architecture is {raw['architectures'][0]}, ours: DFlashDraftModel"):
+            export.load_draft(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ModelError, match="cannot read the draft's config"):
         export.load_draft(tmp_path)
     export.save_draft(draft, tmp_path)

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from dllm.methods.dflash.feature_source import LOCK, CachedFeatures, forget_old
+from dllm.methods.dflash.features import LOCK, CachedFeatures, forget_old
 from dllm.training.batches import Example
 
 

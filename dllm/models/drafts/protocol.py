@@ -1,0 +1,230 @@
+"""What a draft family provides: its shape on disk, its network, one block at decoding, its part of the loss.
+
+A family is one class in one file and one line of `dllm.registry.DRAFTS`. Training, decoding, export and loading use
+what stands here and nothing else.
+
+Shape suffixes: B batch, N blocks, L slots of a block, P = L - 1 draft tokens of a block, S context, D hidden, F tapped
+features, V vocabulary, M slots that have a label.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dllm.errors import ModelError
+
+
+class DraftConfig(Protocol):
+    """What every family's config holds, whatever else determines its network."""
+
+    @property
+    def block_size(self) -> int:
+        """Slots of a block: the anchor, a token that is known, and the draft tokens after it."""
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id whose embedding stands at the slots to predict."""
+
+    @property
+    def target_layer_ids(self) -> tuple[int, ...]:
+        """0-based target layers whose outputs are the features."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the target's embedding and head."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the target's embedding."""
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of the draft."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the `config.json` that engines read, `architectures` included."""
+
+    def with_block_size(self, block_size: int) -> DraftConfig:
+        """Return the same config for blocks of another size."""
+
+
+class DraftSettings(Protocol):
+    """What `train.dflash.draft` says of a new draft's size."""
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of the draft."""
+
+    @property
+    def num_target_layers_tapped(self) -> int:
+        """Layers to tap, evenly spread, if `target_layer_ids` is None."""
+
+    @property
+    def target_layer_ids(self) -> Sequence[int] | None:
+        """Layers to tap."""
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Context window of every layer; None sees the whole context."""
+
+
+@dataclass(frozen=True)
+class TargetIO:
+    """The target's input embedding and output head, which its draft shares."""
+
+    embed: nn.Module
+    head: nn.Module
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The draft tokens of one block.
+
+    Shapes: ids_P int64; probs_PV the distribution that each was sampled from, which verification needs; None if each is
+        the most probable one.
+    """
+
+    ids_P: Tensor
+    probs_PV: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ScoredSlots:
+    """The slots of a micro-batch that have a label, with the draft's cross-entropy on them.
+
+    Shapes: ids_BNL int64, each block's true tokens, its anchor first; valid_BNP bool, M true in all; hidden_MD with
+        gradient; head_VD the target's head, of the rows vocab_ids if not None; loss_M float32 with gradient; nll_M
+        float32; teacher_MD what the target fed its head for the same tokens, if the loss distils.
+    """
+
+    ids_BNL: Tensor
+    valid_BNP: Tensor
+    hidden_MD: Tensor
+    head_VD: Tensor
+    vocab_ids: Tensor | None
+    loss_M: Tensor
+    nll_M: Tensor
+    teacher_MD: Tensor | None = None
+
+
+class Draft(nn.Module, ABC):
+    """A draft model for speculative decoding: predicts the tokens after an anchor from the target's features.
+
+    Weights are float32 masters; every forward computes in the dtype of its input. Parameter names are those on disk.
+    """
+
+    architectures: ClassVar[tuple[str, ...]]
+    """Names in the `architectures` of a config.json that this family reads."""
+    config: DraftConfig
+
+    @classmethod
+    def reads(cls, raw: Mapping[str, Any]) -> bool:
+        """Tell whether a config.json is of this family."""
+        return bool(set(cls.architectures) & set(raw.get("architectures") or ()))
+
+    @classmethod
+    @abstractmethod
+    def read_config(cls, raw: Mapping[str, Any], where: str) -> DraftConfig:
+        """Read a config.json of this family.
+
+        Raises:
+            ModelError: a key is missing, or asks for what this family does not do.
+        """
+
+    @classmethod
+    @abstractmethod
+    def config_for(
+        cls, target_config: Any, settings: DraftSettings, *, block_size: int, mask_token_id: int
+    ) -> DraftConfig:
+        """Size a new draft by its target's transformers config.
+
+        Raises:
+            ModelError: the target has too few layers, or the settings name one it does not have.
+        """
+
+    @classmethod
+    def tensor_shapes(cls, config: DraftConfig) -> dict[str, tuple[int, ...]]:
+        """List the tensors of a checkpoint: those of the module itself, built without memory."""
+        with torch.device("meta"):
+            module = cls(config)
+        return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+    @abstractmethod
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def reset_parameters(self, seed: int) -> None:
+        """Draw new weights from the given seed."""
+
+    @classmethod
+    def start_from(cls, published: Draft) -> Draft:
+        """Return the draft that training starts from, made of a published one.
+
+        Raises:
+            ModelError: this family cannot start from the other's weights.
+        """
+        if type(published) is not cls:
+            raise ModelError(
+                f"the draft is a {type(published).architectures[0]}, and a {cls.architectures[0]} is trained",
+                where="train.dflash.draft.init",
+                hint="set train.dflash.draft.architecture to the draft's",
+            )
+        return published
+
+    @abstractmethod
+    def forward(self, embeds_BNLD: Tensor, features_BSF: Tensor, anchor_BN: Tensor, keep_BN: Tensor) -> Tensor:
+        """Run many blocks of each sequence at once, each seeing the context before its anchor and itself.
+
+        Shapes: embeds_BNLD embeddings of an anchor and masks, features_BSF of the whole sequences, anchor_BN positions
+            (int64), keep_BN bool (a dropped block sees itself only). Returns hidden_BNPD, what the head reads: row p
+            predicts the token at anchor + 1 + p.
+        """
+
+    def extra_loss(self, slots: ScoredSlots, weights_M: Tensor) -> Tensor | None:
+        """Return the sum of this family's own loss terms, which is added to the loss's numerator; None has no terms."""
+        return None
+
+    def train_flops(
+        self, *, context_tokens: int, blocks: int, visible_tokens: int, predictions: int, vocab: int
+    ) -> float:
+        """Count a training step's operations, for mfu; here, of every matrix at every slot of a block.
+
+        Args:
+            context_tokens: tokens of all sequences.
+            blocks: blocks of all sequences.
+            visible_tokens: context tokens seen, summed over blocks.
+            predictions: slots that reach the head.
+            vocab: rows of the head.
+        Units: floating-point operations.
+        """
+        matrices = sum(parameter.numel() for parameter in self.parameters() if parameter.ndim > 1)
+        return 2.0 * (
+            3 * blocks * self.config.block_size * matrices + 2 * predictions * vocab * self.config.hidden_size
+        )
+
+    @abstractmethod
+    def new_cache(self) -> Any:
+        """Return what `propose` keeps between the rounds of one response, empty."""
+
+    @abstractmethod
+    def propose(
+        self, anchor_id: int, num_tokens: int, features_BSF: Tensor, start: int, cache: Any, target: TargetIO
+    ) -> Proposal:
+        """Propose the tokens after an anchor, for one sequence.
+
+        Args:
+            anchor_id: the newest token, at position `start`.
+            num_tokens: most tokens to propose, at least 1 and fewer than block_size.
+            features_BSF: of the positions verified since the last call, in order; with them the cache holds exactly
+                the context before `start`.
+            start: the anchor's position.
+            cache: from `new_cache`; the proposed block leaves nothing in it.
+            target: embeds tokens and maps hidden states to logits.
+        """

@@ -1,0 +1,196 @@
+"""Cross-entropy of hidden states under an output head, without ever holding all logits.
+
+Every function here goes through `_chunks`: the logits of at most `chunk` rows exist at one time. They differ in what
+has a gradient and in the precision of the softmax.
+
+Shape suffixes: M scored positions, C positions of one chunk, D hidden, V vocabulary, E ties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _chunks(
+    hidden_MD: Tensor, labels_M: Tensor, logits: Callable[[Tensor], Tensor], chunk: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield each chunk's place among the rows, its labels and its logits."""
+    for begin in range(0, len(labels_M), chunk):
+        part = slice(begin, begin + chunk)
+        yield part, labels_M[part], logits(hidden_MD[part])
+
+
+def _rows(label_C: Tensor) -> Tensor:
+    # Indexing writes C places; an in-place scatter_ copies the whole chunk first, an eighth of a training step.
+    return torch.arange(len(label_C), device=label_C.device)
+
+
+def is_argmax(logits_CV: Tensor, label_C: Tensor) -> Tensor:
+    """Tell where the label is the row's argmax; among equals the first wins, as in torch.argmax.
+
+    Compares the label with the largest other logit: on CPUs amax takes a fraction of argmax's time. Writes into
+    logits_CV on the way and restores it.
+
+    Shapes: label_C int64. Returns hit_C bool.
+    """
+    row_C = _rows(label_C)
+    label_logit_C = logits_CV[row_C, label_C]
+    logits_CV[row_C, label_C] = float("-inf")
+    other_C = logits_CV.amax(-1)
+    logits_CV[row_C, label_C] = label_logit_C
+    hit_C = label_logit_C > other_C
+    tie_E = (label_logit_C == other_C).nonzero()[:, 0]  # coarse dtypes tie now and then
+    hit_C[tie_E] = logits_CV[tie_E].argmax(-1) == label_C[tie_E]
+    return hit_C
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Loss rows and their gradient in one pass: each chunk's logits are computed once.
+
+    The head is frozen, so the gradient of a row's loss reaches only that row's hidden state. It is formed while the
+    row's logits exist and scaled in backward by the weight the row was given.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_MD: Tensor, head_VD: Tensor, labels_M: Tensor, chunk: int, teacher_MD: Tensor, share: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, device = len(hidden_MD), hidden_MD.device
+        nll_M = torch.empty(rows, dtype=torch.float32, device=device)
+        soft_M = torch.empty(rows if share else 0, dtype=torch.float32, device=device)
+        hit_M = torch.empty(rows, dtype=torch.bool, device=device)
+        grad_MD = torch.empty_like(hidden_MD) if ctx.needs_input_grad[0] else None
+        for part, label_C, logits_CV in _chunks(hidden_MD, labels_M, lambda x_CD: x_CD @ head_VD.T, chunk):
+            probs_CV = torch.softmax(logits_CV, -1)
+            row_C = _rows(label_C)
+            nll_M[part] = -probs_CV[row_C, label_C].float().clamp_min(1e-37).log()
+            if share:
+                teacher_CV = torch.softmax(teacher_MD[part] @ head_VD.T, -1)
+                soft_M[part] = -(probs_CV.float().clamp_min(1e-37).log_() * teacher_CV).sum(-1)
+                probs_CV.sub_(teacher_CV, alpha=share)
+            probs_CV[row_C, label_C] -= 1 - share
+            hit_M[part] = is_argmax(logits_CV, label_C)
+            if grad_MD is not None:
+                torch.mm(probs_CV, head_VD, out=grad_MD[part])
+        ctx.save_for_backward(grad_MD)
+        ctx.mark_non_differentiable(nll_M, hit_M)
+        loss_M = nll_M.clone() if not share else (1 - share) * nll_M + share * soft_M
+        return loss_M, nll_M, hit_M
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss_M: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        (grad_MD,) = ctx.saved_tensors
+        return grad_MD * grad_loss_M[:, None].to(grad_MD.dtype), None, None, None, None, None
+
+
+def frozen_head_cross_entropy(
+    hidden_MD: Tensor,
+    head_VD: Tensor,
+    labels_M: Tensor,
+    chunk: int,
+    teacher_MD: Tensor | None = None,
+    share: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each row's loss (differentiable in hidden_MD), its negative log-likelihood, and whether it is a hit.
+
+    The loss is (1 - share) times the negative log-likelihood plus share times the cross-entropy against the teacher's
+    distribution. The softmax is computed in hidden_MD's dtype.
+
+    Shapes: hidden_MD, teacher_MD (the teacher's input to the same head) and head_VD of one dtype, labels_M int64.
+        Returns loss_M and nll_M float32, hit_M bool (the label is the argmax).
+    Units: nats.
+    Source: Hinton et al. 2015 (distillation), temperature 1.
+    """
+    if teacher_MD is None:
+        teacher_MD, share = hidden_MD.new_empty(0), 0.0
+    return _FrozenHead.apply(hidden_MD, head_VD, labels_M, chunk, teacher_MD, share)
+
+
+class _TrainedHead(torch.autograd.Function):
+    """The weighted sum of cross-entropies, with both gradients formed while each chunk's logits exist.
+
+    The weights are known beforehand, so the gradients are formed in the forward pass and only scaled in backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_MD: Tensor, head_VD: Tensor, labels_M: Tensor, weights_M: Tensor, chunk: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, device = len(hidden_MD), hidden_MD.device
+        nll_M = torch.empty(rows, dtype=torch.float32, device=device)
+        hit_M = torch.empty(rows, dtype=torch.bool, device=device)
+        hidden_learns, head_learns = ctx.needs_input_grad[:2]
+        grad_MD = torch.empty_like(hidden_MD) if hidden_learns else None
+        # Chunks add up in float32: bfloat16 would lose the small ones.
+        grad_VD = torch.zeros(head_VD.shape, dtype=torch.float32, device=device) if head_learns else None
+        for part, label_C, logits_CV in _chunks(hidden_MD, labels_M, lambda x_CD: x_CD @ head_VD.T, chunk):
+            hit_M[part] = is_argmax(logits_CV, label_C)
+            row_C = _rows(label_C)
+            log_CV = torch.log_softmax(logits_CV, -1, dtype=torch.float32)
+            nll_M[part] = -log_CV[row_C, label_C]
+            if not hidden_learns and not head_learns:
+                continue
+            probs_CV = log_CV.exp_()
+            probs_CV[row_C, label_C] -= 1
+            error_CV = probs_CV.mul_(weights_M[part, None]).to(hidden_MD.dtype)
+            if grad_MD is not None:
+                torch.mm(error_CV, head_VD, out=grad_MD[part])
+            if grad_VD is not None:
+                grad_VD += error_CV.T @ hidden_MD[part]
+        ctx.save_for_backward(grad_MD, grad_VD)
+        ctx.mark_non_differentiable(nll_M, hit_M)
+        return (weights_M.double() * nll_M).sum().float(), nll_M, hit_M
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_MD, grad_VD = ctx.saved_tensors
+        return (
+            None if grad_MD is None else grad_MD * grad.to(grad_MD.dtype),
+            None if grad_VD is None else grad_VD * grad,
+            None,
+            None,
+            None,
+        )
+
+
+def weighted_cross_entropy(
+    hidden_MD: Tensor, head_VD: Tensor, labels_M: Tensor, weights_M: Tensor, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sum of weight times cross-entropy, differentiable in hidden_MD and head_VD.
+
+    Without any row the sum is 0, with finite gradients. The softmax is computed in float32. The mask token is an
+    ordinary token to it, as in LLaDA and Nemotron, so that bounds compare with theirs.
+
+    Shapes: hidden_MD and head_VD in any dtypes (the product is in hidden's), labels_M int64, weights_M float32.
+        Returns the sum (float32), nll_M float32 and hit_M bool (the label is the argmax).
+    Units: nats.
+    """
+    head = head_VD.to(hidden_MD.dtype)
+    found: tuple[Tensor, Tensor, Tensor] = _TrainedHead.apply(hidden_MD, head, labels_M, weights_M.float(), chunk)
+    return found
+
+
+def nll_and_hits(
+    logits: Callable[[Tensor], Tensor], hidden_MD: Tensor, labels_M: Tensor, chunk: int, excluded: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of labels and whether each is the argmax, without gradients.
+
+    Args:
+        logits: maps hidden states to logits.
+        excluded: an id that is left out of the argmax (not of the softmax).
+
+    Shapes: returns nll_M float64 and hit_M bool, on the CPU.
+    Units: nats.
+    """
+    nll_M, hit_M = torch.empty(len(labels_M), dtype=torch.float64), torch.empty(len(labels_M), dtype=torch.bool)
+    for part, label_C, logits_CV in _chunks(hidden_MD, labels_M, logits, chunk):
+        log_CV = torch.log_softmax(logits_CV, -1, dtype=torch.float32)
+        nll_M[part] = -log_CV[_rows(label_C), label_C].double().cpu()
+        if excluded is not None:
+            logits_CV[:, excluded] = float("-inf")
+        hit_M[part] = is_argmax(logits_CV, label_C).cpu()
+    return nll_M, hit_M
