@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dllm.errors import ConfigError
 
@@ -74,3 +74,15 @@ class Registry(Generic[Member]):
         """Import every member, and yield it with its name."""
         for name in self:
             yield name, self[name]
+
+
+SOURCES: Registry[Any] = Registry(
+    "sources",
+    {
+        "gsm8k": "dllm.prompts.builtin:GSM8K",
+        "humaneval": "dllm.prompts.builtin:HUMANEVAL",
+        "aime": "dllm.prompts.builtin:AIME",
+        "arithmetic": "dllm.prompts.builtin:ARITHMETIC",
+    },
+)
+"""Prompt sources, built-in values of `prepare.sources[].name`: instances of `dllm.prompts.sources.PromptSource`."""

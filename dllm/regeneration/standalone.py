@@ -21,8 +21,8 @@ from dllm.errors import ConfigError, DataError
 from dllm.files import full_disk_in_one_line
 from dllm.models import targets
 from dllm.process import children as process
-from dllm.prompts import stream as conversations
-from dllm.prompts.stream import Tally
+from dllm.prompts import sources
+from dllm.prompts.stream import Tally, stream
 from dllm.prompts.table import Prompt
 from dllm.regeneration import core as answering
 from dllm.regeneration import engines, identity, output_folder
@@ -171,7 +171,7 @@ def rehearse(order: Order) -> dict[str, Any]:
 def _prompts(order: Order, tally: Tally) -> Iterator[Prompt]:
     options: Any = {"part": order.part, "heldout_fraction": order.heldout_fraction, "tally": tally}
     with _named_as_a_flag(order):
-        yield from conversations.stream(order.source, order.root, **options)
+        yield from stream(order.source, order.root, **options)
 
 
 @contextlib.contextmanager
@@ -195,7 +195,7 @@ def _made_of(order: Order, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]
     """Collect all that determines the result."""
     settings, target = order.params.regenerate, order.params.target
     with _named_as_a_flag(order):
-        digest = conversations.input_digest(order.source, order.root)
+        digest = sources.input_digest(order.source, order.root)
     return {
         "schema": shards.SCHEMA,
         "params": params_digest(target, identity.determining(settings)),

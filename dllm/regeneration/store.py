@@ -101,7 +101,7 @@ class ShardStore:
         counts, rows, rejected, turns = ManifestCounts(), [], [], 0
         for rollout in shard.rollouts:
             turns += rollout.turns
-            for row in rollout.rows(shard.journal.read):
+            for row in rollout.rows():
                 unwanted = next((flag for flag in self._drop if flag in row.flags), None)
                 if unwanted is None:
                     counts.add(row)

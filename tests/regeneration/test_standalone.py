@@ -77,7 +77,8 @@ def test_it_answers_every_turn_and_says_how(chats: Path, tmp_path: Path, capsys:
     manifest = shards.read_manifest(output)
     assert manifest["made"]["served"]["model_path"] == "/models/tiny"
     assert manifest["made"]["read"] == {
-        "rows": CHATS + 2, "prompts": CHATS, "other_parts": 0, "duplicates": 1, "refused": {"no user turn": 1},
+        "rows": CHATS + 2, "prompts": CHATS, "other_parts": 0, "duplicates": 1, "over_limit": 0,
+        "refused": {"no user turn": 1},
     }  # fmt: skip
     assert manifest["thinking"] == "off" and manifest["template"] and manifest["sampling"]["temperature"] == 0
     assert manifest["made"]["seconds"] > 0 and manifest["made"]["versions"]["dllm"]
