@@ -16,6 +16,8 @@ from dllm.config import yaml_reader
 from dllm.config.params import Params
 from dllm.errors import ConfigError
 
+Model = typing.TypeVar("Model", bound=BaseModel)
+
 GUIDE_NAMES = {
     "overlap_anchors": "anchor_sampling: with_replacement (true) or non_overlapping (false)",
     "attention_backend": "nothing: attention is exact and sparse on every device",
@@ -53,8 +55,17 @@ def load_params(path: Path | str = "params.yaml", overrides: typing.Sequence[str
 
 def parse_params(raw: dict[str, Any], where: str = "params.yaml") -> Params:
     """Check a mapping as params; see `load_params`."""
+    return parse_as(Params, raw, where)
+
+
+def parse_as(model: type[Model], raw: dict[str, Any], where: str) -> Model:
+    """Check a mapping as some sections of params.
+
+    Raises:
+        ConfigError: a key is unknown, a value has the wrong type, or values clash.
+    """
     try:
-        return Params.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(_explain(first), where=where) from None

@@ -13,9 +13,9 @@ from typing import Any
 from dllm.config.load import params_digest
 from dllm.config.params import Params
 from dllm.errors import StageError
-from dllm.stages.publication import publish_tree
 from dllm.stages.workspace import open_stage
 from dllm.tracking import model_registry, provenance
+from dllm.workspace import publish_tree
 
 SCORE = {True: "tau_micro", False: "score"}
 """What a draft, or else a diffusion model, is ranked by."""

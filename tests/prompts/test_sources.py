@@ -109,6 +109,38 @@ def test_the_commit_is_read_from_what_datasets_records_of_the_files() -> None:
     assert sources.commit_of(["/home/me/train.jsonl", "hf://datasets/owner/name@main/x"]) is None
 
 
+TOY = """
+from dllm.prompts.builtin import GeneratedSource
+
+SOURCE = GeneratedSource(lambda: (f"What is {n} + {n}?" for n in range(40)))
+"""
+
+
+def test_a_package_outside_adds_a_source_by_an_entry_point(tmp_path: Path) -> None:
+    (tmp_path / "toy_prompts.py").write_text(TOY)
+    record = tmp_path / "toy_prompts-1.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-prompts\nVersion: 1.0\n")
+    (record / "entry_points.txt").write_text("[dllm.sources]\ntoy = toy_prompts:SOURCE\n")
+    (tmp_path / "params.yaml").write_text(
+        json.dumps(
+            {
+                "recipe": "toy",
+                "target": {"model": "builtin:tiny"},
+                "prepare": {"sources": [{"name": "toy", "limit": 30}], "heldout_fraction": 0.3},
+                "register": {"model_name": "toy"},
+            }
+        )
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    argv = [sys.executable, "-m", "dllm", "prepare", "--root", str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "prepare: toy: 40 rows" in done.stdout
+    record = json.loads((tmp_path / "out/prepare/run.json").read_text())
+    assert record["identity"] == {"toy@train": {"generated": "toy"}}
+
+
 SPLITS = ("train[:2]", "train[:2]", "train")
 
 

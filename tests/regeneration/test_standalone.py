@@ -111,6 +111,23 @@ def test_what_is_not_empty_is_left_alone_and_resumed_when_asked(chats: Path, tmp
     assert len(server.bodies) == asked and content(output) == before
 
 
+def test_a_result_that_is_completed_later_counts_the_time_of_all_calls(
+    chats: Path, tmp_path: Path, capsys: Any
+) -> None:
+    output = tmp_path / "out"
+    with serving() as server:
+        server.faults.extend([(500, {})] * 2)
+        few = flags(chats, output, server, "--concurrency", 1, "--max-retries", 0)
+        assert call(*few, capsys=capsys)[0] == 0
+        first = shards.read_manifest(output)
+        assert first["rejected"] == 2
+        assert call(*few, "--resume", capsys=capsys)[0] == 0
+    last = shards.read_manifest(output)
+    assert last["rejected"] == 0 and last["made"]["started"] == first["made"]["started"]
+    assert last["made"]["seconds"] > first["made"]["seconds"]
+    verify.verify(output)
+
+
 def test_a_changed_flag_starts_anew_and_the_old_result_stays_until_then(
     chats: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -233,7 +250,7 @@ BAD = [
     (
         ["--output-dir", "out", "--model", "builtin:tiny", "--engine", "local", "--target-server", "x"],
         2,
-        "asks no server",
+        "uses no server",
     ),
     (["--output-dir", ".", "--model", "builtin:tiny", "--input-data", "."], 2, "lies in the input"),
     (["--output-dir", "out", "--model", "builtin:tiny", "--input-data", "nowhere.jsonl"], 3, "no such file"),
