@@ -28,7 +28,9 @@ class Tracker(Protocol):
     """What a stage tells about itself while it works."""
 
     @property
-    def experiment_id(self) -> str | None: ...
+    def experiment_id(self) -> str | None:
+        """Id of the experiment in MLflow, or None where nothing is tracked."""
+        ...
 
     @property
     def run_id(self) -> str | None:

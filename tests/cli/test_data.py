@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.responses.test_show import row
+from tests.cli.test_show import row
 
 from dllm import __main__ as command
 from dllm.config.params import Target
