@@ -29,7 +29,8 @@ from dllm.config.load import parse_params
 from dllm.decoding.settings import Settings
 from dllm.methods.diffusion.responses import Generated, figures, generate_responses
 from dllm.models.diffusion.bidirectional import BidirectionalLM
-from dllm.prompts.table import HELDOUT, collect
+from dllm.prompts.stream import collect
+from dllm.prompts.table import HELDOUT
 from dllm.prompts.template import prompt_ids
 from dllm.responses.shards import Row
 

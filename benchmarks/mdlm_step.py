@@ -61,7 +61,7 @@ def settings_of(batch: int) -> Params:
 def gsm8k(params: Params) -> list[Example]:
     """Return questions with the answers that the data give."""
     tokenizer = targets.load_tokenizer(params.target)
-    (file,) = sources.files(Source(name="gsm8k"), Path())
+    (file,) = sources.inputs(Source(name="gsm8k"), Path()).values()
     found = []
     for where, record in json_lines(file):
         asked = [{"role": "user", "content": record["question"]}]

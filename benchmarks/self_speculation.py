@@ -32,7 +32,8 @@ from dllm.decoding.causal import decode_causally, speculate_on_itself
 from dllm.decoding.settings import Settings
 from dllm.decoding.unmasking import Generation, sample
 from dllm.models.diffusion.bidirectional import BidirectionalLM
-from dllm.prompts.table import HELDOUT, collect
+from dllm.prompts.stream import collect
+from dllm.prompts.table import HELDOUT
 from dllm.prompts.template import prompt_ids
 
 Decode = Callable[[BidirectionalLM, Sequence[Sequence[int]], Settings], list[Generation]]

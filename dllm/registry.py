@@ -85,6 +85,7 @@ METHODS: Registry[Any] = Registry(
     },
 )
 """Training methods, the values of `train.mode`: instances of `dllm.methods.method.Method`."""
+
 DRAFTS: Registry[Any] = Registry("drafts", {"dflash": "dllm.models.drafts.dflash:DFlashDraft"})
 """Draft architectures: classes like `dllm.models.drafts.protocol.Draft`; `train.dflash.draft.architecture`."""
 
@@ -96,3 +97,14 @@ OBJECTIVES: Registry[Any] = Registry(
     },
 )
 """Losses of a draft: functions like `dllm.methods.dflash.objectives.Objective`; `train.dflash.loss`."""
+
+SOURCES: Registry[Any] = Registry(
+    "sources",
+    {
+        "gsm8k": "dllm.prompts.builtin:GSM8K",
+        "humaneval": "dllm.prompts.builtin:HUMANEVAL",
+        "aime": "dllm.prompts.builtin:AIME",
+        "arithmetic": "dllm.prompts.builtin:ARITHMETIC",
+    },
+)
+"""Prompt sources, built-in values of `prepare.sources[].name`: instances of `dllm.prompts.sources.PromptSource`."""

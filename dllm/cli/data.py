@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm.errors import DataError, ModelError
+from dllm.responses import merge as parts
 from dllm.responses import shards
+from dllm.responses import verify as checks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def verify(dir: Path, *, as_json: bool = False) -> None:
-    """Print what was checked of a folder of answers, as a table or one JSON object.
+    """Check a folder of responses and print the checks, as a table or one JSON object.
 
     Raises:
         DataError: something does not hold.
     """
-    from dllm.responses import verify as checks
-
     found = checks.verify(dir)
     if as_json:
         print(json.dumps({"folder": str(dir), "whole": True, "checked": found}))
@@ -31,8 +31,8 @@ def verify(dir: Path, *, as_json: bool = False) -> None:
     from rich.table import Table
 
     table = Table(title=f"{dir} is whole", show_header=False, title_justify="left")
-    for what, said in found.items():
-        table.add_row(what, said)
+    for check, finding in found.items():
+        table.add_row(check, finding)
     Console(soft_wrap=True).print(table)
 
 
@@ -46,11 +46,11 @@ def show(
     max_length: int | None = None,
     model: str | None = None,
 ) -> None:
-    """Print rows with their supervised tokens marked; see `select` and `show` of `dllm.cli.show`.
+    """Print rows with their supervised tokens highlighted; see `select` and `show` of `dllm.cli.show`.
 
     Raises:
         DataError: there is no such row, or the folder is damaged.
-        ModelError: the tokenizer cannot be had.
+        ModelError: the tokenizer cannot be loaded.
     """
     from rich.console import Console
 
@@ -63,13 +63,11 @@ def show(
 
 
 def merge(dirs: Sequence[Path], out: Path) -> None:
-    """Put parts together and print what came of it.
+    """Merge parts and print the totals.
 
     Raises:
         DataError: the parts do not fit together, or the folder holds something else.
     """
-    from dllm.responses import merge as parts
-
     merged = parts.merge(dirs, out)
     print(f"{out}: {merged['rows']} rows, {merged['tokens']} tokens of {len(dirs)} parts", flush=True)
 
@@ -90,5 +88,5 @@ def _tokenizer(dir: Path, manifest: dict[str, Any], model: str | None) -> PreTra
             raise
         raise ModelError(error.message, where=error.where, hint="name a tokenizer with --model") from None
     if manifest.get("template") not in (None, chat.template_digest(tokenizer)):
-        print(f"note: {name} has another chat template than these answers were asked with", file=sys.stderr)
+        print(f"note: {name} has another chat template than these responses were generated with", file=sys.stderr)
     return tokenizer

@@ -1,6 +1,6 @@
 """`regenerate`: the pipeline's stage, or with --input-data any input to a folder of shards, with nothing but flags.
 
-Owns the flags and what they mean as params. Imports what does the work only once it is called.
+Defines the flags and maps them to settings.
 """
 
 import json
@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from dllm.errors import ConfigError
+
 if TYPE_CHECKING:
-    from dllm.regeneration.standalone import Order
+    from dllm.regeneration.standalone import RegenerateArgs
 
 PIPELINE = {"params", "overrides"}
 """Options of the stage alone; --root and --debug go with both."""
 REASONING = {"none": None, "save": True, "disable": False}
 THIS = "The pipeline's stage"
-INPUT, ASKING, OUTPUT = "Without a project: input", "Without a project: asking", "Without a project: output"
+INPUT, GENERATION, OUTPUT = "Without a project: input", "Without a project: generation", "Without a project: output"
 
 
 def _option(*names: str, panel: str, help: str, **more: Any) -> Any:
@@ -27,7 +29,7 @@ def _option(*names: str, panel: str, help: str, **more: Any) -> Any:
 
 
 def command(run_stage: Callable[[Path, Sequence[str], Path], None]) -> Callable[..., None]:
-    """Make the verb.
+    """Return the command.
 
     Args:
         run_stage: runs the stage with a params file, overrides and the project's folder.
@@ -51,70 +53,80 @@ def command(run_stage: Callable[[Path, Sequence[str], Path], None]) -> Callable[
         ] = None,
         split: Annotated[str, _option("--split", panel=INPUT, help="Split of a dataset, or a slice of it.")] = "train",
         subset: Annotated[
-            str | None, _option("--subset", "--name", panel=INPUT, help="Dataset's configuration.")
+            str | None, _option("--subset", "--name", panel=INPUT, help="Configuration of the dataset.")
         ] = None,
         messages_column: Annotated[
             str | None,
             _option("--messages-column", panel=INPUT, help="Column of the chat; else messages or conversations."),
         ] = None,
-        limit: Annotated[int | None, _option("--limit", panel=INPUT, min=1, help="The first so many prompts.")] = None,
+        limit: Annotated[
+            int | None, _option("--limit", panel=INPUT, min=1, help="At most so many prompts, the first by id hash.")
+        ] = None,
         part: Annotated[
             str | None, _option("--part", panel=INPUT, metavar="I/N", help="One of N parts by prompt id; I from 0.")
         ] = None,
         heldout_fraction: Annotated[
-            float, _option("--heldout-fraction", panel=INPUT, min=0, max=1, help="Share marked held out, by prompt id.")
+            float,
+            _option("--heldout-fraction", panel=INPUT, min=0, max=1, help="Share of prompts held out, by prompt id."),
         ] = 0.0,
         model: Annotated[
-            str | None, _option("--model", panel=ASKING, help="The target, by the name that servers know it by.")
+            str | None, _option("--model", panel=GENERATION, help="The target, by the name that servers know.")
         ] = None,
         tokenizer: Annotated[
-            str | None, _option("--tokenizer", panel=ASKING, help="Model whose chat template it is, if not --model.")
+            str | None,
+            _option(
+                "--tokenizer", panel=GENERATION, help="Model whose tokenizer and chat template to use, if not --model."
+            ),
         ] = None,
         target_server: Annotated[
             list[str],
-            _option("--target-server", panel=ASKING, metavar="URL", help="OpenAI-compatible server. Repeatable."),
+            _option("--target-server", panel=GENERATION, metavar="URL", help="OpenAI-compatible server. Repeatable."),
         ] = [],  # noqa: B006 (typer copies the default)
         engine: Annotated[
             Literal["local", "openai", "sglang"] | None,
-            _option("--engine", panel=ASKING, help="Else openai with --target-server, local without."),
+            _option("--engine", panel=GENERATION, help="Default: openai with --target-server, else local."),
         ] = None,
-        temperature: Annotated[float, _option("--temperature", panel=ASKING, help="0 is greedy.")] = 0.8,
-        top_p: Annotated[float, _option("--top-p", panel=ASKING, help="Nucleus.")] = 1.0,
+        temperature: Annotated[float, _option("--temperature", panel=GENERATION, help="0 is greedy.")] = 0.8,
+        top_p: Annotated[float, _option("--top-p", panel=GENERATION, help="Nucleus sampling.")] = 1.0,
         max_new_tokens: Annotated[
-            int, _option("--max-new-tokens", panel=ASKING, help="Tokens an answer may have.")
+            int, _option("--max-new-tokens", panel=GENERATION, help="Longest response, in tokens.")
         ] = 1024,
-        samples_per_prompt: Annotated[int, _option("--samples-per-prompt", panel=ASKING, help="Answers a prompt.")] = 1,
+        samples_per_prompt: Annotated[
+            int, _option("--samples-per-prompt", panel=GENERATION, help="Responses per prompt.")
+        ] = 1,
         turns: Annotated[
-            Literal["all", "last"], _option("--turns", panel=ASKING, help="Which assistant turns are answered anew.")
+            Literal["all", "last"], _option("--turns", panel=GENERATION, help="Which assistant turns to regenerate.")
         ] = "all",
         reasoning: Annotated[
             Literal["none", "save", "disable"],
-            _option("--reasoning", panel=ASKING, help="Thinking: as the template does it; asked for and kept; off."),
+            _option("--reasoning", panel=GENERATION, help="Thinking: the template's default; on and kept; off."),
         ] = "none",
-        seed: Annotated[int, _option("--seed", panel=ASKING, help="Each request's seed comes from it.")] = 0,
+        seed: Annotated[
+            int, _option("--seed", panel=GENERATION, help="Seed that each request's seed is derived from.")
+        ] = 0,
         concurrency: Annotated[
-            int, _option("--concurrency", panel=ASKING, help="Requests in flight over all servers.")
+            int, _option("--concurrency", panel=GENERATION, help="Requests in flight over all servers.")
         ] = 64,
         batch_size: Annotated[
-            int, _option("--batch-size", panel=ASKING, help="Rows decoded together, engine local.")
+            int, _option("--batch-size", panel=GENERATION, help="Rows decoded together, engine local.")
         ] = 64,
-        timeout_s: Annotated[float, _option("--timeout-s", panel=ASKING, help="Patience with one request.")] = 600.0,
-        max_retries: Annotated[int, _option("--max-retries", panel=ASKING, help="Further tries of a request.")] = 5,
+        timeout_s: Annotated[float, _option("--timeout-s", panel=GENERATION, help="Timeout of one request.")] = 600.0,
+        max_retries: Annotated[int, _option("--max-retries", panel=GENERATION, help="Retries per request.")] = 5,
         max_failure_rate: Annotated[
             float,
-            _option("--max-failure-rate", panel=ASKING, help="Stop when more of the latest requests are refused."),
+            _option("--max-failure-rate", panel=GENERATION, help="Stop when more of the latest requests are refused."),
         ] = 0.2,
         output_dir: Annotated[
-            Path | None, _option("--output-dir", panel=OUTPUT, help="New, empty, or --resume.")
+            Path | None, _option("--output-dir", panel=OUTPUT, help="New or empty, or with --resume one to continue.")
         ] = None,
-        shard_size: Annotated[int, _option("--shard-size", panel=OUTPUT, help="Chats a shard.")] = 1000,
+        shard_size: Annotated[int, _option("--shard-size", panel=OUTPUT, help="Chats per shard.")] = 1000,
         drop: Annotated[
             list[str], _option("--drop", panel=OUTPUT, metavar="FLAG", help="Leave flagged rows out. Repeatable.")
         ] = [],  # noqa: B006 (typer copies the default)
-        resume: Annotated[bool, _option("--resume", panel=OUTPUT, help="Go on with what --output-dir holds.")] = False,
+        resume: Annotated[bool, _option("--resume", panel=OUTPUT, help="Continue what --output-dir holds.")] = False,
         dry_run: Annotated[
             bool,
-            _option("--dry-run", panel=OUTPUT, help="Read, count, render one chat, meet the server; write nothing."),
+            _option("--dry-run", panel=OUTPUT, help="Read, count, render one chat, check the server; write nothing."),
         ] = False,
         as_json: Annotated[bool, _option("--json", panel=OUTPUT, help="Print one JSON object at the end.")] = False,
     ) -> None:
@@ -126,8 +138,8 @@ def command(run_stage: Callable[[Path, Sequence[str], Path], None]) -> Callable[
         _check_alone(given & PIPELINE, "does not go with --input-data")
         from dllm.regeneration import standalone
 
-        order = _order(dict(context.params))
-        _print(standalone.rehearse(order) if dry_run else standalone.run(order), as_json, dry_run)
+        args = _parse(dict(context.params))
+        _print(standalone.dry_run(args) if dry_run else standalone.run(args), as_json, dry_run)
 
     return regenerate
 
@@ -138,23 +150,21 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _check_alone(wrong: set[str], why: str) -> None:
-    from dllm.errors import ConfigError
-
     if wrong:
         name = {"overrides": "set", "as_json": "json"}.get(min(wrong), min(wrong)).replace("_", "-")
         hint = "flags of the stage and of the command without a project are not mixed"
         raise ConfigError(f"--{name} {why}", where="regenerate", hint=hint)
 
 
-def _order(flags: dict[str, Any]) -> "Order":
-    """Turn flags into params and what goes beside them.
+def _parse(flags: dict[str, Any]) -> "RegenerateArgs":
+    """Parse the flags.
 
     Raises:
         ConfigError: a value is out of range, a flag is missing, or two do not go together.
     """
-    from dllm.config.load import parse_params
-    from dllm.errors import ConfigError
-    from dllm.regeneration.standalone import Order
+    # Here and not above: torch and transformers come with it, and the help must not wait for them.
+    from dllm.config.load import parse_as
+    from dllm.regeneration.standalone import RegenerateArgs, Settings
 
     for name in ("output_dir", "model"):
         if flags[name] is None:
@@ -162,27 +172,25 @@ def _order(flags: dict[str, Any]) -> "Order":
     servers = tuple(flags["target_server"])
     engine = flags["engine"] or ("openai" if servers else "local")
     if servers and engine != "openai":
-        raise ConfigError(f"engine {engine} asks no server", where="--target-server", hint="leave one of the two out")
+        raise ConfigError(f"engine {engine} uses no server", where="--target-server", hint="leave one of the two out")
     settings = (
         *("temperature", "top_p", "max_new_tokens", "samples_per_prompt", "turns", "seed", "concurrency", "batch_size"),
         *("timeout_s", "max_retries", "max_failure_rate", "shard_size", "drop"),
     )
     source = {name: flags[flag] for name, flag in _SOURCE.items()}
-    asking = {"engine": engine, **{name: flags[name] for name in settings}}
+    options = {"engine": engine, **{name: flags[name] for name in settings}}
     if engine != "local":
-        asking["served_model"] = flags["model"]
+        options["served_model"] = flags["model"]
     elif flags["tokenizer"]:
         raise ConfigError("engine local takes the model's own", where="--tokenizer", hint="leave it out")
     raw = {
-        "recipe": "regenerate",
         "target": {"model": flags["tokenizer"] or flags["model"], "enable_thinking": REASONING[flags["reasoning"]]},
-        "prepare": {"sources": [source]},
-        "regenerate": asking,
-        "register": {"model_name": "none"},
+        "source": source,
+        "regenerate": options,
     }
     root = flags["root"].resolve()
-    return Order(
-        params=parse_params(raw, where="flags of regenerate"),
+    return RegenerateArgs(
+        settings=parse_as(Settings, raw, "flags of regenerate"),
         output=(root / flags["output_dir"].expanduser()),
         root=root,
         servers=servers,
@@ -197,8 +205,6 @@ _SOURCE = {"name": "input_data", "split": "split", "subset": "subset", "column":
 
 
 def _part(text: str | None) -> tuple[int, int] | None:
-    from dllm.errors import ConfigError
-
     if text is None:
         return None
     index, _, total = text.partition("/")

@@ -1,6 +1,6 @@
-"""Rows as training will see them: which tokens are given, which supervised, which cut off.
+"""Rows as training sees them: which tokens are context, which supervised, which truncated.
 
-Owns the picture. The loss mask is not worked out again: it is what `make_examples` and `collate` make of the row.
+The loss mask is the one that `make_examples` and `collate` make of the row.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 GIVEN, SUPERVISED, CUT = "given", "supervised", "cut"
 STYLES = {GIVEN: "dim", SUPERVISED: "bold green", CUT: "dim red strike"}
 BRACKETS = {GIVEN: ("", ""), SUPERVISED: ("[", "]"), CUT: ("<cut ", ">")}
-"""How the parts look where there are no colours."""
+"""Marks of the parts where there are no colours."""
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-"""Control characters as pictures: a row must not move the terminal's cursor."""
+"""Control characters as symbols: a row must not move the terminal's cursor."""
 
 Part = tuple[str, list[int]]
 
@@ -55,8 +55,8 @@ def select(
                         return
         first += entry["rows"]
     if not shown:
-        wanted = f"row {row}" if row is not None else "row" if prompt is None else f"row of a prompt {prompt}"
-        raise DataError(f"no {wanted} among {first} rows", where=str(dir))
+        query = f"row {row}" if row is not None else "row" if prompt is None else f"row of a prompt {prompt}"
+        raise DataError(f"no {query} among {first} rows", where=str(dir))
 
 
 def parts(row: Row, max_length: int) -> list[Part]:
@@ -76,7 +76,7 @@ def parts(row: Row, max_length: int) -> list[Part]:
 
 
 def header(number: int, row: Row) -> str:
-    """Say in one line what a row is."""
+    """Describe a row in one line."""
     notes = [f"row {number}", f"prompt {row.prompt_id} sample {row.sample} turn {row.turn}", row.split, row.source]
     notes += [row.finish_reason, f"{row.num_tokens} tokens"]
     notes += [f"{len(row.tools)} tools"] if row.tools else []
@@ -92,7 +92,7 @@ def show(
     max_length: int,
     tokens: bool = False,
 ) -> None:
-    """Print rows, the supervised tokens in colour, or in brackets where the console has no colours.
+    """Print rows; supervised tokens are coloured, or in brackets where the console has no colours.
 
     Args:
         max_length: as `train.max_length`; what is longer is shown as cut.
@@ -114,9 +114,9 @@ def _text(runs: list[Part], tokenizer: PreTrainedTokenizerBase, tokens: bool, co
     text = Text()
     for kind, ids in runs:
         if tokens:
-            said = " ".join(f"{id}:{str(tokenizer.decode([id]))!r}" for id in ids)
+            text_of = " ".join(f"{id}:{str(tokenizer.decode([id]))!r}" for id in ids)
         else:
-            said = str(tokenizer.decode(ids)).translate(_VISIBLE)
+            text_of = str(tokenizer.decode(ids)).translate(_VISIBLE)
         before, after = ("", "") if coloured else BRACKETS[kind]
-        text.append(f"{before}{said}{after}{' ' if tokens else ''}", style=STYLES[kind] if coloured else "")
+        text.append(f"{before}{text_of}{after}{' ' if tokens else ''}", style=STYLES[kind] if coloured else "")
     return text

@@ -16,6 +16,8 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from dllm.config.params import Params
 from dllm.errors import ConfigError
 
+Model = typing.TypeVar("Model", bound=BaseModel)
+
 
 def load_params(path: Path | str = "params.yaml", overrides: typing.Sequence[str] = ()) -> Params:
     """Read params.yaml, apply `a.b.c=value` overrides (values are YAML), and check the result.
@@ -43,8 +45,17 @@ def load_params(path: Path | str = "params.yaml", overrides: typing.Sequence[str
 
 def parse_params(raw: dict[str, Any], where: str = "params.yaml") -> Params:
     """Check a mapping as params; see `load_params`."""
+    return parse_as(Params, raw, where)
+
+
+def parse_as(model: type[Model], raw: dict[str, Any], where: str) -> Model:
+    """Check a mapping as some sections of params.
+
+    Raises:
+        ConfigError: a key is unknown, a value has the wrong type, or values clash.
+    """
     try:
-        return Params.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(_explain(first), where=where) from None

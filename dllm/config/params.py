@@ -40,6 +40,8 @@ class Source(Section):
     """Split of a Hugging Face dataset; slices such as `train[:1000]` are understood."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face dataset; null takes the newest."""
     column: str | None = None
     """Column with the chat; null takes `messages`, then `conversations`."""
     limit: PositiveInt | None = None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from dllm.engines.engine import EngineStats, Refusal, Request, RequestSource, Response, request_origin
+from dllm.engines.engine import EngineStats, Refusal, Request, RequestSource, Response
 from dllm.errors import DataError
 from dllm.prompts import template as chat
-from dllm.prompts.table import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,15 +17,11 @@ class GivenEngine:
     """Answers with the sources' own words, rendered as the target would have said them.
 
     Args:
-        prompts: all that may be asked about.
         tokenizer: the target's.
         enable_thinking: as the chat template is told.
     """
 
-    def __init__(
-        self, prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None = None
-    ) -> None:
-        self.answers = {prompt.id: prompt.given for prompt in prompts}
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None = None) -> None:
         self.tokenizer, self.enable_thinking = tokenizer, enable_thinking
         self.pace = EngineStats()
 
@@ -40,7 +35,7 @@ class GivenEngine:
             yield self._answer(request)
 
     def _answer(self, request: Request) -> Response | Refusal:
-        text = self.answers.get(request_origin(request.key)[0])
+        text = request.response
         if text is None:
             return Refusal(request.key, "the source gives no answer")
         message = {"role": "assistant", "content": text}

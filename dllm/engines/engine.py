@@ -31,6 +31,8 @@ class Request:
     """From `request_seed`: a request draws the same random numbers whatever it is batched with."""
     tools: list[dict[str, Any]] | None = None
     """Tool schemas the target may call, in OpenAI's form."""
+    response: str | None = None
+    """The dataset's own response, where it has one; for engine `given`."""
 
 
 @dataclass(frozen=True)

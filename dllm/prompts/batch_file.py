@@ -10,20 +10,20 @@ from dllm.errors import DataError
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read a batch file: one prompt a line; for .jsonl, an object with the key `prompt` a line; `-` is the input.
+    """Read a batch file: one prompt per line; for .jsonl, one object with the key `prompt` per line; `-` is stdin.
 
     Raises:
-        DataError: it is missing, or a line is not what it should be.
+        DataError: it is missing, or a line is no prompt.
     """
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        # Lines as an editor counts them: \u2028 and the like are text.
+        # Split as editors do: \u2028 and the like are text.
         lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        told = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise DataError(f"cannot read the prompts: {told}", where=str(path)) from None
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise DataError(f"cannot read the prompts: {reason}", where=str(path)) from None
     if path.suffix.lower() == ".json":
-        raise DataError("a list of prompts is not read", where=str(path), hint="write .jsonl, an object a line")
+        raise DataError("a list of prompts is not read", where=str(path), hint="write .jsonl, one object per line")
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix.lower() != ".jsonl":
         return [line for _, line in numbered]

@@ -1,7 +1,7 @@
-"""Chats as columns of parquet: the one shape in which prompts and answers keep their turns and tools.
+"""Chats as columns of parquet, in prompts and in shards.
 
-Owns the codec. What has no value is null in the columns and absent in a message, so rows with and without tools load
-together; calls and schemas are JSON texts, since no two tools have arguments of one type.
+A missing value is null in the columns and absent in a message, so rows with and without tools load together. Calls and
+schemas are JSON texts, since tools differ in the types of their arguments.
 """
 
 from __future__ import annotations
@@ -48,5 +48,5 @@ def from_columns(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_json(value: Any) -> str:
-    """Write a value as compact JSON, its keys in the order they came in: templates show them in that order."""
+    """Write a value as compact JSON, its keys in their order: templates render them in that order."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

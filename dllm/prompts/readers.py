@@ -1,7 +1,4 @@
-"""Rows of parquet, JSON and JSON Lines files, each with its file and line.
-
-Owns what a damaged file is answered with; knows nothing of chats.
-"""
+"""Readers of parquet, JSON and JSON Lines files: rows, each with its file and line, and errors for damaged files."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from typing import Any
 from dllm.errors import DataError
 
 Record = tuple[str, Any]
-"""The place a row stands at (`file:line`), and the row."""
+"""The place of a row (`file:line`), and the row."""
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz")
 
@@ -34,7 +31,7 @@ def records(path: Path) -> Iterator[Record]:
 
 
 def json_lines(path: Path) -> Iterator[Record]:
-    """Read one JSON value a line; blank lines are passed over.
+    """Read one JSON value a line; blank lines are skipped.
 
     Raises:
         DataError: a line is not UTF-8 or not JSON, or the gzip file is damaged; it names file and line.
@@ -59,7 +56,7 @@ def _opens_a_list(path: Path) -> bool:
         with path.open("rb") as stream:
             return stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
     except OSError:
-        return False  # json_lines meets the same error and says so
+        return False  # json_lines raises the same error with its place
 
 
 def _json_list(path: Path) -> Iterator[Record]:

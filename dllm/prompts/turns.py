@@ -1,19 +1,19 @@
-"""A row's chat, in whichever of two spellings, as a list of messages in OpenAI's form.
+"""A row's chat, in either of two formats, as a list of messages in OpenAI's form.
 
-Owns what counts as a prompt: the turns up to the last one that is not the assistant's. Where rows come from is the
-business of `sources`; what happens to the prompts, of `prompts`; what tools look like, of `tools`.
+Defines what a prompt is: the turns up to the last one by a user or a tool. `sources` reads the rows, `tools` parses
+calls and schemas.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from dllm.errors import DataError
 from dllm.prompts import tools as tooling
 from dllm.prompts.tools import Tools
 
-__all__ = ["Message", "Tools", "Unusable", "given_answer", "to_chat"]
+__all__ = ["Chat", "Message", "Tools", "Unusable", "parse_chat"]
 
 Message = dict[str, Any]
 """One turn: `role` (system, user, assistant or tool) and `content`, a text; where there are any, also `tool_calls` (a
@@ -43,14 +43,23 @@ CALL_ROLES = {"function_call"}
 
 
 class Unusable(Exception):
-    """A well-formed row that holds no prompt for us; its text is the reason that is counted."""
+    """A well-formed row without a usable prompt; the exception's text is the reason that is counted."""
 
 
-def to_chat(value: Any, tools: Any, where: str) -> tuple[list[Message], Tools | None]:
-    """Turn a chat into a prompt: OpenAI `role`/`content` or ShareGPT `from`/`value` turns, or a bare string.
+class Chat(NamedTuple):
+    """A parsed chat, cut after the last turn by a user or a tool."""
 
-    What the assistant says after the last turn by a user or a tool is left out, since the target will say it anew;
-    earlier answers stay. Calls without an id get one, and results without one are given to the calls in order.
+    messages: list[Message]
+    tools: Tools | None
+    response: str | None
+    """The text of the one assistant turn that follows; None where there is none, several, or one with calls."""
+
+
+def parse_chat(value: Any, tools: Any, where: str) -> Chat:
+    """Parse a chat: OpenAI `role`/`content` or ShareGPT `from`/`value` turns, or a bare string.
+
+    Assistant turns after the last turn by a user or a tool are left out, since the target generates that response;
+    earlier ones stay. Calls without an id get one, and results without one are assigned to the calls in order.
 
     Args:
         tools: schemas of the tools the assistant may call, a list or JSON, or None.
@@ -64,30 +73,22 @@ def to_chat(value: Any, tools: Any, where: str) -> tuple[list[Message], Tools | 
     if not isinstance(value, list):
         raise DataError(f"a chat is a list of turns, got {tooling.shape(value)}", where=where)
     messages = [_message(turn, number, where) for number, turn in enumerate(value, 1)]
+    after: list[Message] = []
     while messages and messages[-1]["role"] not in ("user", "tool"):
-        messages.pop()
-    asked = [message for message in messages if message["role"] == "user"]
-    if not asked:
+        after.append(messages.pop())
+    users = [message for message in messages if message["role"] == "user"]
+    if not users:
         raise Unusable("no user turn")
-    if not asked[-1]["content"].strip():
+    if not users[-1]["content"].strip():
         raise Unusable("empty user turn")
     tooling.name_calls(messages)
-    return messages, tooling.to_tools(tools, where)
+    return Chat(messages, tooling.to_tools(tools, where), _response(after))
 
 
-def given_answer(value: Any, where: str) -> str | None:
-    """Return what the assistant says after the last turn by a user or a tool, where it says one thing, in words.
-
-    Raises:
-        Unusable: the chat holds pictures.
-        DataError: the value is no chat; it names `where`.
-    """
-    if not isinstance(value, list):
+def _response(after: list[Message]) -> str | None:
+    if len(after) != 1 or after[0]["role"] != "assistant" or "tool_calls" in after[0]:
         return None
-    messages = [_message(turn, number, where) for number, turn in enumerate(value, 1)]
-    if len(messages) < 2 or messages[-1]["role"] != "assistant" or messages[-2]["role"] not in ("user", "tool"):
-        return None
-    return None if "tool_calls" in messages[-1] else str(messages[-1]["content"]) or None
+    return str(after[0]["content"]) or None
 
 
 def _message(turn: Any, number: int, where: str) -> Message:

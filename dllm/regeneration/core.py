@@ -1,6 +1,6 @@
-"""The core of regeneration: prompts stream in, an engine answers, finished shards pile up.
+"""The core of regeneration: a stream of prompts, an engine that generates responses, finished shards on disk.
 
-The stage and the standalone command both call `answer_all`. What is already on disk is not asked again, and where
+The stage and the standalone command both call `regenerate`. Responses on disk are not requested again, and where
 nothing is missing no engine is started.
 """
 
@@ -26,36 +26,37 @@ from dllm.prompts.table import Prompt
 from dllm.regeneration.rollout import RolloutConfig, num_samples, split_turns
 from dllm.regeneration.scheduler import Scheduler
 from dllm.regeneration.store import ShardStore
+from dllm.responses import shards
 from dllm.responses.counts import ManifestCounts
 from dllm.tracking.runs import NullTracker, Tracker
 
 SERVED = "served.json"
 TRACK_EVERY_S = 10.0
 MODEL_KEYS = ("model", "model_path", "revision", "weight_version", "dtype", "quantization")
-"""What of an engine's description tells one model from another."""
+"""Keys of an engine's description that distinguish models."""
 ROOM = 32
-"""Rollouts held for each one that decodes: an answer may take so many times the mean before others wait for it."""
+"""Rollouts held per decoding slot: a response may take so many times the mean before others wait for it."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be answered, by whom, and where it is kept meanwhile."""
+    """What to generate, with which engine, and where to work."""
 
-    asking: RolloutConfig
+    config: RolloutConfig
     prompts: Callable[[], Iterable[Prompt]]
-    """Gives the prompts, the same ones in the same order at every call."""
+    """Returns the prompts, the same ones in the same order at every call."""
     turns: int
     """Turns of all samples of all prompts, for the progress line."""
     work: Path
     open_engine: Callable[[], AbstractContextManager[Engine]]
     tracker: Tracker = field(default_factory=NullTracker)
-    beat: Callable[[], object] = lambda: None
-    """Called every ten seconds while answers are awaited."""
+    save_seconds: Callable[[], object] = lambda: None
+    """Called every ten seconds while responses are generated."""
 
 
 @dataclass(frozen=True)
-class Answered:
-    """All answers, as shards on disk.
+class Regenerated:
+    """All responses, as shards on disk.
 
     Units: `seconds` and `tokens_per_s` are of this call alone.
     """
@@ -64,48 +65,48 @@ class Answered:
     entries: list[dict[str, Any]]
     counts: ManifestCounts
     served: dict[str, Any]
-    """What answered, as the engine describes it."""
+    """What generated the responses, as the engine describes it."""
     asked: int
-    """Requests of this call that were answered or refused."""
+    """Requests of this call, with a response or refused."""
     seconds: float
     tokens_per_s: float
 
     @property
     def pace(self) -> dict[str, float]:
-        """Say how this call went."""
+        """Figures of this call."""
         return {"asked": self.asked, "seconds": round(self.seconds, 3), "tokens_per_s": round(self.tokens_per_s, 1)}
 
 
-def num_turns(prompt: Prompt, asking: RolloutConfig) -> int:
-    """Count the requests that a prompt comes to."""
-    return len(split_turns(prompt.messages, asking.settings.turns)) * num_samples(prompt, asking.settings)
+def num_turns(prompt: Prompt, config: RolloutConfig) -> int:
+    """Count the requests for a prompt."""
+    return len(split_turns(prompt.messages, config.settings.turns)) * num_samples(prompt, config.settings)
 
 
-def answer_all(job: Job) -> Answered:
-    """Answer what is not yet answered, and return the whole.
+def regenerate(job: Job) -> Regenerated:
+    """Generate the responses that are missing, and return all.
 
-    Answers of another model than the server's present one are put aside: it starts in a folder of its own.
+    Where the server's model is not the one of an earlier call, it starts in a folder of its own.
 
     Raises:
         DataError: the input cannot be read, or too many chats do not fit the chat template.
-        ServerError: the servers are out of reach or answer wrongly; finished answers are kept.
-        StageError: the engine left requests unanswered, or the disk is full.
+        ServerError: the servers are out of reach or respond wrongly; finished responses are kept.
+        StageError: the engine left requests without a response, or the disk is full.
     """
     before = _read_served(job.work)
     if job.turns == 0:
-        return _collect(ShardStore(job.work / _new_folder({})), {}, _Sitting())
+        return _collect(ShardStore(job.work / _new_folder({})), {}, _CallStats())
     with contextlib.ExitStack() as stack:
         if before is not None:
             store, feed = stack.enter_context(_feeding(job, before["folder"]))
             if not feed.prime():
-                return _collect(store, before["served"], _Sitting())
+                return _collect(store, before["served"], _CallStats())
         engine = stack.enter_context(job.open_engine())
         served = engine.describe()
         if before is None or not _is_same_model(served, before["served"]):
             folder = _new_folder(served)
             if before is not None:
                 print(
-                    f"regenerate: another model answers now ({_model(served)}) than before "
+                    f"regenerate: another model responds now ({_model(served)}) than before "
                     f"({_model(before['served'])}): starting anew",
                     file=sys.stderr,
                     flush=True,
@@ -116,14 +117,14 @@ def answer_all(job: Job) -> Answered:
             folder, is_missing_some = before["folder"], True
         note = {"folder": folder, "served": served}
         atomic_write(job.work / SERVED, json.dumps(note, sort_keys=True, default=str).encode())
-        sitting = _answer(job, engine, feed, store) if is_missing_some else _Sitting()
-    return _collect(store, served, sitting)
+        stats = _generate(job, engine, feed, store) if is_missing_some else _CallStats()
+    return _collect(store, served, stats)
 
 
-def rejections(answered: Answered) -> bytes:
-    """Write the refused requests as JSON Lines, in order: prompt, sample, turn and the reason."""
+def rejections(regenerated: Regenerated) -> bytes:
+    """Return the refused requests as JSON Lines, in order: prompt, sample, turn and the reason."""
     lines = []
-    for record in answered.store.records():
+    for record in regenerated.store.records():
         for each in record.rejected:
             prompt_id, sample, turn = request_origin(each["key"])
             origin = {"prompt_id": prompt_id, "sample": sample, "turn": turn}
@@ -131,98 +132,115 @@ def rejections(answered: Answered) -> bytes:
     return "".join(lines).encode()
 
 
-def first_rejection(answered: Answered) -> str:
-    """Say, as the end of a hint, why requests were refused; empty where none was."""
-    reasons = [record.rejected[0]["reason"] for record in answered.store.records() if record.rejected]
-    return f"; {answered.counts.rejected} requests were refused, the first: {reasons[0]}" if reasons else ""
+def first_rejection(regenerated: Regenerated) -> str:
+    """Return the end of a hint: why requests were refused; empty where none was."""
+    reasons = [record.rejected[0]["reason"] for record in regenerated.store.records() if record.rejected]
+    return f"; {regenerated.counts.rejected} requests were refused, the first: {reasons[0]}" if reasons else ""
 
 
-def summary(answered: Answered) -> str:
-    """Say in one line what came of it."""
-    counts = answered.counts
-    of_what = [f"{number} {reason}" for reason, number in sorted(counts.finish_reasons.items())]
-    of_what += [f"{number} flagged {flag}" for flag, number in sorted(counts.flags.items()) if flag != "length"]
-    of_what += [f"{number} dropped for {flag}" for flag, number in sorted(counts.dropped.items())]
-    of_what += [f"{counts.rejected} refused"] if counts.rejected else []
-    return f"{counts.rows} rows, {counts.tokens} tokens ({', '.join(of_what)})"
+def summary(regenerated: Regenerated) -> str:
+    """Summarize the result in one line."""
+    counts = regenerated.counts
+    details = [f"{number} {reason}" for reason, number in sorted(counts.finish_reasons.items())]
+    details += [f"{number} flagged {flag}" for flag, number in sorted(counts.flags.items()) if flag != "length"]
+    details += [f"{number} dropped for {flag}" for flag, number in sorted(counts.dropped.items())]
+    details += [f"{counts.rejected} refused"] if counts.rejected else []
+    return f"{counts.rows} rows, {counts.tokens} tokens ({', '.join(details)})"
 
 
-def forget_others(answered: Answered) -> None:
-    """Remove the shards that other models answered."""
-    for folder in answered.store.folder.parent.glob("answers-*"):
-        if folder != answered.store.folder:
+def remove_others(regenerated: Regenerated) -> None:
+    """Remove the shards of other models."""
+    for folder in regenerated.store.folder.parent.glob("answers-*"):
+        if folder != regenerated.store.folder:
             shutil.rmtree(folder)
 
 
+def earlier_manifest(regenerated: Regenerated) -> dict[str, Any]:
+    """Return the manifest that an earlier call wrote beside the shards; empty where there is none."""
+    try:
+        return dict(json.loads((regenerated.store.folder / shards.MANIFEST).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def write_records(regenerated: Regenerated, manifest: dict[str, Any]) -> dict[str, Path]:
+    """Write the manifest and the rejected requests beside the shards; return the files to publish, manifest last."""
+    folder = regenerated.store.folder
+    atomic_write(folder / shards.REJECTED, rejections(regenerated))
+    shards.write_manifest(folder, manifest)
+    names = [*(entry["file"] for entry in regenerated.entries), shards.REJECTED, shards.MANIFEST]
+    return {name: folder / name for name in names}
+
+
 @dataclass
-class _Sitting:
-    """What one call has done."""
+class _CallStats:
+    """Figures of one call."""
 
     asked: int = 0
-    answers: int = 0
+    responses: int = 0
     tokens: int = 0
-    """Of finished answers."""
+    """Of finished responses."""
     seconds: float = 0.0
     tokens_per_s: float = 0.0
 
 
 @contextlib.contextmanager
 def _feeding(job: Job, folder: str) -> Iterator[tuple[ShardStore, Scheduler]]:
-    settings = job.asking.settings
+    settings = job.config.settings
     store = ShardStore(job.work / folder, settings.drop)
     decoding = settings.batch_size if settings.engine == "local" else settings.concurrency
-    with contextlib.closing(Scheduler(job.prompts(), job.asking, store, ROOM * decoding)) as feed:
+    with contextlib.closing(Scheduler(job.prompts(), job.config, store, ROOM * decoding)) as feed:
         yield store, feed
 
 
-def _answer(job: Job, engine: Engine, feed: Scheduler, store: ShardStore) -> _Sitting:
-    done = store.turns_done + store.answers_kept()
+def _generate(job: Job, engine: Engine, feed: Scheduler, store: ShardStore) -> _CallStats:
+    done = store.turns_done + store.responses_kept()
     if done:
-        print(f"regenerate: {done} of {job.turns} answers are there already", file=sys.stderr, flush=True)
-    sitting, pace = _Sitting(), engine.pace
+        print(f"regenerate: {done} of {job.turns} responses are there already", file=sys.stderr, flush=True)
+    stats, pace = _CallStats(), engine.pace
     began = tracked = time.monotonic()
-    with Progress("regenerate", total=job.turns, unit="answers", initial=done) as progress:
+    with Progress("regenerate", total=job.turns, unit="responses", initial=done) as progress:
         for outcome in engine.answer(feed):
             settled = 0
             if outcome is not None:
                 settled = feed.settle(outcome)
-                sitting.asked += 1
+                stats.asked += 1
                 if isinstance(outcome, Response):
-                    sitting.answers += 1
-                    sitting.tokens += len(outcome.token_ids)
+                    stats.responses += 1
+                    stats.tokens += len(outcome.token_ids)
             now = time.monotonic()
-            sitting.seconds = now - began
-            sitting.tokens_per_s = max(pace.tokens, sitting.tokens) / max(sitting.seconds, 1e-3)
-            left_s = _left_s(sitting, pace.tokens, job.turns - progress.done - settled)
-            live = {"tokens/s": round(sitting.tokens_per_s, 1), "in flight": pace.in_flight, "retries": pace.retries}
+            stats.seconds = now - began
+            stats.tokens_per_s = max(pace.tokens, stats.tokens) / max(stats.seconds, 1e-3)
+            left_s = _left_s(stats, pace.tokens, job.turns - progress.done - settled)
+            live = {"tokens/s": round(stats.tokens_per_s, 1), "in flight": pace.in_flight, "retries": pace.retries}
             progress.update(settled, left_s, **live)
             if now - tracked >= TRACK_EVERY_S:
                 tracked = now
                 figures = {name.replace("/", "_per_").replace(" ", "_"): value for name, value in live.items()}
                 done_now = int(progress.done)
                 job.tracker.log_metrics({"answers": done_now, **figures, "servers_up": pace.servers_up}, step=done_now)
-                job.beat()
+                job.save_seconds()
     if not feed.is_done:
-        raise StageError("the engine left requests unanswered", where=str(store.folder), hint="run this again")
-    return sitting
+        raise StageError("the engine left requests without a response", where=str(store.folder), hint="run this again")
+    return stats
 
 
-def _left_s(sitting: _Sitting, tokens: int, answers_left: float) -> float | None:
-    """Foresee the time left from tokens: those of unfinished answers count too."""
-    if not sitting.answers or not sitting.tokens:
+def _left_s(stats: _CallStats, tokens: int, responses_left: float) -> float | None:
+    """Estimate the time left from tokens; those of unfinished responses count too."""
+    if not stats.responses or not stats.tokens:
         return None
-    unfinished = max(0, tokens - sitting.tokens)
-    tokens_left = answers_left * sitting.tokens / sitting.answers - unfinished
-    return max(0.0, tokens_left / sitting.tokens_per_s)
+    unfinished = max(0, tokens - stats.tokens)
+    tokens_left = responses_left * stats.tokens / stats.responses - unfinished
+    return max(0.0, tokens_left / stats.tokens_per_s)
 
 
-def _collect(store: ShardStore, served: dict[str, Any], sitting: _Sitting) -> Answered:
+def _collect(store: ShardStore, served: dict[str, Any], stats: _CallStats) -> Regenerated:
     entries, counts = [], ManifestCounts()
     for record in store.records():
         entries.append(record.entry)
         counts += ManifestCounts.from_json(record.entry["counts"])
-    pace = (sitting.asked, sitting.seconds, sitting.tokens_per_s)
-    return Answered(store, entries, counts, served, *pace)
+    pace = (stats.asked, stats.seconds, stats.tokens_per_s)
+    return Regenerated(store, entries, counts, served, *pace)
 
 
 def _read_served(work: Path) -> dict[str, Any] | None:
@@ -234,7 +252,7 @@ def _read_served(work: Path) -> dict[str, Any] | None:
 
 
 def _is_same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Compare what both descriptions say: a busy server may leave something out."""
+    """Compare the keys in both descriptions: a busy server may leave some out."""
     return all(one[key] == other[key] for key in MODEL_KEYS if key in one and key in other)
 
 

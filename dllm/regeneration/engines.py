@@ -34,9 +34,8 @@ def opened(
     settings = params.regenerate
     if settings.engine == "given":
         from dllm.engines.dataset import GivenEngine
-        from dllm.prompts.table import read_prompts
 
-        yield GivenEngine(read_prompts(root / "out" / "prepare"), tokenizer, params.target.enable_thinking)
+        yield GivenEngine(tokenizer, params.target.enable_thinking)
         return
     if settings.engine == "local":
         from dllm.engines.local import LocalEngine

@@ -1,4 +1,4 @@
-"""What determines the answers, and what a manifest says of how they were made."""
+"""What determines the responses, and how a manifest describes it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 THINKING = {None: "template default", True: "on", False: "off"}
-"""`target.enable_thinking` as a manifest has it."""
+"""`target.enable_thinking`, as written in a manifest."""
 MACHINE = ("servers", "concurrency", "timeout_s", "max_retries", "max_failure_rate")
-"""Settings that shape no answer, so that work goes on after one of them changes."""
+"""Settings that affect no response, so that work is resumed after one of them changes."""
 
 
 def determining(settings: Regenerate) -> Regenerate:
-    """Put aside the settings that shape no answer with this engine."""
+    """Reset the settings that affect no response of this engine to their defaults."""
     defaults = Regenerate()
     aside = {name: getattr(defaults, name) for name in MACHINE}
     if settings.engine != "local":
@@ -28,22 +28,22 @@ def determining(settings: Regenerate) -> Regenerate:
 
 
 def identity(settings: Regenerate, target: Target, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Name the engine, the target and the chat template.
+    """Return the engine, the target and the chat template.
 
     Raises:
         DataError: the tokenizer has no chat template, or one that opens no assistant turn.
-        ModelError: the target's weights are needed here and cannot be had.
+        ModelError: the target's weights are needed here and cannot be found.
     """
-    chat.end_of_turn_id(tokenizer)  # complains of a template that will not do, before anything is asked
+    chat.end_of_turn_id(tokenizer)  # raises for an unusable template before the first request
     found = {"engine": settings.engine, "template": chat.template_digest(tokenizer)}
-    if settings.engine == "openai":  # the weights lie with the servers, and need not be here
+    if settings.engine == "openai":  # the servers have the weights
         named = {"model": target.model, "revision": target.revision}
         return {**found, "target": named, "served_model": settings.served_model or target.model}
     return {**found, "target": targets.identity(target)}
 
 
 def about(settings: Regenerate, target: Target) -> dict[str, Any]:
-    """Say how the target was asked, for the manifest."""
+    """Return how the responses were sampled, for the manifest."""
     sampling = ("samples_per_prompt", "temperature", "top_p", "max_new_tokens", "seed")
     return {
         "sampling": settings.model_dump(include=set(sampling)),

@@ -1,7 +1,7 @@
-"""Finished answers on disk, one line each, from the moment they are finished.
+"""Finished responses on disk, one line each, written as soon as they are finished.
 
-Owns what a kill leaves behind. Every answer is one write of one line, so a killed process loses none that it had; a
-line cut short by a full disk or a power failure is taken off when the journal is opened again, and asked anew.
+Each response is one write of one line, so a killed process loses none of them. A line cut short by a full disk or a
+power failure is removed when the journal is opened again, and generated again.
 """
 
 from __future__ import annotations
@@ -16,20 +16,16 @@ from types import TracebackType
 from dllm.engines.engine import Response
 
 SYNC_EVERY_S = 5.0
-"""A power failure loses at most so many seconds of answers."""
+"""A power failure loses the responses of at most so many seconds."""
 
 _log = logging.getLogger(__name__)
 
 
 class ResponseJournal:
-    """An append-only file of answers, read by key; the first answer to a key is the one that counts.
-
-    Units: `num_tokens` counts the ids of all answers held.
-    """
+    """An append-only file of responses, read by key; the first response to a key counts."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.num_tokens = 0
         self._places: dict[str, tuple[int, int]] = {}
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._end = self._scan()
@@ -42,7 +38,7 @@ class ResponseJournal:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         os.close(self._file)
 
     def __len__(self) -> int:
@@ -51,35 +47,34 @@ class ResponseJournal:
     def __contains__(self, key: str) -> bool:
         return key in self._places
 
-    def append(self, answer: Response) -> None:
-        """Write one answer down; an answer to a key that is already held is ignored.
+    def append(self, response: Response) -> None:
+        """Write one response; a second one to a key is ignored.
 
         Raises:
             OSError: the disk is full or failed; what was written before stays readable.
         """
-        if answer.key in self._places:
+        if response.key in self._places:
             return
-        said: list[object] = [answer.key, answer.token_ids, answer.text, answer.finish_reason]
-        if answer.tool_calls:
-            said.append(answer.tool_calls)
-        line = json.dumps(said).encode() + b"\n"
+        fields: list[object] = [response.key, response.token_ids, response.text, response.finish_reason]
+        if response.tool_calls:
+            fields.append(response.tool_calls)
+        line = json.dumps(fields).encode() + b"\n"
         written = 0
         while written < len(line):
             written += os.write(self._file, line[written:])
-        self._note(answer.key, len(line), len(answer.token_ids))
+        self._index(response.key, len(line))
         if time.monotonic() - self._synced > SYNC_EVERY_S:
             os.fsync(self._file)
             self._synced = time.monotonic()
 
     def read(self, key: str) -> Response:
-        """Read the answer to a key that is held."""
+        """Read the response to a key that is held."""
         start, length = self._places[key]
         return _parse(os.pread(self._file, length, start))
 
-    def _note(self, key: str, length: int, num_tokens: int) -> None:
+    def _index(self, key: str, length: int) -> None:
         self._places[key] = (self._end, length)
         self._end += length
-        self.num_tokens += num_tokens
 
     def _scan(self) -> int:
         self._end = damaged = 0
@@ -89,17 +84,17 @@ class ResponseJournal:
                     os.ftruncate(self._file, self._end)
                     break
                 try:
-                    answer = _parse(line)
+                    response = _parse(line)
                 except (ValueError, TypeError):
                     damaged += 1
                     self._end += len(line)
                     continue
-                if answer.key in self._places:
+                if response.key in self._places:
                     self._end += len(line)
                 else:
-                    self._note(answer.key, len(line), len(answer.token_ids))
+                    self._index(response.key, len(line))
         if damaged:
-            _log.warning("%s: %d damaged lines left out; those prompts are asked again", self.path, damaged)
+            _log.warning("%s: %d damaged lines left out; those responses are generated again", self.path, damaged)
         return self._end
 
 

@@ -1,12 +1,11 @@
-"""One sample of one chat, answered turn by turn: what is asked next, and the rows that come of it.
+"""One sample of one prompt: its requests, turn by turn, and the rows made of the responses.
 
-Owns which turns are answered anew and in what context. It knows no engine and no file.
+Decides which turns are regenerated and in which context. It uses no engine and no file.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,19 +25,30 @@ Calls = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class _Generated:
+    """One response of a rollout; its text and calls are the message at `position`."""
+
+    turn: int
+    position: int
+    prompt_ids: array[int]
+    response_ids: array[int]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
 class Turn:
-    """What stands before one answer, and what the chat had in the answer's place."""
+    """The messages before one response, and the calls of the response that it replaces."""
 
     number: int
     context: list[Message]
     """The messages since the turn before."""
     old_calls: Calls | None
-    """Tool calls of the answer that is replaced, which the next turn's tool messages refer to; None at the end."""
+    """Tool calls of the replaced response, which the next turn's tool messages refer to; None at the end."""
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How every chat is asked."""
+    """What determines the requests for a prompt."""
 
     settings: Regenerate
     target: Target
@@ -47,38 +57,38 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A turn that cannot be answered, and so ends its chat."""
+    """A turn that gets no response, and so ends its rollout."""
 
     key: str
     reason: str
     is_passing: bool = False
-    """Whether the next call asks again."""
+    """Whether the next call tries again."""
 
 
 def split_turns(messages: list[Message], which: Literal["all", "last"]) -> list[Turn]:
-    """Cut a chat at the assistant's messages into turns to answer, the one after its last message included.
+    """Split a chat at the assistant's messages into turns to regenerate, including the one after its last message.
 
-    Neighbouring assistant messages are one turn. What an assistant says before anyone has spoken to it is context.
+    Adjacent assistant messages are one turn. Assistant messages before the first user or tool message are context.
     """
     turns: list[Turn] = []
     context: list[Message] = []
     old_calls: Calls | None = None
-    spoken_to = False
+    has_input = False
     for message in messages:
-        if message["role"] == "assistant" and spoken_to:
+        if message["role"] == "assistant" and has_input:
             old_calls = [*(old_calls or ()), *message.get("tool_calls", ())]
             continue
         if old_calls is not None:
             turns.append(Turn(len(turns), context, old_calls))
             context, old_calls = [], None
         context.append(message)
-        spoken_to = spoken_to or message["role"] != "system"
+        has_input = has_input or message["role"] != "system"
     turns.append(Turn(len(turns), context, None))
     return turns if which == "all" else [Turn(turns[-1].number, list(messages), None)]
 
 
 def num_samples(prompt: Prompt, settings: Regenerate) -> int:
-    """Tell how often a prompt is answered: those held out once."""
+    """Return the number of samples of a prompt: one where it is held out."""
     return settings.samples_per_prompt if prompt.split == "train" else 1
 
 
@@ -90,50 +100,49 @@ def origin_of(prompt: Prompt, sample: int) -> str:
 class Rollout:
     """One sample of one prompt, from its first request to its rows."""
 
-    def __init__(self, prompt: Prompt, sample: int, asking: RolloutConfig) -> None:
+    def __init__(self, prompt: Prompt, sample: int, config: RolloutConfig) -> None:
         self.prompt, self.sample = prompt, sample
         self.rejection: Rejection | None = None
         self.is_unfit = False
         """Whether the rejection is the chat template's rather than an engine's."""
-        self._asking = asking
-        self._left = split_turns(prompt.messages, asking.settings.turns)[::-1]
+        self._config = config
+        self._left = split_turns(prompt.messages, config.settings.turns)[::-1]
         self.turns = len(self._left)
-        """Turns it has, answered or not."""
+        """All its turns, with a response or not."""
         self._messages: list[Message] = []
-        self._answered: list[tuple[int, int, array[int]]] = []
-        """Of each answer: its turn, its place in the messages, and the ids before it."""
+        self._generated: list[_Generated] = []
         self._mismatch = False
         self._open()
 
     @property
     def origin(self) -> str:
-        """Name it by prompt and sample."""
+        """Its name: prompt and sample."""
         return origin_of(self.prompt, self.sample)
 
     @property
     def is_begun(self) -> bool:
-        """Tell whether a turn is answered."""
-        return bool(self._answered)
+        """Whether a turn has a response."""
+        return bool(self._generated)
 
     @property
     def turns_left(self) -> int:
-        """Count the turns that still stand to be answered; 0 says that the rollout is over."""
+        """Number of turns without a response; 0 when the rollout is over."""
         return len(self._left)
 
     def next_request(self) -> Request | None:
-        """Make the request for the turn that stands to be answered; None where the rollout is over.
+        """Make the request for the next turn; None when the rollout is over.
 
-        A chat that the template refuses is over too, with a rejection.
+        A chat that the template refuses ends the rollout with a rejection.
         """
         if not self._left:
             return None
-        turn, settings = self._left[-1].number, self._asking.settings
+        turn, settings = self._left[-1].number, self._config.settings
         key = request_key(self.prompt.id, self.sample, turn)
         try:
             ids = chat.prompt_ids(
-                self._asking.tokenizer,
+                self._config.tokenizer,
                 self._messages,
-                self._asking.target.enable_thinking,
+                self._config.target.enable_thinking,
                 tools=self.prompt.tools,
             )
         except DataError as error:
@@ -149,58 +158,54 @@ class Rollout:
             top_p=settings.top_p,
             seed=request_seed(settings.seed, self.prompt.id, self.sample, turn),
             tools=self.prompt.tools,
+            response=self.prompt.given,
         )
 
-    def accept(self, request: Request, answer: Response) -> None:
-        """Take the answer to the last request; the rollout goes on, or ends."""
+    def accept(self, request: Request, response: Response) -> None:
+        """Add the response to the last request; the rollout continues or ends."""
         turn = self._left.pop()
-        message: Message = {"role": "assistant", "content": answer.text}
+        message: Message = {"role": "assistant", "content": response.text}
         old = turn.old_calls or []
-        if answer.tool_calls:
+        if response.tool_calls:
             message["tool_calls"] = [
-                {**call, "id": _call_id(old, index, turn.number)} for index, call in enumerate(answer.tool_calls)
+                {**call, "id": _call_id(old, index, turn.number)} for index, call in enumerate(response.tool_calls)
             ]
-        self._answered.append((turn.number, len(self._messages), array("i", request.prompt_ids)))
+        ids = array("i", request.prompt_ids), array("i", response.token_ids)
+        self._generated.append(_Generated(turn.number, len(self._messages), *ids, response.finish_reason))
         self._messages.append(message)
-        if turn.old_calls is not None and len(old) != len(answer.tool_calls):
+        if turn.old_calls is not None and len(old) != len(response.tool_calls):
             self._mismatch = True
             self._left.clear()
         self._open()
 
     def reject(self, key: str, reason: str, is_passing: bool = False) -> None:
-        """End the rollout at a turn that cannot be answered; the turns before it stay."""
+        """End the rollout at a turn without a response; the turns before it are kept."""
         self.rejection = Rejection(key, reason, is_passing)
         self._left.clear()
 
-    def rows(self, read: Callable[[str], Response]) -> list[Row]:
-        """Make the rows of all answered turns.
+    def rows(self) -> list[Row]:
+        """Return a row for each turn with a response."""
+        return [self._row(each) for each in self._generated]
 
-        Args:
-            read: gives the answer to a key.
-        """
-        made = []
-        for turn, place, prompt_ids in self._answered:
-            answer = read(request_key(self.prompt.id, self.sample, turn))
-            found = flags.flags_of(answer.token_ids, answer.finish_reason, answer.text, answer.tool_calls)
-            if self._mismatch and turn == self._answered[-1][0]:
-                found.append(flags.TOOL_MISMATCH)
-            made.append(
-                Row(
-                    prompt_id=self.prompt.id,
-                    sample=self.sample,
-                    turn=turn,
-                    source=self.prompt.source,
-                    split=self.prompt.split,
-                    messages=self._messages[: place + 1],
-                    tools=self.prompt.tools,
-                    prompt_ids=prompt_ids.tolist(),
-                    answer_ids=list(answer.token_ids),
-                    finish_reason=answer.finish_reason,
-                    num_tokens=len(answer.token_ids),
-                    flags=found,
-                )
-            )
-        return made
+    def _row(self, generated: _Generated) -> Row:
+        ids, message = generated.response_ids.tolist(), self._messages[generated.position]
+        found = flags.flags_of(ids, generated.finish_reason, message["content"], message.get("tool_calls", ()))
+        if self._mismatch and generated is self._generated[-1]:
+            found.append(flags.TOOL_MISMATCH)
+        return Row(
+            prompt_id=self.prompt.id,
+            sample=self.sample,
+            turn=generated.turn,
+            source=self.prompt.source,
+            split=self.prompt.split,
+            messages=self._messages[: generated.position + 1],
+            tools=self.prompt.tools,
+            prompt_ids=generated.prompt_ids.tolist(),
+            answer_ids=ids,
+            finish_reason=generated.finish_reason,
+            num_tokens=len(ids),
+            flags=found,
+        )
 
     def _open(self) -> None:
         if self._left:
@@ -208,7 +213,7 @@ class Rollout:
 
 
 def _call_id(old: Calls, index: int, turn: int) -> str:
-    """Keep the id that the chat's own tool messages refer to; else make one that is the same in every run."""
+    """Return the id that the chat's tool messages refer to, else one that is the same in every run."""
     found = old[index].get("id") if index < len(old) else None
-    # Nine letters and digits, as some templates ask; no call of the chat's own is named so.
+    # Nine letters and digits, as some templates require; calls of the dataset never have such an id.
     return str(found) if found else f"turn{turn:02d}{index:03d}"

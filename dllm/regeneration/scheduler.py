@@ -1,8 +1,8 @@
-"""From a stream of prompts to requests, a bounded number at a time, and from answers to finished shards.
+"""From a stream of prompts to requests, a bounded number at a time, and from responses to finished shards.
 
-Owns the window. Rollouts are numbered in the order of the input; rollout n belongs to shard n // shard_size. What is
-held in memory is the rollouts of open shards: their number is bounded, whatever the length of the input. Shards finish
-in any order, and none waits for another.
+Rollouts are numbered in the order of the input; rollout n belongs to shard n // shard_size. Memory holds the rollouts
+of open shards: their number is bounded, whatever the length of the input. Shards finish in any order, and none waits
+for another.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dllm.regeneration.rollout import Rollout, RolloutConfig, num_samples, origi
 from dllm.regeneration.store import OpenShard, ShardStore, origins_digest
 
 OPEN_SHARDS = 256
-"""Each has a file open."""
+"""Each has an open file."""
 LATEST = 200
 FEW = 20
-"""Chats that must have been tried before the share of unfit ones means anything."""
+"""Chats to try before the share of unfit ones is checked."""
 
 
 class Scheduler:
-    """Hand out the requests that are missing, and take what comes of them.
+    """Hand out the requests that are missing, and take the outcomes.
 
     Args:
         prompts: in an order that is the same in every call.
@@ -36,30 +36,28 @@ class Scheduler:
         StageError: a finished shard does not fit the input, or the disk is full.
     """
 
-    def __init__(self, prompts: Iterable[Prompt], asking: RolloutConfig, store: ShardStore, room: int) -> None:
-        self._asking, self._store = asking, store
-        self._size = asking.settings.shard_size
+    def __init__(self, prompts: Iterable[Prompt], config: RolloutConfig, store: ShardStore, room: int) -> None:
+        self._config, self._store = config, store
+        self._size = config.settings.shard_size
         self._window = max(room, 2 * self._size)
-        self._units = enumerate(_units(prompts, asking))
+        self._units = enumerate(_units(prompts, config))
         self._ended = False
         self._ready: deque[Request] = deque()
-        self._asked: dict[str, tuple[Request, Rollout, OpenShard]] = {}
+        self._requested: dict[str, tuple[Request, Rollout, OpenShard]] = {}
         self._open: dict[int, OpenShard] = {}
         self._held = 0
         self._unfit: deque[bool] = deque(maxlen=LATEST)
-        self._fallen = 0
+        self._settled = 0
         self.replayed = 0
-        """Answers that were there already."""
-        self.rollouts = 0
-        """Rollouts seen so far, those of finished shards included."""
+        """Responses of earlier calls."""
 
     @property
     def is_done(self) -> bool:
-        """Whether the input is at its end and every shard is written."""
+        """Whether the input is read and every shard is written."""
         return self._ended and not self._open
 
     def prime(self) -> bool:
-        """Look for the first request that is missing; False says that there is none."""
+        """Find the first request that is missing; return False where none is."""
         request = self.take()
         if request is None:
             return False
@@ -67,71 +65,69 @@ class Scheduler:
         return True
 
     def take(self) -> Request | None:
-        """Return the next request, or None while the window is full or when the input is at its end."""
+        """Return the next request; None while the window is full, and at the end of the input."""
         while not self._ready:
             if self._ended or self._held >= self._window or len(self._open) >= OPEN_SHARDS:
                 return None
-            self._read_on()
+            self._read_next()
         return self._ready.popleft()
 
     def close(self) -> None:
-        """Let go of the journals; what they hold is for the next call."""
+        """Close the journals; the next call reads them."""
         for shard in self._open.values():
             shard.journal.close()
 
     def settle(self, outcome: Response | Refusal) -> int:
-        """Take an answer or refusal; return how many more turns of the input are settled.
+        """Take a response or refusal; return how many more turns of the input are settled.
 
         That is more than one where a chat ends before its last turn.
         """
-        request, rollout, shard = self._asked.pop(outcome.key)
+        request, rollout, shard = self._requested.pop(outcome.key)
         before = rollout.turns_left
         if isinstance(outcome, Response):
             shard.journal.append(outcome)
             rollout.accept(request, outcome)
         else:
             rollout.reject(outcome.key, outcome.reason, outcome.is_passing)
-        self._go_on(rollout, shard)
-        fallen, self._fallen = self._fallen, 0
-        return before - rollout.turns_left + fallen
+        self._continue(rollout, shard)
+        dropped, self._settled = self._settled, 0
+        return before - rollout.turns_left + dropped
 
-    def _read_on(self) -> None:
+    def _read_next(self) -> None:
         found = next(self._units, None)
         if found is None:
             self._end()
             return
         number, (prompt, sample) = found
-        self.rollouts += 1
         index = number // self._size
         if index in self._store.finished:
-            self._pass_over(index, prompt, sample)
+            self._skip_shard(index, prompt, sample)
             return
         if index not in self._open:
             self._open[index] = self._store.open(index)
         shard = self._open[index]
-        rollout = Rollout(prompt, sample, self._asking)
+        rollout = Rollout(prompt, sample, self._config)
         shard.rollouts.append(rollout)
         shard.unfinished += 1
         shard.is_full = len(shard.rollouts) == self._size
         self._held += 1
         before = self.replayed
-        self._go_on(rollout, shard)
-        self._fallen += rollout.turns - rollout.turns_left - (self.replayed - before)
+        self._continue(rollout, shard)
+        self._settled += rollout.turns - rollout.turns_left - (self.replayed - before)
 
-    def _pass_over(self, index: int, prompt: Prompt, sample: int) -> None:
+    def _skip_shard(self, index: int, prompt: Prompt, sample: int) -> None:
         units = itertools.islice(self._units, self._size - 1)
         rest = [origin_of(*unit) for _, unit in units]
-        self.rollouts += len(rest)
         self._store.check(index, origins_digest(iter([origin_of(prompt, sample), *rest])))
 
-    def _go_on(self, rollout: Rollout, shard: OpenShard) -> None:
-        """Replay what the journal has, and make the next request or close the rollout."""
+    def _continue(self, rollout: Rollout, shard: OpenShard) -> None:
+        """Replay what the journal holds, then make the next request or close the rollout."""
         while (request := rollout.next_request()) is not None and request.key in shard.journal:
             rollout.accept(request, shard.journal.read(request.key))
             self.replayed += 1
         if request is not None:
-            self._asked[request.key] = (request, rollout, shard)
-            # Turns of chats under way go first: what is begun is held in memory.
+            self._requested[request.key] = (request, rollout, shard)
+            # Later turns first: a rollout is held in memory until it is over.
             if rollout.is_begun:
                 self._ready.appendleft(request)
             else:
@@ -156,17 +152,17 @@ class Scheduler:
     def _count_unfit(self, rollout: Rollout) -> None:
         self._unfit.append(rollout.is_unfit)
         share = sum(self._unfit) / len(self._unfit)
-        if rollout.is_unfit and len(self._unfit) >= FEW and share > self._asking.settings.max_failure_rate:
+        if rollout.is_unfit and len(self._unfit) >= FEW and share > self._config.settings.max_failure_rate:
             assert rollout.rejection is not None
             raise DataError(
                 f"{share:.0%} of the latest {len(self._unfit)} chats do not fit the chat template, "
                 f"the last of them because {rollout.rejection.reason}",
-                where=f"target.model: {self._asking.target.model}",
+                where=f"target.model: {self._config.target.model}",
                 hint="is it the right model, and a chat template that knows these roles and tools?",
             )
 
 
-def _units(prompts: Iterable[Prompt], asking: RolloutConfig) -> Iterator[tuple[Prompt, int]]:
+def _units(prompts: Iterable[Prompt], config: RolloutConfig) -> Iterator[tuple[Prompt, int]]:
     for prompt in prompts:
-        for sample in range(num_samples(prompt, asking.settings)):
+        for sample in range(num_samples(prompt, config.settings)):
             yield prompt, sample

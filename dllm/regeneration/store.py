@@ -1,8 +1,8 @@
-"""Shards under way and finished, in a folder that a kill at any moment leaves in order.
+"""Open and finished shards, in a folder that stays consistent when the process is killed at any moment.
 
-Owns what is on disk before the result is published: a journal of answers for each open shard; and for each finished one
-its parquet file, then a record of it, and no journal. A shard counts as finished when its record is there and its bytes
-are the record's.
+On disk before the result is published: a journal of responses for each open shard; for each finished one its parquet
+file, then its record, and no journal. A shard is finished when its record exists and the digest in it is that of the
+file.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class OpenShard:
-    """A shard whose rollouts are not all over."""
+    """A shard with rollouts that are not over."""
 
     index: int
     journal: ResponseJournal
     rollouts: list[Rollout] = field(default_factory=list)
-    """In order of their numbers."""
+    """In the order of the input."""
     unfinished: int = 0
     is_full: bool = False
     """Whether no rollout will be added."""
@@ -41,24 +41,24 @@ class OpenShard:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What is kept of a finished shard."""
+    """The record of a finished shard."""
 
     entry: dict[str, Any]
     """For the manifest: file, rows, sha256 and counts."""
     rollouts: int
     turns: int
-    """Turns its rollouts have, answered or not."""
+    """Turns of its rollouts, with a response or not."""
     origins: str
-    """Digest of the prompts and samples it was made for."""
+    """Digest of its prompts and samples."""
     rejected: list[dict[str, Any]]
-    """Of each refused request: key, reason, and whether the next call asks again."""
+    """Of each refused request: key, reason, and whether the next call tries again."""
 
 
 class ShardStore:
     """The shards of one result.
 
     Args:
-        folder: made where it is missing.
+        folder: created where it is missing.
         drop: flags whose rows are left out.
     """
 
@@ -69,10 +69,10 @@ class ShardStore:
         """Turns of finished shards."""
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.glob("shard-*.json")):
-            self._take_up(path)
+            self._load(path)
 
-    def answers_kept(self) -> int:
-        """Count the answers that open shards' journals hold."""
+    def responses_kept(self) -> int:
+        """Count the responses in the journals of open shards."""
         count = 0
         for path in self.folder.glob("journal-*.jsonl"):
             with ResponseJournal(path) as journal:
@@ -80,34 +80,34 @@ class ShardStore:
         return count
 
     def open(self, index: int) -> OpenShard:
-        """Open a shard; answers of a killed call are in its journal."""
+        """Open a shard; its journal holds the responses of a killed call."""
         return OpenShard(index, ResponseJournal(self._path("journal", index, "jsonl")))
 
     def check(self, index: int, origins: str) -> None:
-        """Make sure that a finished shard was made for these prompts and samples.
+        """Check that a finished shard was made of these prompts and samples.
 
         Raises:
-            StageError: it was made for others.
+            StageError: it was made of others.
         """
         if self.record(index).origins != origins:
             raise StageError(
-                "a finished shard answers other prompts than stand at its place in the input",
+                "a finished shard is of other prompts than those at its place in the input",
                 where=str(self._path("shard", index, "json")),
-                hint="the input has changed under the work: remove this file's folder and run again",
+                hint="the input has changed: remove this file's folder and run again",
             )
 
     def finish(self, shard: OpenShard) -> None:
-        """Write a shard whose rollouts are all over, and let go of its journal."""
+        """Write a shard whose rollouts are all over, and remove its journal."""
         counts, rows, rejected, turns = ManifestCounts(), [], [], 0
         for rollout in shard.rollouts:
             turns += rollout.turns
-            for row in rollout.rows(shard.journal.read):
-                unwanted = next((flag for flag in self._drop if flag in row.flags), None)
-                if unwanted is None:
+            for row in rollout.rows():
+                dropped = next((flag for flag in self._drop if flag in row.flags), None)
+                if dropped is None:
                     counts.add(row)
                     rows.append(row)
                 else:
-                    counts.dropped[unwanted] += 1
+                    counts.dropped[dropped] += 1
             if rollout.rejection is not None:
                 counts.rejected += 1
                 rejected.append(vars(rollout.rejection))
@@ -134,7 +134,7 @@ class ShardStore:
         for index in sorted(self.finished):
             yield self.record(index)
 
-    def _take_up(self, path: Path) -> None:
+    def _load(self, path: Path) -> None:
         index = int(path.stem.rpartition("-")[2])
         try:
             record = ShardRecord(**json.loads(path.read_bytes()))
@@ -143,7 +143,7 @@ class ShardStore:
         except (OSError, ValueError, TypeError, KeyError):
             intact = False
         if not intact:
-            _log.warning("%s: damaged; the shard is made again", path)
+            _log.warning("%s: damaged; the shard is generated again", path)
             path.unlink()
             return
         if any(each["is_passing"] for each in record.rejected):
@@ -154,13 +154,13 @@ class ShardStore:
         self.turns_done += record.turns
 
     def _reopen(self, index: int, record: ShardRecord) -> None:
-        """Turn a shard whose servers failed some requests into a journal again; those alone are then missing."""
+        """Turn a shard with requests that servers failed into a journal again; only those are then missing."""
         with self.open(index).journal as journal:
             for row in shards.read_shard(self.folder, record.entry):  # type: ignore[arg-type]
-                said = row.messages[-1]
+                message = row.messages[-1]
                 key = request_key(row.prompt_id, row.sample, row.turn)
-                calls = tuple(said.get("tool_calls", ()))
-                journal.append(Response(key, tuple(row.answer_ids), said["content"], row.finish_reason, calls))
+                calls = tuple(message.get("tool_calls", ()))
+                journal.append(Response(key, tuple(row.answer_ids), message["content"], row.finish_reason, calls))
         self._path("shard", index, "json").unlink()
 
     def _path(self, kind: str, index: int, suffix: str) -> Path:
@@ -168,7 +168,7 @@ class ShardStore:
 
 
 def origins_digest(origins: Iterator[str]) -> str:
-    """Hash the names of rollouts, in order, into 16 hex digits."""
+    """Hash the origins of rollouts, in order, into 16 hex digits."""
     digest = hashlib.sha256()
     for origin in origins:
         digest.update(f"{origin}\n".encode())

@@ -1,4 +1,4 @@
-"""What a manifest counts of its rows, as figures that add up: shard by shard, part by part."""
+"""The counts in a manifest, as sums over shards and parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class ManifestCounts:
     """Counts of some rows.
 
-    Units: `tokens` and `tokens_by_split` count answer ids; all else counts rows, `rejected` requests.
+    Units: `tokens` and `tokens_by_split` count response ids; the others count rows, `rejected` requests.
     """
 
     rows: int = 0
@@ -29,7 +29,7 @@ class ManifestCounts:
     dropped: Counter[str] = field(default_factory=Counter)
     """Rows left out of the shards for a flag, each under the first that `drop` names."""
     rejected: int = 0
-    """Requests that no server would answer."""
+    """Requests that got no response."""
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> ManifestCounts:
@@ -41,7 +41,7 @@ class ManifestCounts:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> ManifestCounts:
-        """Take the counts out of a manifest, or of what `to_json` gave."""
+        """Read the counts of a manifest, or of `to_json`."""
         counts = cls()
         for each in fields(cls):
             value = found[each.name]
@@ -49,7 +49,7 @@ class ManifestCounts:
         return counts
 
     def to_json(self) -> dict[str, Any]:
-        """Give the counts as keys of a manifest, in one order whatever order they were counted in."""
+        """Return the counts as keys of a manifest, sorted."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {
             name: dict(sorted(value.items())) if isinstance(value, Counter) else value for name, value in values.items()

@@ -1,6 +1,6 @@
-"""Parts of one regeneration put together: links, sums and a manifest, and no row written anew.
+"""Merge the parts of one regeneration: links, sums and a manifest; no row is written again.
 
-Owns what makes parts fit: the same work throughout, every part of it, each once.
+Parts fit together where all are of the same regeneration, none is missing, and none is given twice.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dllm.responses.shards import MANIFEST, REJECTED
 _ONE_WORK = "only parts of one regeneration can be merged"
 PART, BASE = "part", "fingerprint_base"
 OWN_KEYS = {PART, "fingerprint", "made", "shards", *ManifestCounts().to_json()}
-"""What parts of one regeneration may differ in."""
+"""Keys that may differ between parts."""
 SERVED_KEYS = ("model", "model_path", "revision", "weights")
-"""What they may not differ in of what their servers said of themselves."""
+"""Keys of the servers' descriptions that must not differ."""
 
 
 def merge(dirs: Sequence[Path], out: Path) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _part(manifest: Mapping[str, Any], dir: Path) -> tuple[int, int]:
         number = of = 0
     if not 0 <= number < of or BASE not in manifest:
         hint = "make parts with `python -m dllm regenerate --part i/n`"
-        raise DataError("these answers are no part of a larger regeneration", where=str(dir), hint=hint)
+        raise DataError("these responses are no part of a larger regeneration", where=str(dir), hint=hint)
     return number, of
 
 
@@ -106,14 +106,14 @@ def _short(value: Any) -> str:
 def _merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     counts = sum((ManifestCounts.from_json(part) for part in parts), ManifestCounts())
     made = [part.get("made", {}) for part in parts]
-    told = (PART, "fingerprint", "rows", "tokens", "made")
+    kept = (PART, "fingerprint", "rows", "tokens", "made")
     return {
         **{key: value for key, value in parts[0].items() if key not in OWN_KEYS},
         **counts.to_json(),
         "fingerprint": parts[0][BASE],
         PART: None,
-        "parts": [{key: part[key] for key in told if key in part} for part in parts],
-        # Parts may have been made side by side, so their seconds are work, and no time on a clock.
+        "parts": [{key: part[key] for key in kept if key in part} for part in parts],
+        # Parts may have run in parallel, so this is the sum of their times and no wall time.
         "made": {"seconds": round(sum(each.get("seconds", 0.0) for each in made), 3)},
         "shards": [entry for entries in _renamed(parts) for entry in entries],
     }
@@ -127,13 +127,13 @@ def _renamed(parts: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _is_there_already(out: Path, merged: Mapping[str, Any], names: set[str]) -> bool:
-    """Tell whether `out` holds the whole merger; what a killed merger left does no harm, anything else does."""
+    """Return whether `out` holds the merged result; files of a killed merge are accepted, others are an error."""
     if not out.exists():
         return False
     if (out / MANIFEST).exists():
         if shards.read_manifest(out) == merged:
             return True
-        raise DataError("the folder holds other answers", where=str(out), hint="name an empty one")
+        raise DataError("the folder holds other responses", where=str(out), hint="name an empty one")
     ours = names | {f"{name}.tmp" for name in (*names, MANIFEST)}
     for path in out.iterdir():
         if path.name not in ours:

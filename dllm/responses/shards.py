@@ -1,7 +1,7 @@
-"""The target's answers on disk: parquet shards, and a manifest that is written last.
+"""The target's responses on disk: parquet shards, and a manifest that is written last.
 
-Owns the columns, the order and the checks. A folder whose manifest is missing is unfinished; a shard whose hash is
-not the manifest's is damaged, and nothing of it is used.
+A folder without a manifest is unfinished. A shard whose hash is not the manifest's is damaged, and none of its rows is
+used.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 SCHEMA = 2
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
-"""Requests that got no answer, one JSON object a line: `prompt_id`, `sample`, `turn` and `reason`."""
+"""Requests that got no response, one JSON object a line: `prompt_id`, `sample`, `turn` and `reason`."""
 _AGAIN = "run `python -m dllm regenerate` again"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One turn of the target: what it said in one context."""
+    """One response of the target to one context."""
 
     prompt_id: str
     sample: int
-    """0-based number of the answer among the answers to this prompt."""
+    """0-based number of the sample of this prompt."""
     source: str
     split: str
     """`train` or `heldout`."""
@@ -47,17 +47,17 @@ class Row:
     finish_reason: str
     """`stop`, `length` or `tool_calls`."""
     num_tokens: int
-    """Ids in the answer."""
+    """Ids in the response."""
     turn: int = 0
-    """0-based number of the turn among those the assistant has in the chat."""
+    """0-based number among the assistant's turns of the chat."""
     tools: Tools | None = None
-    """Schemas of the tools it might call."""
+    """Schemas of the tools that it may call."""
     flags: list[str] = field(default_factory=list)
-    """What is the matter with the answer, of `flags.FLAGS`."""
+    """Defects of the response, of `flags.FLAGS`."""
 
 
 class ShardEntry(TypedDict):
-    """What the manifest says of a shard."""
+    """The manifest's entry of a shard."""
 
     file: str
     rows: int
@@ -123,7 +123,7 @@ def read_manifest(dir: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
         complete = isinstance(manifest["shards"], list)
     except FileNotFoundError:
-        raise DataError("no finished answers", where=str(path), hint="run `python -m dllm regenerate`") from None
+        raise DataError("no finished responses", where=str(path), hint="run `python -m dllm regenerate`") from None
     except (OSError, ValueError, TypeError, KeyError):
         raise DataError("the manifest is damaged", where=str(path), hint=_AGAIN) from None
     if manifest.get("schema") != SCHEMA or not complete:

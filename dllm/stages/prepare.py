@@ -1,7 +1,7 @@
-"""prepare: prompt sources become one table of chats with a held-out part.
+"""prepare: collect the prompt sources in one table of chats with a held-out split.
 
-Reads the sources that params name; leaves `out/prepare/prompts.parquet` and, of prompts whose
-right answer is known, `out/prepare/references.json`.
+Reads the sources that params name; publishes `out/prepare/prompts.parquet` and `out/prepare/references.json`, the
+correct results of the prompts where a source knows them.
 """
 
 from __future__ import annotations
@@ -10,30 +10,32 @@ from pathlib import Path
 from typing import Any
 
 from dllm.config.params import Params
-from dllm.prompts import references, sources
+from dllm.prompts import references, sources, stream
 from dllm.prompts import table as prompts
 from dllm.stages.workspace import open_stage
 
 
 def run(params: Params, root: Path) -> dict[str, Any]:
-    """Collect the prompts and publish them; return what was counted.
+    """Collect the prompts and publish them; return the counts.
 
     Raises:
         DataError: a source cannot be read, or a split would be empty.
     """
-    read = {
-        f"{sources.label(source)}/{file.name}": file
-        for source in params.prepare.sources
-        for file in sources.files(source, root)
+    section = params.prepare
+    files = {
+        f"{sources.label(source)}/{name}": path
+        for source in section.sources
+        for name, path in sources.inputs(source, root).items()
     }
-    with open_stage("prepare", params, sections=[params.prepare], inputs=read, root=root) as stage:
-        found, counts = prompts.collect(params.prepare, root)
-        table = stage.work / prompts.FILE
-        prompts.write_prompts(found, table)
+    identity = {f"{sources.label(source)}@{source.split}": sources.identity(source, root) for source in section.sources}
+    identity = {name: found for name, found in identity.items() if found}
+    with open_stage("prepare", params, sections=[section], inputs=files, identity=identity, root=root) as stage:
+        found, counts = stream.collect(section, root)
+        prompts.write_prompts(found, stage.work / prompts.FILE)
         known = {prompt.id: prompt.reference for prompt in found if prompt.reference is not None}
-        counts["references"] = len(known)
         references.write_references(known, stage.work / references.FILE)
-        stage.publish({file.name: file for file in (table, stage.work / references.FILE)}, counts)
+        counts["references"] = len(known)
+        stage.publish({name: stage.work / name for name in (prompts.FILE, references.FILE)}, counts)
     for name, tally in counts["sources"].items():
         refused = "".join(f", {n} refused: {reason}" for reason, n in tally["refused"].items())
         print(

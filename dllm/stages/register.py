@@ -15,10 +15,10 @@ from dllm.config.params import Params
 from dllm.errors import StageError
 from dllm.methods.method import Method
 from dllm.registry import METHODS
-from dllm.stages.publication import publish_tree
 from dllm.stages.records import read_record, trained_method
 from dllm.stages.workspace import open_stage
 from dllm.tracking import model_registry, provenance
+from dllm.workspace import publish_tree
 
 
 def run(params: Params, root: Path) -> dict[str, Any]:

@@ -28,6 +28,11 @@ class Tracker(Protocol):
     """What a stage tells about itself while it works."""
 
     @property
+    def experiment_id(self) -> str | None:
+        """Id of the experiment in MLflow, or None where nothing is tracked."""
+        ...
+
+    @property
     def run_id(self) -> str | None:
         """Id of the run in MLflow, or None where nothing is tracked."""
 
@@ -54,6 +59,7 @@ class NullTracker:
     """Tracks nothing: ranks above 0, and tests of code that does not care."""
 
     run_id: str | None = None
+    experiment_id: str | None = None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None: ...
     def log_params(self, params: Mapping[str, Any]) -> None: ...

@@ -14,18 +14,20 @@ MAY_USE = {
     "process": {"errors"},
     "config": {"errors", "registry", "files"},
     "tracking": {"errors", "progress", "files", "config", "process"},
+    "workspace": {"errors", "files", "process", "tracking"},
     "prompts": GROUND,
     "responses": GROUND | {"prompts"},
     "models": GROUND | {"prompts", "responses"},
     "engines": GROUND | {"prompts", "responses", "models"},
-    "regeneration": GROUND | {"prompts", "responses", "models", "engines"},
+    "regeneration": GROUND | {"workspace", "prompts", "responses", "models", "engines"},
     "training": GROUND | {"prompts", "responses", "models"},
     "decoding": GROUND | {"prompts", "responses", "models", "training"},
     "methods": GROUND | {"prompts", "responses", "models", "training", "decoding"},
     "lm_eval": GROUND | {"prompts", "responses", "models", "training", "decoding", "methods"},
-    "stages": GROUND | {"prompts", "responses", "models", "engines", "regeneration", "training", "decoding", "methods"},
+    "stages": GROUND
+    | {"workspace", "prompts", "responses", "models", "engines", "regeneration", "training", "decoding", "methods"},
     "cli": GROUND
-    | {"prompts", "responses", "models", "engines", "regeneration", "training", "decoding", "methods"}
+    | {"workspace", "prompts", "responses", "models", "engines", "regeneration", "training", "decoding", "methods"}
     | {"lm_eval", "stages"},
     "__main__": {"errors", "process", "cli"},
 }

@@ -7,8 +7,6 @@ from dllm.engines.dataset import GivenEngine
 from dllm.engines.engine import ListFeed, Refusal, Request, Response, request_key
 from dllm.models import targets
 from dllm.prompts import template as chat
-from dllm.prompts.table import Prompt
-from dllm.prompts.turns import given_answer
 
 ASKED = [{"role": "user", "content": "How many?"}]
 
@@ -19,9 +17,9 @@ def tokenizer():
 
 
 def ask(tokenizer, given: str | None, max_new_tokens: int = 50) -> Response | Refusal:
-    engine = GivenEngine([Prompt("a" * 16, "here", "train", ASKED, None, given)], tokenizer)
+    engine = GivenEngine(tokenizer)
     ids = tuple(chat.prompt_ids(tokenizer, ASKED))
-    request = Request(request_key("a" * 16, 0), ids, ASKED, max_new_tokens, 0.0, 1.0, 0)
+    request = Request(request_key("a" * 16, 0), ids, ASKED, max_new_tokens, 0.0, 1.0, 0, response=given)
     (answer,) = engine.answer(ListFeed([request]))
     assert answer is not None
     return answer
@@ -44,18 +42,3 @@ def test_a_long_answer_is_cut_and_says_so(tokenizer) -> None:
 def test_without_an_answer_the_prompt_is_refused(tokenizer) -> None:
     refusal = ask(tokenizer, None)
     assert isinstance(refusal, Refusal) and "gives no answer" in refusal.reason
-
-
-@pytest.mark.parametrize(
-    ("value", "given"),
-    [
-        ("just a question", None),
-        ([{"role": "user", "content": "q"}], None),
-        ([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "a"),
-        ([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "a"),
-        ([{"role": "user", "content": "q"}, *[{"role": "assistant", "content": "a"}] * 2], None),
-        ([{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}], None),
-    ],
-)
-def test_a_given_answer_is_one_thing_said_last(value, given) -> None:
-    assert given_answer(value, "here") == given

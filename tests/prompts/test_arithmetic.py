@@ -4,10 +4,11 @@ from itertools import islice, pairwise
 
 from dllm.config.params import Prepare, Source, Target
 from dllm.models import targets
-from dllm.prompts import sources
+from dllm.prompts import sources, stream
 from dllm.prompts import table as prompts
 from dllm.prompts import template as chat
-from dllm.prompts.arithmetic import LINES, NUMBERS, PAGES, chats, doubled
+from dllm.prompts.builtin import LINES, NUMBERS, PAGES, doubled
+from dllm.prompts.builtin import arithmetic_chats as chats
 
 
 def test_every_line_doubles_the_one_above() -> None:
@@ -48,10 +49,10 @@ def test_pages_are_the_same_every_time_and_differ() -> None:
 
 def test_prompts_keep_the_answers_that_their_source_gives(tmp_path) -> None:
     section = Prepare(sources=[Source(name="arithmetic", limit=40)], heldout_fraction=0.3)
-    found, counts = prompts.collect(section, tmp_path)
+    found, counts = stream.collect(section, tmp_path)
     assert counts["sources"]["arithmetic"]["rows"] == PAGES and len(found) == 40
     prompts.write_prompts(found, tmp_path / prompts.FILE)
     for prompt in prompts.read_prompts(tmp_path):
         asked = [int(word) for word in prompt.messages[-1]["content"].split()]
         assert prompt.given is not None and [int(word) for word in prompt.given.split()[:NUMBERS]] == doubled(asked)
-    assert sources.files(section.sources[0], tmp_path) == []
+    assert sources.inputs(section.sources[0], tmp_path) == {}

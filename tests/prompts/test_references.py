@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from dllm.config.params import Prepare
+from dllm.prompts import stream
 from dllm.prompts import table as prompts
-from dllm.prompts.references import FILE, gsm8k_reference, is_right, read_references, write_references
+from dllm.prompts.builtin import gsm8k_reference
+from dllm.prompts.references import FILE, is_right, read_references, write_references
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,7 @@ def test_they_are_kept_by_prompt(tmp_path: Path) -> None:
 def collected(root: Path, *lines: str) -> list[prompts.Prompt]:
     (root / "x.jsonl").write_text("\n".join(lines))
     asked = Prepare.model_validate({"sources": [{"name": "x.jsonl", "column": "q"}], "heldout_fraction": 0.5})
-    return prompts.collect(asked, root)[0]
+    return stream.collect(asked, root)[0]
 
 
 def test_a_file_brings_its_own(tmp_path: Path) -> None:

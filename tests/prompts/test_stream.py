@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from dllm.config.params import Prepare, Source
 from dllm.errors import DataError
-from dllm.prompts.stream import Tally, input_digest, stream
-from dllm.prompts.table import HELDOUT, TRAIN, collect, is_heldout
+from dllm.prompts.sources import input_digest
+from dllm.prompts.stream import Tally, collect, stream
+from dllm.prompts.table import HELDOUT, TRAIN, is_heldout
 
 X = Source(name="x.jsonl")
 
@@ -35,7 +36,7 @@ def test_prompts_come_in_the_input_s_order_each_once_and_are_counted(tmp_path: P
     assert [prompt.messages[0]["content"] for prompt in found] == ["b", "a", "c"]
     assert {prompt.split for prompt in found} == {TRAIN} and {prompt.source for prompt in found} == {"x.jsonl"}
     assert tally.to_json() == {
-        "rows": 7, "prompts": 3, "other_parts": 0, "duplicates": 2,
+        "rows": 7, "prompts": 3, "other_parts": 0, "duplicates": 2, "over_limit": 0,
         "refused": {"empty user turn": 1, "no user turn": 1},
     }  # fmt: skip
 
@@ -63,13 +64,26 @@ def test_parts_make_the_whole_and_share_nothing(tmp_path: Path, numbers: list[in
         assert part == [prompt for prompt in whole if prompt in part], "the input's order"
 
 
-def test_a_limit_stops_reading(tmp_path: Path) -> None:
-    lay(tmp_path, ["a", "b"])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 30), max_size=60), st.integers(1, 20))
+def test_a_limit_keeps_the_smallest_ids_in_the_input_s_order(tmp_path: Path, numbers: list[int], limit: int) -> None:
+    lay(tmp_path, map(str, numbers))
+    whole, tally = list(stream(X, tmp_path)), Tally()
+    kept = list(stream(X.model_copy(update={"limit": limit}), tmp_path, tally=tally))
+    smallest = sorted(prompt.id for prompt in whole)[:limit]
+    assert kept == [prompt for prompt in whole if prompt.id in smallest]
+    assert tally.over_limit == len(whole) - len(kept) and tally.rows == len(numbers)
+
+
+def test_a_limit_means_the_same_to_prepare_and_reads_every_row(tmp_path: Path) -> None:
+    lay(tmp_path, map(str, range(60)))
+    limited = Source(name="x.jsonl", limit=25)
+    prepared, _ = collect(Prepare(sources=[limited], heldout_fraction=0.3), tmp_path)
+    assert sorted(stream(limited, tmp_path, heldout_fraction=0.3), key=lambda prompt: prompt.id) == prepared
     with (tmp_path / "x.jsonl").open("a") as file:
         file.write("no JSON\n")
-    assert len(list(stream(Source(name="x.jsonl", limit=2), tmp_path))) == 2
-    with pytest.raises(DataError, match=r"x\.jsonl:3"):
-        list(stream(X, tmp_path))
+    with pytest.raises(DataError, match=r"x\.jsonl:61"):
+        list(stream(limited, tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["x.jsonl", "x.parquet"])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from dllm.config.params import Prepare, Source
 from dllm.errors import DataError
-from dllm.prompts.table import HELDOUT, TRAIN, collect, is_heldout, prompt_id, read_prompts, write_prompts
+from dllm.prompts.stream import collect
+from dllm.prompts.table import HELDOUT, TRAIN, is_heldout, prompt_id, read_prompts, write_prompts
 
 IDS = [prompt_id([{"role": "user", "content": str(n)}]) for n in range(4000)]
 

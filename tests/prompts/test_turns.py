@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dllm.errors import DataError
-from dllm.prompts.turns import Message, Unusable, to_chat
+from dllm.prompts.turns import Message, Unusable, parse_chat
 
 
 def turn(role: str, content: Any) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def said(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
 
 
 def to_prompt(chat: Any, where: str) -> list[Message]:
-    return to_chat(chat, None, where)[0]
+    return parse_chat(chat, None, where).messages
 
 
 CHAT = [turn("system", "be kind"), turn("user", "hi"), turn("assistant", "hello"), turn("user", "why?")]
@@ -133,3 +133,20 @@ def test_calls_and_results_keep_the_ids_they_have_and_get_those_they_lack_in_ord
 def test_an_assistant_s_last_words_go_and_a_system_turn_before_them_too() -> None:
     assert to_prompt([*CHAT, turn("assistant", "so"), turn("system", "be brief")], "here") == CHAT
     assert to_prompt([turn("assistant", "welcome"), *CHAT], "here") == [turn("assistant", "welcome"), *CHAT]
+
+
+@pytest.mark.parametrize(
+    ("value", "response"),
+    [
+        ("just a question", None),
+        ([{"role": "user", "content": "q"}], None),
+        ([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "a"),
+        ([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "a"),
+        ([{"role": "user", "content": "q"}, *[{"role": "assistant", "content": "a"}] * 2], None),
+        ([{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}], None),
+        ([{"role": "user", "content": "q"}, {"role": "system", "content": "a"}], None),
+        ([{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": {"name": "look"}}], None),
+    ],
+)
+def test_the_response_is_the_text_of_the_one_assistant_turn_at_the_end(value, response) -> None:
+    assert parse_chat(value, None, "here").response == response

@@ -20,8 +20,8 @@ from dllm.engines.engine import Refusal, Request, Response, request_origin
 from dllm.errors import DataError, StageError
 from dllm.models.targets import load_tokenizer
 from dllm.prompts.table import Prompt
-from dllm.regeneration import core as answering
-from dllm.regeneration.core import Answered, Job
+from dllm.regeneration import core
+from dllm.regeneration.core import Job, Regenerated
 from dllm.regeneration.rollout import RolloutConfig
 from dllm.responses import shards
 from tests.regeneration.made_up_engine import MadeUpEngine, Stopped, echo
@@ -54,15 +54,15 @@ def job(work: Path, asked: list[Prompt], engine: MadeUpEngine | None, /, **optio
 
     work.mkdir(exist_ok=True)
     asking = RolloutConfig(Regenerate(temperature=0.5, **options), TARGET, tokenizer())
-    return Job(asking, lambda: asked, sum(answering.num_turns(each, asking) for each in asked), work, opened)
+    return Job(asking, lambda: asked, sum(core.num_turns(each, asking) for each in asked), work, opened)
 
 
-def content(answered: Answered) -> dict[str, bytes]:
+def content(answered: Regenerated) -> dict[str, bytes]:
     files = {entry["file"]: (answered.store.folder / entry["file"]).read_bytes() for entry in answered.entries}
-    return {**files, "rejected": answering.rejections(answered)}
+    return {**files, "rejected": core.rejections(answered)}
 
 
-def rows(answered: Answered) -> list[shards.Row]:
+def rows(answered: Regenerated) -> list[shards.Row]:
     folder = answered.store.folder
     shards.write_manifest(folder, {"schema": shards.SCHEMA, "shards": answered.entries})
     return shards.read_rows(folder)
@@ -91,15 +91,15 @@ def test_stopped_and_resumed_anywhere_each_turn_is_there_once_and_the_bytes_are_
     asked = prompts(number, turns)
     options = {"samples_per_prompt": samples, "shard_size": shard_size, "turns": which}
     with tempfile.TemporaryDirectory() as folder:
-        whole = answering.answer_all(job(Path(folder, "whole"), asked, MadeUpEngine(refuse_some), **options))
+        whole = core.regenerate(job(Path(folder, "whole"), asked, MadeUpEngine(refuse_some), **options))
         work, heard = Path(folder, "stopped"), []
         for turn, stop in enumerate(stops):
             engine = MadeUpEngine(refuse_some, seed=seed + turn, slots=slots, stop_after=stop)
             with contextlib.suppress(Stopped):
-                answering.answer_all(job(work, asked, engine, **options))
+                core.regenerate(job(work, asked, engine, **options))
             heard += engine.asked
         last = MadeUpEngine(refuse_some, seed=seed - 1, slots=slots)
-        made = answering.answer_all(job(work, asked, last, **options))
+        made = core.regenerate(job(work, asked, last, **options))
         assert content(made) == content(whole)
         assert made.counts == whole.counts
         found = [(row.prompt_id, row.sample, row.turn) for row in rows(made)]
@@ -108,7 +108,7 @@ def test_stopped_and_resumed_anywhere_each_turn_is_there_once_and_the_bytes_are_
         assert found == sorted(found, key=lambda origin: (order[origin[0]], *origin[1:]))
         again = {key for key in heard if heard.count(key) > 1}
         assert not any(isinstance(refuse_some_by_key(key), Response) for key in again), "an answer was asked for twice"
-        assert answering.answer_all(job(work, asked, None, **options)).asked == 0
+        assert core.regenerate(job(work, asked, None, **options)).asked == 0
         assert not list(made.store.folder.glob("journal-*"))
 
 
@@ -130,7 +130,7 @@ def test_shards_hold_their_rollouts_and_no_shard_waits_for_another(tmp_path: Pat
             assert finished == [f"shard-{n:05d}.parquet" for n in range(1, 10)]
             yield echo(first)
 
-    made = answering.answer_all(job(tmp_path, prompts(100), SlowFirst(first_is_slow), shard_size=10))
+    made = core.regenerate(job(tmp_path, prompts(100), SlowFirst(first_is_slow), shard_size=10))
     assert [entry["file"] for entry in made.entries] == [f"shard-{n:05d}.parquet" for n in range(10)]
     assert all(entry["rows"] == 10 for entry in made.entries)
 
@@ -151,8 +151,8 @@ def test_the_window_is_bounded(tmp_path: Path) -> None:
                     return
                 yield echo(held.pop(0))
 
-    answering.answer_all(job(tmp_path, prompts(900), Greedy(), shard_size=7, engine="local", batch_size=2))
-    assert max(taken) == 2 * answering.ROOM
+    core.regenerate(job(tmp_path, prompts(900), Greedy(), shard_size=7, engine="local", batch_size=2))
+    assert max(taken) == 2 * core.ROOM
 
 
 def test_a_refused_turn_ends_its_chat_and_is_asked_again_by_the_next_call(tmp_path: Path) -> None:
@@ -163,14 +163,14 @@ def test_a_refused_turn_ends_its_chat_and_is_asked_again_by_the_next_call(tmp_pa
         return Refusal(request.key, "too long") if refusing["on"] and turn == 1 else echo(request)
 
     with pytest.raises(Stopped):
-        answering.answer_all(job(tmp_path, asked, MadeUpEngine(refuse, stop_after=11)))
+        core.regenerate(job(tmp_path, asked, MadeUpEngine(refuse, stop_after=11)))
     refusing["on"] = False
-    made = answering.answer_all(job(tmp_path, asked, MadeUpEngine(refuse)))
+    made = core.regenerate(job(tmp_path, asked, MadeUpEngine(refuse)))
     assert made.counts.rejected == 0 and made.counts.rows == sum(n % 4 + 1 for n in range(8))
     refusing["on"] = True
-    cut = answering.answer_all(job(tmp_path / "cut", asked, MadeUpEngine(refuse)))
+    cut = core.regenerate(job(tmp_path / "cut", asked, MadeUpEngine(refuse)))
     assert cut.counts.rejected == 6 and cut.counts.rows == 8
-    assert answering.rejections(cut).count(b'"turn": 1, "reason": "too long"') == 6
+    assert core.rejections(cut).count(b'"turn": 1, "reason": "too long"') == 6
 
 
 def test_what_servers_failed_is_asked_again_also_of_finished_shards(tmp_path: Path) -> None:
@@ -183,19 +183,19 @@ def test_what_servers_failed_is_asked_again_also_of_finished_shards(tmp_path: Pa
             return Refusal(request.key, "out of order", is_passing=True)
         return echo(request)
 
-    first = answering.answer_all(job(tmp_path, asked, MadeUpEngine(fail_some), shard_size=3))
+    first = core.regenerate(job(tmp_path, asked, MadeUpEngine(fail_some), shard_size=3))
     failing["on"] = False
     engine = MadeUpEngine(fail_some)
-    made = answering.answer_all(job(tmp_path, asked, engine, shard_size=3))
-    whole = answering.answer_all(job(tmp_path / "whole", asked, MadeUpEngine(fail_some), shard_size=3))
+    made = core.regenerate(job(tmp_path, asked, engine, shard_size=3))
+    whole = core.regenerate(job(tmp_path / "whole", asked, MadeUpEngine(fail_some), shard_size=3))
     assert content(made) == content(whole) and made.counts.rejected < first.counts.rejected
     assert len(engine.asked) < 40, "answers of reopened shards are kept"
-    assert answering.answer_all(job(tmp_path, asked, None, shard_size=3)).asked == 0
+    assert core.regenerate(job(tmp_path, asked, None, shard_size=3)).asked == 0
 
 
 def test_unwanted_rows_are_left_out_and_counted(tmp_path: Path) -> None:
-    kept = answering.answer_all(job(tmp_path / "kept", prompts(40), MadeUpEngine()))
-    cut = answering.answer_all(job(tmp_path / "cut", prompts(40), MadeUpEngine(), drop=["length"]))
+    kept = core.regenerate(job(tmp_path / "kept", prompts(40), MadeUpEngine()))
+    cut = core.regenerate(job(tmp_path / "cut", prompts(40), MadeUpEngine(), drop=["length"]))
     cut_short = kept.counts.flags["length"]
     assert 0 < cut_short < 40
     assert cut.counts.dropped == {"length": cut_short} and cut.counts.rows == 40 - cut_short
@@ -203,30 +203,30 @@ def test_unwanted_rows_are_left_out_and_counted(tmp_path: Path) -> None:
 
 
 def test_a_damaged_shard_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    whole = answering.answer_all(job(tmp_path, prompts(30), MadeUpEngine(), shard_size=10))
+    whole = core.regenerate(job(tmp_path, prompts(30), MadeUpEngine(), shard_size=10))
     before = content(whole)
     (whole.store.folder / "shard-00001.parquet").write_bytes(b"torn")
     engine = MadeUpEngine()
-    assert content(answering.answer_all(job(tmp_path, prompts(30), engine, shard_size=10))) == before
+    assert content(core.regenerate(job(tmp_path, prompts(30), engine, shard_size=10))) == before
     assert len(engine.asked) == 10 and "damaged" in caplog.text
 
 
 def test_another_input_under_the_work_is_refused(tmp_path: Path) -> None:
     asked = prompts(30)
     with pytest.raises(Stopped):
-        answering.answer_all(job(tmp_path, asked, MadeUpEngine(stop_after=25), shard_size=5))
+        core.regenerate(job(tmp_path, asked, MadeUpEngine(stop_after=25), shard_size=5))
     with pytest.raises(StageError, match="other prompts"):
-        answering.answer_all(job(tmp_path, asked[1:], MadeUpEngine(), shard_size=5))
+        core.regenerate(job(tmp_path, asked[1:], MadeUpEngine(), shard_size=5))
 
 
 def test_another_model_behind_the_server_starts_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(Stopped):
-        answering.answer_all(job(tmp_path, prompts(30), MadeUpEngine(stop_after=25, model="old"), shard_size=5))
+        core.regenerate(job(tmp_path, prompts(30), MadeUpEngine(stop_after=25, model="old"), shard_size=5))
     engine = MadeUpEngine(model="new")
-    made = answering.answer_all(job(tmp_path, prompts(30), engine, shard_size=5))
+    made = core.regenerate(job(tmp_path, prompts(30), engine, shard_size=5))
     assert made.asked == len(engine.asked) == 30
-    assert "another model answers now (new) than before (old)" in capsys.readouterr().err
-    answering.forget_others(made)
+    assert "another model responds now (new) than before (old)" in capsys.readouterr().err
+    core.remove_others(made)
     assert [path for path in tmp_path.glob("answers-*")] == [made.store.folder]
 
 
@@ -239,8 +239,8 @@ def test_an_engine_that_leaves_requests_behind_is_found_out(tmp_path: Path) -> N
             feed.take()
             yield echo(request)
 
-    with pytest.raises(StageError, match="left requests unanswered"):
-        answering.answer_all(job(tmp_path, prompts(3), Forgetful()))
+    with pytest.raises(StageError, match="left requests without a response"):
+        core.regenerate(job(tmp_path, prompts(3), Forgetful()))
 
 
 def test_chats_that_the_template_refuses_are_set_aside_unless_they_are_many(tmp_path: Path) -> None:
@@ -262,25 +262,25 @@ def test_chats_that_the_template_refuses_are_set_aside_unless_they_are_many(tmp_
 
     few = job(tmp_path / "few", prompts(40), MadeUpEngine())
     few = Job(
-        RolloutConfig(few.asking.settings, TARGET, Picky("question 7")),
+        RolloutConfig(few.config.settings, TARGET, Picky("question 7")),
         few.prompts,
         few.turns,
         few.work,
         few.open_engine,
     )
-    made = answering.answer_all(few)
+    made = core.regenerate(few)
     assert made.counts.rejected == 1 and made.counts.rows == 39
-    assert b"no such words" in answering.rejections(made)
+    assert b"no such words" in core.rejections(made)
     many = job(tmp_path / "many", prompts(40), MadeUpEngine())
     many = Job(
-        RolloutConfig(many.asking.settings, TARGET, Picky("question")),
+        RolloutConfig(many.config.settings, TARGET, Picky("question")),
         many.prompts,
         many.turns,
         many.work,
         many.open_engine,
     )
     with pytest.raises(DataError, match="100% of the latest 20 chats do not fit the chat template"):
-        answering.answer_all(many)
+        core.regenerate(many)
 
 
 @pytest.mark.heavy
@@ -296,7 +296,7 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path) -> None:
         asking = job(
             tmp_path / str(number), [], MadeUpEngine(slots=64), shard_size=500, concurrency=16, engine="openai"
         )
-        answering.answer_all(Job(asking.asking, lambda: stream(number), number, asking.work, asking.open_engine))
+        core.regenerate(Job(asking.config, lambda: stream(number), number, asking.work, asking.open_engine))
         gc.collect()
         return int(psutil.Process().memory_info().rss)
 

@@ -82,7 +82,7 @@ def test_each_turn_is_asked_in_the_context_of_the_new_ones(tokenizer: Any) -> No
     assert [m["content"] for m in requests[2].messages] == ["system", "one", "new 0", "two", "and", "new 1", "three"]
     assert [r.key.rsplit(":", 1)[1] for r in requests] == ["0", "1", "2"]
     assert [r.seed for r in requests] == [request_seed(3, "ab" * 8, 1, turn) for turn in range(3)]
-    rows = rollout.rows({answer.key: answer for answer in answers}.__getitem__)
+    rows = rollout.rows()
     assert [(row.turn, row.sample, len(row.messages), row.answer_ids) for row in rows] == [
         (0, 1, 3, [7, 8, 0]),
         (1, 1, 6, [7, 8, 1]),
@@ -107,7 +107,7 @@ def test_new_calls_take_over_the_ids_that_the_results_name(tokenizer: Any) -> No
     assert [c["id"] for c in requests[1].messages[1]["tool_calls"]] == ["a", "b"]
     assert requests[1].messages[1]["tool_calls"][0]["function"]["name"] == "mul"
     assert [m.get("tool_call_id") for m in requests[1].messages] == [None, None, "a", "b"]
-    rows = rollout.rows({answer.key: answer for answer in answers}.__getitem__)
+    rows = rollout.rows()
     # The last turn's calls have no results yet: their ids are ours, the same in every run.
     assert rows[1].messages[-1]["tool_calls"] == [call("turn01000")] and rows[1].flags == []
 
@@ -117,15 +117,15 @@ def test_calls_that_do_not_fit_the_results_end_the_chat(tokenizer: Any, calls: t
     answer = text(0, *calls)
     rollout, _ = play(TOOLS, [answer], tokenizer)
     assert rollout.next_request() is None and rollout.rejection is None
-    (row,) = rollout.rows(lambda key: answer)
+    (row,) = rollout.rows()
     assert row.flags == ["tool_mismatch"]
 
 
 def test_calls_where_none_were_end_it_too_but_not_at_the_end(tokenizer: Any) -> None:
     rollout, _ = play(CHAT, [text(0, call("x"))], tokenizer)
-    assert rollout.turns_left == 0 and rollout.rows(lambda key: text(0, call("x")))[0].flags == ["tool_mismatch"]
+    assert rollout.turns_left == 0 and rollout.rows()[0].flags == ["tool_mismatch"]
     rollout, _ = play([said("user")], [text(0, call("x"))], tokenizer)
-    assert rollout.rows(lambda key: text(0, call("x")))[0].flags == []
+    assert rollout.rows()[0].flags == []
 
 
 def test_a_refused_turn_keeps_the_turns_before_it(tokenizer: Any) -> None:
@@ -134,4 +134,4 @@ def test_a_refused_turn_keeps_the_turns_before_it(tokenizer: Any) -> None:
     assert request is not None
     rollout.reject(request.key, "too long")
     assert rollout.next_request() is None and rollout.rejection is not None
-    assert len(rollout.rows(lambda key: text(0))) == 1
+    assert len(rollout.rows()) == 1

@@ -77,7 +77,8 @@ def test_it_answers_every_turn_and_says_how(chats: Path, tmp_path: Path, capsys:
     manifest = shards.read_manifest(output)
     assert manifest["made"]["served"]["model_path"] == "/models/tiny"
     assert manifest["made"]["read"] == {
-        "rows": CHATS + 2, "prompts": CHATS, "other_parts": 0, "duplicates": 1, "refused": {"no user turn": 1},
+        "rows": CHATS + 2, "prompts": CHATS, "other_parts": 0, "duplicates": 1, "over_limit": 0,
+        "refused": {"no user turn": 1},
     }  # fmt: skip
     assert manifest["thinking"] == "off" and manifest["template"] and manifest["sampling"]["temperature"] == 0
     assert manifest["made"]["seconds"] > 0 and manifest["made"]["versions"]["dllm"]
@@ -108,6 +109,23 @@ def test_what_is_not_empty_is_left_alone_and_resumed_when_asked(chats: Path, tmp
         (output / "shard-00001.parquet").unlink()
         assert call(*flags(chats, output, server, "--resume"), capsys=capsys)[0] == 0
     assert len(server.bodies) == asked and content(output) == before
+
+
+def test_a_result_that_is_completed_later_counts_the_time_of_all_calls(
+    chats: Path, tmp_path: Path, capsys: Any
+) -> None:
+    output = tmp_path / "out"
+    with serving() as server:
+        server.faults.extend([(500, {})] * 2)
+        few = flags(chats, output, server, "--concurrency", 1, "--max-retries", 0)
+        assert call(*few, capsys=capsys)[0] == 0
+        first = shards.read_manifest(output)
+        assert first["rejected"] == 2
+        assert call(*few, "--resume", capsys=capsys)[0] == 0
+    last = shards.read_manifest(output)
+    assert last["rejected"] == 0 and last["made"]["started"] == first["made"]["started"]
+    assert last["made"]["seconds"] > first["made"]["seconds"]
+    verify.verify(output)
 
 
 def test_a_changed_flag_starts_anew_and_the_old_result_stays_until_then(
@@ -232,7 +250,7 @@ BAD = [
     (
         ["--output-dir", "out", "--model", "builtin:tiny", "--engine", "local", "--target-server", "x"],
         2,
-        "asks no server",
+        "uses no server",
     ),
     (["--output-dir", ".", "--model", "builtin:tiny", "--input-data", "."], 2, "lies in the input"),
     (["--output-dir", "out", "--model", "builtin:tiny", "--input-data", "nowhere.jsonl"], 3, "no such file"),

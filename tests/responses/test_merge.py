@@ -87,7 +87,7 @@ def test_missing_parts_are_named(parts: list[Path], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"parts are missing: 0/3, 2/3"):
         merge(parts[1:2], tmp_path / "whole")
     (parts[0] / "manifest.json").unlink()
-    with pytest.raises(DataError, match=r"no finished answers.*part0"):
+    with pytest.raises(DataError, match=r"no finished responses.*part0"):
         merge(parts, tmp_path / "whole")
 
 
@@ -97,7 +97,7 @@ def test_a_folder_with_anything_else_in_it_is_left_alone(parts: list[Path], tmp_
     (out / "notes.txt").write_text("mine")
     with pytest.raises(DataError, match=r"not empty: it holds notes\.txt"):
         merge(parts, out)
-    with pytest.raises(DataError, match="holds other answers"):
+    with pytest.raises(DataError, match="holds other responses"):
         merge(parts, parts[0])
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
@@ -115,7 +115,7 @@ def test_broken_off_it_is_finished_by_the_next_call_and_then_left_alone(
         with pytest.raises(KeyboardInterrupt):
             merge(parts, out)
     (out / "part-001-shard-00000.parquet.tmp").write_bytes(b"half")
-    with pytest.raises(DataError, match="no finished answers"):
+    with pytest.raises(DataError, match="no finished responses"):
         shards.read_rows(out)
     merge(parts, out)
     verify(out)
@@ -149,6 +149,6 @@ def test_a_merger_that_holds_a_row_twice_does_not_verify(tmp_path: Path) -> None
         (tmp_path / str(number)).mkdir()
         write(tmp_path / str(number), [row(1)], [], fingerprint_base="b", part=f"{number}/2")
     merge([tmp_path / "0", tmp_path / "1"], tmp_path / "whole")
-    with pytest.raises(DataError, match=r"is there twice.*part-001-shard-00000\.parquet"):
+    with pytest.raises(DataError, match=r"occurs twice.*part-001-shard-00000\.parquet"):
         verify(tmp_path / "whole")
     assert json.loads((tmp_path / "whole/manifest.json").read_text())["rows"] == 2

@@ -93,7 +93,7 @@ def test_rows_with_tools_lie_beside_rows_without(tmp_path: Path) -> None:
 
 def test_an_unfinished_folder_is_not_read(folder: Path) -> None:
     (folder / "manifest.json").unlink()
-    with pytest.raises(DataError, match=r"no finished answers.*manifest\.json.*dllm regenerate"):
+    with pytest.raises(DataError, match=r"no finished responses.*manifest\.json.*dllm regenerate"):
         shards.read_rows(folder)
 
 

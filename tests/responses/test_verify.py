@@ -92,13 +92,13 @@ def test_what_is_odd_and_flagged_is_whole(tmp_path: Path, changed: Row) -> None:
 @pytest.mark.parametrize(
     ("rows", "line"),
     [
-        ([*ROWS, row(3)], r"prompt 0+1 sample 0 turn 1 is there twice.*shard-00002\.parquet row 5"),
+        ([*ROWS, row(3)], r"prompt 0+1 sample 0 turn 1 occurs twice.*shard-00002\.parquet row 5"),
         ([row(1, num_tokens=4)], "num_tokens is 4 for 3 ids"),
         ([row(1, finish_reason="eos")], "finish_reason is 'eos'"),
-        ([row(1, messages=[{"role": "user", "content": "q"}])], "no answer by an assistant"),
+        ([row(1, messages=[{"role": "user", "content": "q"}])], "no context or no response"),
         ([row(1, prompt_ids=[])], "no context"),
         ([row(1, flags=["repetition"])], r"flags are \['repetition'\]"),
-        ([row(3, flags=[])], r"flags are \[\], though the answer calls for \['length'\]"),
+        ([row(3, flags=[])], r"flags are \[\], though the response has \['length'\]"),
         ([row(1, answer_ids=[], num_tokens=0)], "ends with stop has no stop id"),
         ([row(1), row(3, answer_ids=[5, 6, STOP])], "cut ends with the stop id 99.*row 1"),
         ([row(1, prompt_id="prompt")], "'prompt' is no prompt's id"),
@@ -144,7 +144,7 @@ def _other_columns(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "line"),
     [
-        (lambda d: (d / "manifest.json").unlink(), "no finished answers"),
+        (lambda d: (d / "manifest.json").unlink(), "no finished responses"),
         (_flip, r"not the manifest's.*shard-00001\.parquet"),
         (lambda d: (d / "shard-00002.parquet").unlink(), r"cannot read the shard.*shard-00002\.parquet"),
         (_other_columns, r"other columns.*shard-00000\.parquet"),
@@ -164,7 +164,7 @@ def _other_columns(folder: Path) -> None:
         (lambda d: (d / "rejected.jsonl").write_text("{}\n"), r"no prompt_id.*rejected\.jsonl:1"),
         (
             lambda d: (d / "rejected.jsonl").write_text(json.dumps({**REFUSED[0], "prompt_id": "01"})),
-            r"prompt 01 sample 0 turn 1 was refused, and is there all the same.*rejected\.jsonl:1",
+            r"prompt 01 sample 0 turn 1 was refused and also has a row.*rejected\.jsonl:1",
         ),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 from dllm.config.load import parse_params
 from dllm.config.params import Params
 from dllm.errors import DataError
+from dllm.prompts import sources
 from dllm.prompts.table import read_prompts
 from dllm.stages import prepare
 from dllm.stages.workspace import digest
@@ -51,3 +52,32 @@ def test_a_bad_line_publishes_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"mine\.jsonl:2"):
         prepare.run(params({"name": "mine.jsonl"}), tmp_path)
     assert not (tmp_path / "out/prepare").exists()
+
+
+def test_every_file_of_a_folder_has_its_own_digest(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / "chats" / name).mkdir(parents=True)
+        rows = [json.dumps({"messages": f"{name} {n}"}) + "\n" for n in range(20)]
+        (tmp_path / "chats" / name / "x.jsonl").write_text("".join(rows))
+    prepare.run(params({"name": "chats"}), tmp_path)
+    record = json.loads((tmp_path / "out/prepare/run.json").read_text())
+    inputs = record["inputs"]
+    assert set(inputs) == {"chats/a/x.jsonl", "chats/b/x.jsonl"} and len(set(inputs.values())) == 2
+    (tmp_path / "chats/a/x.jsonl").write_text(rows[0])
+    prepare.run(params({"name": "chats"}), tmp_path)
+    again = json.loads((tmp_path / "out/prepare/run.json").read_text())
+    assert again["fingerprint"] != record["fingerprint"], "the first of the two files counts too"
+
+
+def test_a_dataset_s_identity_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    # An absolute folder that `datasets` loads as it loads a hub id; the commit itself takes the network.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "repo").mkdir()
+    rows = [json.dumps({"messages": [{"role": "user", "content": str(n)}]}) + "\n" for n in range(20)]
+    (tmp_path / "repo/train.jsonl").write_text("".join(rows))
+    monkeypatch.setattr(sources, "find", lambda source, root: sources.HUB)
+    prepare.run(params({"name": str(tmp_path / "repo")}), tmp_path)
+    record = json.loads((tmp_path / "out/prepare/run.json").read_text())
+    assert record["inputs"] == {} and record["identity"][f"{tmp_path / 'repo'}@train"]["fingerprint"]

@@ -20,7 +20,8 @@ from dllm.config.params import Params, Target
 from dllm.errors import DataError, StageError
 from dllm.models.targets import load_tokenizer
 from dllm.prompts import template as chat
-from dllm.prompts.table import TRAIN, collect, read_prompts, write_prompts
+from dllm.prompts.stream import collect
+from dllm.prompts.table import TRAIN, read_prompts, write_prompts
 from dllm.responses import shards
 from dllm.stages import regenerate
 from tests.engines.openai.loopback_server import echo, serving

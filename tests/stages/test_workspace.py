@@ -13,8 +13,8 @@ from dllm.config.load import parse_params
 from dllm.config.params import Params
 from dllm.errors import DllmError, StageError
 from dllm.stages import workspace as contract
-from dllm.stages.publication import publish_tree
 from dllm.tracking import runs as tracking
+from dllm.workspace import publish_tree
 
 RAW = {
     "recipe": "contract-test",
@@ -192,7 +192,7 @@ def test_a_stopped_stage_reads_killed_and_takes_its_children_along(tmp_path: Pat
     child.send_signal(blow)
     said = child.communicate(timeout=30)[1]
     assert child.returncode == code
-    assert "prepare: stopped; the next call goes on from" in said and "Traceback" not in said
+    assert "prepare: stopped; the next call resumes from" in said and "Traceback" not in said
     assert status_of(run_id) == "KILLED"
     with pytest.raises(ProcessLookupError):
         os.kill(grandchild, 0)

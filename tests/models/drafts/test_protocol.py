@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm.config.params import Dflash, Target
+from dllm.config.params import Target
 from dllm.decoding.speculative import Decoder
 from dllm.errors import ModelError
 from dllm.methods.dflash import objective
 from dllm.methods.dflash.anchors import draw_anchors
 from dllm.methods.dflash.objectives import Weighting, decay
+from dllm.methods.dflash.settings import Dflash
 from dllm.models import targets
 from dllm.models.drafts.checkpoint import family_of
 from dllm.models.drafts.dflash import DFlashDraft

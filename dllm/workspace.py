@@ -1,0 +1,263 @@
+"""Workspaces: a folder to work in that fits its inputs exactly, an MLflow run, and atomic publication.
+
+Work happens in a folder named by a fingerprint of all that determines the result, so a killed call finds its own work
+again and never that of another configuration. A stage of the pipeline and the standalone `regenerate` use the same
+workspace; they differ in where it lies and how its results are published.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from dllm.errors import StageError
+from dllm.files import atomic_folder, atomic_link, atomic_write, full_disk_in_one_line, lock_folder
+from dllm.process import children as process
+from dllm.tracking import provenance
+from dllm.tracking.runs import MlflowTracker, NullTracker, Status, Tracker, flatten
+
+SIDECAR = "stage.json"
+"""In a work folder while its result is unfinished: the MLflow run, when it was started, and the seconds so far."""
+LINKED = (".safetensors", ".parquet")
+"""Formats written once and never changed in place: hard links to them are safe, and cost no time or space."""
+
+Publish = Callable[[Path, Mapping[str, Path], Mapping[str, Mapping[str, Any]]], None]
+"""Takes the folder, files by their name in it, and JSON records by name."""
+
+
+def fingerprint_of(made_of: Mapping[str, Any]) -> str:
+    """Hash all that determines a result into 16 hex digits."""
+    text = json.dumps(made_of, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def publish_tree(out: Path, files: Mapping[str, Path], records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Make `out` a folder of exactly these files and JSON records, in one step.
+
+    Raises:
+        StageError: one of the files is missing.
+    """
+    with atomic_folder(out) as aside:
+        for name, source in files.items():
+            place(source, aside / name)
+        for name, record in records.items():
+            write_json(aside / name, record)
+
+
+def place(source: Path, path: Path) -> None:
+    """Link or copy a file to a path, atomically.
+
+    Raises:
+        StageError: the file is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not source.is_file():
+        raise StageError("a file to publish is missing", where=str(source))
+    if source.suffix in LINKED:
+        atomic_link(source, path)
+    else:
+        atomic_write(path, source.read_bytes())
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a mapping as JSON, atomically; figures that are not finite become null."""
+    text = json.dumps(_finite(record), indent=2, sort_keys=True, allow_nan=False, default=str)
+    atomic_write(path, f"{text}\n".encode())
+
+
+@dataclass
+class Workspace:
+    """A result in the making; `open` it to work."""
+
+    name: str
+    """The stage, in messages and in MLflow."""
+    root: Path
+    """The project's folder."""
+    works: Path
+    """Folder of the work folders, one per fingerprint."""
+    out: Path
+    """Where results are published."""
+    made_of: Mapping[str, Any]
+    """All that determines the result; `inputs` are digests by name, `identity` names models and servers."""
+    sections: Sequence[BaseModel] = ()
+    """Settings that the MLflow run records."""
+    experiment: str | None = None
+    """The MLflow experiment; None leaves no run."""
+    run_name: str | None = None
+    """Of the MLflow run; None takes `name`."""
+    publisher: Publish = publish_tree
+    resume_hint: str | None = None
+    """How to resume, for the message after a signal; None names the work folder."""
+    is_main: bool = True
+    """False for ranks above 0: same paths, no MLflow, no lock, no publishing."""
+    tracker: Tracker = field(default_factory=NullTracker)
+    record: dict[str, Any] = field(default_factory=dict)
+    """run.json as far as it is known."""
+    _began: float = field(default_factory=time.monotonic)
+    _before: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that determines the result."""
+        return fingerprint_of(self.made_of)
+
+    @property
+    def work(self) -> Path:
+        """Scratch that outlives a kill; only calls with this fingerprint use it."""
+        return self.works / self.fingerprint
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digest of every input by its name."""
+        return dict(self.made_of["inputs"])
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this result, killed calls included, up to ten seconds before each kill."""
+        return float(self._before.get("seconds", 0.0)) + time.monotonic() - self._began
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Hold the work folder and the MLflow run, and close both with the status of what happened.
+
+        Raises:
+            StageError: another process holds the work folder.
+            ServerError: MLflow is out of reach.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        if not self.is_main:
+            yield
+            return
+        with lock_folder(self.work):
+            yield from self._tracked()
+
+    def save_seconds(self) -> None:
+        """Record the time spent so far, for the call after a kill."""
+        write_json(self.work / SIDECAR, {**self._before, "seconds": round(self.seconds, 3)})
+
+    def publish(self, files: Mapping[str, Path], metrics: Mapping[str, Any], *, step: int = 0) -> None:
+        """Publish the results: the files, metrics.json and run.json. Ranks above 0 do nothing.
+
+        Numbers among the metrics go to the MLflow run too, at `step`.
+
+        Args:
+            files: name in the published folder (it may hold `/`) to a file in work.
+            metrics: the content of metrics.json.
+            step: position of the figures on the MLflow run's axis.
+
+        Raises:
+            StageError: a file is missing or the disk is full.
+        """
+        if not self.is_main:
+            return
+        run = {**self.record, "status": "finished", "seconds": round(self.seconds, 3)}
+        with full_disk_in_one_line(self.out):
+            self.publisher(self.out, files, {"metrics.json": metrics, "run.json": run})
+        self.log(metrics, step)
+
+    def log(self, metrics: Mapping[str, Any], step: int = 0) -> None:
+        """Send the numbers among the metrics to the MLflow run."""
+        figures = {
+            key: value
+            for key, value in flatten(metrics).items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        self.tracker.log_metrics(figures, step)
+
+    def _tracked(self) -> Iterator[None]:
+        sidecar = self.work / SIDECAR
+        before = _read_json(sidecar)
+        started = before.get("started") or datetime.now(UTC).isoformat(timespec="seconds")
+        bystanders = process.children()
+        if self.experiment is not None:
+            self.tracker = MlflowTracker(
+                self.root, self.experiment, self.run_name or self.name, before.get("mlflow_run_id")
+            )
+        run_id = self.tracker.run_id
+        self._before = {"mlflow_run_id": run_id, "started": started, "seconds": before.get("seconds", 0.0)}
+        status: Status = "FAILED"
+        try:
+            write_json(sidecar, self._before)
+            self.record = self._describe(started)
+            yield
+            sidecar.unlink()  # done: a forced rerun is a new MLflow run
+            status = "FINISHED"
+        except (SystemExit, KeyboardInterrupt) as stopped:
+            if isinstance(stopped, KeyboardInterrupt) or stopped.code in (130, 143):
+                status = "KILLED"
+                hint = self.resume_hint or f"the next call resumes from {self.work}"
+                print(f"{self.name}: stopped; {hint}", file=sys.stderr, flush=True)
+            raise
+        finally:
+            if status != "FINISHED":
+                process.stop_children(spare=bystanders)
+                with contextlib.suppress(OSError):  # a full disk costs the time's record, never the status
+                    self.save_seconds()
+            self.tracker.finish(status)
+
+    def _describe(self, started: str) -> dict[str, Any]:
+        commit, dirty = provenance.git_state(self.root)
+        record = {
+            **self.made_of,
+            "fingerprint": self.fingerprint,
+            "recipe": self.experiment,
+            "git": {"commit": commit, "dirty": dirty},
+            "libraries": provenance.library_versions(),
+            "mlflow_run_id": self.tracker.run_id,
+            "mlflow_experiment_id": self.tracker.experiment_id,
+            "started": started,
+            "host": provenance.host(),
+        }
+        for section in self.sections:
+            values = section.model_dump(mode="json", by_alias=True)
+            self.tracker.log_params({type(section).__name__.lower(): values})
+        tags = {
+            "dllm.stage": self.name,
+            "dllm.fingerprint": self.fingerprint,
+            "dllm.params": str(record["params"]),
+            "dllm.git_dirty": str(dirty),
+            **{f"dllm.input.{key}": value for key, value in self.digests.items()},
+            **{f"dllm.identity.{key}": str(value) for key, value in flatten(record["identity"]).items()},
+        }
+        if commit:
+            tags["mlflow.source.git.commit"] = commit
+        if flow_run := os.environ.get("DLLM_FLOW_RUN"):
+            tags["dllm.flow_run"] = flow_run
+        self.tracker.set_tags(tags)
+        return record
+
+
+def open_run(work: Path) -> str | None:
+    """Return the MLflow run of an unfinished work folder, where it has one."""
+    run_id: str | None = _read_json(work / SIDECAR).get("mlflow_run_id")
+    return run_id
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
