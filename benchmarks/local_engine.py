@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dllm.config.params import Prepare, Source, Target
-from dllm.engines.engine import ListFeed, Request, Response
+from dllm.engines.engine import Request, RequestList, Response
 from dllm.engines.local import LocalEngine
 from dllm.models import targets
 from dllm.prompts import table as prompts
@@ -33,7 +33,7 @@ Ids = dict[str, tuple[int, ...]]
 def ours(model: Any, tokenizer: Any, stops: set[int], requests: Sequence[Request]) -> Ids:
     """Decode with continuous refill."""
     engine = LocalEngine(model, tokenizer, stops, SLOTS)
-    return {a.key: a.token_ids for a in engine.answer(ListFeed(requests)) if isinstance(a, Response)}
+    return {a.key: a.token_ids for a in engine.answer(RequestList(requests)) if isinstance(a, Response)}
 
 
 def theirs(model: Any, tokenizer: Any, stops: set[int], requests: Sequence[Request]) -> Ids:

@@ -118,7 +118,7 @@ async def serve(slots: int, token_s: float) -> None:
 def engine(url: str, rows: list[list[dict[str, str]]], concurrency: int) -> int:
     """Ask with dllm's engine; return how many rows were answered."""
     from dllm.config.params import Regenerate, Target
-    from dllm.engines.engine import ListFeed, Request, Response
+    from dllm.engines.engine import Request, RequestList, Response
     from dllm.engines.openai.engine import OpenAIEngine
     from dllm.models.targets import load_tokenizer
 
@@ -126,7 +126,7 @@ def engine(url: str, rows: list[list[dict[str, str]]], concurrency: int) -> int:
     settings = Regenerate(engine="openai", concurrency=concurrency)
     asking = OpenAIEngine([url], settings, target, load_tokenizer(target))
     requests = [Request(f"{n}:0:0", (1,), messages, LONGEST, 0.0, 1.0, n) for n, messages in enumerate(rows)]
-    return sum(isinstance(outcome, Response) for outcome in asking.answer(ListFeed(requests)))
+    return sum(isinstance(outcome, Response) for outcome in asking.answer(RequestList(requests)))
 
 
 def bare(url: str, rows: list[list[dict[str, str]]], concurrency: int) -> int:

@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dllm.errors import ConfigError
 
@@ -74,3 +74,15 @@ class Registry(Generic[Member]):
         """Import every member, and yield it with its name."""
         for name in self:
             yield name, self[name]
+
+
+ENGINES: Registry[Any] = Registry(
+    "engines",
+    {
+        "local": "dllm.engines.local:LocalEngine",
+        "openai": "dllm.engines.openai.engine:OpenAIEngine",
+        "sglang": "dllm.engines.sglang:SglangEngine",
+        "given": "dllm.engines.dataset:DatasetEngine",
+    },
+)
+"""Who generates the responses in `regenerate`; each member is a `dllm.engines.engine.EngineFactory`."""

@@ -26,6 +26,7 @@ from dllm.prompts.table import Prompt
 from dllm.regeneration.rollout import RolloutConfig, num_samples, split_turns
 from dllm.regeneration.scheduler import Scheduler
 from dllm.regeneration.store import ShardStore
+from dllm.registry import ENGINES
 from dllm.responses.counts import ManifestCounts
 from dllm.tracking.runs import NullTracker, Tracker
 
@@ -170,7 +171,7 @@ class _Sitting:
 def _feeding(job: Job, folder: str) -> Iterator[tuple[ShardStore, Scheduler]]:
     settings = job.asking.settings
     store = ShardStore(job.work / folder, settings.drop)
-    decoding = settings.batch_size if settings.engine == "local" else settings.concurrency
+    decoding = ENGINES[settings.engine].num_slots(settings)
     with contextlib.closing(Scheduler(job.prompts(), job.asking, store, ROOM * decoding)) as feed:
         yield store, feed
 
@@ -179,7 +180,7 @@ def _answer(job: Job, engine: Engine, feed: Scheduler, store: ShardStore) -> _Si
     done = store.turns_done + store.answers_kept()
     if done:
         print(f"regenerate: {done} of {job.turns} answers are there already", file=sys.stderr, flush=True)
-    sitting, pace = _Sitting(), engine.pace
+    sitting, pace = _Sitting(), engine.stats
     began = tracked = time.monotonic()
     with Progress("regenerate", total=job.turns, unit="answers", initial=done) as progress:
         for outcome in engine.answer(feed):

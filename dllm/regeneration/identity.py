@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from dllm.config.params import Regenerate, Sglang, Target
 from dllm.models import targets
 from dllm.prompts import template as chat
+from dllm.registry import ENGINES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,11 +20,10 @@ MACHINE = ("servers", "concurrency", "timeout_s", "max_retries", "max_failure_ra
 
 def determining(settings: Regenerate) -> Regenerate:
     """Put aside the settings that shape no answer with this engine."""
-    defaults = Regenerate()
-    aside = {name: getattr(defaults, name) for name in MACHINE}
-    if settings.engine != "local":
-        aside["batch_size"] = defaults.batch_size
-    aside["sglang"] = Sglang(args=settings.sglang.args) if settings.engine == "sglang" else defaults.sglang
+    defaults, affects = Regenerate(), ENGINES[settings.engine].affects
+    aside = {name: getattr(defaults, name) for name in (*MACHINE, *({"batch_size", "sglang"} - affects))}
+    if "sglang" in affects:
+        aside["sglang"] = Sglang(args=settings.sglang.args)
     return settings.model_copy(update=aside)
 
 
@@ -34,9 +34,11 @@ def identity(settings: Regenerate, target: Target, tokenizer: PreTrainedTokenize
         DataError: the tokenizer has no chat template, or one that opens no assistant turn.
         ModelError: the target's weights are needed here and cannot be had.
     """
+    factory = ENGINES[settings.engine]
+    factory.check(settings)
     chat.end_of_turn_id(tokenizer)  # complains of a template that will not do, before anything is asked
     found = {"engine": settings.engine, "template": chat.template_digest(tokenizer)}
-    if settings.engine == "openai":  # the weights lie with the servers, and need not be here
+    if factory.is_external:  # the weights lie with the servers, and need not be here
         named = {"model": target.model, "revision": target.revision}
         return {**found, "target": named, "served_model": settings.served_model or target.model}
     return {**found, "target": targets.identity(target)}

@@ -90,7 +90,7 @@ class Scheduler:
             shard.journal.append(outcome)
             rollout.accept(request, outcome)
         else:
-            rollout.reject(outcome.key, outcome.reason, outcome.is_passing)
+            rollout.reject(outcome.key, outcome.reason, outcome.is_transient)
         self._go_on(rollout, shard)
         fallen, self._fallen = self._fallen, 0
         return before - rollout.turns_left + fallen

@@ -29,6 +29,7 @@ from dllm.regeneration import engines, identity, output_folder
 from dllm.regeneration.core import Answered, Job
 from dllm.regeneration.output_folder import Session
 from dllm.regeneration.rollout import Rollout, RolloutConfig, num_samples
+from dllm.registry import ENGINES
 from dllm.responses import shards
 from dllm.tracking import provenance
 from dllm.tracking.runs import MlflowTracker, NullTracker, Status, Tracker
@@ -155,7 +156,7 @@ def rehearse(order: Order) -> dict[str, Any]:
         if rendered is None:
             raise DataError("the chat template refuses the first chat", where=f"prompt {survey.first.id}")
     served = None
-    if settings.engine == "openai":
+    if ENGINES[settings.engine].is_external:
         with engines.opened(order.params, tokenizer, order.root, order.servers or None) as engine:
             served = engine.describe()
     return {

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.responses.test_show import row
 
 from dllm import __main__ as command
 from dllm.config.params import Target
@@ -13,7 +14,6 @@ from dllm.models.targets import load_tokenizer
 from dllm.prompts import template as chat
 from tests.responses.shard_folder import write_rows
 from tests.responses.test_merge import part
-from tests.responses.test_show import row
 
 
 def call(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
