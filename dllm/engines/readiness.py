@@ -36,8 +36,11 @@ def wait_until_ready(url: str, model: str, child: Background, *, name: str, path
         ServerError: it serves something else, refuses the first request, or generates no token in time. None is raised
             when the process has ended: the caller knows why it did.
     """
-    with EventLoop() as loop:
-        loop.run(_Wait(Server.at(url), model, child, name, timeout_s).run(path))
+    loop = EventLoop()
+    try:
+        loop.run(lambda: _Wait(Server.at(url), model, child, name, timeout_s).run(path))
+    finally:
+        loop.close()
 
 
 class _Wait:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import resource
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +88,11 @@ class OpenAIEngine:
             ServerError: none can be reached, or one serves something else.
         """
         if not self._facts:
-            with EventLoop() as loop:
-                loop.run(self._connect())
+            loop = EventLoop()
+            try:
+                loop.run(self._connect)
+            finally:
+                loop.close()
         servers = [without_credentials(url) for url in self.urls]
         return {"engine": "openai", "servers": servers, **dict(sorted(self._facts.items()))}
 
@@ -100,23 +103,27 @@ class OpenAIEngine:
             ServerError: no server is up, one serves another model or denies access, or too large a share of the
                 requests is refused.
         """
-        with EventLoop() as loop:
-            outcomes = self._outcomes(requests)
+        outcomes = self._outcomes(requests)
 
-            async def step() -> tuple[Response | Refusal | None] | None:
-                try:
-                    return (await anext(outcomes),)
-                except StopAsyncIteration:
-                    return None
+        async def step() -> tuple[Response | Refusal | None] | None:
+            try:
+                return (await anext(outcomes),)
+            except StopAsyncIteration:
+                return None
 
-            while (outcome := loop.run(step())) is not None:
+        loop = EventLoop()
+        try:
+            while (outcome := loop.run(step)) is not None:
                 yield outcome[0]
+        finally:
+            loop.close(outcomes.aclose)
 
-    async def _outcomes(self, requests: RequestSource) -> AsyncIterator[Response | Refusal | None]:
+    async def _outcomes(self, requests: RequestSource) -> AsyncGenerator[Response | Refusal | None]:
         async with self._servers() as (client, pool):
             run = _Run(client, pool, self._completions, self._settings, self.stats)
-            async for outcome in run.outcomes(requests):
-                yield outcome
+            async with aclosing(run.outcomes(requests)) as outcomes:
+                async for outcome in outcomes:
+                    yield outcome
 
     async def _connect(self) -> None:
         async with self._servers():
@@ -148,25 +155,30 @@ class _Run:
         self._num_open = 0
         """Requests that are in flight, or whose outcome the caller has not taken."""
 
-    async def outcomes(self, requests: RequestSource) -> AsyncIterator[Response | Refusal | None]:
+    async def outcomes(self, requests: RequestSource) -> AsyncGenerator[Response | Refusal | None]:
         """Yield outcomes as they come, None after each second without one."""
-        while await self._fill(requests):
-            try:
-                async with asyncio.timeout(TICK_S):
-                    request, found = await self._finished.get()
-            except TimeoutError:
-                yield None
-                continue
-            if isinstance(found, Exception):
-                # What has finished is handed over before a failure ends the run: it need not be generated again.
-                while not self._finished.empty():
-                    request, other = self._finished.get_nowait()
-                    if not isinstance(other, Exception):
-                        yield self._outcome(request, other)
-                raise found
-            yield self._outcome(request, found)
-            self._num_open -= 1
-            self._failure_rate.check()
+        try:
+            while await self._fill(requests):
+                try:
+                    async with asyncio.timeout(TICK_S):
+                        request, found = await self._finished.get()
+                except TimeoutError:
+                    yield None
+                    continue
+                if isinstance(found, Exception):
+                    # What has finished is handed over before a failure ends the run: it need not be generated again.
+                    while not self._finished.empty():
+                        request, other = self._finished.get_nowait()
+                        if not isinstance(other, Exception):
+                            yield self._outcome(request, other)
+                    raise found
+                yield self._outcome(request, found)
+                self._num_open -= 1
+                self._failure_rate.check()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _fill(self, requests: RequestSource) -> bool:
         """Start requests in the free slots; return whether any request is open."""
