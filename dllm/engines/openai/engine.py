@@ -7,6 +7,7 @@ outcome, so a kill never costs more requests than may be in flight.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import resource
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
@@ -150,7 +151,8 @@ class _Run:
         self._client, self._pool, self._completions = client, pool, completions
         self._settings, self._stats = settings, stats
         self._failure_rate = FailureRate(settings.max_failure_rate)
-        self._finished: asyncio.Queue[tuple[Request, Reply | Refusal | Exception]] = asyncio.Queue()
+        self._finished: deque[tuple[Request, Reply | Refusal | Exception]] = deque()
+        self._news = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_open = 0
         """Requests that are in flight, or whose outcome the caller has not taken."""
@@ -159,16 +161,19 @@ class _Run:
         """Yield outcomes as they come, None after each second without one."""
         try:
             while await self._fill(requests):
-                try:
-                    async with asyncio.timeout(TICK_S):
-                        request, found = await self._finished.get()
-                except TimeoutError:
+                if not self._finished:
+                    self._news.clear()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(TICK_S):
+                            await self._news.wait()
+                if not self._finished:
                     yield None
                     continue
+                request, found = self._finished.popleft()
                 if isinstance(found, Exception):
                     # What has finished is handed over before a failure ends the run: it need not be generated again.
-                    while not self._finished.empty():
-                        request, other = self._finished.get_nowait()
+                    while self._finished:
+                        request, other = self._finished.popleft()
                         if not isinstance(other, Exception):
                             yield self._outcome(request, other)
                     raise found
@@ -198,7 +203,8 @@ class _Run:
             found = await self._generate(request)
         except Exception as failure:  # of the whole run: `outcomes` raises it
             found = failure
-        self._finished.put_nowait((request, found))
+        self._finished.append((request, found))
+        self._news.set()
 
     async def _generate(self, request: Request) -> Reply | Refusal:
         """Try until a server responds, refuses the request, or its tries are used up.
