@@ -144,8 +144,8 @@ class EngineFactory(Protocol):
     """A member of `ENGINES`: how an engine is configured and opened."""
 
     affects: frozenset[str]
-    """Which of the settings `batch_size` and `sglang` affect this engine's responses. Work is not resumed after such a
-    setting has changed; all other settings of `regenerate` count for every engine."""
+    """Which of the settings `batch_size`, `served_model` and `sglang` affect this engine's responses. Work is not
+    resumed after such a setting has changed; the other settings of `regenerate` mean the same for every engine."""
     is_external: bool
     """Whether servers that run already generate the responses, at addresses in `regenerate.servers`: the target's
     weights need not be on this machine, and a dry run asks the servers what they serve."""

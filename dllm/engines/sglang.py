@@ -52,7 +52,7 @@ _STAMP = re.compile(r"^\[[\d-]+ [\d:]+[^\]]*\] |\x1b\[[\d;]*m")
 class SglangEngine(OpenAIEngine):
     """Generate with a SGLang server that is started for the engine and stopped with it."""
 
-    affects = frozenset({"sglang"})
+    affects = frozenset({"served_model", "sglang"})
     is_external = False
 
     @classmethod

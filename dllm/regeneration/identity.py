@@ -21,7 +21,9 @@ MACHINE = ("servers", "concurrency", "timeout_s", "max_retries", "max_failure_ra
 def determining(settings: Regenerate) -> Regenerate:
     """Put aside the settings that shape no answer with this engine."""
     defaults, affects = Regenerate(), ENGINES[settings.engine].affects
-    aside = {name: getattr(defaults, name) for name in (*MACHINE, *({"batch_size", "sglang"} - affects))}
+    aside = {
+        name: getattr(defaults, name) for name in (*MACHINE, *({"batch_size", "served_model", "sglang"} - affects))
+    }
     if "sglang" in affects:
         aside["sglang"] = Sglang(args=settings.sglang.args)
     return settings.model_copy(update=aside)

@@ -53,7 +53,7 @@ class OpenAIEngine:
         ConfigError: an address is not an http address, or the concurrency needs more open files than allowed.
     """
 
-    affects: frozenset[str] = frozenset()
+    affects = frozenset({"served_model"})
     is_external = True
 
     def __init__(
