@@ -1,7 +1,7 @@
 """`regenerate` in process against transformers' `generate` on left-padded batches of 16, over the same prompts.
 
-Same model, same process, bfloat16, greedy, in turn. Prints tokens a second of both, their ratio, and on how many
-prompts the ids agree; in float32, where no rounding parts two kernels, they must agree on all.
+Same model, same process, bfloat16, greedy, in turn. Prints tokens per second of both, their ratio, and the number of
+prompts with the same ids; in float32, where rounding does not change an argmax, the ids must be the same for all.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def ours(model: Any, tokenizer: Any, stops: set[int], requests: Sequence[Request
 
 
 def theirs(model: Any, tokenizer: Any, stops: set[int], requests: Sequence[Request]) -> Ids:
-    """Decode with `generate`, neighbours of similar length in a batch."""
+    """Decode with `generate`, prompts of similar length in a batch."""
     found: Ids = {}
     queue = sorted(requests, key=lambda request: len(request.prompt_ids))
     for begin in range(0, len(queue), BATCH):
@@ -64,7 +64,7 @@ def theirs(model: Any, tokenizer: Any, stops: set[int], requests: Sequence[Reque
 
 
 def make_requests(tokenizer: Any) -> list[Request]:
-    """Take GSM8K questions as chats."""
+    """Make requests of GSM8K questions."""
     sources = [Source(name="gsm8k", limit=PROMPTS)]
     asked, _ = prompts.collect(Prepare(sources=sources), Path())
     return [
@@ -73,7 +73,7 @@ def make_requests(tokenizer: Any) -> list[Request]:
 
 
 def timed(decode: Callable[..., Ids], *arguments: Any) -> tuple[Ids, float]:
-    """Return the ids and tokens a second."""
+    """Return the ids and tokens per second."""
     began = time.perf_counter()
     ids = decode(*arguments)
     return ids, sum(map(len, ids.values())) / (time.perf_counter() - began)
