@@ -1,30 +1,7 @@
 """The seam between regeneration and whatever generates: requests in, one response or refusal for each, in any order.
 
 A member of `ENGINES` is an `EngineFactory`: it says how an engine is configured, and opens one. An engine class is
-usually its own factory, by class attributes and class methods:
-
-    class EchoEngine:
-        affects = frozenset()
-        is_external = False
-
-        def __init__(self) -> None:
-            self.stats = EngineStats()
-
-        @classmethod
-        def check(cls, settings): ...
-
-        @classmethod
-        def num_slots(cls, settings): return settings.concurrency
-
-        @classmethod
-        @contextmanager
-        def open(cls, params, tokenizer, root, servers=None): yield cls()
-
-        def describe(self): return {"engine": "echo"}
-
-        def answer(self, requests):
-            while (request := requests.take()) is not None:
-                yield Response(request.key, request.prompt_ids, "", "stop")
+usually its own factory, by class attributes and class methods.
 """
 
 from __future__ import annotations
