@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.responses.test_show import row
 
 from dllm import __main__ as command
 from dllm.config.params import Target
 from dllm.models.targets import load_tokenizer
 from dllm.prompts import template as chat
+from tests.cli.test_show import row
 from tests.responses.shard_folder import write_rows
 from tests.responses.test_merge import part
 
