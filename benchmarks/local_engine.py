@@ -1,7 +1,7 @@
 """`regenerate` in process against transformers' `generate` on left-padded batches of 16, over the same prompts.
 
-Same model, same process, bfloat16, greedy, in turn. Prints tokens a second of both, their ratio, and on how many
-prompts the ids agree; in float32, where no rounding parts two kernels, they must agree on all.
+Same model, same process, bfloat16, greedy, in turn. Prints tokens per second of both, their ratio, and the number of
+prompts with the same ids; in float32, where rounding does not change an argmax, the ids must be the same for all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dllm.config.params import Prepare, Source, Target
-from dllm.engines.engine import ListFeed, Request, Response
+from dllm.engines.engine import Request, RequestList, Response
 from dllm.engines.local import LocalEngine
 from dllm.models import targets
 from dllm.prompts import table as prompts
@@ -33,11 +33,11 @@ Ids = dict[str, tuple[int, ...]]
 def ours(model: Any, tokenizer: Any, stops: set[int], requests: Sequence[Request]) -> Ids:
     """Decode with continuous refill."""
     engine = LocalEngine(model, tokenizer, stops, SLOTS)
-    return {a.key: a.token_ids for a in engine.answer(ListFeed(requests)) if isinstance(a, Response)}
+    return {a.key: a.token_ids for a in engine.answer(RequestList(requests)) if isinstance(a, Response)}
 
 
 def theirs(model: Any, tokenizer: Any, stops: set[int], requests: Sequence[Request]) -> Ids:
-    """Decode with `generate`, neighbours of similar length in a batch."""
+    """Decode with `generate`, prompts of similar length in a batch."""
     found: Ids = {}
     queue = sorted(requests, key=lambda request: len(request.prompt_ids))
     for begin in range(0, len(queue), BATCH):
@@ -64,7 +64,7 @@ def theirs(model: Any, tokenizer: Any, stops: set[int], requests: Sequence[Reque
 
 
 def make_requests(tokenizer: Any) -> list[Request]:
-    """Take GSM8K questions as chats."""
+    """Make requests of GSM8K questions."""
     sources = [Source(name="gsm8k", limit=PROMPTS)]
     asked, _ = prompts.collect(Prepare(sources=sources), Path())
     return [
@@ -73,7 +73,7 @@ def make_requests(tokenizer: Any) -> list[Request]:
 
 
 def timed(decode: Callable[..., Ids], *arguments: Any) -> tuple[Ids, float]:
-    """Return the ids and tokens a second."""
+    """Return the ids and tokens per second."""
     began = time.perf_counter()
     ids = decode(*arguments)
     return ids, sum(map(len, ids.values())) / (time.perf_counter() - began)

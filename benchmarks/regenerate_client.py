@@ -2,16 +2,16 @@
 
     python benchmarks/regenerate_client.py [--rounds 3] [--rows 1200] [--slots 32] [--token-ms 10] [--json FILE]
 
-The server is a process of its own: so many slots, a fixed time a token, first come first served; each row's answer has
-a length of its own, the same in every arm. Arms, each a process of its own and in turn round by round:
+The server is a process of its own: a number of slots, a fixed time per token, first come first served; the length of a
+row's response is a function of its question. Arms, each a process of its own, in turn in every round:
 
 * `engine`: dllm's `OpenAIEngine` alone;
 * `command`: all of `python -m dllm regenerate`, reading, journal and shards included;
-* `bare`: as many asyncio and aiohttp loops as the concurrency, which keep nothing;
+* `bare`: as many asyncio tasks with aiohttp as the concurrency, which write nothing;
 * `nemo`: `nemo_automodel.components.speculative.regenerate`, run as its documentation says (its default shard size).
 
-Time runs at the server, from the first request to the last answer, so that no arm pays for its imports. The most that
-the server can do is slots / token time. Needs `pip install --no-deps nemo-automodel==0.7.0`; nothing of it is part of
+Time is taken at the server, from the first request to the last response, so that imports do not count. The server's
+capacity is slots / token time. Needs `pip install --no-deps nemo-automodel==0.7.0`; nothing of it is part of
 dllm.
 """
 
@@ -37,24 +37,24 @@ MODEL = "builtin:tiny"
 ARMS = ("engine", "command", "bare", "nemo")
 RATIOS = (("engine", "bare"), ("engine", "nemo"), ("command", "bare"), ("command", "nemo"))
 LONGEST = 128
-"""Tokens of the longest answer."""
+"""Tokens of the longest response."""
 
 
 def num_tokens(question: str) -> int:
-    """Choose an answer's length by its question: mostly short, some long."""
+    """Choose a response's length by its question: mostly short, some long."""
     number = int(hashlib.sha256(question.encode()).hexdigest()[:8], 16)
     return 8 + (number % 101) ** 2 // 85
 
 
 class Meter:
-    """What the server has done since it was last asked to forget."""
+    """What the server has done since its meter was last read."""
 
     def __init__(self) -> None:
         self.first = self.last = 0.0
         self.tokens = self.answers = self.open = self.peak = 0
 
     def figures(self) -> dict[str, Any]:
-        """Say it. Units: seconds; `peak` counts requests open at once."""
+        """Return the figures. Units: seconds; `peak` is the largest number of requests open at once."""
         return {"seconds": self.last - self.first, **vars(self)}
 
 
@@ -116,9 +116,9 @@ async def serve(slots: int, token_s: float) -> None:
 
 
 def engine(url: str, rows: list[list[dict[str, str]]], concurrency: int) -> int:
-    """Ask with dllm's engine; return how many rows were answered."""
+    """Generate with dllm's engine; return the number of responses."""
     from dllm.config.params import Regenerate, Target
-    from dllm.engines.engine import ListFeed, Request, Response
+    from dllm.engines.engine import Request, RequestList, Response
     from dllm.engines.openai.engine import OpenAIEngine
     from dllm.models.targets import load_tokenizer
 
@@ -126,11 +126,11 @@ def engine(url: str, rows: list[list[dict[str, str]]], concurrency: int) -> int:
     settings = Regenerate(engine="openai", concurrency=concurrency)
     asking = OpenAIEngine([url], settings, target, load_tokenizer(target))
     requests = [Request(f"{n}:0:0", (1,), messages, LONGEST, 0.0, 1.0, n) for n, messages in enumerate(rows)]
-    return sum(isinstance(outcome, Response) for outcome in asking.answer(ListFeed(requests)))
+    return sum(isinstance(outcome, Response) for outcome in asking.answer(RequestList(requests)))
 
 
 def bare(url: str, rows: list[list[dict[str, str]]], concurrency: int) -> int:
-    """Ask with nothing but asyncio and aiohttp; return how many rows were answered."""
+    """Generate with asyncio and aiohttp alone; return the number of responses."""
     import aiohttp
 
     waiting, answers = iter(rows), []
@@ -150,7 +150,7 @@ def bare(url: str, rows: list[list[dict[str, str]]], concurrency: int) -> int:
 
 
 def command_line(arm: str, url: str, rows: Path, concurrency: int, out: Path) -> list[str]:
-    """Write the command of one arm."""
+    """Return the command line of one arm."""
     asked = ["--input-data", str(rows), "--output-dir", str(out), "--model", MODEL, "--target-server", f"{url}/v1"]
     asked += ["--concurrency", str(concurrency), "--max-new-tokens", str(LONGEST), "--temperature", "0.0"]
     if arm == "nemo":
@@ -175,7 +175,7 @@ def measure(arm: str, url: str, rows: Path, concurrency: int, count: int) -> dic
 
 @contextlib.contextmanager
 def server(slots: int, token_ms: float) -> Iterator[str]:
-    """Run the server beside; yield its address."""
+    """Run the server in a process; yield its address."""
     asked = [sys.executable, __file__, "--serve", "--slots", str(slots), "--token-ms", str(token_ms)]
     with subprocess.Popen(asked, stdout=subprocess.PIPE, text=True) as child:
         try:
@@ -189,7 +189,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Run all arms in turn, round by round, and print the table."""
     result: dict[str, Any] = {"slots": args.slots, "token_ms": args.token_ms, "rows": args.rows, "runs": []}
     bound = f"at most {args.slots / args.token_ms * 1000:.0f} tokens/s"
-    print(f"{args.slots} slots, {args.token_ms:g} ms a token: {bound}; medians of {args.rounds} rounds")
+    print(f"{args.slots} slots, {args.token_ms:g} ms per token: {bound}; medians of {args.rounds} rounds")
     print(f"{'concurrency':>11} " + " ".join(f"{arm:>10}" for arm in args.arms) + "   tokens/s")
     with server(args.slots, args.token_ms) as url, tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"

@@ -108,3 +108,14 @@ SOURCES: Registry[Any] = Registry(
     },
 )
 """Prompt sources, built-in values of `prepare.sources[].name`: instances of `dllm.prompts.sources.PromptSource`."""
+
+ENGINES: Registry[Any] = Registry(
+    "engines",
+    {
+        "local": "dllm.engines.local:LocalEngine",
+        "openai": "dllm.engines.openai.engine:OpenAIEngine",
+        "sglang": "dllm.engines.sglang:SglangEngine",
+        "given": "dllm.engines.dataset:DatasetEngine",
+    },
+)
+"""Who generates the responses in `regenerate`; each member is a `dllm.engines.engine.EngineFactory`."""

@@ -83,7 +83,7 @@ def command(run_stage: Callable[[Path, Sequence[str], Path], None]) -> Callable[
             _option("--target-server", panel=GENERATION, metavar="URL", help="OpenAI-compatible server. Repeatable."),
         ] = [],  # noqa: B006 (typer copies the default)
         engine: Annotated[
-            Literal["local", "openai", "sglang"] | None,
+            str | None,
             _option("--engine", panel=GENERATION, help="Default: openai with --target-server, else local."),
         ] = None,
         temperature: Annotated[float, _option("--temperature", panel=GENERATION, help="0 is greedy.")] = 0.8,
@@ -165,24 +165,27 @@ def _parse(flags: dict[str, Any]) -> "RegenerateArgs":
     # Here and not above: torch and transformers come with it, and the help must not wait for them.
     from dllm.config.load import parse_as
     from dllm.regeneration.standalone import RegenerateArgs, Settings
+    from dllm.registry import ENGINES
 
     for name in ("output_dir", "model"):
         if flags[name] is None:
             raise ConfigError("missing", where=f"--{name.replace('_', '-')}")
     servers = tuple(flags["target_server"])
     engine = flags["engine"] or ("openai" if servers else "local")
-    if servers and engine != "openai":
-        raise ConfigError(f"engine {engine} uses no server", where="--target-server", hint="leave one of the two out")
+    if servers and not ENGINES[engine].is_external:
+        raise ConfigError(
+            f"engine {engine} uses no server that is running", where="--target-server", hint="leave one of the two out"
+        )
     settings = (
         *("temperature", "top_p", "max_new_tokens", "samples_per_prompt", "turns", "seed", "concurrency", "batch_size"),
         *("timeout_s", "max_retries", "max_failure_rate", "shard_size", "drop"),
     )
     source = {name: flags[flag] for name, flag in _SOURCE.items()}
     options = {"engine": engine, **{name: flags[name] for name in settings}}
-    if engine != "local":
+    if "served_model" in ENGINES[engine].affects:
         options["served_model"] = flags["model"]
     elif flags["tokenizer"]:
-        raise ConfigError("engine local takes the model's own", where="--tokenizer", hint="leave it out")
+        raise ConfigError(f"engine {engine} takes the model's own", where="--tokenizer", hint="leave it out")
     raw = {
         "target": {"model": flags["tokenizer"] or flags["model"], "enable_thinking": REASONING[flags["reasoning"]]},
         "source": source,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, create_model, model_validator
 
 from dllm.config.section import Fraction, NonNegativeInt, PositiveInt, Section
-from dllm.registry import METHODS
+from dllm.registry import ENGINES, METHODS
 
 
 class Target(Section):
@@ -74,9 +74,9 @@ class Sglang(Section):
 class Regenerate(Section):
     """The target answers every prompt."""
 
-    engine: Literal["local", "openai", "sglang", "given"] = "local"
-    """`local`: in this process; `openai`: servers that are there already; `sglang`: one started for the stage; `given`:
-    nobody is asked, the source's own last answers are taken."""
+    engine: Annotated[str, AfterValidator(ENGINES.check)] = "local"
+    """`local`: in this process; `openai`: servers that are running; `sglang`: one started for the stage; `given`:
+    nothing is generated, the dataset's own last responses are taken."""
     servers: list[str] = Field(default=[])
     """Addresses of OpenAI-compatible servers, for engine `openai`; DLLM_TARGET_URL (commas between several) goes
     before them."""
@@ -104,12 +104,6 @@ class Regenerate(Section):
     max_failure_rate: Annotated[float, Field(gt=0, le=1)] = 0.2
     """The run stops when a larger share of the latest rows was refused."""
     sglang: Sglang = Sglang()
-
-    @model_validator(mode="after")
-    def _given_is_the_last(self) -> Regenerate:
-        if self.engine == "given" and self.turns == "all":
-            raise ValueError("engine given takes the last answer of a chat; set turns to last")
-        return self
 
     @model_validator(mode="after")
     def _samples_differ(self) -> Regenerate:

@@ -1,51 +1,75 @@
-"""The engine that asks nobody: every prompt is answered with what its source says."""
+"""The engine that generates nothing: it takes each response from the dataset, and renders it with the chat template."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllm.config.params import Params, Regenerate
 from dllm.engines.engine import EngineStats, Refusal, Request, RequestSource, Response
-from dllm.errors import DataError
+from dllm.errors import ConfigError, DataError
 from dllm.prompts import template as chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class GivenEngine:
-    """Answers with the sources' own words, rendered as the target would have said them.
+class DatasetEngine:
+    """Return each request's own `response`, as the ids that the target would have generated it with.
 
     Args:
         tokenizer: the target's.
-        enable_thinking: as the chat template is told.
+        enable_thinking: passed to chat templates that know it; None leaves it out.
     """
 
+    affects: frozenset[str] = frozenset()
+    is_external = False
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None = None) -> None:
-        self.tokenizer, self.enable_thinking = tokenizer, enable_thinking
-        self.pace = EngineStats()
+        self.stats = EngineStats()
+        self._tokenizer, self._enable_thinking = tokenizer, enable_thinking
+
+    @classmethod
+    def check(cls, settings: Regenerate) -> None:
+        if settings.turns != "last":
+            raise ConfigError(
+                f"engine {settings.engine} takes the last response of a chat only",
+                where=f"regenerate.turns: {settings.turns}",
+                hint="set it to last",
+            )
+
+    @classmethod
+    def num_slots(cls, settings: Regenerate) -> int:
+        return 1
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, params: Params, tokenizer: PreTrainedTokenizerBase, root: Path, servers: Sequence[str] | None = None
+    ) -> Iterator[DatasetEngine]:
+        yield cls(tokenizer, params.target.enable_thinking)
 
     def describe(self) -> dict[str, Any]:
-        """Say that nothing was generated."""
         return {"engine": "given"}
 
-    def answer(self, feed: RequestSource) -> Iterator[Response | Refusal | None]:
-        """Answer in the order of the feed; what is longer than the request allows is cut, without a stop id."""
-        while (request := feed.take()) is not None:
+    def answer(self, requests: RequestSource) -> Iterator[Response | Refusal | None]:
+        """Respond in the order of the requests; a response longer than `max_new_tokens` is cut, without a stop id."""
+        while (request := requests.take()) is not None:
             yield self._answer(request)
 
     def _answer(self, request: Request) -> Response | Refusal:
-        text = request.response
-        if text is None:
-            return Refusal(request.key, "the source gives no answer")
-        message = {"role": "assistant", "content": text}
+        if request.response is None:
+            return Refusal(request.key, "the dataset has no response")
+        turn = {"role": "assistant", "content": request.response}
         try:
-            ids = chat.answer_ids(self.tokenizer, request.messages, message, self.enable_thinking, tools=request.tools)
+            ids = chat.answer_ids(self._tokenizer, request.messages, turn, self._enable_thinking, tools=request.tools)
         except DataError as error:
             return Refusal(request.key, error.message)
-        self.pace.tokens += len(ids)
+        self.stats.tokens += len(ids)
         if len(ids) > request.max_new_tokens:
             ids = ids[: request.max_new_tokens]
-            cut = self.tokenizer.decode(ids, skip_special_tokens=True)
+            cut = self._tokenizer.decode(ids, skip_special_tokens=True)
             return Response(request.key, tuple(ids), str(cut), "length")
-        return Response(request.key, tuple(ids), text, "stop")
+        return Response(request.key, tuple(ids), request.response, "stop")

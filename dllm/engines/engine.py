@@ -1,25 +1,33 @@
-"""What every engine is asked and answers: one request, one answer, in any order.
+"""The seam between regeneration and whatever generates: requests in, one response or refusal for each, in any order.
 
-Owns the seam between regeneration and whatever generates: a model in this process, or servers.
+A member of `ENGINES` is an `EngineFactory`: it says how an engine is configured, and opens one. An engine class is
+usually its own factory, by class attributes and class methods.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dllm.prompts.turns import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dllm.config.params import Params, Regenerate
 
 
 @dataclass(frozen=True)
 class Request:
-    """One context to answer once."""
+    """One context, for which one response is to be generated."""
 
     key: str
-    """Names the request among all others: prompt id, sample and turn."""
+    """Unique: prompt id, sample and turn, as `request_key` joins them."""
     prompt_ids: tuple[int, ...]
     messages: list[Message]
     """The same context as `prompt_ids`, before the chat template."""
@@ -28,45 +36,45 @@ class Request:
     """0 is greedy."""
     top_p: float
     seed: int
-    """From `request_seed`: a request draws the same random numbers whatever it is batched with."""
+    """From `request_seed`: a request draws the same random numbers in any batch."""
     tools: list[dict[str, Any]] | None = None
-    """Tool schemas the target may call, in OpenAI's form."""
+    """Schemas of the tools that the target may call, in OpenAI's form."""
     response: str | None = None
-    """The dataset's own response, where it has one; for engine `given`."""
+    """The dataset's own response to this context; None where it has none."""
 
 
 @dataclass(frozen=True)
 class Response:
-    """What the target said to one request."""
+    """What the target generated for one request."""
 
     key: str
     token_ids: tuple[int, ...]
-    """The answer's ids, with the stop id at the end where `finish_reason` is `stop` or `tool_calls`."""
+    """Generated ids; the stop id is the last one where `finish_reason` is `stop` or `tool_calls`."""
     text: str
-    """The answer without the stop token; thinking included, as the target wrote it."""
+    """The text without the stop token; thinking included."""
     finish_reason: str
-    """`stop`: the target ended its turn; `length`: it was cut at `max_new_tokens`; `tool_calls`: it called tools."""
+    """`stop`: the target ended its turn; `length`: cut at `max_new_tokens`; `tool_calls`: it called tools."""
     tool_calls: tuple[dict[str, Any], ...] = ()
-    """Calls as the server took them out of the text, in OpenAI's form; then `text` is what was said beside them."""
+    """Calls that the server parsed out of the text, in OpenAI's form; `text` is then what stood beside them."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A request the engine cannot answer, however often it is asked."""
+    """A request for which there is no response."""
 
     key: str
     reason: str
     """One line."""
-    is_passing: bool = False
-    """Whether a later call may fare better: the servers failed, not the request."""
+    is_transient: bool = False
+    """Whether a later run may succeed: the servers failed, not the request."""
 
 
 @dataclass
 class EngineStats:
-    """How an engine is doing; it keeps this up to date while it answers."""
+    """Counters that an engine updates while it generates."""
 
     tokens: int = 0
-    """Tokens generated so far, those of unfinished answers too where the engine can tell."""
+    """Tokens generated so far, including those of unfinished responses where the engine sees them."""
     in_flight: int = 0
     retries: int = 0
     servers_up: int = 0
@@ -77,12 +85,12 @@ class RequestSource(Protocol):
     """Where an engine takes requests from, as it has room for them."""
 
     def take(self) -> Request | None:
-        """Return the next request, or None where none is ready now: taking answers may make more ready."""
+        """Return the next request; None where none is ready now. A response may make further requests ready."""
         ...
 
 
-class ListFeed:
-    """A feed of requests that are all there from the start."""
+class RequestList:
+    """Requests that are all ready from the start."""
 
     def __init__(self, requests: Iterable[Request]) -> None:
         self._waiting = deque(requests)
@@ -92,19 +100,61 @@ class ListFeed:
 
 
 class Engine(Protocol):
-    """Something that answers requests with the target."""
+    """Something that generates the target's responses."""
 
-    pace: EngineStats
+    stats: EngineStats
 
     def describe(self) -> dict[str, Any]:
-        """Say what answers, for the manifest: at least `engine`, and model and version as servers report them."""
+        """Describe the engine for the manifest: at least `engine`; model and version as servers report them."""
         ...
 
-    def answer(self, feed: RequestSource) -> Iterator[Response | Refusal | None]:
-        """Answer every request of the feed once, each answer as it finishes, in any order.
+    def answer(self, requests: RequestSource) -> Iterator[Response | Refusal | None]:
+        """Yield one response or refusal per request, as they finish, in any order.
 
-        Yields None about once a second while nothing finishes, so that the caller can show progress. Ends when the
-        feed has nothing ready and nothing is in flight. Leaving the generator early leaves nothing running.
+        Yields None about once per second while nothing finishes, so that the caller can report progress. Ends when no
+        request is ready and none is in flight. Closing the iterator early leaves nothing running.
+        """
+        ...
+
+
+class EngineFactory(Protocol):
+    """A member of `ENGINES`: how an engine is configured and opened."""
+
+    affects: frozenset[str]
+    """Which of the settings `batch_size`, `served_model` and `sglang` affect this engine's responses. Work is not
+    resumed after such a setting has changed; the other settings of `regenerate` mean the same for every engine."""
+    is_external: bool
+    """Whether servers that run already generate the responses, at addresses in `regenerate.servers`: the target's
+    weights need not be on this machine, and a dry run asks the servers what they serve."""
+
+    def check(self, settings: Regenerate) -> None:
+        """Check the settings that this engine depends on, before anything is opened.
+
+        Raises:
+            ConfigError: one is impossible with this engine.
+        """
+        ...
+
+    def num_slots(self, settings: Regenerate) -> int:
+        """Return how many requests are in flight at most."""
+        ...
+
+    def open(
+        self, params: Params, tokenizer: PreTrainedTokenizerBase, root: Path, servers: Sequence[str] | None = None
+    ) -> AbstractContextManager[Engine]:
+        """Open the engine for as long as the `with` block lasts.
+
+        Args:
+            params: `target` and `regenerate` are read.
+            tokenizer: the target's.
+            root: the project's folder, where relative paths start and logs go.
+            servers: addresses that take precedence over the environment's and those of params; None has none. Only
+                external engines read them.
+
+        Raises:
+            ConfigError: a setting, a server's address or an environment is missing.
+            ModelError: the target cannot be loaded.
+            ServerError: a server does not start.
         """
         ...
 
@@ -115,7 +165,7 @@ def request_key(prompt_id: str, sample: int, turn: int = 0) -> str:
 
 
 def request_origin(key: str) -> tuple[str, int, int]:
-    """Take a request's name apart again: prompt id, sample and turn."""
+    """Split a request's key into prompt id, sample and turn."""
     prompt_id, sample, turn = key.rsplit(":", 2)
     return prompt_id, int(sample), int(turn)
 

@@ -1,81 +1,103 @@
-"""The in-process engine: batched decoding of many prompts with a static cache and continuous refill.
+"""The in-process engine: batched decoding of many prompts with a static cache and continuous batching.
 
 A fixed number of slots decode together; a slot whose row has finished takes the next prompt. In bfloat16 on a CPU a
-row's products have the same bits whatever its neighbours. torch's attention has them on one thread; on several it
-rounds differently now and then with the thread a row falls to, and so an answer may part from itself (1 of 42 seen).
+row's matrix products have the same bits in any batch. torch's attention does on one thread; on several threads its
+rounding sometimes depends on which thread computes a row, so a response may differ between batches (1 of 42 did).
 
-Shape suffixes: B slots, S tokens of several prompts end to end, T cache places, D hidden, V vocabulary.
+Shape suffixes: B slots, S tokens of several prompts concatenated, T cache positions, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
+from dllm.config.params import Params, Regenerate
 from dllm.engines.engine import EngineStats, Request, RequestSource, Response
-from dllm.engines.sampling import pick
 from dllm.engines.slots import SlotCache, slot_attention
 from dllm.errors import ModelError
+from dllm.models import targets
 from dllm.models.packing import packed_linears
+from dllm.prompts import template as chat
 
 REFILL = 16
-"""Free slots that are filled in one go: a prompt alone would waste the matrix units."""
+"""Free slots that are filled by one prefill: a single prompt would leave the matrix units idle."""
 LOOK_AHEAD = 16
-"""Requests held for each slot, so that rows of like length decode together."""
+"""Requests queued per slot, so that rows of similar length decode together."""
 TICK_S = 1.0
+NUCLEUS = 128
+"""Most likely tokens examined first: sorting the whole vocabulary takes longer than the model's forward pass."""
 
 
 class LocalEngine:
-    """Answer requests with a transformers causal model in this process.
+    """Generate with a transformers causal model in this process.
 
     Args:
         model: the target, in evaluation mode.
-        tokenizer: its tokenizer, for the answers' text.
-        stop_ids: tokens that end an answer (kept as its last).
-        batch_size: slots decoded together.
+        tokenizer: its tokenizer, to decode responses.
+        stop_ids: tokens that end a response, kept as its last id.
+        batch_size: slots that decode together.
 
     Raises:
-        ModelError: the model's attention is not plain and full, which the static cache needs.
+        ModelError: the model's attention is not plain full attention, which the static cache requires.
     """
+
+    affects = frozenset({"batch_size"})
+    is_external = False
 
     def __init__(self, model: Any, tokenizer: Any, stop_ids: set[int], batch_size: int) -> None:
         config = model.config
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"} or getattr(config, "final_logit_softcapping", None):
             raise ModelError(
-                f"the local engine decodes full attention only, this target has {sorted(kinds)}",
+                f"the local engine supports full attention only; this target has {sorted(kinds)}",
                 where="regenerate.engine",
                 hint="serve the target and use engine: openai",
             )
         self.model, self.tokenizer, self.stop_ids, self.batch_size = model, tokenizer, stop_ids, batch_size
-        self.pace = EngineStats()
+        self.stats = EngineStats()
+
+    @classmethod
+    def check(cls, settings: Regenerate) -> None:
+        pass
+
+    @classmethod
+    def num_slots(cls, settings: Regenerate) -> int:
+        return settings.batch_size
+
+    @classmethod
+    @contextmanager
+    def open(cls, params: Params, tokenizer: Any, root: Path, servers: Sequence[str] | None = None) -> Iterator[Any]:
+        model = targets.load_target(params.target)
+        stop_ids = targets.stop_ids(model, tokenizer) | chat.stop_ids(tokenizer, model.generation_config)
+        yield cls(model, tokenizer, stop_ids, params.regenerate.batch_size)
 
     def describe(self) -> dict[str, Any]:
-        """Say that the model runs here, with what."""
-        import transformers
-
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         return {"engine": "local", "batch_size": self.batch_size, "versions": versions}
 
     @torch.inference_mode()
-    def answer(self, feed: RequestSource) -> Iterator[Response | None]:
-        """Yield answers as they finish, and None about once a second meanwhile.
+    def answer(self, requests: RequestSource) -> Iterator[Response | None]:
+        """Yield responses as they finish, and None about once per second in between.
 
-        Rows of similar length decode side by side: of the requests at hand the longest prompts go first.
+        Rows of similar length decode together: of the queued requests the longest prompts go first.
         """
         with slot_attention(self.model), packed_linears(self.model):
-            yield from _Decoding(self, feed).run()
+            yield from _Decoding(self, requests).run()
 
 
 class _Decoding:
-    """The state of one call of `answer`: who sits in which slot, and how far each is."""
+    """The state of one call of `answer`: the request in each slot and the tokens generated for it."""
 
-    def __init__(self, engine: LocalEngine, feed: RequestSource) -> None:
-        self.engine, self.feed = engine, feed
+    def __init__(self, engine: LocalEngine, requests: RequestSource) -> None:
+        self.engine, self.requests = engine, requests
         self.decoder = engine.model.get_decoder()
         self.head = engine.model.get_output_embeddings()
         self.device = engine.model.device
@@ -102,10 +124,10 @@ class _Decoding:
                 yield None
 
     def _look_ahead(self) -> bool:
-        """Take requests from the feed as far as there is room, and say whether any waits."""
+        """Queue requests while there is room, and return whether any is queued."""
         room = LOOK_AHEAD * self.engine.batch_size - len(self.queue)
         new = 0
-        while new < room and (request := self.feed.take()) is not None:
+        while new < room and (request := self.requests.take()) is not None:
             self.queue.append(request)
             new += 1
         if new:
@@ -113,7 +135,7 @@ class _Decoding:
         return bool(self.queue)
 
     def _widen(self) -> None:
-        """Have as many slots as there is work for."""
+        """Add slots for queued requests, up to `batch_size`."""
         busy = sum(row is not None for row in self.rows)
         slots = min(self.engine.batch_size, busy + len(self.queue))
         more = slots - len(self.rows)
@@ -168,29 +190,61 @@ class _Decoding:
         ).last_hidden_state
 
     def _commit(self, slots: list[int], logits_BV: Tensor) -> Iterator[Response]:
-        """Add each slot's next token, and give up the slots whose row has ended."""
+        """Append each slot's next token, and free the slots whose row has finished."""
         rows = [self.rows[slot] for slot in slots]
-        picked = pick(logits_BV, rows, [self.generators[slot] for slot in slots])
-        pace, finished = self.engine.pace, []
-        for slot, row, token in zip(slots, rows, picked, strict=True):
+        sampled = sample(logits_BV, rows, [self.generators[slot] for slot in slots])
+        stats, finished = self.engine.stats, []
+        for slot, row, token in zip(slots, rows, sampled, strict=True):
             if row is None:
                 continue
             tokens = self.tokens[slot]
             tokens.append(token)
-            pace.tokens += 1
+            stats.tokens += 1
             stopped = token in self.engine.stop_ids
             if stopped or len(tokens) == row.max_new_tokens:
                 text = self.engine.tokenizer.decode(tokens, skip_special_tokens=True)
                 finished.append(Response(row.key, tuple(tokens), text, "stop" if stopped else "length"))
                 self.rows[slot], self.tokens[slot], self.length_B[slot] = None, [], 0
-        pace.in_flight = sum(row is not None for row in self.rows)
+        stats.in_flight = sum(row is not None for row in self.rows)
         yield from finished
 
     def _shrink(self, free: list[int]) -> None:
-        """Drop the empty slots once no prompt waits for them."""
+        """Drop the free slots once no request is queued for them."""
         busy = [slot for slot in range(len(self.rows)) if slot not in set(free)]
         self.cache.keep(busy)
         self.rows = [self.rows[slot] for slot in busy]
         self.tokens = [self.tokens[slot] for slot in busy]
         self.generators = [self.generators[slot] for slot in busy]
         self.length_B = self.length_B[busy]
+
+
+def sample(logits_BV: Tensor, rows: Sequence[Request | None], generators: Sequence[torch.Generator]) -> list[int]:
+    """Sample the next token of each row: greedily, or by temperature and nucleus; that of a None row means nothing.
+
+    A row that samples draws one number per token from its own generator, so its response does not depend on the batch.
+    """
+    tokens_B: list[int] = logits_BV.max(-1).indices.tolist()
+    for index, row in enumerate(rows):
+        if row is not None and row.temperature > 0:
+            tokens_B[index] = _sample_row(logits_BV[index], row.temperature, row.top_p, generators[index])
+    return tokens_B
+
+
+def _sample_row(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """Invert the cumulative distribution of the nucleus at a uniform draw."""
+    # One row at a time: the order of a sum over several rows depends on their number.
+    probs_V = torch.softmax(logits_V.float() / temperature, -1)
+    ids_V: Tensor | None = None
+    if top_p < 1:
+        top_K, ids_K = probs_V.topk(min(NUCLEUS, len(probs_V)))
+        if float(top_K.sum()) >= top_p:  # the nucleus lies within them
+            probs_V, ids_V = top_K, ids_K
+        else:
+            probs_V, ids_V = probs_V.sort(descending=True, stable=True)
+        probs_V = torch.where(probs_V.cumsum(-1) - probs_V < top_p, probs_V, 0.0)
+    total_V = probs_V.cumsum(-1)
+    point = torch.rand((), generator=generator) * total_V[-1].cpu()
+    index = int(torch.searchsorted(total_V, point.to(total_V.device), right=True))
+    # Rounding can push the point past the last index of non-zero probability.
+    index = min(index, int(probs_V.nonzero()[-1]))
+    return index if ids_V is None else int(ids_V[index])

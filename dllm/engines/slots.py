@@ -1,9 +1,9 @@
-"""Keys and values of many rows that decode together, and the attention that reads them.
+"""The static key/value cache of rows that decode together, and the attention that reads it.
 
-Each row has a slot and its places are written in place, so nothing is copied as answers grow. What a row computes does
-not depend on its neighbours: prompts are laid end to end and attend each to itself, whatever is prefilled with them.
+Each row has a slot that is written in place, so nothing is copied as responses grow. A row's results do not depend on
+the batch: prompts are concatenated and each attends to itself only.
 
-Shape suffixes: B slots, S tokens of several prompts end to end, T cache places, H query heads, G key/value heads,
+Shape suffixes: B slots, S tokens of several prompts concatenated, T cache positions, H query heads, G key/value heads,
 R = H / G, E head dim.
 """
 
@@ -16,62 +16,63 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AttentionInterface
 
 ATTENTION = "dllm_slots"
-PLACES_AT_ONCE = 16
-"""Places are added, and read, in multiples of it: a sum over them then has the same order however many there are."""
+POSITION_MULTIPLE = 16
+"""Positions are allocated, and read, in multiples of it, so that a sum over them has the same order at any length."""
 
 
 class SlotCache:
-    """Keys and values of every slot; has what transformers' decoders ask of a cache.
+    """Keys and values of every slot, with the cache interface that transformers' decoders call.
 
     Args:
-        layers: of the decoder.
-        slots: rows that decode together.
+        layers: number of decoder layers.
+        slots: number of rows that decode together.
     """
 
     def __init__(self, layers: int, slots: int) -> None:
         self.keys: list[Tensor] = [torch.empty(0)] * layers
         self.values: list[Tensor] = [torch.empty(0)] * layers
-        self.slots, self.places, self.seen = slots, 0, 0
+        self.slots, self.positions, self.seen = slots, 0, 0
         self.prompts: list[tuple[list[int], slice]] | None = None
         self.at: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
-    def reserve(self, places: int) -> None:
-        """Have room for so many places a slot; what is there stays."""
-        if places <= self.places:
+    def reserve(self, positions: int) -> None:
+        """Allocate at least `positions` per slot, and keep what is stored."""
+        if positions <= self.positions:
             return
-        self.places = -(-places // PLACES_AT_ONCE) * PLACES_AT_ONCE
+        self.positions = -(-positions // POSITION_MULTIPLE) * POSITION_MULTIPLE
         self.keys = [self._grown(old) for old in self.keys]
         self.values = [self._grown(old) for old in self.values]
 
     def prefill(self, prompts: list[tuple[list[int], slice]]) -> None:
-        """Take what comes next as prompts end to end: the slots each is for (one a sample), and where it stands."""
+        """Treat the next pass as concatenated prompts: for each its slots (one per sample) and its slice."""
         self.prompts = prompts
 
     def decode(self, length_B: Tensor, device: torch.device) -> None:
-        """Take what comes next as one token a slot, each at its own place."""
+        """Treat the next pass as one token per slot, each at its own position."""
         self.prompts = None
         self.at = (torch.arange(len(length_B), device=device), length_B.to(device))
-        self.seen = min(self.places, -(-(int(length_B.max()) + 1) // PLACES_AT_ONCE) * PLACES_AT_ONCE)
+        self.seen = min(self.positions, -(-(int(length_B.max()) + 1) // POSITION_MULTIPLE) * POSITION_MULTIPLE)
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Store new keys and values, and return those the queries may read.
+        """Store new keys and values, and return those that the queries attend to.
 
-        Shapes: (1, G, S, E) in prefill, (B, G, 1, E) after that.
+        Shapes: (1, G, S, E) in prefill, (B, G, 1, E) in decoding.
         """
         if not len(self.keys[layer]):
-            self.keys[layer] = key.new_zeros(self.slots, key.shape[1], self.places, key.shape[3])
-            self.values[layer] = value.new_zeros(self.slots, value.shape[1], self.places, value.shape[3])
+            self.keys[layer] = key.new_zeros(self.slots, key.shape[1], self.positions, key.shape[3])
+            self.values[layer] = value.new_zeros(self.slots, value.shape[1], self.positions, value.shape[3])
         keys, values = self.keys[layer], self.values[layer]
         if self.prompts is not None:
             for slots_of_prompt, part in self.prompts:
                 keys[slots_of_prompt, :, : part.stop - part.start] = key[0, :, part]
                 values[slots_of_prompt, :, : part.stop - part.start] = value[0, :, part]
             return key, value
-        slots, places = self.at
-        keys[slots, :, places] = key[:, :, 0]
-        values[slots, :, places] = value[:, :, 0]
+        slots, positions = self.at
+        keys[slots, :, positions] = key[:, :, 0]
+        values[slots, :, positions] = value[:, :, 0]
         return keys[:, :, : self.seen], values[:, :, : self.seen]
 
     def keep(self, slots: Sequence[int]) -> None:
@@ -81,29 +82,27 @@ class SlotCache:
         self.slots = len(slots)
 
     def widen(self, slots: int) -> None:
-        """Add empty slots, up to so many."""
+        """Add empty slots, up to `slots` in all."""
         more = slots - self.slots
         self.keys = [torch.cat([key, key.new_zeros(more, *key.shape[1:])]) if len(key) else key for key in self.keys]
         self.values = [torch.cat([v, v.new_zeros(more, *v.shape[1:])]) if len(v) else v for v in self.values]
         self.slots = slots
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """Return 0: positions are always given explicitly."""
+        """Return 0: positions are always passed explicitly."""
         return 0
 
     def _grown(self, old: Tensor) -> Tensor:
         if not len(old):
             return old
-        new = old.new_zeros(*old.shape[:2], self.places, old.shape[3])
+        new = old.new_zeros(*old.shape[:2], self.positions, old.shape[3])
         new[:, :, : old.shape[2]] = old
         return new
 
 
 @contextmanager
 def slot_attention(model: Any) -> Iterator[None]:
-    """Let a transformers model attend by slots while the context lasts."""
-    from transformers import AttentionInterface
-
+    """Use slot attention in a transformers model inside the `with` block."""
     AttentionInterface.register(ATTENTION, _attend)
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
@@ -117,10 +116,10 @@ def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **more: Any
 ) -> tuple[Tensor, None]:
     if mask is None:
-        # transformers hands this name on to the attention, unread: here it holds where each prompt stands.
+        # transformers passes this argument through unread; here it carries each prompt's slice.
         parts = more["cu_seq_lens_q"]
         return torch.cat([_one_prompt(query, key, value, part, scaling) for part in parts], 1), None
-    # One token a slot: the R query heads that share a key head become the query's length.
+    # One token per slot: the R query heads that share a key head become the query's length.
     batch, heads, size = query.shape[0], query.shape[1], query.shape[3]
     grouped = query.view(batch, key.shape[1], heads // key.shape[1], size)
     mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)

@@ -26,6 +26,7 @@ from dllm.prompts.table import Prompt
 from dllm.regeneration.rollout import RolloutConfig, num_samples, split_turns
 from dllm.regeneration.scheduler import Scheduler
 from dllm.regeneration.store import ShardStore
+from dllm.registry import ENGINES
 from dllm.responses import shards
 from dllm.responses.counts import ManifestCounts
 from dllm.tracking.runs import NullTracker, Tracker
@@ -188,7 +189,7 @@ class _CallStats:
 def _feeding(job: Job, folder: str) -> Iterator[tuple[ShardStore, Scheduler]]:
     settings = job.config.settings
     store = ShardStore(job.work / folder, settings.drop)
-    decoding = settings.batch_size if settings.engine == "local" else settings.concurrency
+    decoding = ENGINES[settings.engine].num_slots(settings)
     with contextlib.closing(Scheduler(job.prompts(), job.config, store, ROOM * decoding)) as feed:
         yield store, feed
 
@@ -197,7 +198,7 @@ def _generate(job: Job, engine: Engine, feed: Scheduler, store: ShardStore) -> _
     done = store.turns_done + store.responses_kept()
     if done:
         print(f"regenerate: {done} of {job.turns} responses are there already", file=sys.stderr, flush=True)
-    stats, pace = _CallStats(), engine.pace
+    stats, pace = _CallStats(), engine.stats
     began = tracked = time.monotonic()
     with Progress("regenerate", total=job.turns, unit="responses", initial=done) as progress:
         for outcome in engine.answer(feed):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from dllm.config.params import Regenerate, Sglang, Target
 from dllm.models import targets
 from dllm.prompts import template as chat
+from dllm.registry import ENGINES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,11 +20,12 @@ MACHINE = ("servers", "concurrency", "timeout_s", "max_retries", "max_failure_ra
 
 def determining(settings: Regenerate) -> Regenerate:
     """Reset the settings that affect no response of this engine to their defaults."""
-    defaults = Regenerate()
-    aside = {name: getattr(defaults, name) for name in MACHINE}
-    if settings.engine != "local":
-        aside["batch_size"] = defaults.batch_size
-    aside["sglang"] = Sglang(args=settings.sglang.args) if settings.engine == "sglang" else defaults.sglang
+    defaults, affects = Regenerate(), ENGINES[settings.engine].affects
+    aside = {
+        name: getattr(defaults, name) for name in (*MACHINE, *({"batch_size", "served_model", "sglang"} - affects))
+    }
+    if "sglang" in affects:
+        aside["sglang"] = Sglang(args=settings.sglang.args)
     return settings.model_copy(update=aside)
 
 
@@ -34,9 +36,11 @@ def identity(settings: Regenerate, target: Target, tokenizer: PreTrainedTokenize
         DataError: the tokenizer has no chat template, or one that opens no assistant turn.
         ModelError: the target's weights are needed here and cannot be found.
     """
+    factory = ENGINES[settings.engine]
+    factory.check(settings)
     chat.end_of_turn_id(tokenizer)  # raises for an unusable template before the first request
     found = {"engine": settings.engine, "template": chat.template_digest(tokenizer)}
-    if settings.engine == "openai":  # the servers have the weights
+    if factory.is_external:  # the servers have the weights
         named = {"model": target.model, "revision": target.revision}
         return {**found, "target": named, "served_model": settings.served_model or target.model}
     return {**found, "target": targets.identity(target)}

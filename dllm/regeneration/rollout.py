@@ -158,7 +158,7 @@ class Rollout:
             top_p=settings.top_p,
             seed=request_seed(settings.seed, self.prompt.id, self.sample, turn),
             tools=self.prompt.tools,
-            response=self.prompt.given,
+            response=self.prompt.given if len(self._left) == 1 else None,
         )
 
     def accept(self, request: Request, response: Response) -> None:

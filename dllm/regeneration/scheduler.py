@@ -88,7 +88,7 @@ class Scheduler:
             shard.journal.append(outcome)
             rollout.accept(request, outcome)
         else:
-            rollout.reject(outcome.key, outcome.reason, outcome.is_passing)
+            rollout.reject(outcome.key, outcome.reason, outcome.is_transient)
         self._continue(rollout, shard)
         dropped, self._settled = self._settled, 0
         return before - rollout.turns_left + dropped

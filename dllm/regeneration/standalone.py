@@ -27,6 +27,7 @@ from dllm.prompts.table import Prompt
 from dllm.regeneration import core, engines, identity, output_folder
 from dllm.regeneration.core import Job, Regenerated
 from dllm.regeneration.rollout import Rollout, RolloutConfig, num_samples
+from dllm.registry import ENGINES
 from dllm.responses import shards
 from dllm.workspace import Workspace, fingerprint_of
 
@@ -180,7 +181,7 @@ def dry_run(args: RegenerateArgs) -> dict[str, Any]:
         if rendered is None:
             raise DataError("the chat template refuses the first chat", where=f"prompt {found.first.id}")
     served = None
-    if args.settings.regenerate.engine == "openai":
+    if ENGINES[args.settings.regenerate.engine].is_external:
         with args.open_engine() as engine:
             served = engine.describe()
     return {

@@ -1,12 +1,13 @@
 """How files look: their size, their names, and a docstring on all that others may call."""
 
 import ast
+import tomllib
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.arch.source_tree import ROOT, line, python_files, tree
+from tests.arch.source_tree import PACKAGE, ROOT, line, python_files, tree
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -59,6 +60,9 @@ def _protocol_methods() -> frozenset[str]:
     return frozenset(child.name for child in methods if ast.get_docstring(child))
 
 
-def test_every_folder_of_code_is_installed() -> None:
-    bare = {path.parent for path in python_files("dllm") if not (path.parent / "__init__.py").exists()}
-    assert not bare, f"folders without __init__.py are left out of a wheel: {sorted(map(str, bare))}"
+def test_every_file_of_code_is_installed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    data = [path for glob in project["tool"]["setuptools"]["package-data"]["dllm"] for path in PACKAGE.glob(glob)]
+    packaged = [path for path in python_files("dllm") if (path.parent / "__init__.py").exists()]
+    missing = set(python_files("dllm")) - {*packaged, *data}
+    assert not missing, f"neither in a package nor package data, so left out of a wheel: {sorted(map(str, missing))}"

@@ -10,6 +10,7 @@ WATCH = """
 import importlib, json, logging, os, signal, sys, threading
 # What third-party packages do when first imported is not ours to answer for.
 import aiohttp, datasets, matplotlib.pyplot, mlflow, prefect, pyarrow.parquet, torch, transformers, typer
+import transformers.modeling_utils
 import lm_eval.api.model, rich.progress, safetensors.torch, psutil, pydantic, yaml
 
 OUTWARD = {"socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.mkdir", "os.fork", "os.putenv"}

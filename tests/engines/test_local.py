@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from dllm.config.params import Target
-from dllm.engines.engine import ListFeed, Request
-from dllm.engines.local import LocalEngine
-from dllm.engines.sampling import pick
+from dllm.engines.engine import Request, RequestList
+from dllm.engines.local import LocalEngine, sample
 from dllm.models.targets import load_target
 
 
@@ -37,7 +36,7 @@ def request(key: int, length: int, new: int = 12, temperature: float = 0.0, top_
 
 def answers(model, requests, batch_size=4, stop_ids=frozenset()):
     engine = LocalEngine(model, Plain(), set(stop_ids), batch_size)
-    return {answer.key: answer for answer in engine.answer(ListFeed(requests)) if answer is not None}
+    return {answer.key: answer for answer in engine.answer(RequestList(requests)) if answer is not None}
 
 
 def generated(model, request):
@@ -117,7 +116,7 @@ def test_sampling_follows_the_tempered_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     row = request(0, 1, temperature=0.7)
     generator = torch.Generator().manual_seed(0)
-    draws = torch.tensor([pick(logits, [row], [generator])[0] for _ in range(4000)])
+    draws = torch.tensor([sample(logits, [row], [generator])[0] for _ in range(4000)])
     want = torch.softmax(logits[0] / 0.7, 0)
     assert (draws.bincount(minlength=4) / 4000 - want).abs().max() < 0.03
 
@@ -126,4 +125,4 @@ def test_the_nucleus_leaves_the_tail_out():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     row = request(0, 1, temperature=1.0, top_p=0.7)
     generator = torch.Generator().manual_seed(0)
-    assert {pick(logits, [row], [generator])[0] for _ in range(300)} == {0, 1}
+    assert {sample(logits, [row], [generator])[0] for _ in range(300)} == {0, 1}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dllm.engines.readiness import await_token
+from dllm.engines.readiness import wait_until_ready
 from dllm.errors import ServerError
 from dllm.process import children as process
 
@@ -69,7 +69,7 @@ def serving(**faults: Response | Callable[[], Response]) -> Iterator[str]:
 
 
 def wait(url: str, timeout_s: float = 20.0, path: str | None = "/models/mine", child: process.Background | None = None):
-    await_token(url, "mine", child or Child(), name="sglang", path=path, timeout_s=timeout_s)
+    wait_until_ready(f"{url}/v1", "mine", child or Child(), name="sglang", path=path, timeout_s=timeout_s)
 
 
 def late(answer: Response, times: int, otherwise: Response) -> Callable[[], Response]:
@@ -103,23 +103,23 @@ def mute() -> Response:
     ("fault", "complaint"),
     [
         ({"health": (503, None)}, "sglang never became healthy within 1.5 s"),
-        ({"v1_chat_completions": mute}, "is healthy but wrote no token within 1.5 s"),
-        ({"v1_chat_completions": (503, {})}, "is healthy but wrote no token within 1.5 s"),
+        ({"v1_chat_completions": mute}, "is healthy but generated no token within 1.5 s"),
+        ({"v1_chat_completions": (503, {})}, "is healthy but generated no token within 1.5 s"),
         (
             {"v1_chat_completions": (200, {"choices": [{"message": {"content": ""}}], "usage": {}})},
-            "is healthy but wrote no token",
+            "is healthy but generated no token",
         ),
         (
             {"v1_chat_completions": (400, {"message": "no template"})},
-            "answered 400 to its first request: .*no template",
+            "refuses its first request: .*no template",
         ),
-        ({"v1_chat_completions": (200, b"<html>")}, "does not answer by the OpenAI protocol"),
-        ({"v1_chat_completions": (200, {"choices": []})}, "does not answer by the OpenAI protocol"),
-        ({"v1_models": (200, {"data": [{"id": "yours"}, "?"]})}, "serves yours, asked for was mine"),
-        ({"v1_models": (200, b"?")}, "serves nothing, asked for was mine"),
+        ({"v1_chat_completions": (200, b"<html>")}, "fails at its first request: the reply is not JSON: '<html>'"),
+        ({"v1_chat_completions": (200, {"choices": []})}, "does not reply in the OpenAI protocol"),
+        ({"v1_models": (200, {"data": [{"id": "yours"}, "?"]})}, "serves yours, not mine"),
+        ({"v1_models": (200, b"?")}, "the reply to the list of models .* is not the OpenAI protocol"),
         (
             {"model_info": (200, {"model_path": "/models/yours"})},
-            "has the model of /models/yours, asked for was /models",
+            "has loaded /models/yours, not /models",
         ),
     ],
 )
@@ -139,7 +139,7 @@ def test_it_does_not_wait_for_the_dead() -> None:
 
 
 def test_whoever_waits_hears_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("dllm.engines.readiness.SAY_EVERY_S", 0.2)
+    monkeypatch.setattr("dllm.engines.readiness.REPORT_EVERY_S", 0.2)
     with serving(health=late((200, None), 3, (503, None))) as url:
         wait(url)
     assert "sglang: not ready after" in (said := capsys.readouterr().err) and "last line: loading" in said

@@ -100,7 +100,7 @@ def test_with_a_gpu_sglang_chooses_for_itself(python: Path, tmp_path: Path, monk
         ("dies", 60.0, r"did not start \(exit code 3\): ValueError: the weights are made of chalk \(.*sglang\.log\)$"),
         ("ends", 60.0, r"did not start \(exit code 9\): "),
         ("never healthy", 3.0, "never became healthy within 3 s"),
-        ("other model", 60.0, "serves another-model, asked for was tiny"),
+        ("other model", 60.0, "serves another-model, not tiny"),
     ],
 )
 def test_what_does_not_start_is_one_line(
@@ -120,7 +120,7 @@ def test_what_does_not_start_is_one_line(
 def test_a_server_that_ends_while_it_is_asked_explains_the_failure(python: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("FAULT", "dies later")
     with (
-        pytest.raises(ServerError, match=r"ended while it was asked \(exit code 9\): RuntimeError: out of chalk"),
+        pytest.raises(ServerError, match=r"ended while it was in use \(exit code 9\): RuntimeError: out of chalk"),
         sglang.served(params(python), tmp_path) as url,
     ):
         with pytest.raises(OSError):
@@ -268,7 +268,7 @@ def test_a_container_sees_the_model_and_ends_with_the_caller(
     assert argv[argv.index("--model-path") + 1] == str(model)
 
 
-def test_the_telling_line_is_the_last_error() -> None:
+def test_the_error_line_is_the_last_error() -> None:
     lines = [
         "[2026-11-23 22:00:01] INFO loading",
         "Traceback (most recent call last):",
@@ -277,7 +277,7 @@ def test_the_telling_line_is_the_last_error() -> None:
         "",
         "Killed",
     ]
-    assert sglang.telling_line(lines) == "torch.OutOfMemoryError: CUDA out of memory"
-    assert sglang.telling_line(["launch_server.py: error: argument --tp: invalid int value: 'x'", ""]).endswith("'x'")
-    assert sglang.telling_line(["[2026-11-23 22:00:01 TP0] nothing more"]) == "nothing more"
-    assert sglang.telling_line([]) == "it said nothing"
+    assert sglang.error_line(lines) == "torch.OutOfMemoryError: CUDA out of memory"
+    assert sglang.error_line(["launch_server.py: error: argument --tp: invalid int value: 'x'", ""]).endswith("'x'")
+    assert sglang.error_line(["[2026-11-23 22:00:01 TP0] nothing more"]) == "nothing more"
+    assert sglang.error_line([]) == "its log is empty"

@@ -33,7 +33,7 @@ class MadeUpEngine:
         stop_after: int | None = None,
         model: str = "made up",
     ) -> None:
-        self.pace = EngineStats()
+        self.stats = EngineStats()
         self.asked: list[str] = []
         self.peak = 0
         self._reply, self._slots, self._stop_after, self._model = reply, slots, stop_after, model
@@ -54,9 +54,9 @@ class MadeUpEngine:
                 raise Stopped
             request = flying.pop(self._chance.randrange(len(flying)))
             self.asked.append(request.key)
-            self.pace.in_flight = len(flying)
+            self.stats.in_flight = len(flying)
             if self._chance.random() < 0.1:
                 yield None
             outcome = self._reply(request)
-            self.pace.tokens += len(outcome.token_ids) if isinstance(outcome, Response) else 0
+            self.stats.tokens += len(outcome.token_ids) if isinstance(outcome, Response) else 0
             yield outcome

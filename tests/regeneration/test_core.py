@@ -180,7 +180,7 @@ def test_what_servers_failed_is_asked_again_also_of_finished_shards(tmp_path: Pa
         if int(request.key[:2], 16) % 5 == 0:
             return Refusal(request.key, "too long")
         if int(request.key[:2], 16) % 4 == 0 and failing["on"]:
-            return Refusal(request.key, "out of order", is_passing=True)
+            return Refusal(request.key, "out of order", is_transient=True)
         return echo(request)
 
     first = core.regenerate(job(tmp_path, asked, MadeUpEngine(fail_some), shard_size=3))

@@ -250,7 +250,7 @@ BAD = [
     (
         ["--output-dir", "out", "--model", "builtin:tiny", "--engine", "local", "--target-server", "x"],
         2,
-        "uses no server",
+        "uses no server that is running",
     ),
     (["--output-dir", ".", "--model", "builtin:tiny", "--input-data", "."], 2, "lies in the input"),
     (["--output-dir", "out", "--model", "builtin:tiny", "--input-data", "nowhere.jsonl"], 3, "no such file"),

@@ -17,7 +17,7 @@ from pathlib import Path
 from dllm.config.params import Params
 from dllm.decoding.acceptance import Acceptance
 from dllm.decoding.speculative import Decoder
-from dllm.engines.readiness import await_token
+from dllm.engines.readiness import wait_until_ready
 from dllm.methods.dflash.build import initial_draft
 from dllm.models import targets
 from dllm.models.drafts.checkpoint import load_draft, save_draft
@@ -55,10 +55,10 @@ def vllm(project: Project, *more: str) -> Iterator[str]:
     environment = {**ENVIRONMENT, "PATH": f"{bin}:{os.environ['PATH']}"}
     log = project.root / "logs" / "vllm.log"
     with process.background(argv, env=environment, cwd=project.root, log_file=log, grace_s=20) as child:
-        url = f"http://127.0.0.1:{port}"
-        await_token(url, SERVED, child, name="vllm", path=None, timeout_s=START_S)
+        url = f"http://127.0.0.1:{port}/v1"
+        wait_until_ready(url, SERVED, child, name="vllm", path=None, timeout_s=START_S)
         assert not child.ended, "\n".join(child.tail)
-        yield f"{url}/v1"
+        yield url
 
 
 def test_regenerate_asks_it_as_it_asks_sglang(project: Project) -> None:

@@ -1,8 +1,8 @@
-"""Chat completions on the wire: a request as JSON, and a reply as the target's own ids.
+"""Chat completions: a request as JSON, and a server's reply as token ids.
 
-Owns what is asked of a server and what of its reply is believed. The ids of an answer are its text's, with the
-template's end of turn where the server says `stop`: servers return text, and what the target wrote is not always what
-its tokenizer would have cut the text into. An answer that calls tools is what the chat template makes of it.
+Servers return text, so the ids of a response are those that the tokenizer gives its text, with the template's end of
+turn where the server says `stop`; the target may have generated other ids for the same text. A response that calls
+tools has the ids that the chat template renders for it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dllm.config.params import Target
 from dllm.engines.engine import Refusal, Request, Response
-from dllm.engines.openai.retry import Fault
+from dllm.engines.openai.client import Fault
 from dllm.engines.openai.servers import Server
 from dllm.errors import DataError, ServerError
 from dllm.prompts import template as chat
@@ -29,22 +29,22 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reply:
-    """What of a server's reply is used."""
+    """The part of a server's reply that is used."""
 
     text: str
     finish_reason: str
     tool_calls: tuple[dict[str, Any], ...]
     prompt_tokens: int | None
-    """As the server counts them."""
+    """As counted by the server."""
     url: str
 
 
 class Completions:
-    """Write requests for and read replies of one model.
+    """Encode requests for one model, and decode the replies.
 
     Args:
-        model: the name servers know it by.
-        target: says whether it thinks.
+        model: the name that servers know it under.
+        target: has `enable_thinking`.
         tokenizer: the target's.
     """
 
@@ -55,8 +55,8 @@ class Completions:
         self._warned = False
 
     def body(self, request: Request) -> bytes:
-        """Write a request as the JSON to post."""
-        asked: dict[str, Any] = {
+        """Encode a request as the JSON to post."""
+        body: dict[str, Any] = {
             "model": self._model,
             "messages": request.messages,
             "max_tokens": request.max_new_tokens,
@@ -65,19 +65,19 @@ class Completions:
             "seed": request.seed,
         }
         if request.tools:
-            asked["tools"] = request.tools
+            body["tools"] = request.tools
         if self._thinking is not None:
-            asked["chat_template_kwargs"] = {"enable_thinking": self._thinking}
+            body["chat_template_kwargs"] = {"enable_thinking": self._thinking}
         if self._thinking:
-            asked["separate_reasoning"] = False  # SGLang's word for leaving the thinking in the text
-        return json.dumps(asked).encode()
+            body["separate_reasoning"] = False  # SGLang's name for leaving the thinking in the text
+        return json.dumps(body).encode()
 
     def read(self, server: Server, reply: Any) -> Reply:
-        """Take what is needed from a reply's JSON.
+        """Decode a reply's JSON.
 
         Raises:
-            Fault: another model answered, or the reply is of no use.
-            ServerError: the server keeps the reasoning apart.
+            Fault: another model replied, or the reply cannot be used.
+            ServerError: the server separates the reasoning.
         """
         try:
             choice = reply["choices"][0]
@@ -88,29 +88,31 @@ class Completions:
         except (TypeError, KeyError, IndexError, AttributeError):
             is_read = False
         if not is_read:
-            raise Fault("the reply is no chat completion", "outage")
+            raise Fault("the reply is not a chat completion", "outage")
         if (model := reply.get("model")) not in (None, self._model):
-            raise Fault(f"the server answered as {str(model)[:200]!r}, not as {self._model!r}", "lie")
+            raise Fault(f"the server answered as {str(model)[:200]!r}, not as {self._model!r}", "wrong_model")
         if message.get("reasoning_content") or message.get("reasoning"):
             raise ServerError(
-                "the server keeps the reasoning apart from the answer",
+                "the server separates the reasoning from the response",
                 where=server.url,
-                hint="start it without a reasoning parser, so that the answer is whole",
+                hint="start it without a reasoning parser, so that the response is complete",
             )
         if reason == "stop" and tool_calls:
-            reason = "tool_calls"  # some servers say so where a tool was prescribed
+            reason = "tool_calls"  # some servers say `stop` where tool_choice names the tool
         if reason not in ENDINGS or (reason == "tool_calls" and not tool_calls):
-            raise Fault(f"the answer ended with finish_reason {reason!r} and {len(tool_calls)} tool calls", "odd")
+            raise Fault(
+                f"the response ended with finish_reason {reason!r} and {len(tool_calls)} tool calls", "unusable"
+            )
         usage = reply.get("usage")
         counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         return Reply(text, reason, tool_calls, counted, server.url)
 
-    def answer(self, request: Request, reply: Reply) -> Response | Refusal:
-        """Turn a reply into ids; a refusal where the chat template cannot render its tool calls."""
+    def response(self, request: Request, reply: Reply) -> Response | Refusal:
+        """Tokenize a reply; a refusal where the chat template cannot render its tool calls."""
         self._compare_prompts(request, reply)
         text, is_cut = reply.text, reply.finish_reason == "length"
         if is_cut:
-            text = text.rstrip("\ufffd")  # half a character, cut by the limit
+            text = text.rstrip("\ufffd")  # part of a character, cut at max_tokens
         if not reply.tool_calls:
             ids = [int(id) for id in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
             ids += [] if is_cut else [self._stop_id]
@@ -127,7 +129,7 @@ class Completions:
             return
         self._warned = True
         _log.warning(
-            "%s counts %s tokens in prompt %s, the target's chat template here makes %d: is it the same template?",
+            "%s counts %s tokens in prompt %s, the target's chat template renders %d here: is it the same template?",
             reply.url,
             reply.prompt_tokens,
             request.key,
@@ -136,10 +138,10 @@ class Completions:
 
 
 def _call(call: Any) -> dict[str, Any]:
-    """Keep of a tool call what OpenAI's form knows."""
+    """Keep the fields of a tool call that OpenAI's form has."""
     function = call["function"]
     arguments = function.get("arguments") or "{}"
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments)
-    called = {"name": str(function["name"]), "arguments": arguments}
-    return {"id": str(call.get("id") or ""), "type": "function", "function": called}
+    function = {"name": str(function["name"]), "arguments": arguments}
+    return {"id": str(call.get("id") or ""), "type": "function", "function": function}

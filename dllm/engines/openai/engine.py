@@ -1,150 +1,295 @@
-"""The target behind OpenAI-compatible servers: many requests in flight, each answered or refused with a reason.
+"""The target behind OpenAI-compatible servers: many requests in flight, retried until each is answered or refused.
 
-Owns the engine's face: its settings, how servers are met, and what they say of themselves. The traffic itself is in
-`dispatch`.
+Owns how often a request is tried and when too many are refused. A request keeps its slot until the caller has taken its
+outcome, so a kill never costs more requests than may be in flight.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import resource
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllm.config.params import Regenerate, Target
-from dllm.engines.engine import EngineStats, Refusal, RequestSource, Response
-from dllm.engines.openai.client import Client
-from dllm.engines.openai.completions import Completions
-from dllm.engines.openai.dispatch import Dispatch
-from dllm.engines.openai.retry import Fault, pause_s
-from dllm.engines.openai.servers import URL_VARIABLE, Server, server_url, shown
+from dllm.config.params import Params, Regenerate, Target
+from dllm.engines.engine import EngineStats, Refusal, Request, RequestSource, Response
+from dllm.engines.openai.client import Client, Fault, Refused
+from dllm.engines.openai.completions import Completions, Reply
+from dllm.engines.openai.pool import FIRST_TRIES, Pool, pause_s
+from dllm.engines.openai.servers import Server, server_url, server_urls, without_credentials
 from dllm.errors import ConfigError, ServerError
 from dllm.process.signals import EventLoop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FIRST_LOOKS = 3
-"""Tries to reach a server at the start."""
+TICK_S = 1.0
+START_TOGETHER = 16
+"""Requests that are started before those in flight get the event loop."""
+FREE = ("unreachable", "not_found", "wrong_model")
+"""Kinds of fault that a request never causes: they cost it no try."""
+COSTLY = ("timeout", "unusable")
+"""Kinds that a request may cause: they cost it a try even while another server is untried."""
+WINDOW, MIN_OUTCOMES = 200, 20
+"""Latest requests of which the failure rate is taken, and the number that it takes to judge."""
 SPARE_FILES = 256
 """Open files left to everything but connections."""
 
-_log = logging.getLogger(__name__)
-
 
 class OpenAIEngine:
-    """Ask OpenAI-compatible servers that serve one and the same target.
+    """Generate with OpenAI-compatible servers that serve one and the same target.
 
     Args:
-        urls: their addresses; `server_urls` finds them.
-        settings: concurrency, patience and how many refusals are borne.
-        target: the model behind them.
+        urls: their addresses, as `server_urls` finds them.
+        settings: concurrency, timeout, retries and the failure rate that is tolerated.
+        target: the model that they serve.
         tokenizer: its tokenizer.
 
     Raises:
-        ConfigError: an address is no http address, or the concurrency is beyond this machine.
+        ConfigError: an address is not an http address, or the concurrency needs more open files than allowed.
     """
+
+    affects = frozenset({"served_model"})
+    is_external = True
 
     def __init__(
         self, urls: Sequence[str], settings: Regenerate, target: Target, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         self.urls = list(dict.fromkeys(map(server_url, urls)))
-        self.served_model = settings.served_model or target.model
-        self.pace = EngineStats()
-        self._settings = settings
-        self._wire = Completions(self.served_model, target, tokenizer)
-        self._facts: dict[str, Any] | None = None
+        self.stats = EngineStats()
+        self._settings, self._model = settings, settings.served_model or target.model
+        self._completions = Completions(self._model, target, tokenizer)
+        self._facts: dict[str, Any] = {}
         _allow_files(settings.concurrency + SPARE_FILES)
 
+    @classmethod
+    def check(cls, settings: Regenerate) -> None:
+        pass
+
+    @classmethod
+    def num_slots(cls, settings: Regenerate) -> int:
+        return settings.concurrency
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, params: Params, tokenizer: PreTrainedTokenizerBase, root: Path, servers: Sequence[str] | None = None
+    ) -> Iterator[OpenAIEngine]:
+        urls = server_urls(params.regenerate.servers) if servers is None else servers
+        yield cls(urls, params.regenerate, params.target, tokenizer)
+
     def describe(self) -> dict[str, Any]:
-        """Say which servers answer, and model and versions as they report them; asks them once.
+        """Describe the servers by what they report; they are asked once.
 
         Raises:
-            ServerError: none is in reach, or one serves something else.
+            ServerError: none can be reached, or one serves something else.
         """
-        if self._facts is None:
+        if not self._facts:
             loop = EventLoop()
             try:
-                loop.run(self._only_meet)
+                loop.run(self._connect)
             finally:
                 loop.close()
-        return {"engine": "openai", "servers": [shown(url) for url in self.urls], **(self._facts or {})}
+        servers = [without_credentials(url) for url in self.urls]
+        return {"engine": "openai", "servers": servers, **dict(sorted(self._facts.items()))}
 
-    def answer(self, feed: RequestSource) -> Iterator[Response | Refusal | None]:
-        """Answer a feed, at most `concurrency` requests at a time over all servers, after checking each server.
+    def answer(self, requests: RequestSource) -> Iterator[Response | Refusal | None]:
+        """Respond to requests, at most `concurrency` at a time over all servers, after checking each server.
 
         Raises:
-            ServerError: no server is in reach or left, one serves another model or refuses everybody, or too large a
-                share of the requests is refused.
+            ServerError: no server is up, one serves another model or denies access, or too large a share of the
+                requests is refused.
         """
-        dispatch = Dispatch(self._meet, self._look, self._wire, self._settings, self.pace)
-        yield from dispatch.answers(feed)
+        outcomes = self._outcomes(requests)
 
-    async def _only_meet(self) -> None:
-        async with Client(self._settings.timeout_s) as client:
-            await self._meet(client)
-
-    async def _meet(self, client: Client) -> list[Server]:
-        """Look at every server; those out of reach are left out for now, unless all are."""
-        servers = [Server.at(url) for url in self.urls]
-        met = await asyncio.gather(*(self._reach(client, server) for server in servers))
-        out = [server for server, is_there in zip(servers, met, strict=True) if not is_there]
-        if len(out) == len(servers):
-            raise ServerError(
-                f"cannot reach the server: {'; '.join(dict.fromkeys(server.reason for server in out))}",
-                where=", ".join(server.url for server in out),
-                hint=f"start it, or set regenerate.servers or {URL_VARIABLE}; finished answers are kept",
-            )
-        for server in out:
-            _log.warning("%s is left out until it answers: %s", server.url, server.reason)
-        return servers
-
-    async def _reach(self, client: Client, server: Server) -> bool:
-        for turn in range(1 + min(FIRST_LOOKS - 1, self._settings.max_retries)):
-            if turn:
-                await asyncio.sleep(pause_s(turn, None, 0.0))
+        async def step() -> tuple[Response | Refusal | None] | None:
             try:
-                await self._look(client, server)
-            except Fault as fault:
-                server.state, server.reason = "gone", fault.reason
-            else:
-                server.state, server.reason = "up", ""
-                return True
-        return False
+                return (await anext(outcomes),)
+            except StopAsyncIteration:
+                return None
 
-    async def _look(self, client: Client, server: Server) -> None:
-        """Check that a server serves the target, and the same one as the others.
+        loop = EventLoop()
+        try:
+            while (outcome := loop.run(step)) is not None:
+                yield outcome[0]
+        finally:
+            loop.close(outcomes.aclose)
+
+    async def _outcomes(self, requests: RequestSource) -> AsyncGenerator[Response | Refusal | None]:
+        async with self._servers() as (client, pool):
+            run = _Run(client, pool, self._completions, self._settings, self.stats)
+            async with aclosing(run.outcomes(requests)) as outcomes:
+                async for outcome in outcomes:
+                    yield outcome
+
+    async def _connect(self) -> None:
+        async with self._servers():
+            pass
+
+    @asynccontextmanager
+    async def _servers(self) -> AsyncIterator[tuple[Client, Pool]]:
+        servers = [Server.at(url) for url in self.urls]
+        timeout_s = self._settings.timeout_s
+        async with (
+            Client(timeout_s) as client,
+            Pool(client, servers, self._model, timeout_s, self.stats, self._facts) as pool,
+        ):
+            await pool.connect(1 + min(FIRST_TRIES - 1, self._settings.max_retries))
+            yield client, pool
+
+
+class _Run:
+    """The requests of one call of `answer`."""
+
+    def __init__(
+        self, client: Client, pool: Pool, completions: Completions, settings: Regenerate, stats: EngineStats
+    ) -> None:
+        self._client, self._pool, self._completions = client, pool, completions
+        self._settings, self._stats = settings, stats
+        self._failure_rate = FailureRate(settings.max_failure_rate)
+        self._finished: deque[tuple[Request, Reply | Refusal | Exception]] = deque()
+        self._news = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._num_open = 0
+        """Requests that are in flight, or whose outcome the caller has not taken."""
+
+    async def outcomes(self, requests: RequestSource) -> AsyncGenerator[Response | Refusal | None]:
+        """Yield outcomes as they come, None after each second without one."""
+        try:
+            while await self._fill(requests):
+                if not self._finished:
+                    self._news.clear()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(TICK_S):
+                            await self._news.wait()
+                if not self._finished:
+                    yield None
+                    continue
+                request, found = self._finished.popleft()
+                if isinstance(found, Exception):
+                    # What has finished is handed over before a failure ends the run: it need not be generated again.
+                    while self._finished:
+                        request, other = self._finished.popleft()
+                        if not isinstance(other, Exception):
+                            yield self._outcome(request, other)
+                    raise found
+                yield self._outcome(request, found)
+                self._num_open -= 1
+                self._failure_rate.check()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _fill(self, requests: RequestSource) -> bool:
+        """Start requests in the free slots; return whether any request is open."""
+        while self._num_open < self._settings.concurrency and (request := requests.take()) is not None:
+            self._num_open += 1
+            task = asyncio.get_running_loop().create_task(self._work(request))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            if len(self._tasks) % START_TOGETHER == 0:
+                await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        return self._num_open > 0
+
+    async def _work(self, request: Request) -> None:
+        found: Reply | Refusal | Exception
+        try:
+            found = await self._generate(request)
+        except Exception as failure:  # of the whole run: `outcomes` raises it
+            found = failure
+        self._finished.append((request, found))
+        self._news.set()
+
+    async def _generate(self, request: Request) -> Reply | Refusal:
+        """Try until a server responds, refuses the request, or its tries are used up.
+
+        A fault that only the server can have caused costs no try until every healthy server has been tried.
+        """
+        body = self._completions.body(request)
+        tried: set[Server] = set()
+        tries = pauses = 0
+        while True:
+            server = await self._pool.choose(tried)
+            try:
+                return await self._send(server, body)
+            except Refused as refused:
+                return Refusal(request.key, f"{refused} ({server.url})")
+            except Fault as caught:
+                fault = caught
+            await self._pool.failed(server, fault)
+            tried.add(server)
+            are_all_tried = not self._pool.has_other(tried)
+            if fault.kind in COSTLY or (are_all_tried and fault.kind not in FREE):
+                tries += 1
+                if tries > self._settings.max_retries:
+                    times = "once" if tries == 1 else f"{tries} times"
+                    return Refusal(request.key, f"{fault.reason} ({server.url}), tried {times}", is_transient=True)
+            if are_all_tried:
+                tried.clear()
+                await asyncio.sleep(pause_s(pauses, fault.retry_after_s, self._settings.timeout_s))
+                pauses += 1
+            self._stats.retries += 1
+
+    async def _send(self, server: Server, body: bytes) -> Reply:
+        server.in_flight += 1
+        self._stats.in_flight += 1
+        try:
+            reply = await self._client.chat(server, body)
+        finally:
+            server.in_flight -= 1
+            self._stats.in_flight -= 1
+        read = self._completions.read(server, reply)
+        self._pool.succeeded(server)
+        return read
+
+    def _outcome(self, request: Request, found: Reply | Refusal) -> Response | Refusal:
+        outcome = found if isinstance(found, Refusal) else self._completions.response(request, found)
+        if isinstance(outcome, Response):
+            self._stats.tokens += len(outcome.token_ids)
+        self._failure_rate.add(outcome.reason if isinstance(outcome, Refusal) else None)
+        return outcome
+
+
+class FailureRate:
+    """The share of the latest requests that were refused.
+
+    Args:
+        max_rate: the largest share that is tolerated.
+    """
+
+    def __init__(self, max_rate: float) -> None:
+        self._max_rate = max_rate
+        self._latest: deque[bool] = deque(maxlen=WINDOW)
+        self._last_reason = ""
+
+    def add(self, reason: str | None) -> None:
+        """Add a response (None) or a refusal (its reason)."""
+        self._latest.append(reason is not None)
+        self._last_reason = reason or self._last_reason
+
+    def check(self) -> None:
+        """Compare the share with the largest one tolerated.
 
         Raises:
-            Fault: it is out of reach.
-            ServerError: it serves something else.
+            ServerError: it is larger; the message has the share and the latest reason.
         """
-        models = await client.models(server)
-        entry = next((model for model in models if model["id"] == self.served_model), None)
-        if entry is None:
-            served = ", ".join(model["id"] for model in models) or "no model"
+        refused, total = sum(self._latest), len(self._latest)
+        if total >= MIN_OUTCOMES and refused > self._max_rate * total:
             raise ServerError(
-                f"the server serves {served}, not {self.served_model}",
-                where=server.url,
-                hint="set regenerate.served_model to the name it serves the target by",
+                f"{refused} of the latest {total} requests were refused, the last one because: {self._last_reason}",
+                where=f"regenerate.max_failure_rate: {self._max_rate:g}",
+                hint="finished responses are kept; fix the cause and run this again, or allow a larger share",
             )
-        said = {"software": entry.get("owned_by"), "model_path": entry.get("root"), **await client.facts(server)}
-        facts = {name: value for name, value in said.items() if value is not None}
-        known = self._facts or {}
-        for name in known.keys() & facts.keys():
-            if facts[name] != known[name]:
-                raise ServerError(
-                    f"the servers differ: {name} is {facts[name]!r} here and {known[name]!r} elsewhere",
-                    where=server.url,
-                    hint="serve the same target with the same version everywhere",
-                )
-        # What any of them says holds for all: who answers first has no say in it.
-        self._facts = {"model": self.served_model, **dict(sorted((facts | known).items()))}
 
 
 def _allow_files(needed: int) -> None:
-    """Let this process open as many files as it will have connections."""
+    """Raise the limit of open files to the number of connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft in (-1, resource.RLIM_INFINITY) or soft >= needed:
         return

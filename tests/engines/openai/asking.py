@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dllm.config.params import Regenerate, Target
-from dllm.engines.engine import ListFeed, Refusal, Request, Response
+from dllm.engines.engine import Refusal, Request, RequestList, Response
 from dllm.engines.openai.engine import OpenAIEngine
 
 TARGET = Target(model="builtin:tiny")
@@ -25,7 +25,7 @@ def engine(urls: str | list[str], tokenizer: Any, target: Target = TARGET, **set
 
 
 def outcomes(asked: OpenAIEngine, count: int = 1) -> list[Response | Refusal]:
-    return [outcome for outcome in asked.answer(ListFeed(requests(count))) if outcome is not None]
+    return [outcome for outcome in asked.answer(RequestList(requests(count))) if outcome is not None]
 
 
 def answers(asked: OpenAIEngine, count: int = 1) -> list[Response]:

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from dllm.engines.openai import client
-from dllm.engines.openai.client import Client
-from dllm.engines.openai.retry import Fault, Refused
+from dllm.engines.openai.client import Client, Fault, Refused
 from dllm.engines.openai.servers import Server
 from dllm.errors import ServerError
 from tests.engines.openai.loopback_server import LoopbackServer
@@ -39,14 +38,14 @@ def chat(opened: Client, server: Server) -> Coroutine[Any, Any, Any]:
         ("drop", "outage", "the connection broke"),
         ("half", "outage", "the connection broke"),
         ("babble", "outage", "the connection broke"),
-        ("garbage", "outage", "the reply is no JSON: '{\"choices\": ['"),
-        ("stall", "slow", "no answer within 0.4 s"),
+        ("garbage", "outage", "the reply is not JSON: '{\"choices\": ['"),
+        ("stall", "timeout", "no response within 0.4 s"),
         ((429, {}), "busy", "answered 429: made to fail"),
         ((500, {"Retry-After": "3"}), "outage", "answered 500: made to fail"),
         ((503, {"Retry-After": "3"}), "busy", "answered 503: made to fail"),
         ((503, {}), "outage", "answered 503: made to fail"),
-        ((404, {}), "absent", "answered 404: made to fail"),
-        ((307, {"Location": "http://127.0.0.1:9/"}), "absent", "answered 307: made to fail"),
+        ((404, {}), "not_found", "answered 404: made to fail"),
+        ((307, {"Location": "http://127.0.0.1:9/"}), "not_found", "answered 307: made to fail"),
     ],
     ids=str,
 )
@@ -63,7 +62,7 @@ def test_a_server_that_is_not_there_was_never_reached(server) -> None:
     server.end()
     with pytest.raises(Fault, match="cannot connect") as caught:
         run(chat, server)
-    assert caught.value.kind == "unreached"
+    assert caught.value.kind == "unreachable"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +87,7 @@ def test_a_refusal_says_in_one_line_what_the_server_says(server, complaint, said
 
 
 def test_a_reply_without_end_is_cut(server, monkeypatch) -> None:
-    monkeypatch.setattr(client, "LARGEST_REPLY", 1 << 20)
+    monkeypatch.setattr(client, "MAX_REPLY_BYTES", 1 << 20)
     server.reply = lambda body: ("x" * (2 << 20), "stop")
     with pytest.raises(Fault, match="longer than 1 MiB"):
         run(chat, server)

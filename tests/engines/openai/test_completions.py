@@ -11,8 +11,8 @@ import pytest
 
 from dllm.config.params import Target
 from dllm.engines.engine import Refusal, Response
+from dllm.engines.openai.client import Fault
 from dllm.engines.openai.completions import Completions
-from dllm.engines.openai.retry import Fault
 from dllm.engines.openai.servers import Server
 from dllm.errors import ServerError
 from dllm.prompts import template as chat
@@ -49,7 +49,7 @@ def reply(text: Any = "yes", reason: Any = "stop", **fields: Any) -> dict[str, A
 
 def answer(tokenizer: Any, said: dict[str, Any], request=REQUEST) -> Response | Refusal:
     line = wire(tokenizer)
-    return line.answer(request, line.read(SERVER, said))
+    return line.response(request, line.read(SERVER, said))
 
 
 def test_a_request_asks_for_what_it_says(tokenizer) -> None:
@@ -121,7 +121,7 @@ def test_a_template_that_renders_the_context_otherwise_refuses_the_row(caller) -
     ],
 )
 def test_what_is_no_completion_is_a_fault_of_the_server(tokenizer, said) -> None:
-    with pytest.raises(Fault, match="no chat completion") as caught:
+    with pytest.raises(Fault, match="not a chat completion") as caught:
         wire(tokenizer).read(SERVER, said)
     assert caught.value.kind == "outage"
 
@@ -130,19 +130,19 @@ def test_what_is_no_completion_is_a_fault_of_the_server(tokenizer, said) -> None
 def test_another_ending_is_odd(tokenizer, reason) -> None:
     with pytest.raises(Fault, match=f"{reason!r} and 0 tool calls") as caught:
         wire(tokenizer).read(SERVER, reply(reason=reason))
-    assert caught.value.kind == "odd"
+    assert caught.value.kind == "unusable"
 
 
 def test_an_answer_by_another_model_is_a_lie(tokenizer) -> None:
     with pytest.raises(Fault, match="answered as 'other', not as 'm'") as caught:
         wire(tokenizer).read(SERVER, {**reply(), "model": "other"})
-    assert caught.value.kind == "lie"
+    assert caught.value.kind == "wrong_model"
     assert wire(tokenizer).read(SERVER, {**reply(), "model": None}).text == "yes"
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
 def test_reasoning_kept_apart_is_refused(tokenizer, field) -> None:
-    with pytest.raises(ServerError, match=r"keeps the reasoning apart.*reasoning parser"):
+    with pytest.raises(ServerError, match=r"separates the reasoning.*reasoning parser"):
         wire(tokenizer).read(SERVER, reply(**{field: "first I think"}))
     assert wire(tokenizer).read(SERVER, reply(**{field: None})).text == "yes"
 
@@ -150,5 +150,5 @@ def test_reasoning_kept_apart_is_refused(tokenizer, field) -> None:
 def test_a_prompt_the_server_counts_otherwise_is_reported_once(tokenizer, caplog) -> None:
     line = Completions("m", TARGET, tokenizer)
     for counted in (2, None, 99, 99):
-        line.answer(REQUEST, line.read(SERVER, {**reply(), "usage": {"prompt_tokens": counted}}))
+        line.response(REQUEST, line.read(SERVER, {**reply(), "usage": {"prompt_tokens": counted}}))
     assert len(caplog.records) == 1 and "counts 99 tokens" in caplog.text and "is it the same template?" in caplog.text

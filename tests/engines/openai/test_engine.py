@@ -34,8 +34,8 @@ def test_every_request_is_answered_once_and_stop_answers_end_with_the_stop_id(se
         ids = tokenizer(answer.text, add_special_tokens=False)["input_ids"]
         end = [chat.end_of_turn_id(tokenizer)] if answer.finish_reason == "stop" else []
         assert list(answer.token_ids) == ids + end
-    assert asked.pace.tokens == sum(len(answer.token_ids) for answer in found)
-    assert (asked.pace.in_flight, asked.pace.retries, asked.pace.servers_up) == (0, 0, 1)
+    assert asked.stats.tokens == sum(len(answer.token_ids) for answer in found)
+    assert (asked.stats.in_flight, asked.stats.retries, asked.stats.servers_up) == (0, 0, 1)
 
 
 def test_settings_seed_and_thinking_reach_the_server(server, tokenizer) -> None:
@@ -64,7 +64,7 @@ def test_no_server_is_one_line_with_the_address(tokenizer, nowhere) -> None:
 def test_one_server_out_of_reach_is_left_out_with_a_warning(server, tokenizer, nowhere, caplog) -> None:
     asked = engine([nowhere, server.url], tokenizer, max_retries=0)
     answers(asked, 20)
-    assert f"{nowhere}/v1 is left out until it answers" in caplog.text and asked.pace.servers_up == 1
+    assert f"{nowhere}/v1 is left out until it responds" in caplog.text and asked.stats.servers_up == 1
 
 
 def test_another_model_is_refused_with_both_names(tokenizer) -> None:

@@ -10,25 +10,34 @@ import pytest
 
 from dllm.engines.engine import EngineStats
 from dllm.engines.openai import pool as pools
+from dllm.engines.openai.client import Fault
 from dllm.engines.openai.pool import DROP_AFTER, Pool
-from dllm.engines.openai.retry import Fault
 from dllm.engines.openai.servers import Server
 from dllm.errors import ServerError
 
 OUTAGE = Fault("it broke", "outage")
 
 
-class Sight:
-    """What a look at each server finds."""
+class Script:
+    """A client whose replies a test chooses."""
 
     def __init__(self) -> None:
         self.broken: dict[str, Fault | ServerError] = {}
-        self.looks = 0
+        self.probes = 0
 
-    async def __call__(self, server: Server) -> None:
-        self.looks += 1
+    async def models(self, server: Server) -> list[dict[str, Any]]:
+        self.probes += 1
         if server.url in self.broken:
             raise self.broken[server.url]
+        return [{"id": "mine"}]
+
+    async def facts(self, server: Server) -> dict[str, Any]:
+        return {}
+
+
+def make_pool(servers: list[Server], script: Script, timeout_s: float, stats: EngineStats | None = None) -> Pool:
+    client: Any = script
+    return Pool(client, servers, "mine", timeout_s, stats or EngineStats(), {})
 
 
 def run(scene: Coroutine[Any, Any, None]) -> None:
@@ -42,10 +51,10 @@ def three() -> list[Server]:
 def test_requests_go_where_there_is_most_room_and_rather_where_they_were_not() -> None:
     async def scene() -> None:
         a, b, c = all_three = three()
-        pool = Pool(all_three, Sight(), 1.0, pace := EngineStats())
+        pool = make_pool(all_three, Script(), 1.0, stats := EngineStats())
         a.in_flight, b.in_flight, c.in_flight = 2, 1, 3
-        assert pace.servers_up == 3
-        assert await pool.room(set()) is b and await pool.room({b}) is a and await pool.room({a, b, c}) is b
+        assert stats.servers_up == 3
+        assert await pool.choose(set()) is b and await pool.choose({b}) is a and await pool.choose({a, b, c}) is b
         assert pool.has_other({a, b}) and not pool.has_other({a, b, c})
 
     run(scene())
@@ -56,47 +65,47 @@ def test_faults_in_a_row_drop_a_server_and_a_good_probe_takes_it_back(monkeypatc
 
     async def scene() -> None:
         a, b, c = all_three = three()
-        sight, pace = Sight(), EngineStats()
-        sight.broken[a.url] = Fault("still down", "unreached")
-        pool = Pool(all_three, sight, 1.0, pace)
+        script, stats = Script(), EngineStats()
+        script.broken[a.url] = Fault("still down", "unreachable")
+        pool = make_pool(all_three, script, 1.0, stats)
         for _ in range(DROP_AFTER - 1):
-            pool.failed(a, OUTAGE)
-        pool.answered(a)
+            await pool.failed(a, OUTAGE)
+        pool.succeeded(a)
         for _ in range(DROP_AFTER - 1):
-            pool.failed(a, OUTAGE)
-            pool.failed(a, Fault("come back later", "busy"))
+            await pool.failed(a, OUTAGE)
+            await pool.failed(a, Fault("come back later", "busy"))
         assert a.state == "up"
-        pool.failed(a, OUTAGE)
-        assert a.state == "held" and pace.servers_up == 2
+        await pool.failed(a, OUTAGE)
+        assert a.state == "held" and stats.servers_up == 2
         b.in_flight = c.in_flight = 9
-        assert await pool.room(set()) is b
+        assert await pool.choose(set()) is b
         await asyncio.sleep(0.2)
-        assert a.state == "gone" and sight.looks > 1 and a.reason == "still down"
-        sight.broken.clear()
+        assert a.state == "down" and script.probes > 1 and a.reason == "still down"
+        script.broken.clear()
         await asyncio.sleep(0.2)
-        assert a.state == "up" and await pool.room(set()) is a and pace.servers_up == 3
-        await pool.close()
+        assert a.state == "up" and await pool.choose(set()) is a and stats.servers_up == 3
+        await pool.__aexit__()
 
     run(scene())
     assert (
-        "a:1/v1 is left out until it answers again: it broke" in caplog.text and "a:1/v1 answers again" in caplog.text
+        "a:1/v1 is left out until it responds again: it broke" in caplog.text and "a:1/v1 responds again" in caplog.text
     )
     assert len(caplog.records) == 2
 
 
-def test_a_server_that_only_answers_probes_is_held_longer_each_time(monkeypatch) -> None:
+def test_a_server_that_only_replies_to_probes_is_held_longer_each_time(monkeypatch) -> None:
     async def scene() -> None:
         (a,) = [Server.at("http://a:1/v1")]
-        pool = Pool([a], Sight(), 0.01, EngineStats())
+        pool = make_pool([a], Script(), 0.01)
         waited = []
         for _ in range(4):
             for _ in range(DROP_AFTER):
-                pool.failed(a, OUTAGE)
+                await pool.failed(a, OUTAGE)
             began = asyncio.get_running_loop().time()
-            assert await pool.room(set()) is a  # held is not gone: patience does not count
+            assert await pool.choose(set()) is a  # held is not gone: patience does not count
             waited.append(asyncio.get_running_loop().time() - began)
         assert waited[0] < 0.1 < 0.3 < waited[1] < waited[2] < waited[3]
-        pool.answered(a)
+        pool.succeeded(a)
         assert a.drops == 0
 
     run(scene())
@@ -107,36 +116,39 @@ def test_when_none_is_left_a_run_waits_and_then_says_why(monkeypatch) -> None:
 
     async def scene() -> None:
         a, b = all_two = three()[:2]
-        sight = Sight()
-        sight.broken = {a.url: Fault("connection refused", "unreached"), b.url: ServerError("serves other, not mine")}
-        pool = Pool(all_two, sight, 0.3, EngineStats())
+        script = Script()
+        script.broken = {
+            a.url: Fault("connection refused", "unreachable"),
+            b.url: ServerError("serves other, not mine"),
+        }
+        pool = make_pool(all_two, script, 0.3)
         pool.drop(a, "it broke")
         pool.drop(b, "it broke")
         began = asyncio.get_running_loop().time()
         with pytest.raises(
             ServerError, match=r"no server left for 0\.3 s: connection refused; serves other.*kept"
         ) as said:
-            await pool.room(set())
+            await pool.choose(set())
         assert asyncio.get_running_loop().time() - began >= 0.25 and "\n" not in str(said.value)
-        del sight.broken[b.url]
-        pool._patience_s = 9.0
-        assert await pool.room(set()) is b
-        await pool.close()
+        del script.broken[b.url]
+        pool._timeout_s = 9.0
+        assert await pool.choose(set()) is b
+        await pool.__aexit__()
 
     run(scene())
 
 
-def test_a_liar_never_comes_back() -> None:
+def test_a_server_with_the_wrong_model_never_comes_back() -> None:
     async def scene() -> None:
         a, b = all_two = three()[:2]
-        pool = Pool(all_two, Sight(), 9.0, EngineStats())
+        pool = make_pool(all_two, Script(), 9.0)
         pool.exclude(a, "it answered as 'x'")
         pool.drop(a, "late")
         await asyncio.sleep(0.05)
-        assert a.state == "wrong_model" and await pool.room({b}) is b
+        assert a.state == "wrong_model" and await pool.choose({b}) is b
         pool.exclude(b, "it answered as 'y'")
         with pytest.raises(ServerError, match="no server has the right model: it answered as 'x'; it answered as 'y'"):
-            await pool.room(set())
+            await pool.choose(set())
 
     run(scene())
 
@@ -144,12 +156,12 @@ def test_a_liar_never_comes_back() -> None:
 def test_requests_to_a_server_that_is_gone_are_given_up() -> None:
     async def scene() -> None:
         a, b = all_two = three()[:2]
-        sight = Sight()
-        pool = Pool(all_two, sight, 9.0, EngineStats())
+        script = Script()
+        pool = make_pool(all_two, script, 9.0)
 
         async def hang(server: Server) -> None:
             async with asyncio.timeout(9.0) as wait:
-                server.waits.add(wait)
+                server.deadlines.add(wait)
                 await asyncio.sleep(9.0)
 
         waiting = [asyncio.create_task(hang(server)) for server in (a, a, b)]
@@ -157,13 +169,13 @@ def test_requests_to_a_server_that_is_gone_are_given_up() -> None:
         pool.drop(a, "it broke")  # but it answers its probe
         await asyncio.sleep(0.05)
         assert a.state == "up" and not any(task.done() for task in waiting)
-        sight.broken[a.url] = Fault("no connection in time", "unreached")
+        script.broken[a.url] = Fault("no connection in time", "unreachable")
         a.drops = 0
         pool.drop(a, "it broke")
         await asyncio.sleep(0.05)
         assert [task.done() for task in waiting] == [True, True, False]
         assert all(isinstance(task.exception(), TimeoutError) for task in waiting[:2])
         waiting[2].cancel()
-        await pool.close()
+        await pool.__aexit__()
 
     run(scene())

@@ -9,14 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm.engines.openai.retry import FEWEST, LONGEST_PAUSE_S, WINDOW, Outcomes, pause_s, retry_after_s
+from dllm.engines.openai.client import retry_after_s
+from dllm.engines.openai.engine import MIN_OUTCOMES, WINDOW, FailureRate
+from dllm.engines.openai.pool import MAX_PAUSE_S, pause_s
 from dllm.errors import ServerError
 
 
 @given(st.integers(0, 10**6))
 def test_pauses_grow_to_a_bound_and_differ(pauses: int) -> None:
     drawn = {pause_s(pauses, None, 1.0) for _ in range(20)}
-    assert len(drawn) > 1 and all(0 <= pause <= min(0.5 * 2 ** min(pauses, 16), LONGEST_PAUSE_S) for pause in drawn)
+    assert len(drawn) > 1 and all(0 <= pause <= min(0.5 * 2 ** min(pauses, 16), MAX_PAUSE_S) for pause in drawn)
 
 
 @given(st.floats(0, 1e9), st.floats(0.1, 600))
@@ -47,8 +49,8 @@ def test_every_date_is_read(when) -> None:
     assert found is None or found >= 0
 
 
-def fates(refused: int, answered: int, limit: float = 0.2) -> Outcomes:
-    outcomes = Outcomes(limit)
+def fates(refused: int, answered: int, limit: float = 0.2) -> FailureRate:
+    outcomes = FailureRate(limit)
     for n in range(max(refused, answered)):
         if n < refused:
             outcomes.add(f"reason {n}")
@@ -64,11 +66,11 @@ def test_a_share_above_the_limit_stops_and_says_why() -> None:
 
 
 def test_few_requests_are_not_judged_and_old_ones_are_forgotten() -> None:
-    fates(FEWEST - 1, 0).check()
-    with pytest.raises(ServerError, match=f"{FEWEST} of the latest {FEWEST}"):
-        fates(FEWEST, 0).check()
+    fates(MIN_OUTCOMES - 1, 0).check()
+    with pytest.raises(ServerError, match=f"{MIN_OUTCOMES} of the latest {MIN_OUTCOMES}"):
+        fates(MIN_OUTCOMES, 0).check()
     outcomes = fates(30, 0)
     for _ in range(WINDOW):
         outcomes.add(None)
     outcomes.check()
-    fates(FEWEST, 0, limit=1.0).check()
+    fates(MIN_OUTCOMES, 0, limit=1.0).check()

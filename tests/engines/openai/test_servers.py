@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dllm.engines.openai.servers import Server, server_url, server_urls, shown
+from dllm.engines.openai.servers import Server, server_url, server_urls, without_credentials
 from dllm.errors import ConfigError
 
 
@@ -32,14 +32,14 @@ def test_no_address_is_refused_with_the_key() -> None:
         server_urls([])
 
 
-def test_credentials_are_sent_and_not_shown(monkeypatch) -> None:
+def test_credentials_are_sent_and_not_without_credentials(monkeypatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     plain, own = Server.at("http://a:1/v1"), Server.at("http://me:p%40ss@a:1/v1")
     assert plain.headers["Authorization"] == "Bearer sk-secret"
     assert own.headers["Authorization"] == "Basic bWU6cEBzcw==" and own.url == plain.url
     assert not [word for word in ("secret", "p%40ss", "bWU6") if word in f"{plain} {own}"]
     for url in ("me:hidden@host:1", "http://me:hidden@host:1/v1", "http://me:hidden@[bad/v1"):
-        assert "hidden" not in shown(url)
+        assert "hidden" not in without_credentials(url)
         if "bad" in url or "//" not in url:
             with pytest.raises(ConfigError) as caught:
                 server_url(url)

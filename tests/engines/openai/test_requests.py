@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dllm.engines.engine import ListFeed, Refusal, Request, Response
+from dllm.engines.engine import Refusal, Request, RequestList, Response
 from dllm.engines.openai import pool
 from dllm.errors import DataError, ServerError
 from tests.engines.openai.asking import answers, engine, outcomes, refusal, requests
@@ -27,7 +27,7 @@ def test_busy_and_broken_replies_are_asked_again_after_the_time_the_server_names
     server.faults.extend([(429, {"Retry-After": "1"}), (503, {"Retry-After": "0.05"})])
     asked = engine(server.url, tokenizer)
     answers(asked)
-    assert len(server.times) == 3 and asked.pace.retries == 2
+    assert len(server.times) == 3 and asked.stats.retries == 2
     assert server.times[1] - server.times[0] >= 1.0
     assert server.times[2] - server.times[1] < 0.5  # our own pause could be longer
 
@@ -46,7 +46,7 @@ def test_silence_is_given_up_after_the_time_named(server, tokenizer) -> None:
     assert time.monotonic() - began < 3
     server.always = "stall"
     found = refusal(engine(server.url, tokenizer, timeout_s=0.3, max_retries=1))
-    assert found.reason == f"no answer within 0.3 s ({server.url}/v1), tried 2 times" and found.is_passing
+    assert found.reason == f"no response within 0.3 s ({server.url}/v1), tried 2 times" and found.is_transient
 
 
 def test_a_row_that_takes_too_long_everywhere_is_not_asked_at_every_server_each_time(tokenizer) -> None:
@@ -98,7 +98,7 @@ def test_reasoning_kept_apart_ends_the_run(server, tokenizer) -> None:
 
 def test_too_many_refusals_end_the_run_after_what_finished(server, tokenizer) -> None:
     server.always = (400, {})
-    stream = engine(server.url, tokenizer, concurrency=4).answer(ListFeed(requests(100)))
+    stream = engine(server.url, tokenizer, concurrency=4).answer(RequestList(requests(100)))
     seen = []
     with pytest.raises(ServerError, match=r"20 of the latest 20 requests were refused.*made to fail"):
         seen.extend(stream)
@@ -108,7 +108,7 @@ def test_too_many_refusals_end_the_run_after_what_finished(server, tokenizer) ->
 
 
 def test_what_finished_before_a_failure_is_handed_over(server, tokenizer) -> None:
-    stream = engine(server.url, tokenizer, concurrency=1).answer(ListFeed(requests(30)))
+    stream = engine(server.url, tokenizer, concurrency=1).answer(RequestList(requests(30)))
     first = [next(stream), next(stream)]
     server.faults.append((401, {}))
     with pytest.raises(ServerError):
@@ -119,7 +119,7 @@ def test_what_finished_before_a_failure_is_handed_over(server, tokenizer) -> Non
 
 def test_an_abandoned_generator_leaves_nothing_running(server, tokenizer) -> None:
     before = threading.active_count()
-    stream = engine(server.url, tokenizer, concurrency=4).answer(ListFeed(requests(40)))
+    stream = engine(server.url, tokenizer, concurrency=4).answer(RequestList(requests(40)))
     next(stream)
     stream.close()
     server.settle()
@@ -133,8 +133,8 @@ def test_time_passes_visibly_while_nothing_finishes(server, tokenizer) -> None:
     server.delay_s = 2.5
     asked = engine(server.url, tokenizer)
     seen = []
-    for outcome in asked.answer(ListFeed(requests(3))):
-        seen.append((outcome is None, asked.pace.in_flight, asked.pace.servers_up))
+    for outcome in asked.answer(RequestList(requests(3))):
+        seen.append((outcome is None, asked.stats.in_flight, asked.stats.servers_up))
     assert seen[:2] == [(True, 3, 1)] * 2 and Counter(is_none for is_none, _, _ in seen)[False] == 3
 
 
@@ -166,7 +166,7 @@ def test_answers_that_make_more_ready_go_on(server, tokenizer) -> None:
 def test_what_was_sent_and_not_yet_taken_is_never_more_than_may_be_in_flight(server, tokenizer) -> None:
     """So a kill costs no more than that: the caller writes each answer down before it asks for the next."""
     taken = 0
-    for outcome in engine(server.url, tokenizer, concurrency=3).answer(ListFeed(requests(20))):
+    for outcome in engine(server.url, tokenizer, concurrency=3).answer(RequestList(requests(20))):
         time.sleep(0.02)  # a slow reader: replies to all that was sent are there
         assert len(server.bodies) <= taken + 3
         taken += outcome is not None
@@ -174,7 +174,7 @@ def test_what_was_sent_and_not_yet_taken_is_never_more_than_may_be_in_flight(ser
 
 
 def test_a_feed_that_fails_fails_the_run_as_it_is(server, tokenizer) -> None:
-    class Broken(ListFeed):
+    class Broken(RequestList):
         def take(self) -> Request | None:
             request = super().take()
             if request is None:
@@ -192,7 +192,7 @@ def test_two_servers_share_the_work_by_room(tokenizer) -> None:
         slow.delay_s = 1.0
         asked = engine([slow.url, quick.url], tokenizer, concurrency=8)
         answers(asked, 80)
-        assert len(quick.bodies) + len(slow.bodies) == 80 and asked.pace.servers_up == 2
+        assert len(quick.bodies) + len(slow.bodies) == 80 and asked.stats.servers_up == 2
         assert len(quick.bodies) > 2 * len(slow.bodies) > 0
         assert quick.peak + slow.peak <= 10
 
@@ -203,33 +203,33 @@ def test_a_server_s_own_faults_cost_no_try_while_another_can_answer(tokenizer) -
         asked = engine([broken.url, sound.url], tokenizer, max_retries=0)
         answers(asked, 40)
         assert len(sound.bodies) == 40 and 0 < len(broken.bodies) < 30
-        assert asked.pace.retries == len(broken.bodies)
+        assert asked.stats.retries == len(broken.bodies)
 
 
 def test_a_server_that_dies_is_left_out_and_taken_back(tokenizer, caplog) -> None:
     with serving() as lasting, serving() as dying:
         lasting.delay_s = dying.delay_s = 0.05
         asked = engine([dying.url, lasting.url], tokenizer, max_retries=0, concurrency=8)
-        stream = asked.answer(ListFeed(requests(400)))
+        stream = asked.answer(RequestList(requests(400)))
         keys = [outcome.key for _, outcome in zip(range(40), stream, strict=False) if outcome]
         dying.end()
         keys += [outcome.key for _, outcome in zip(range(60), stream, strict=False) if outcome]
-        assert asked.pace.servers_up == 1
+        assert asked.stats.servers_up == 1
         with serving(port=dying.port) as back:
             keys += [outcome.key for outcome in stream if outcome]
-            assert asked.pace.servers_up == 2 and len(back.bodies) > 20
+            assert asked.stats.servers_up == 2 and len(back.bodies) > 20
     assert sorted(keys) == [request.key for request in requests(400)]
-    assert "is left out until it answers again" in caplog.text and "answers again" in caplog.text
+    assert "is left out until it responds again" in caplog.text and "responds again" in caplog.text
 
 
 def test_the_only_server_may_be_restarted(tokenizer) -> None:
     with serving() as first:
         first.delay_s = 0.05
         asked = engine(first.url, tokenizer, max_retries=3, concurrency=4)
-        stream = asked.answer(ListFeed(requests(60)))
+        stream = asked.answer(RequestList(requests(60)))
         keys = [next(stream).key for _ in range(10)]
         first.end()
-        while asked.pace.servers_up:
+        while asked.stats.servers_up:
             keys += [outcome.key for outcome in [next(stream)] if isinstance(outcome, Response)]
         with serving(port=first.port):
             found = [outcome for outcome in stream if outcome]
@@ -240,10 +240,10 @@ def test_the_only_server_may_be_restarted(tokenizer) -> None:
 def test_no_server_left_ends_the_run(tokenizer) -> None:
     with serving() as server:
         server.delay_s = 0.05
-        stream = engine(server.url, tokenizer, timeout_s=1.0).answer(ListFeed(requests(400)))
+        stream = engine(server.url, tokenizer, timeout_s=1.0).answer(RequestList(requests(400)))
         first = [next(stream) for _ in range(10)]
         server.end()
-        with pytest.raises(ServerError, match=r"no server left for 1 s: cannot connect.*finished answers are kept"):
+        with pytest.raises(ServerError, match=r"no server left for 1 s: cannot connect.*finished responses are kept"):
             first.extend(stream)
         assert len(first) >= 10
 
@@ -262,14 +262,14 @@ def test_a_server_that_changes_its_model_is_left_out_until_it_has_it_again(token
     with serving() as steady, serving() as fickle:
         steady.delay_s = fickle.delay_s = 0.02
         asked = engine([fickle.url, steady.url], tokenizer, max_retries=0, concurrency=4)
-        stream = asked.answer(ListFeed(requests(200)))
+        stream = asked.answer(RequestList(requests(200)))
         keys = [next(stream).key for _ in range(20)]
         fickle.always, fickle.model = fault, "other/model"
         keys += [next(stream).key for _ in range(20)]
-        assert asked.pace.servers_up == 1
+        assert asked.stats.servers_up == 1
         fickle.always, fickle.model = None, "builtin:tiny"
         keys += [outcome.key for outcome in stream if outcome]
-        assert asked.pace.servers_up == 2
+        assert asked.stats.servers_up == 2
     assert sorted(keys) == [request.key for request in requests(200)]
 
 
