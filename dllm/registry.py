@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dllm.errors import ConfigError
 
@@ -74,3 +74,20 @@ class Registry(Generic[Member]):
         """Import every member, and yield it with its name."""
         for name in self:
             yield name, self[name]
+
+
+SAMPLERS: Registry[Any] = Registry(
+    "samplers",
+    {
+        "dflash": "dllm.decoding.samplers:DFLASH",
+        "ar": "dllm.decoding.samplers:AR",
+        "llada": "dllm.decoding.samplers:LLADA",
+        "llada2": "dllm.decoding.samplers:LLADA2",
+        "nemotron": "dllm.decoding.samplers:NEMOTRON",
+        "self-spec": "dllm.decoding.samplers:SELF_SPECULATION",
+        "own": "dllm.decoding.samplers:OWN",
+        "own-ar": "dllm.decoding.samplers:OWN_AR",
+        "own-self-spec": "dllm.decoding.samplers:OWN_SELF_SPECULATION",
+    },
+)
+"""`--sampler`: ways to decode, instances of `dllm.decoding.samplers.Sampler`."""

@@ -161,7 +161,7 @@ def _decode(
     seen: set[str],
     known: Mapping[str, str],
 ) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
-    from dllm.decoding.diffusion import default_sampler
+    from dllm.decoding.samplers import default_sampler
     from dllm.decoding.settings import Settings
     from dllm.methods.diffusion.responses import figures, name_of, write_answers
 

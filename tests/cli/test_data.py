@@ -11,9 +11,9 @@ from dllm import __main__ as command
 from dllm.config.params import Target
 from dllm.models.targets import load_tokenizer
 from dllm.prompts import template as chat
+from tests.cli.test_show import row
 from tests.responses.shard_folder import write_rows
 from tests.responses.test_merge import part
-from tests.responses.test_show import row
 
 
 def call(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
