@@ -1,11 +1,11 @@
-"""Cached threshold decoding against LLaDA's own way, one token a pass over the whole canvas, on pages of numbers.
+"""Cached threshold decoding against LLaDA's default, one token per pass over the whole canvas, on pages of numbers.
 
     python benchmarks/diffusion_decoding.py --checkpoint DIR [--prompts 24] [--rounds 3] [--batches 1 8] [--json FILE]
 
 One trained `tiny-mdlm` checkpoint, its recipe's held-out pages, 256 new tokens, greedy, both ways through the same
 loop. For each batch size the cache, the block and the threshold are chosen on pages of their own: the fastest that
 loses no more than half a point of them there. Then, on other pages, both ways in turn, each round on its own share
-of them: tokens a second up to the end token and their ratio, round by round; tokens a pass and the share that
+of them: tokens per second up to the end token and their ratio, round by round; tokens per pass and the share that
 is right, over all rounds. Exit status 1 if the plain way gets over a point more of the numbers.
 """
 
@@ -40,7 +40,7 @@ CACHES, BLOCKS, THRESHOLDS = ("dual", "prefix"), (32, 64, 256), (0.5, 0.7, 0.9, 
 
 
 def heldout_rows(model: BidirectionalLM) -> list[Row]:
-    """Return the pages that no training run of the recipe sees, in order of id."""
+    """Return the recipe's held-out pages, in order of id."""
     asked = parse_params(yaml.safe_load(recipe_book.text(RECIPE))).prepare
     found = []
     for prompt in collect(asked, Path())[0]:
@@ -57,14 +57,14 @@ def measure(model: BidirectionalLM, rows: Sequence[Row], way: Settings, batch: i
 
 
 def candidates() -> Iterator[Settings]:
-    """Give the cached ways to choose from; in one block the two caches are the same."""
+    """Yield the cached settings to choose from; in one block the two caches are the same."""
     for cache, block, threshold in itertools.product(CACHES, BLOCKS, THRESHOLDS):
         if (cache, block) != ("prefix", NEW_TOKENS):
             yield replace(PLAIN, cache=cache, block_size=block, threshold=threshold)
 
 
 def choose(model: BidirectionalLM, rows: Sequence[Row], batch: int, plain: float) -> Settings:
-    """Return the fastest cached way that loses no more than half a point of what the plain one gets on these rows."""
+    """Return the fastest cached settings that lose at most half a point against the plain ones on these rows."""
     wanted = plain - POINT / 2
     tried = []
     for way in candidates():
@@ -80,7 +80,7 @@ def choose(model: BidirectionalLM, rows: Sequence[Row], batch: int, plain: float
 
 
 def compare(model: BidirectionalLM, rows: Sequence[Row], way: Settings, batch: int, rounds: int) -> dict[str, Any]:
-    """Run both ways in turn, each round on other rows; return medians and ratios."""
+    """Run both in turn, each round on other rows; return medians and ratios."""
     arms = {"plain": PLAIN, "cached": way}
     written: dict[str, list[Generated]] = {name: [] for name in arms}
     rates: dict[str, list[float]] = {name: [] for name in arms}

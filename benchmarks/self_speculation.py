@@ -1,14 +1,14 @@
-"""What a hybrid model's two ways of writing gain over the plain ones, at identical ids: float32, greedy, in turn.
+"""Speed of a hybrid model's block cache and self-speculation against plain decoding, at identical ids: float32, greedy.
 
     python benchmarks/self_speculation.py --checkpoint DIR [--recipe smollm2-135m-hybrid] [--prompts 16] [--rounds 3]
 
 On the recipe's held-out prompts, one at a time:
 
-* block-causal writing above a threshold, with the block cache and without: the same passes, fewer columns;
-* self-speculation against one token a pass with the same keys and values kept (`ar`).
+* block-causal decoding above a threshold, with the block cache and without: the same passes, fewer columns;
+* self-speculation against one token per pass with the same cache (`ar`).
 
-Prints tokens a second, tokens a pass, the ratios with their spread, and on how many prompts the ids agree; exit status
-1 unless it is on all of them.
+Prints tokens per second, tokens per pass, the ratios with their spread, and on how many prompts the ids agree; exit
+status 1 unless they agree on all of them.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def ways(model: BidirectionalLM, new_tokens: int) -> dict[str, tuple[Decode, Set
 
 
 def timed(model: BidirectionalLM, decode: Decode, settings: Settings, prompts: Sequence[list[int]]) -> dict[str, Any]:
-    """Generate from the prompts one at a time. Units: tokens a second, and tokens a pass of the model."""
+    """Generate from the prompts one at a time. Units: tokens per second, and tokens per forward pass."""
     began = time.perf_counter()
     answers = [decode(model, [prompt], settings)[0] for prompt in prompts]
     seconds = time.perf_counter() - began
@@ -83,7 +83,7 @@ def compare(model: BidirectionalLM, prompts: Sequence[list[int]], new_tokens: in
             runs[name].append(timed(model, *arms[name], prompts))
     for name, found in runs.items():
         rate = statistics.median(run["tokens_per_s"] for run in found)
-        print(f"{name:9} {rate:8.1f} tokens/s  {found[0]['tokens_per_pass']:6.2f} tokens a pass")
+        print(f"{name:9} {rate:8.1f} tokens/s  {found[0]['tokens_per_pass']:6.2f} tokens per pass")
     result: dict[str, Any] = {}
     for fast, slow in PAIRS:
         pairs = list(zip(runs[fast], runs[slow], strict=True))
@@ -115,7 +115,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     model = BidirectionalLM.from_directory(args.checkpoint).eval()
     if model.note.context != "causal":
-        parser.error(f"{args.checkpoint} does not write causally: it wants a checkpoint of mode hybrid")
+        parser.error(f"{args.checkpoint} has no causal side: give a checkpoint of mode hybrid")
     prompts = heldout(args.recipe, model, args.prompts)
     timed(model, *ways(model, 8)["self-spec"], prompts[:1])  # warms up
     print(f"{len(prompts)} held-out prompts, {args.new_tokens} new tokens, blocks of {model.note.block_size},", end=" ")

@@ -119,3 +119,19 @@ ENGINES: Registry[Any] = Registry(
     },
 )
 """Who generates the responses in `regenerate`; each member is a `dllm.engines.engine.EngineFactory`."""
+
+SAMPLERS: Registry[Any] = Registry(
+    "samplers",
+    {
+        "dflash": "dllm.decoding.samplers:DFLASH",
+        "ar": "dllm.decoding.samplers:AR",
+        "llada": "dllm.decoding.samplers:LLADA",
+        "llada2": "dllm.decoding.samplers:LLADA2",
+        "nemotron": "dllm.decoding.samplers:NEMOTRON",
+        "self-spec": "dllm.decoding.samplers:SELF_SPECULATION",
+        "own": "dllm.decoding.samplers:OWN",
+        "own-ar": "dllm.decoding.samplers:OWN_AR",
+        "own-self-spec": "dllm.decoding.samplers:OWN_SELF_SPECULATION",
+    },
+)
+"""`--sampler`: ways to decode, instances of `dllm.decoding.samplers.Sampler`."""

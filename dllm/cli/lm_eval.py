@@ -1,21 +1,29 @@
-"""`python -m dllm lm-eval`: tasks of lm-evaluation-harness on a checkpoint, and what it prints."""
-
-from __future__ import annotations
+"""The verb `lm-eval`: tasks of lm-evaluation-harness on a checkpoint, and how results are printed."""
 
 import importlib.util
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from dllm.config.params import Target
+from dllm.cli.options import (
+    DECODING,
+    MODEL,
+    OUTPUT,
+    TASKS,
+    Debug,
+    Revision,
+    Root,
+    TrustRemoteCode,
+    option,
+    sampler_option,
+)
 from dllm.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     import torch
 
-    from dllm.decoding.diffusion import Sampler
     from dllm.lm_eval.models import Scored
 
 KINDS = {
@@ -26,64 +34,77 @@ KINDS = {
 
 
 def run(
-    *,
-    checkpoint: str,
-    tasks: Sequence[str],
-    include_path: Path | None,
-    root: Path,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = 8,
-    samples: int = 128,
-    seed: int = 0,
-    max_length: int | None = None,
-    apply_chat_template: bool = False,
-    check_greedy: bool | None = None,
-    confirm_run_unsafe_code: bool = False,
-    sampler: Sampler | None = None,
-    generation: Sequence[str] = (),
-    as_json: bool = False,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
+    checkpoint: Annotated[str, option(panel=MODEL, help="As for generate, or builtin:NAME; plain causal models too.")],
+    tasks: Annotated[str, option(panel=TASKS, metavar="NAME[,NAME]", help="Tasks, groups or tags.")],
+    include_path: Annotated[
+        Path | None, option(panel=TASKS, help="Folder of task files; by default the harness's own tasks, off the hub.")
+    ] = None,
+    limit: Annotated[int | None, option(panel=TASKS, min=1, help="Documents per task: the first ones.")] = None,
+    num_fewshot: Annotated[int | None, option(panel=TASKS, min=0, help="Examples before each question.")] = None,
+    apply_chat_template: Annotated[
+        bool, option("--apply-chat-template", panel=TASKS, help="Render requests as chats.")
+    ] = False,
+    check_greedy: Annotated[
+        bool | None,
+        option(
+            "--check-greedy/--no-check-greedy",
+            panel=TASKS,
+            help="Also decode, to tell whether a continuation is the greedy one; by default where a task needs it.",
+        ),
+    ] = None,
+    confirm_run_unsafe_code: Annotated[
+        bool, option("--confirm-run-unsafe-code", panel=TASKS, help="Allow tasks to execute generated code.")
+    ] = False,
+    samples: Annotated[
+        int, option(panel=TASKS, min=2, help="Masks per continuation, where its likelihood is a bound.")
+    ] = 128,
+    max_length: Annotated[
+        int | None, option(panel=MODEL, min=2, help="Most tokens of a text; at most the model's.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    sampler: Annotated[str | None, sampler_option({"diffusion"})] = None,
+    gen: Annotated[
+        list[str],
+        option(
+            panel=DECODING,
+            metavar="KEY=VALUE",
+            help="Overrides a task's generation_kwargs, e.g. steps=32: any setting of the sampler. Repeatable.",
+        ),
+    ] = [],  # noqa: B006
+    batch_size: Annotated[int, option(panel=DECODING, min=1, help="Rows per forward pass.")] = 8,
+    seed: Annotated[int, option(panel=DECODING, help="Random seed of masks and of sampling.")] = 0,
+    as_json: Annotated[bool, option("--json", panel=OUTPUT, help="Print one JSON object.")] = False,
+    root: Root = Path(),
+    debug: Debug = False,
 ) -> None:
-    """Run tasks on a checkpoint and print a table, or one JSON object; under torchrun ranks share the documents.
-
-    Args:
-        check_greedy: find out whether answers are greedy ones; null does so where a task asks.
-        confirm_run_unsafe_code: let tasks run what the model writes.
-        generation: KEY=VALUE pairs that go before the tasks' generation_kwargs.
-
-    Raises:
-        ConfigError: lm-eval is missing, a task or an argument is unknown.
-        ModelError: the checkpoint is missing, or a draft.
-        DataError: a document does not fit the model.
-    """
+    """Run tasks of lm-evaluation-harness on a checkpoint; print a table, and whether its likelihoods are exact."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-eval is not installed", hint="pip install 'dllm[lm-eval]'")
-    named = _named(generation)
-    # Else the harness forks once a core to resample some numbers, and draws bars beside ours.
+    root, named = root.resolve(), _named(gen)
+    # Otherwise the harness forks a process per core to resample, and draws its own progress bars.
     for name in ("DISABLE_MULTIPROC", "TQDM_DISABLE"):
         os.environ.setdefault(name, "1")
-    from dllm.cli import generate as answers
     from dllm.lm_eval import measuring
     from dllm.lm_eval.adapter import HarnessModel
-    from dllm.models import builtin
+    from dllm.models import builtin, checkpoints
     from dllm.training.distributed import Join
 
-    loaded = measuring.load_tasks(tasks, include_path, num_fewshot=num_fewshot, generation=named)
-    asking = measuring.ask_if_greedy(loaded)
-    checks = bool(asking) if check_greedy is None else check_greedy
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    loaded = measuring.load_tasks(names, include_path, num_fewshot=num_fewshot, generation=named)
+    need_greedy = measuring.greedy_tasks(loaded)
+    checks = bool(need_greedy) if check_greedy is None else check_greedy
     with Join() as ranks:
         if checkpoint.startswith(builtin.PREFIX):
             folder = builtin.directory(checkpoint)
         else:
-            folder = answers.find(checkpoint, root, trust_remote_code, revision)
+            folder = checkpoints.find(checkpoint, root, trust_remote_code, revision)
         model = HarnessModel(
             _model(folder, ranks.device, trust_remote_code, batch_size, samples, seed, checks, sampler),
             batch_size=batch_size,
             seed=seed,
             max_length=max_length,
-            enable_thinking=answers.thinking(folder, root),
+            enable_thinking=checkpoints.thinking(folder, root),
             ranks=ranks,
         )
         rows = measuring.measure(
@@ -92,7 +113,7 @@ def run(
             limit=limit,
             apply_chat_template=apply_chat_template,
             unsafe_code=confirm_run_unsafe_code,
-            unchecked=set() if checks or model.model.kind == "exact" else asking,
+            unchecked=set() if checks or model.model.kind == "exact" else need_greedy,
         )
         record = {"checkpoint": str(folder), "likelihood": model.report(), "results": rows}
         if ranks.is_main:
@@ -101,38 +122,35 @@ def run(
 
 def _model(
     folder: Path,
-    device: torch.device,
+    device: "torch.device",
     trust_remote_code: bool,
     batch_size: int,
     samples: int,
     seed: int,
     check_greedy: bool,
-    sampler: Sampler | None,
-) -> Scored:
+    sampler: str | None,
+) -> "Scored":
     """Load a diffusion model, or an ordinary causal one."""
     import torch
 
+    from dllm.config.params import Target
     from dllm.lm_eval.models import CausalScores, DiffusionScores
     from dllm.models import checkpoints, targets
-    from dllm.models.diffusion.bidirectional import BidirectionalLM, load_bidirectional, read_note
-    from dllm.models.diffusion.remote import kind_at, needs_its_code
+    from dllm.models.diffusion.bidirectional import BidirectionalLM, load_bidirectional
 
     target = Target(model=str(folder), trust_remote_code=trust_remote_code)
-    # On a processor bfloat16 is no faster, and near ties would fall differently from batch to batch.
+    # On a CPU bfloat16 is no faster, and near ties would differ between batches.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    note, kind = read_note(folder), kind_at(folder)
-    if note is None and kind is None:
-        if checkpoints.is_draft(folder):
-            raise ModelError("a draft says nothing of its own", where=str(folder), hint="name its target")
+    found = checkpoints.identify(folder)
+    if found.kind == "draft":
+        raise ModelError("a draft has no likelihood of its own", where=str(folder), hint="name its target")
+    if found.note is None:
         if sampler is not None:
             raise ConfigError(f"sampler {sampler} is for diffusion models", where=str(folder))
         model = targets.load_target(target, dtype, device)
         return CausalScores(model, targets.load_tokenizer(target), batch_size=batch_size)
-    if needs_its_code(folder) and not trust_remote_code:
-        raise ConfigError(
-            "this model runs code of its own", where=str(folder), hint="read it, then give --trust-remote-code"
-        )
-    size = note.block_size if note is not None else kind.block_size if kind is not None else None
+    found.require_trust(trust_remote_code)
+    size = found.note.block_size
 
     def load(to_score: bool) -> BidirectionalLM:
         return load_bidirectional(target, dtype, device, paired=size if to_score else None)

@@ -1,8 +1,7 @@
-"""Forward passes over a canvas, block by block: who sees whom, and what need not be computed again.
+"""Forward passes over a canvas, block by block: attention masks, and caches of keys and values.
 
-`none` runs everything at every step. `prefix` and `dual` (full attention) run everything once a block, then the columns
-from the block on, or the block alone, over keys and values that have grown stale: approximate, but exact at one step a
-block.
+`none` runs everything at every step. `prefix` and `dual` (full attention) run everything once per block, then the
+columns from the block on, or the block alone, over stale keys and values: approximate, but exact at one step per block.
 `block` (block-causal attention) runs the block alone over finished ones: exact.
 
 Shape suffixes: B batch, K columns, Q query columns, C columns of a block, D hidden.
@@ -23,12 +22,12 @@ from dllm.models.diffusion.cache import CanvasCache
 
 
 class Passes:
-    """Runs a model over the block that is being written.
+    """Runs a model over the block that is being decoded.
 
     Args:
         model: the model.
-        canvas: what it is run on; rows may leave it by `keep`.
-        context: how what lies before a block is seen.
+        canvas: what it is run on; `keep` drops rows.
+        context: the attention to what is before a block.
         cache: what is kept between passes.
     """
 
@@ -36,20 +35,20 @@ class Passes:
         self.model, self.canvas, self.context, self.kind = model, canvas, context, cache
         self.cache = CanvasCache(canvas.position_ids_BK) if cache != "none" else None
         self.final = 0
-        """Columns before this one are finished, and their keys and values will not change."""
+        """Columns before this one are final, and so are their keys and values."""
         self._masks: dict[tuple[int, int], Tensor | None] = {}
-        """Of the passes of this block so far, by their columns."""
+        """Attention masks of this block's passes so far, by their columns."""
 
     def enter(self, begin: int, end: int) -> None:
-        """Turn to the columns of another block."""
+        """Move on to the columns of another block."""
         self.begin, self.end, self.fresh = begin, end, True
         self._masks.clear()
 
     def hidden(self, ids_BK: Tensor, rows: Tensor | None = None) -> Tensor:
         """Run the model; return hidden_BCD of the block's columns.
 
-        Shapes: ids_BK is the canvas's, or guidance's; rows int64 names those to run, after a block's first pass, which
-            is of all: the next block looks at what it leaves. Returns a row for each that was run.
+        Shapes: ids_BK is the canvas's, or guidance's; rows int64, those to run: all in a block's first pass, since the
+            next block attends to its keys and values. Returns one row for each that was run.
         """
         first, last = self._columns()
         seen = self.canvas.width if self.context == "full" else self.end
@@ -78,24 +77,24 @@ class Passes:
         return found[:, self.begin - first : self.end - first]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop rows from the cache, as they were dropped from the canvas."""
+        """Drop rows from the cache that were dropped from the canvas."""
         self._masks.clear()
         if self.cache is not None:
             self.cache.keep(torch.tensor(rows, dtype=torch.int64, device=self.canvas.ids_BK.device))
 
     def _columns(self) -> tuple[int, int]:
-        """Say which columns the next pass must run."""
+        """Return the range of columns that the next pass must run."""
         if self.kind == "none":
             return 0, self.canvas.width if self.context == "full" else self.end
         if self.kind == "block":
-            # The block before is run once more beside this one's first step: only now is it whole.
+            # The block before is run again with this one's first step: only now is it complete.
             return (self.final if self.fresh else self.begin), self.end
         if self.fresh:
             return 0, self.canvas.width
         return self.begin, (self.canvas.width if self.kind == "prefix" else self.end)
 
     def _visible(self, first: int, last: int, seen: int) -> Tensor | None:
-        """Say which columns before `seen` each of some columns may look at; None where that is all."""
+        """Return which columns before `seen` the columns from `first` to `last` attend to; None for all."""
         canvas = self.canvas
         valid_BK = canvas.valid_BK[:, :seen]
         if self.context == "full":
@@ -112,6 +111,6 @@ class Passes:
                 back_QK = column_K <= column_Q[:, None]
                 here_QK = (column_Q[:, None] >= self.begin) & (column_K >= self.begin)
                 visible_BQK = (back_QK | here_QK) & valid_BK[:, None]
-        # A column that sees nothing, such as padding, has no softmax: let each see itself.
+        # The softmax over nothing, as of padding, is NaN: each column attends to itself.
         own_QK = torch.eye(last, seen, dtype=torch.bool, device=valid_BK.device)[first:]
         return visible_BQK | own_QK

@@ -1,6 +1,6 @@
-"""The canvas an answer is written on: prompts and masks, row by row, their blocks in the same columns.
+"""The canvas that is decoded: prompts and masks, one row per prompt, with blocks in the same columns.
 
-Prompts are padded on the left, so that ragged ones end where answers begin; positions count valid columns only.
+Prompts are padded on the left, so that all responses begin in one column; positions count valid columns only.
 
 Shape suffixes: B batch, K columns.
 """
@@ -14,16 +14,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Origin = Literal["sequence", "answer"]
+Origin = Literal["sequence", "response"]
 PADDING_BLOCK = -(1 << 40)
 
 
 @dataclass
 class Canvas:
-    """Rows that are being written.
+    """Rows that are being decoded.
 
-    Shapes: ids_BK int64; valid_BK, given_BK bool (given: what was there before); position_ids_BK, block_BK int64
-        (blocks that are written count from 0, what lies before them is negative).
+    Shapes: ids_BK int64; valid_BK, given_BK bool (given: not decoded here); position_ids_BK, block_BK int64
+        (decoded blocks count from 0, those before them are negative).
     """
 
     ids_BK: Tensor
@@ -49,7 +49,7 @@ class Canvas:
         self.row_of_B = [self.row_of_B[row] for row in rows]
 
 
-def for_answers(
+def for_responses(
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     block_size: int,
@@ -60,8 +60,10 @@ def for_answers(
 ) -> Canvas:
     """Lay out prompts with masks after them.
 
-    origin: where the grid of blocks begins: with the `answer`, or with the `sequence`; block 0 may then hold a prompt's
-    tail. prompt_blocks: number the prompt's own blocks too, for models that never see a later one even there.
+    Args:
+        origin: where the grid of blocks begins: with the `response`, or with the `sequence`: block 0 may then hold the
+            end of a prompt.
+        prompt_blocks: number the prompt's blocks too, for models that are block-causal there as well.
     """
     whole = [len(p) - len(p) % block_size if origin == "sequence" else len(p) for p in prompts]
     start = max(whole)
@@ -82,7 +84,7 @@ def for_filling(
 ) -> Canvas:
     """Lay out texts that hold masks themselves; everything else in them is given.
 
-    They begin in the same column, padded on the right: each then has the blocks it would have alone.
+    They are padded on the right, so that each has the blocks that it would have alone.
     """
     width = max(map(len, texts))
     canvas = _blank(len(texts), width, 0, mask_id)

@@ -1,4 +1,4 @@
-"""From what a person typed to ids: a chat, text to be continued, or text with spans to be filled."""
+"""Encode prompts: a chat, text to continue, or text with spans to fill."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SPAN = re.compile(r"\[MASK(?::([1-9]\d*))?\]")
 
 
 def checked(text: str, number: int) -> str:
-    """Return a text that a tokenizer can take.
+    """Return a text that a tokenizer accepts.
 
     Raises:
-        DataError: it is empty, or holds halves of characters, as bytes that are no UTF-8 become on a command line.
+        DataError: it is empty, or holds surrogates, as bytes that are not UTF-8 become on a command line.
     """
     if not text.strip():
         raise DataError("empty prompt", where=f"prompt {number}")
@@ -31,15 +31,18 @@ def checked(text: str, number: int) -> str:
     return text
 
 
-def check_room(length: int, new_tokens: int, longest: int, number: int) -> None:
-    """Refuse a prompt of some tokens that leaves no room for its answer.
+def check_room(length: int, new_tokens: int, max_length: int, number: int) -> None:
+    """Refuse a prompt that leaves no room for its response.
+
+    Args:
+        number: which prompt it is, for messages.
 
     Raises:
-        DataError: with what would help.
+        DataError: it does.
     """
-    if length + new_tokens > longest:
+    if length + new_tokens > max_length:
         raise DataError(
-            f"{length} tokens and {new_tokens} new ones are more than this model's {longest}",
+            f"{length} tokens and {new_tokens} new ones are more than this model's {max_length}",
             where=f"prompt {number}",
             hint="shorten it, or lower --max-new-tokens" if new_tokens else "shorten it",
         )
@@ -48,7 +51,7 @@ def check_room(length: int, new_tokens: int, longest: int, number: int) -> None:
 def text_ids(
     tokenizer: PreTrainedTokenizerBase, text: str, raw: bool, enable_thinking: bool | None, number: int
 ) -> list[int]:
-    """Encode what is to be answered, or with `raw` continued.
+    """Encode a prompt as a chat, or with `raw` as it is.
 
     Args:
         number: which prompt it is, for messages.
@@ -68,16 +71,16 @@ def text_ids(
 
 
 def span_ids(
-    tokenizer: PreTrainedTokenizerBase, text: str, raw: bool, mask_token_id: int, longest: int, number: int
+    tokenizer: PreTrainedTokenizerBase, text: str, raw: bool, mask_token_id: int, max_length: int, number: int
 ) -> list[int]:
-    """Encode text whose [MASK] stands for one token and [MASK:n] for n; unless `raw`, as what a user said.
+    """Encode text whose [MASK] stands for one token and [MASK:n] for n; unless `raw`, as a user turn.
 
     Args:
-        longest: tokens that a text may have.
+        max_length: most tokens of a text.
         number: as in `text_ids`.
 
     Raises:
-        DataError: there is no span, or one that cannot be read.
+        DataError: there is no span, or a malformed one.
     """
     where = f"prompt {number}"
     checked(text, number)
@@ -87,8 +90,10 @@ def span_ids(
         message = f"{odd[0]} is no span" if odd else "nothing to fill in"
         raise DataError(message, where=where, hint="write [MASK] for one token, or [MASK:n] for n of them")
     lengths = [int(span[1] or 1) for span in spans]
-    if sum(lengths) > longest:
-        raise DataError(f"spans of {sum(lengths)} tokens, and a text of this model has {longest} at most", where=where)
+    if sum(lengths) > max_length:
+        raise DataError(
+            f"spans of {sum(lengths)} tokens, and a text of this model has {max_length} at most", where=where
+        )
     rendered, ids = text, list[int]()
     if raw:
         opening = tokenizer("")["input_ids"]
@@ -98,26 +103,26 @@ def span_ids(
         chat = [{"role": "user", "content": text}]
         rendered = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False))
     # Split at spans: text, number, text, number, ..., text.
-    for place, piece in enumerate(SPAN.split(rendered)):
-        if place % 2:
-            ids += [mask_token_id] * int(piece or 1)
+    for index, part in enumerate(SPAN.split(rendered)):
+        if index % 2:
+            ids += [mask_token_id] * int(part or 1)
         else:
-            ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+            ids += tokenizer(part, add_special_tokens=False)["input_ids"]
     if ids.count(mask_token_id) != sum(lengths):
         raise DataError("the text holds the mask token itself", where=where, hint="write [MASK] instead")
     return ids
 
 
-def filled(
-    tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int], written: Sequence[int], mask_token_id: int
+def fill_spans(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int], filled_ids: Sequence[int], mask_token_id: int
 ) -> str:
-    """Put what was written for each span in its place; all other text stays to the letter.
+    """Replace each span by its decoded tokens; all other text is unchanged.
 
     Args:
-        ids: what `span_ids` made of the text.
-        written: the same, filled.
+        ids: from `span_ids`.
+        filled_ids: the same with masks replaced.
     """
-    new = iter([token for given, token in zip(ids, written, strict=True) if given == mask_token_id])
+    new = iter([token for given, token in zip(ids, filled_ids, strict=True) if given == mask_token_id])
     return SPAN.sub(
         lambda span: str(tokenizer.decode(list(islice(new, int(span[1] or 1))), skip_special_tokens=True)), text
     )

@@ -1,6 +1,6 @@
-"""What a model would write at masked places, and how sure it is of each.
+"""Proposed tokens at masked positions, and their confidence.
 
-Shape suffixes: M masked places, V vocabulary.
+Shape suffixes: M masked positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def row_generators(
     copies: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> list[torch.Generator]:
-    """Give each prompt random numbers of its own, whatever shares its batch; equal prompts get different ones.
+    """Make a random generator per prompt, independent of the batch; equal prompts get different ones.
 
-    They are drawn on the model's device, since there is one a token of the vocabulary: a GPU's are not a processor's.
+    Numbers are drawn on the model's device, one per token of the vocabulary: a GPU's differ from a CPU's.
 
     Args:
         copies: as `copies_of` numbers them over all batches; by default over these prompts alone.
@@ -52,14 +52,14 @@ def propose(
     top_p: float,
     remasking: Remasking,
 ) -> tuple[Tensor, Tensor]:
-    """Draw a token for each place, and score it by the logits as they are, whatever the temperature.
+    """Sample a token for each position, and score it by the logits at temperature 1.
 
-    Shapes: counts tells how many places each row has, row after row; each row has a generator. Returns token_M int64
-        and score_M float32, larger for those to commit sooner: a probability (low_confidence), u (random), minus the
+    Shapes: counts has the number of positions per row, row after row; each row has a generator. Returns token_M int64
+        and score_M float32, larger for those to commit first: a probability (low_confidence), u (random), minus the
         entropy in nats (entropy), the gap between the two largest probabilities (margin).
 
     Raises:
-        ModelError: logits are not numbers, as of weights that have diverged: no place would ever be sure.
+        ModelError: a logit is not finite, as after training has diverged.
 
     Source: LLaDA's generation code; argmax of z / T + Gumbel noise is a draw from softmax(z / T), and needs float64
         (arXiv 2409.02908).
@@ -68,11 +68,11 @@ def propose(
     if temperature == 0:
         token_M = logits_MV.argmax(-1)
     else:
-        wish_MV = _nucleus(logits_MV.double() / temperature, top_p) + _gumbel(logits_MV, counts, generators)
-        token_M = wish_MV.argmax(-1)
+        noisy_MV = _nucleus(logits_MV.double() / temperature, top_p) + _gumbel(logits_MV, counts, generators)
+        token_M = noisy_MV.argmax(-1)
     log_M = log_MV.gather(1, token_M[:, None])[:, 0]
     if not bool(log_M.isfinite().all()):
-        raise ModelError("the model's logits are not numbers", hint="its weights may have diverged in training")
+        raise ModelError("the model's logits are not numbers", hint="training may have diverged")
     if remasking == "low_confidence":
         return token_M, log_M.exp()
     if remasking == "entropy":
@@ -84,14 +84,14 @@ def propose(
 
 
 def _gumbel(logits_MV: Tensor, counts: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    u_MV = _uniform(counts, logits_MV.shape[1:], generators, torch.float64).clamp_min(1e-300)  # 0: an infinite wish
+    u_MV = _uniform(counts, logits_MV.shape[1:], generators, torch.float64).clamp_min(1e-300)  # 0 would be infinite
     return -torch.log(-torch.log(u_MV))
 
 
 def _uniform(
     counts: Sequence[int], shape: Sequence[int], generators: Sequence[torch.Generator], dtype: torch.dtype
 ) -> Tensor:
-    """Draw each row's numbers by its own generator. Shapes: returns (M, *shape)."""
+    """Draw each row's numbers from its own generator. Shapes: returns (M, *shape)."""
     drawn = [
         torch.rand(n, *shape, generator=generator, dtype=dtype, device=generator.device)
         for n, generator in zip(counts, generators, strict=True)
@@ -100,7 +100,7 @@ def _uniform(
 
 
 def _nucleus(logits_MV: Tensor, top_p: float) -> Tensor:
-    """Leave out the tokens beyond the smallest set of the likeliest that holds `top_p`."""
+    """Mask all but the smallest set of most probable tokens whose probability reaches `top_p`."""
     if top_p >= 1:
         return logits_MV
     by_MV, order_MV = logits_MV.sort(-1, descending=True)

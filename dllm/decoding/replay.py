@@ -1,4 +1,4 @@
-"""`generate --show`: an answer as it fills, in place on a terminal, line by line elsewhere."""
+"""`generate --show`: the canvas after each step, in place on a terminal, line by line elsewhere."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ if TYPE_CHECKING:
     from dllm.models.diffusion.bidirectional import BidirectionalLM
 
 BLANK, END = "░", "■"
-"""How a place that is not written yet is shown, and an end token."""
+"""How masks and end tokens are shown."""
 FRAME = 0.06
-"""Seconds for which a step stays on a terminal at least: small models write faster than anyone can see."""
+"""Least seconds for which a step stays on a terminal: small models are faster than the eye."""
 
 
 class Replay:
-    """Shows one answer while it is written; `watch` fits the samplers.
+    """Shows one response while it is generated, through the samplers' `watch`.
 
-    On a terminal the last step's tokens stand out, and what does not fit is cut around them; at the end the picture is
-    wiped, for the finished text follows.
+    On a terminal the last step's tokens are highlighted, and lines that do not fit are cut around them; at the end the
+    picture is erased, as the finished text follows.
 
     Args:
-        model: whose answer it is.
-        canvas: tokens before the first step, None where there is a mask; what is written beyond is not shown.
-        stream: where to.
+        model: the model that generates it.
+        canvas: tokens before the first step, None for a mask; tokens beyond its end are not shown.
+        stream: where to show it.
     """
 
     def __init__(self, model: BidirectionalLM, canvas: list[int | None], stream: TextIO) -> None:
         self.tokenizer, self.eos_ids = model.tokenizer, model.eos_ids
         self.canvas, self.stream = canvas, stream
         self.seconds = 0.0
-        """Spent here, not on writing."""
+        """Seconds spent on showing."""
         self.console = Console(file=stream, highlight=False)
         moves = self.console.is_terminal and not self.console.is_dumb_terminal
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if moves else None
@@ -56,12 +56,12 @@ class Replay:
             self.live.stop()
 
     def watch(self, _: int, pairs: list[tuple[int, int]]) -> None:
-        """Take in what a step has written."""
+        """Show what a step has committed."""
         began = time.perf_counter()
-        self.new = {place for place, _ in pairs if place < len(self.canvas)}
-        for place, token in pairs:
-            if place in self.new:
-                self.canvas[place] = token
+        self.new = {index for index, _ in pairs if index < len(self.canvas)}
+        for index, token in pairs:
+            if index in self.new:
+                self.canvas[index] = token
         self.step += 1
         if self.live is None:
             print(f"[{self.step}] {self.text()!r}", file=self.stream, flush=True)
@@ -71,10 +71,10 @@ class Replay:
         self.seconds += time.perf_counter() - began
 
     def text(self) -> str:
-        """Spell the canvas, with a blank for each mask."""
-        return self._spell(self.canvas)
+        """Return the canvas as text, with a blank for each mask."""
+        return self._decode(self.canvas)
 
-    def _spell(self, tokens: Sequence[int | None]) -> str:
+    def _decode(self, tokens: Sequence[int | None]) -> str:
         parts = []
         for mark, group in groupby(tokens, self._mark):
             run = list(group)
@@ -86,13 +86,13 @@ class Replay:
         return BLANK if token is None else END if token in self.eos_ids else None
 
     def _picture(self) -> Group:
-        """Draw the canvas in as many lines as the terminal has room for, the newest tokens among them."""
+        """Draw as many lines of the canvas as fit the terminal, the newest tokens among them."""
         body = Text()
         for (is_blank, is_new), group in groupby(
-            range(len(self.canvas)), lambda place: (self.canvas[place] is None, place in self.new)
+            range(len(self.canvas)), lambda index: (self.canvas[index] is None, index in self.new)
         ):
             style = "dim" if is_blank else "bold green" if is_new else ""
-            body.append(_printable(self._spell([self.canvas[place] for place in group])), style)
+            body.append(_printable(self._decode([self.canvas[index] for index in group])), style)
         lines = body.wrap(self.console, self.console.width)
         room = max(1, self.console.height - 3)
         newest = max((n for n, line in enumerate(lines) if any("bold" in str(s.style) for s in line.spans)), default=0)
@@ -103,5 +103,5 @@ class Replay:
 
 
 def _printable(text: str) -> str:
-    """Keep what a model writes from steering the terminal."""
+    """Replace control characters, which could steer the terminal."""
     return "".join(c if c == "\n" or unicodedata.category(c) != "Cc" else "·" for c in text)

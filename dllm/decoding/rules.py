@@ -12,11 +12,27 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dllm.decoding.settings import Schedule
+from dllm.decoding.settings import Schedule, UnmaskingSettings
+
+
+def commit_counts(score_BC: Tensor, planned_B: Tensor, settings: UnmaskingSettings) -> Tensor:
+    """Count the tokens that a step commits in each row, by the rule that the settings choose.
+
+    Shapes: score_BC holds -inf where there is nothing to commit; planned_B int64, at least 1; returns count_B.
+    """
+    if settings.factor is not None:
+        return factor_counts(score_BC, settings.factor)
+    if settings.entropy_bound is not None:
+        return entropy_bound_counts(-score_BC, settings.entropy_bound)
+    if settings.threshold is not None:
+        # With `steps` given at least as many as planned, as in LLaDA2; else at least one.
+        least_B = planned_B if settings.steps is not None else torch.ones_like(planned_B)
+        return threshold_counts(score_BC, settings.threshold, least_B)
+    return planned_B
 
 
 def plan(masks: int, steps: int, schedule: Schedule) -> list[int]:
-    """Plan how many of some masks each step commits; more steps than masks are as many as masks."""
+    """Plan how many masks each step commits; more steps than masks count as many as masks."""
     steps = max(1, min(steps, masks))
     return planned_counts(masks, steps) if schedule == "even" else derived_counts(masks, steps, cosine)
 
@@ -37,9 +53,9 @@ def transfer_shares(steps: int, alpha: Callable[[float], float]) -> list[float]:
 
 
 def derived_counts(masks: int, steps: int, alpha: Callable[[float], float]) -> list[int]:
-    """Spread masks over steps as a noise schedule alpha has it, of what is left; a step without any is dropped.
+    """Spread masks over steps by a noise schedule alpha, rounding what is left; a step without any is dropped.
 
-    Source: as `transfer_shares`, the expected number in place of a draw.
+    Source: as `transfer_shares`, with expected numbers in place of draws.
     """
     counts, left = [], masks
     for share in transfer_shares(steps, alpha):
@@ -58,7 +74,7 @@ def planned_counts(masks: int, steps: int) -> list[int]:
 
 
 def threshold_counts(score_BC: Tensor, threshold: float, least_B: Tensor) -> Tensor:
-    """Count the scores above the threshold (strictly, so that 1 asks for one at a time), and no fewer than `least_B`.
+    """Count the scores strictly above the threshold (so that 1 gives one at a time), and no fewer than `least_B`.
 
     Shapes: score_BC holds -inf where there is nothing to commit; returns count_B.
     Source: Fast-dLLM (arXiv 2505.22618), section 3.3; LLaDA2.0 (arXiv 2512.15745), its generation code.
@@ -79,7 +95,7 @@ def factor_counts(score_BC: Tensor, factor: float) -> Tensor:
 
 
 def entropy_bound_counts(entropy_BC: Tensor, bound: float) -> Tensor:
-    """Count the k places of least entropy of which all but the last have no more than `bound` together; at least one.
+    """Count the k positions of least entropy of which all but the last sum to at most `bound`; at least one.
 
     Shapes: entropy_BC holds inf where there is nothing to commit; returns count_B.
     Units: nats.
@@ -91,9 +107,9 @@ def entropy_bound_counts(entropy_BC: Tensor, bound: float) -> Tensor:
 
 
 def best(score_BC: Tensor, count_B: Tensor) -> Tensor:
-    """Mark each row's `count_B` best scores, never one of -inf; among equals the leftmost. Shapes: returns bool_BC."""
+    """Mark each row's `count_B` best scores, never one of -inf; ties go to the left. Shapes: returns bool_BC."""
     order_BC = score_BC.argsort(dim=1, descending=True, stable=True)
     rank_BC = torch.empty_like(order_BC)
-    places_C = torch.arange(score_BC.shape[1], device=score_BC.device)
-    rank_BC.scatter_(1, order_BC, places_C.expand_as(order_BC))
+    ranks_C = torch.arange(score_BC.shape[1], device=score_BC.device)
+    rank_BC.scatter_(1, order_BC, ranks_C.expand_as(order_BC))
     return (rank_BC < count_B[:, None]) & (score_BC > float("-inf"))

@@ -1,89 +1,148 @@
-"""What a person may ask of a sampler, and which wishes do not go together."""
+"""Sampler settings and their validation.
+
+A field is stated once: type, default, bounds and help text. The command line derives its flags from it
+(`dllm.cli.options`), lm-eval its generation arguments, and `__post_init__` its checks. Imports neither torch nor
+pydantic, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from typing_extensions import override
 
 from dllm.errors import ConfigError
-from dllm.models.diffusion.bidirectional import Context
 
 Remasking = Literal["low_confidence", "random", "entropy", "margin"]
 Schedule = Literal["even", "cosine"]
 CacheKind = Literal["none", "prefix", "dual", "block"]
 
 
+def setting(
+    default: Any,
+    help: str | None,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: bool = False,
+    show_default: bool = True,
+) -> Any:
+    """Describe a field.
+
+    Args:
+        help: for the command line; None gives the field no flag.
+        low: the least allowed value.
+        high: the largest allowed value.
+        above: exclude `low` itself.
+        show_default: name the default in `--help`; not where a sampler or a model usually replaces it.
+    """
+    bounds = {"low": low, "high": high, "above": above}
+    return field(default=default, metadata={"help": help, "bounds": bounds, "show_default": show_default})
+
+
 @dataclass(frozen=True)
-class Settings:
-    """How an answer is written.
+class LengthSettings:
+    """Settings of a sampler that takes nothing but a length; every sampler's settings derive from these.
 
     Raises:
-        ConfigError: a value is out of range, or two of them do not go together.
+        ConfigError: a value is out of range, or two values contradict each other.
     """
 
-    max_new_tokens: int = 128
-    steps: int | None = None
-    """Forward passes over all blocks together, at least one a block; null takes one a token. A threshold may need
-    fewer."""
-    schedule: Schedule = "even"
-    """How the plan spreads a block's tokens over its steps: evenly, or with few first and many later (`cosine`)."""
-    block_size: int | None = None
-    """Columns written before the next ones are begun; null takes all at once."""
-    temperature: float = 0.0
-    top_p: float = 1.0
-    remasking: Remasking = "low_confidence"
-    """Which proposals are kept: the most probable, a random choice, those of least entropy, or of largest margin."""
-    threshold: float | None = None
-    """Commit every proposal whose probability (margin) is above this, and at least one."""
-    factor: float | None = None
-    """Commit by Fast-dLLM's factor rule instead."""
-    entropy_bound: float | None = None
-    """Commit the places of least entropy, all but the last with no more nats than this together."""
-    cfg_scale: float = 0.0
-    """Classifier-free guidance: logits z + w (z - z without the prompt). It doubles the forward passes."""
-    cache: CacheKind = "none"
-    """`prefix` and `dual` are approximate, for full attention; `block` is exact, for block-causal models."""
-    early_stop: bool = True
-    """Leave out work after an end token; the text is the same either way."""
-    seed: int = 0
-    editing_threshold: float | None = None
-    """Also rewrite tokens of the current block for which another one's probability is above this (LLaDA2.1)."""
-    max_post_steps: int = 16
-    """Most passes that only edit a block, once it has no mask."""
+    max_new_tokens: int = setting(256, "Most tokens to generate per prompt.", low=1)
 
     def __post_init__(self) -> None:
-        checks = [
-            (self.max_new_tokens >= 1, "max_new_tokens must be at least 1", None),
-            (self.steps is None or self.steps >= 1, "steps must be at least 1", None),
-            (self.block_size is None or self.block_size >= 1, "block_size must be at least 1", None),
-            (
-                self.temperature == 0 or 1e-6 <= self.temperature < math.inf,
-                "temperature must be 0, or a number from 1e-6 on",
-                None,
-            ),
-            (0 < self.top_p <= 1, "top_p must be above 0 and at most 1", None),
-            (0 <= self.cfg_scale < math.inf, "cfg_scale must be a number from 0 on", None),
-            *(
-                (value is None or not math.isnan(value), f"{name} must be a number", None)
-                for name, value in (("threshold", self.threshold), ("editing_threshold", self.editing_threshold))
-            ),
-            (self.max_post_steps >= 0, "max_post_steps must not be negative", None),
-            (self.factor is None or self.factor > 0, "factor must be above 0", None),
-            (self.entropy_bound is None or self.entropy_bound >= 0, "entropy_bound must not be negative", None),
+        for each in fields(self):
+            _check_range(each.name, getattr(self, each.name), **each.metadata["bounds"])
+        for valid, message, hint in self.checks():
+            if not valid:
+                raise ConfigError(message, hint=hint)
+
+    def checks(self) -> list[tuple[bool, str, str | None]]:
+        """List what must hold between values, each with the message and the hint for where it does not."""
+        return []
+
+
+@dataclass(frozen=True)
+class BlockSettings(LengthSettings):
+    """Settings of a sampler that decodes in blocks."""
+
+    block_size: int | None = setting(None, "Tokens per block; 0, the default, takes the checkpoint's.", low=0)
+    """null and 0 take the model's, else everything at once."""
+
+
+@dataclass(frozen=True)
+class SeededSettings(LengthSettings):
+    """Settings of a sampler that may draw random numbers."""
+
+    temperature: float = setting(0.0, "Softmax temperature; 0 is greedy.", low=0)
+    seed: int = setting(0, "Random seed (temperature > 0, or --remasking random).")
+    early_stop: bool = setting(True, None)
+    """Skip what follows an end token; the text is the same either way."""
+
+    @override
+    def checks(self) -> list[tuple[bool, str, str | None]]:
+        fine = self.temperature == 0 or 1e-6 <= self.temperature < math.inf
+        return [*super().checks(), (fine, "temperature must be 0, or a number from 1e-6 on", None)]
+
+
+@dataclass(frozen=True)
+class CausalSettings(SeededSettings):
+    """Settings of decoding one token at a time."""
+
+    top_p: float = setting(
+        1.0, "Sample from the smallest set of tokens with this probability.", low=0, high=1, above=True
+    )
+
+
+@dataclass(frozen=True)
+class SelfSpeculationSettings(BlockSettings, SeededSettings):
+    """Settings of self-speculation."""
+
+
+@dataclass(frozen=True)
+class UnmaskingSettings(BlockSettings, CausalSettings):
+    """Settings of unmasking a block: how many tokens per pass, and which of them first."""
+
+    steps: int | None = setting(
+        None, "Forward passes over all blocks, at least one per block; by default one per token.", low=1
+    )
+    """A threshold may need fewer."""
+    schedule: Schedule = setting("even", "How tokens are spread over --steps; cosine: few first.")  # noqa: RUF009
+    remasking: Remasking = setting("low_confidence", "Which proposals are committed first.")  # noqa: RUF009
+    """The most probable, those in random order, those of least entropy, or of largest margin."""
+    threshold: float | None = setting(None, "Commit all proposals with a probability above this.", low=0, high=1)
+    """At least one per pass; with remasking margin it compares margins."""
+    factor: float | None = setting(None, "Commit by Fast-dLLM's factor rule.", low=0, above=True)
+    entropy_bound: float | None = setting(
+        None, "Commit the positions of least entropy, up to this sum in nats; needs --remasking entropy.", low=0
+    )
+    """The last of them is not counted in the sum."""
+
+    @property
+    def follows_plan(self) -> bool:
+        """Tell whether a plan of steps affects how many tokens are committed."""
+        ruled = self.factor is not None or self.entropy_bound is not None
+        return not ruled and (self.threshold is None or self.steps is not None)
+
+    @override
+    def checks(self) -> list[tuple[bool, str, str | None]]:
+        return [
+            *super().checks(),
             (
                 [self.threshold, self.factor, self.entropy_bound].count(None) >= 2,
                 "threshold, factor and entropy_bound exclude each other",
-                "name one",
+                "give one of them",
             ),
             (
                 (self.threshold is None and self.factor is None) or self.remasking in ("low_confidence", "margin"),
-                f"threshold and factor compare probabilities, which remasking {self.remasking} has none of",
+                f"threshold and factor compare probabilities, and remasking {self.remasking} has none",
                 "take low_confidence or margin",
             ),
             (
                 self.entropy_bound is None or self.remasking == "entropy",
-                f"entropy_bound adds up entropies, and remasking {self.remasking} has none of them",
+                f"entropy_bound sums entropies, and remasking {self.remasking} has none",
                 "take remasking entropy",
             ),
             (
@@ -92,38 +151,58 @@ class Settings:
                 "leave steps out",
             ),
             (
-                self.max_post_steps == 16 or self.editing_threshold is not None,
-                "max_post_steps limits edits, and there are none",
-                "name an editing_threshold too",
-            ),
-            (
                 self.schedule == "even" or self.follows_plan,
-                f"schedule {self.schedule} shapes a plan, and there is none to follow",
-                "name steps, and neither factor nor entropy_bound",
+                f"schedule {self.schedule} shapes a plan, and there is none",
+                "give steps, and neither factor nor entropy_bound",
             ),
         ]
-        for fine, message, hint in checks:
-            if not fine:
-                raise ConfigError(message, hint=hint)
 
-    @property
-    def follows_plan(self) -> bool:
-        """Tell whether a plan of steps has a say in how many tokens are committed."""
-        ruled = self.factor is not None or self.entropy_bound is not None
-        return not ruled and (self.threshold is None or self.steps is not None)
 
-    def check_cache(self, context: Context) -> None:
-        """Refuse a cache that the model's attention has no use for.
+@dataclass(frozen=True)
+class Settings(UnmaskingSettings):
+    """Settings of unmasking a whole canvas: all that any sampler here takes."""
 
-        Raises:
-            ConfigError: it is one for another kind of attention.
-        """
-        if self.cache == "block" and context == "full":
-            raise ConfigError(
-                "cache block is for block-causal models, and this one sees all of its canvas",
-                hint="take prefix or dual",
-            )
-        if self.cache in ("prefix", "dual") and context != "full":
-            raise ConfigError(
-                f"cache {self.cache} is for full attention, and this model is block-causal", hint="take block"
-            )
+    cfg_scale: float = setting(0.0, "Classifier-free guidance scale; above 0 it doubles the forward passes.", low=0)
+    """Logits z + w (z - z without the prompt)."""
+    cache: CacheKind = setting(  # noqa: RUF009
+        "none",
+        "Keys and values kept between passes; default: block for block-causal models (exact), else none.",
+        show_default=False,
+    )
+    """`prefix` and `dual` are approximate, for full attention; `block` is exact, for block-causal models."""
+    editing_threshold: float | None = setting(
+        None, "Replace a block's tokens where another one's probability is above this.", low=0, high=1
+    )
+    """Source: LLaDA2.1."""
+    max_post_steps: int = setting(16, "Most passes per block that only edit.", low=0)
+
+    @override
+    def checks(self) -> list[tuple[bool, str, str | None]]:
+        return [
+            *super().checks(),
+            (self.cfg_scale < math.inf, "cfg_scale must be a number from 0 on", None),
+            (
+                self.max_post_steps == 16 or self.editing_threshold is not None,
+                "max_post_steps limits edits, and there are none",
+                "give an editing_threshold too",
+            ),
+        ]
+
+
+def _check_range(name: str, value: Any, *, low: float | None, high: float | None, above: bool) -> None:
+    """Refuse a value outside a field's bounds.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if isinstance(value, str | bool | None):
+        return
+    wrong = ""
+    if math.isnan(value):
+        wrong = "must be a number" if name != "temperature" else "must be 0, or a number from 1e-6 on"
+    elif low is not None and (value < low or (above and value == low)):
+        wrong = f"must be {'above' if above else 'at least'} {low:g}"
+    elif high is not None and value > high:
+        wrong = f"must be at most {high:g}"
+    if wrong:
+        raise ConfigError(f"{name} {wrong}")

@@ -1,9 +1,9 @@
-"""Write answers by unmasking a canvas, block by block, the surest tokens first.
+"""Decode by unmasking a canvas, block by block, the most confident tokens first.
 
 Every sampler of masked diffusion is this loop with other settings: LLaDA's plan, Fast-dLLM's threshold and factor,
-entropy bounds, LLaDA2's editing, with any cache. Rows of a batch never meet: each gets what it would get alone.
+entropy bounds, LLaDA2's editing, with any cache. Rows are independent: each gets what it would get alone.
 
-Shape suffixes: B batch, K columns, C columns of a block, M masked places, D hidden, V vocabulary.
+Shape suffixes: B batch, K columns, C columns of a block, M masked positions, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,22 +14,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dllm.decoding import rules as schedule
+from dllm.decoding import rules
 from dllm.decoding.cache_passes import Passes
-from dllm.decoding.canvas import Canvas, Origin, for_answers, for_filling
+from dllm.decoding.canvas import Canvas, Origin, for_filling, for_responses
 from dllm.decoding.proposals import propose, row_generators
-from dllm.decoding.settings import Settings
+from dllm.decoding.settings import CacheKind, Settings
 from dllm.errors import ConfigError, DataError
 from dllm.models.diffusion.bidirectional import BidirectionalLM, Context
 
 
 @dataclass
 class Generation:
-    """What became of one prompt.
+    """The response to one prompt, and what it took.
 
-    `token_ids` ends with the first end token; `passes` counts forward passes in which this row was written (guidance
-    counts twice, as it runs twice). `steps` has what each step committed or edited, as (place in the answer, token)
-    pairs.
+    `token_ids` ends with the first end token; `passes` counts forward passes in which this row was decoded (guidance
+    counts twice). `steps` has what each step committed or edited, as (position in the response, token) pairs.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -39,7 +38,7 @@ class Generation:
 
 
 Watch = Callable[[int, list[tuple[int, int]]], None]
-"""Called after each step of a row with its number and what was committed, as in `Generation.steps`."""
+"""Called after each step of a row with its number and what the step committed, as in `Generation.steps`."""
 
 
 @torch.no_grad()
@@ -51,10 +50,11 @@ def sample(
     context: Context | None = None,
     copies: Sequence[int] | None = None,
 ) -> list[Generation]:
-    """Generate from prompts, all in one batch. By default as the model was trained: see `DiffusionConfig.context`.
+    """Generate from prompts, all in one batch.
 
     Args:
-        copies: which of equal prompts each is, if others of them are in other batches: see `row_generators`.
+        context: by default the model's own: see `DiffusionConfig.context`.
+        copies: which of equal prompts each is, over all batches: see `row_generators`.
 
     Raises:
         ConfigError: the settings do not fit the model.
@@ -62,17 +62,17 @@ def sample(
     """
     check_prompts(model, prompts, masks=False)
     context = context or model.note.context
-    settings.check_cache(context)
+    _check_cache(settings.cache, context)
     block_size = settings.block_size or model.note.block_size or settings.max_new_tokens
-    origin: Origin = "sequence" if context == "block" else "answer"
+    origin: Origin = "sequence" if context == "block" else "response"
     device = model.head_VD.device
-    canvas = for_answers(
+    canvas = for_responses(
         prompts, settings.max_new_tokens, block_size, model.mask_token_id, origin, model.prompt_blocks, device
     )
-    answers = _Loop(
+    generations = _Loop(
         model, canvas, settings, context, row_generators(prompts, settings.seed, copies, device), watch
     ).run(block_size)
-    return [trimmed(answer, model.eos_ids) for answer in answers]
+    return [trimmed(each, model.eos_ids) for each in generations]
 
 
 @torch.no_grad()
@@ -83,12 +83,12 @@ def fill(
     watch: Watch | None = None,
     copies: Sequence[int] | None = None,
 ) -> list[Generation]:
-    """Replace the masks inside texts; `token_ids` are then whole texts. `max_new_tokens` has no say.
+    """Replace the masks inside texts; `token_ids` are then whole texts, and `max_new_tokens` is ignored.
 
-    Neither end tokens nor others that are no text are written: text goes on after a span. `copies` as in `sample`.
+    Neither end tokens nor other special tokens are generated, as text follows a span. `copies` as in `sample`.
 
     Raises:
-        ConfigError: the model is block-causal, and cannot look at what follows a mask.
+        ConfigError: the model is block-causal, and cannot attend to what follows a mask.
         DataError: a text is empty.
     """
     check_prompts(model, texts, masks=True)
@@ -96,7 +96,7 @@ def fill(
         raise ConfigError(
             "this model is block-causal: it cannot see what follows a mask", hint="infill needs full attention"
         )
-    settings.check_cache("full")
+    _check_cache(settings.cache, "full")
     canvas = for_filling(texts, settings.block_size, model.mask_token_id, model.head_VD.device)
     generators = row_generators(texts, settings.seed, copies, model.head_VD.device)
     loop = _Loop(model, canvas, settings, "full", generators, watch, stop=False)
@@ -104,10 +104,10 @@ def fill(
 
 
 def check_prompts(model: BidirectionalLM, prompts: Sequence[Sequence[int]], masks: bool) -> None:
-    """Refuse empty prompts, and unless `masks` those that hold the mask token.
+    """Refuse empty prompts, and unless `masks` those with the mask token.
 
     Raises:
-        DataError: one is.
+        DataError: there is one.
     """
     for number, prompt in enumerate(prompts, 1):
         if len(prompt) == 0:
@@ -118,16 +118,30 @@ def check_prompts(model: BidirectionalLM, prompts: Sequence[Sequence[int]], mask
             )
 
 
-def trimmed(answer: Generation, eos_ids: set[int]) -> Generation:
-    """Cut an answer after its first end token."""
-    end = next((place for place, token in enumerate(answer.token_ids) if token in eos_ids), None)
+def trimmed(generation: Generation, eos_ids: set[int]) -> Generation:
+    """Cut a response after its first end token."""
+    end = next((index for index, token in enumerate(generation.token_ids) if token in eos_ids), None)
     if end is not None:
-        answer.token_ids, answer.stopped = answer.token_ids[: end + 1], True
-    return answer
+        generation.token_ids, generation.stopped = generation.token_ids[: end + 1], True
+    return generation
+
+
+def _check_cache(cache: CacheKind, context: Context) -> None:
+    """Refuse a cache for another kind of attention.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if cache == "block" and context == "full":
+        raise ConfigError(
+            "cache block is for block-causal models, and this one's attention is full", hint="take prefix or dual"
+        )
+    if cache in ("prefix", "dual") and context != "full":
+        raise ConfigError(f"cache {cache} is for full attention, and this model is block-causal", hint="take block")
 
 
 class _Loop:
-    """The blocks of one canvas, one after the other."""
+    """Decodes the blocks of one canvas, one after the other."""
 
     def __init__(
         self,
@@ -141,14 +155,14 @@ class _Loop:
     ) -> None:
         self.model, self.canvas, self.settings, self.generators, self.watch = model, canvas, settings, generators, watch
         self.stops = stop and settings.early_stop
-        no_text = set() if stop else {*model.eos_ids, *model.tokenizer.all_special_ids}
-        self.never = torch.tensor(sorted({model.mask_token_id, *no_text}), device=canvas.ids_BK.device)
+        special = set() if stop else {*model.eos_ids, *model.tokenizer.all_special_ids}
+        self.never = torch.tensor(sorted({model.mask_token_id, *special}), device=canvas.ids_BK.device)
         self.eos_M = torch.tensor(sorted(model.eos_ids), dtype=torch.int64, device=canvas.ids_BK.device)
         self.passes = [Passes(model, canvas, context, settings.cache)]
         if settings.cfg_scale:
             self.passes.append(Passes(model, canvas, context, settings.cache))
-        self.answers = [Generation() for _ in canvas.row_of_B]
-        # Where answers begin; for texts with masks inside, where the text does.
+        self.generations = [Generation() for _ in canvas.row_of_B]
+        # Where responses begin; for texts with masks inside, where the text does.
         fixed_BK = canvas.given_BK if stop else torch.zeros_like(canvas.given_BK)
         self.offset = [int((~fixed_BK[row] & canvas.valid_BK[row]).long().argmax()) for row in canvas.row_of_B]
 
@@ -157,25 +171,25 @@ class _Loop:
             (begin, min(begin + block_size, self.canvas.width))
             for begin in range(self.canvas.start, self.canvas.width, block_size)
         ]
-        # A row's steps are shared out among the blocks that it writes in: a longer neighbour may have more of them.
-        written_BN = torch.stack([self._own(begin, end).any(1) for begin, end in blocks], 1)
-        shares = written_BN.sum(1).clamp_min(1).tolist()
+        # A row's steps are divided among the blocks that it has masks in: a longer row may have more of them.
+        masked_BN = torch.stack([self._decoded(begin, end).any(1) for begin, end in blocks], 1)
+        shares = masked_BN.sum(1).clamp_min(1).tolist()
         self.steps_of_block = [-(-(self.settings.steps or 1 << 60) // share) for share in shares]  # by prompt
         for begin, end in blocks:
             self._block(begin, end)
-            self._dismiss(end == self.canvas.width, end)
+            self._drop_finished(end == self.canvas.width, end)
             if not self.canvas.row_of_B:
                 break
-        return self.answers
+        return self.generations
 
     def _block(self, begin: int, end: int) -> None:
-        own_BC = self._own(begin, end)
-        masked_BC = own_BC.clone()
+        decoded_BC = self._decoded(begin, end)
+        masked_BC = decoded_BC.clone()
         editing = self.settings.editing_threshold
         if editing is not None and editing >= 1:  # no probability is above it
             editing = None
         plans = [
-            schedule.plan(masks, self.steps_of_block[number], self.settings.schedule)
+            rules.plan(masks, self.steps_of_block[number], self.settings.schedule)
             for number, masks in zip(self.canvas.row_of_B, masked_BC.sum(1).tolist(), strict=True)
         ]
         for passes in self.passes:
@@ -184,12 +198,14 @@ class _Loop:
         post_B = torch.zeros_like(busy_B, dtype=torch.int64)
         step = 0
         while bool(busy_B.any()):
-            candidates_BC = (masked_BC if editing is None else own_BC) & busy_B[:, None]
-            # After the first pass, rows that are done need not be run along.
+            candidates_BC = (masked_BC if editing is None else decoded_BC) & busy_B[:, None]
+            # After the first pass, finished rows need not be run.
             rows = None if step == 0 or bool(busy_B.all()) else busy_B.nonzero()[:, 0]
             token_BC, score_BC = self._proposals(candidates_BC, rows)
             unmask_BC = score_BC.masked_fill(~masked_BC, float("-inf"))
-            chosen_BC = schedule.best(unmask_BC, self._counts(unmask_BC, plans, step))
+            planned = [plan[step] if step < len(plan) else 1 for plan in plans]
+            planned_B = torch.tensor(planned, device=unmask_BC.device)
+            chosen_BC = rules.best(unmask_BC, rules.commit_counts(unmask_BC, planned_B, self.settings))
             unsettled_B = masked_BC.any(1) if editing is not None else torch.zeros_like(busy_B)
             post_B += busy_B & ~masked_BC.any(1)
             masked_BC = masked_BC & ~chosen_BC
@@ -198,35 +214,22 @@ class _Loop:
                 edits_BC &= token_BC != self.canvas.ids_BK[:, begin:end]
                 chosen_BC, unsettled_B = chosen_BC | edits_BC, unsettled_B | edits_BC.any(1)
             self.canvas.ids_BK[:, begin:end] = torch.where(chosen_BC, token_BC, self.canvas.ids_BK[:, begin:end])
-            self._note(chosen_BC, busy_B, begin)
-            # What a pass has written, only a later one can edit.
+            self._record(chosen_BC, busy_B, begin)
+            # Only a later pass can edit what a pass has committed.
             busy_B = masked_BC.any(1) | (unsettled_B & busy_B & (post_B < self.settings.max_post_steps))
-            if self.stops and editing is None:  # an edit could still take the end token back
+            if self.stops and editing is None:  # an edit could still replace the end token
                 busy_B = busy_B & ~self._ended(begin, end, masked_BC)
             step += 1
 
-    def _own(self, begin: int, end: int) -> Tensor:
-        """Say which columns of a block are the model's to write."""
+    def _decoded(self, begin: int, end: int) -> Tensor:
+        """Return which columns of a block are decoded."""
         canvas, part = self.canvas, slice(begin, end)
         return canvas.valid_BK[:, part] & ~canvas.given_BK[:, part]
 
-    def _counts(self, score_BC: Tensor, plans: list[list[int]], step: int) -> Tensor:
-        planned = [plan[step] if step < len(plan) else 1 for plan in plans]
-        settings, device = self.settings, score_BC.device
-        if settings.factor is not None:
-            return schedule.factor_counts(score_BC, settings.factor)
-        if settings.entropy_bound is not None:
-            return schedule.entropy_bound_counts(-score_BC, settings.entropy_bound)
-        if settings.threshold is not None:
-            # With `steps` given, at least as many as planned, as in LLaDA2; else at least one.
-            least = planned if settings.steps is not None else [1] * len(planned)
-            return schedule.threshold_counts(score_BC, settings.threshold, torch.tensor(least, device=device))
-        return torch.tensor(planned, device=device)
-
     def _proposals(self, active_BC: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Run the model and propose a token at each active place.
+        """Run the model and propose a token at each active position.
 
-        Shapes: rows int64, all that have an active place, or None. Returns token_BC and score_BC.
+        Shapes: rows int64, all that have an active position, or None for all. Returns token_BC and score_BC.
         """
         canvas, settings = self.canvas, self.settings
         run_BC = active_BC if rows is None else active_BC[rows]
@@ -249,37 +252,37 @@ class _Loop:
         token_BC[active_BC], score_BC[active_BC] = token_M, score_M
         return token_BC, score_BC
 
-    def _note(self, chosen_BC: Tensor, busy_B: Tensor, begin: int) -> None:
+    def _record(self, chosen_BC: Tensor, busy_B: Tensor, begin: int) -> None:
         found: dict[int, list[tuple[int, int]]] = {row: [] for row in busy_B.nonzero()[:, 0].tolist()}
         tokens = self.canvas.ids_BK[:, begin : begin + chosen_BC.shape[1]][chosen_BC].tolist()
         for (row, column), token in zip(chosen_BC.nonzero().tolist(), tokens, strict=True):
             found[row].append((begin + column - self.offset[self.canvas.row_of_B[row]], token))
         for row, pairs in found.items():
             number = self.canvas.row_of_B[row]
-            answer = self.answers[number]
-            answer.passes += len(self.passes)
-            answer.steps.append(pairs)
+            generation = self.generations[number]
+            generation.passes += len(self.passes)
+            generation.steps.append(pairs)
             if self.watch is not None:
                 self.watch(number, pairs)
 
     def _ended(self, begin: int, end: int, masked_BC: Tensor) -> Tensor:
-        """Say which rows have an end token in the block with no mask before it."""
-        written_BC = self._own(begin, end) & ~masked_BC
-        eos_BC = written_BC & torch.isin(self.canvas.ids_BK[:, begin:end], self.eos_M)
+        """Return which rows have an end token in the block with no mask before it."""
+        committed_BC = self._decoded(begin, end) & ~masked_BC
+        eos_BC = committed_BC & torch.isin(self.canvas.ids_BK[:, begin:end], self.eos_M)
         return (eos_BC & (masked_BC.long().cumsum(1) == 0)).any(1)
 
-    def _dismiss(self, last: bool, end: int) -> None:
-        """Take finished rows off the canvas."""
+    def _drop_finished(self, last: bool, end: int) -> None:
+        """Drop finished rows from the canvas."""
         canvas = self.canvas
-        stay = []
+        kept = []
         for row, number in enumerate(canvas.row_of_B):
             upto = slice(self.offset[number], end)
             ids = canvas.ids_BK[row, upto][canvas.valid_BK[row, upto]].tolist()
             if last or (self.stops and not self.model.eos_ids.isdisjoint(ids)):
-                self.answers[number].token_ids = ids
+                self.generations[number].token_ids = ids
             else:
-                stay.append(row)
-        if len(stay) < len(canvas.row_of_B):
-            canvas.keep(stay)
+                kept.append(row)
+        if len(kept) < len(canvas.row_of_B):
+            canvas.keep(kept)
             for passes in self.passes:
-                passes.keep(stay)
+                passes.keep(kept)

@@ -1,7 +1,7 @@
-"""A model of ours behind the interface of lm-evaluation-harness.
+"""A model behind the interface of lm-evaluation-harness.
 
-Whatever is asked, an answer depends on nothing but the request and its own document: neither on what shares its batch,
-nor on the order of requests, nor on how many ranks share them.
+Every result depends only on the request and its document: not on the batch, the order of requests, or the number of
+ranks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from lm_eval.api.model import LM
 
 from dllm.errors import DataError
 from dllm.lm_eval import gathering, generation_arguments, texts
+from dllm.lm_eval.generation_arguments import GenerationArguments
 from dllm.lm_eval.models import Score, Scored, example
 from dllm.progress import Progress
 from dllm.prompts.template import template_digest
@@ -28,22 +29,22 @@ if TYPE_CHECKING:
     from dllm.training.distributed import Ranks
 
 AT_ONCE = 64
-"""Requests scored between two looks at the harness's cache of answers."""
+"""Requests scored between two updates of the harness's cache of results."""
 
 
 class HarnessModel(LM):
-    """Scores and writes what tasks ask for.
+    """Scores texts and generates responses for tasks.
 
     Args:
-        model: who answers.
-        batch_size: answers written together.
-        seed: of masks and of sampling, where a task names none.
-        max_length: tokens a text may have, if fewer than the model can see.
+        model: the model.
+        batch_size: responses generated together.
+        seed: of masks and of sampling, where a task gives none.
+        max_length: most tokens of a text, if fewer than the model's.
         enable_thinking: passed to chat templates that know it; null leaves it out.
         ranks: this process among those that share the documents.
 
     Raises:
-        DataError: the tokenizer has no token that an empty context could be.
+        DataError: the tokenizer has no token for an empty context.
     """
 
     def __init__(
@@ -65,22 +66,22 @@ class HarnessModel(LM):
             self._rank, self._world_size = ranks.rank, ranks.world
         self._device = model.device
         self.errors: list[float] = []
-        """Standard errors of the log-likelihoods asked for, in nats."""
+        """Standard errors of the log-likelihoods so far, in nats."""
         ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, min(model.eos_ids, default=None))
         found = next((id for id in ids if id is not None), None)
         if found is None:
-            raise DataError("the tokenizer has neither a first nor an end token to stand for an empty context")
+            raise DataError("the tokenizer has neither a BOS nor an EOS token for an empty context")
         self.prefix = int(found)
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return each continuation's log-likelihood after its context, and whether greedy decoding writes it.
+        """Return each continuation's log-likelihood given its context, and whether it is the greedy one.
 
         Units: nats.
 
         Raises:
-            DataError: a continuation is longer than the model can see, or holds the mask token.
+            DataError: a continuation is longer than the model's maximum, or holds the mask token.
         """
-        said = [request.args[:2] for request in requests]
+        said = (request.args[:2] for request in requests)
         pairs = [texts.encode_pair(self.tokenizer, before, after, self.prefix) for before, after in said]
         rows = [self._row(_item(request), *pair) for request, pair in zip(requests, pairs, strict=True)]
         found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
@@ -114,36 +115,36 @@ class HarnessModel(LM):
         return found
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return what the model writes after each context, up to where the first of its stop strings begins.
+        """Return the model's response to each context, up to the first of its stop strings.
 
-        Equal requests at a temperature above 0 get different answers.
+        Equal requests at a temperature above 0 get different responses.
 
         Raises:
-            ConfigError: an argument is unknown, or not this model's.
-            DataError: a context holds the mask token, or no token of it fits beside the answer.
+            ConfigError: an argument is unknown, or not of this model's sampler.
+            DataError: a context holds the mask token, or leaves no room beside the response.
         """
-        groups: dict[tuple[generation_arguments.Asked, int], list[tuple[int, list[int]]]] = {}
-        seen: dict[tuple[generation_arguments.Asked, tuple[int, ...]], int] = {}
+        groups: dict[tuple[GenerationArguments, int], list[tuple[int, list[int]]]] = {}
+        seen: dict[tuple[GenerationArguments, tuple[int, ...]], int] = {}
         for index, request in enumerate(requests):
-            asked = generation_arguments.read(request.args[1], self.seed)
-            prompt = self._prompt(request.args[0], asked.named["max_new_tokens"])
-            again = seen[asked, tuple(prompt)] = seen.get((asked, tuple(prompt)), -1) + 1
-            groups.setdefault((asked, again), []).append((index, prompt))
+            arguments = generation_arguments.read(request.args[1], self.seed, self.model.settings)
+            prompt = self._prompt(request.args[0], arguments.named["max_new_tokens"])
+            repeat = seen[arguments, tuple(prompt)] = seen.get((arguments, tuple(prompt)), -1) + 1
+            groups.setdefault((arguments, repeat), []).append((index, prompt))
         found = [""] * len(requests)
-        with self._progress("writing", len(requests), disable_tqdm) as progress:
-            for (asked, again), rows in groups.items():
+        with self._progress("generation", len(requests), disable_tqdm) as progress:
+            for (arguments, repeat), rows in groups.items():
                 rows.sort(key=lambda row: len(row[1]))
                 for begin in range(0, len(rows), self.batch_size):
                     part = rows[begin : begin + self.batch_size]
-                    answers = self.model.write([prompt for _, prompt in part], asked.named, again)
-                    for (index, _), ids in zip(part, answers, strict=True):
-                        found[index] = texts.cut(self.tokenizer, ids, asked.until)
+                    responses = self.model.generate([prompt for _, prompt in part], arguments.named, repeat)
+                    for (index, _), ids in zip(part, responses, strict=True):
+                        found[index] = texts.cut(self.tokenizer, ids, arguments.until)
                         self.cache_hook.add_partial("generate_until", requests[index].args, found[index])
                     progress.update(len(part))
         return found
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render a chat up to where the assistant begins to speak, or to go on with what it has said.
+        """Render a chat up to the beginning of the assistant's turn, or up to the end of an unfinished one.
 
         Raises:
             DataError: there is no template, or it refuses these turns.
@@ -185,11 +186,11 @@ class HarnessModel(LM):
         return f"{name}-{template_digest(self.tokenizer)}" if self.tokenizer.chat_template else name
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return all ranks' tensors of equal length, joined in the order of ranks."""
+        """Return all ranks' tensors of equal length, concatenated in rank order."""
         return gathering.tensors(tensor.reshape(-1), self.world_size)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """Return all ranks' objects on one of them, nothing on the others."""
+        """Return all ranks' objects on rank `dst`, None on the others."""
         found = gathering.values(obj, self.world_size, self.device)
         return found if self.rank == dst else None
 
@@ -198,9 +199,9 @@ class HarnessModel(LM):
         gathering.tensors(torch.zeros(1, device=self.device), self.world_size)
 
     def report(self) -> dict[str, Any]:
-        """Say what the log-likelihoods are, and how far masks may have led them astray; all ranks must ask.
+        """Return what the log-likelihoods are, and their mean standard error over masks; a collective call.
 
-        Units: nats an answer or window.
+        Units: nats per continuation or window.
         """
         errors = [error for own in gathering.values(self.errors, self.world_size, self.device) for error in own]
         found: dict[str, Any] = {"kind": self.model.kind, "scored": len(errors)}
@@ -214,7 +215,8 @@ class HarnessModel(LM):
         left = self.longest - len(scored)
         if left < 1:
             raise DataError(
-                f"a continuation has {len(scored)} tokens, and the model sees {self.longest}", where=self._begin(scored)
+                f"a continuation of {len(scored)} tokens; the model takes {self.longest}",
+                where=self._begin(scored),
             )
         given = given[-left:]
         if self.model.kind != "exact" and self.model.mask_token_id in [*given, *scored]:
@@ -228,14 +230,13 @@ class HarnessModel(LM):
         left = self.room - max_new_tokens
         if left < 1:
             raise DataError(
-                f"an answer of {max_new_tokens} tokens leaves no room for its prompt among the {self.room} that the "
-                "model sees",
+                f"a response of {max_new_tokens} tokens leaves no room for its prompt in the model's {self.room}",
                 hint="lower max_gen_toks",
             )
         return (texts.encode(self.tokenizer, context) or [self.prefix])[-left:]
 
     def _scores(self, rows: Sequence[Example], quiet: bool) -> Iterator[tuple[int, Score]]:
-        """Score rows, those of like length together; rows without anything to score are left out."""
+        """Score rows, sorted by length; rows without anything to score are left out."""
         order = [index for index, row in enumerate(rows) if len(row) > row.prompt_length]
         order.sort(key=lambda index: (len(rows[index]), rows[index].id, rows[index].input_ids.tobytes()))
         with self._progress("log-likelihood", len(order), quiet) as progress:
@@ -246,10 +247,10 @@ class HarnessModel(LM):
                 yield from zip(part, scores, strict=True)
 
     def _progress(self, what: str, total: int, quiet: bool) -> Progress:
-        return Progress(f"lm-eval: {what}", total, "answers", shown=self.rank == 0 and not quiet)
+        return Progress(f"lm-eval: {what}", total, "texts", shown=self.rank == 0 and not quiet)
 
 
 def _item(request: Instance) -> str:
-    """Name a document by its content: the choices of one share masks, wherever it stands among others."""
+    """Hash a document's content: its choices share masks, whatever its position among others."""
     document = json.dumps(request.doc, sort_keys=True, default=str)
     return hashlib.sha256(document.encode()).hexdigest()[:16]

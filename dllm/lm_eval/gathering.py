@@ -1,4 +1,8 @@
-"""What ranks tell each other of their share of the documents: numbers and texts, as JSON in tensors of bytes."""
+"""All-gather of tensors and of plain values over ranks.
+
+Values travel as JSON in tensors of bytes, deliberately not as `all_gather_object` sends them: that pickles, and nothing
+here unpickles.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from torch import Tensor
 
 
 def tensors(tensor: Tensor, world: int) -> Tensor:
-    """Return all ranks' tensors of one length, joined in the order of ranks. Shapes: 1-dimensional."""
+    """Return all ranks' tensors of equal length, concatenated in rank order. Shapes: 1-dimensional."""
     if world == 1:
         return tensor
     parts = [torch.zeros_like(tensor) for _ in range(world)]
@@ -20,7 +24,7 @@ def tensors(tensor: Tensor, world: int) -> Tensor:
 
 
 def values(value: Any, world: int, device: torch.device) -> list[Any]:
-    """Return all ranks' values: any mixture of mappings, tuples, lists, numbers, texts, booleans and None."""
+    """Return all ranks' values: any nesting of dicts, tuples, lists, numbers, strings, booleans and None."""
     sent = torch.tensor(list(pack(value)), dtype=torch.uint8, device=device)
     lengths = tensors(torch.tensor([len(sent)], device=device), world).tolist()
     room = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
@@ -30,12 +34,12 @@ def values(value: Any, world: int, device: torch.device) -> list[Any]:
 
 
 def pack(value: Any) -> bytes:
-    """Write a value as JSON that also tells tuples from lists, and keeps keys of any kind."""
+    """Encode a value as JSON that keeps tuples, and keys of any type."""
     return json.dumps(_plain(value)).encode()
 
 
 def unpack(data: bytes) -> Any:
-    """Read what `pack` wrote."""
+    """Decode what `pack` encoded."""
     return _rich(json.loads(data))
 
 

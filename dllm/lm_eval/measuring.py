@@ -1,4 +1,4 @@
-"""Tasks from local files, run on a model of ours, and what came out of them as rows of one table."""
+"""Load tasks, run them on a model, and collect the results as rows of one table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import dllm
 from dllm.errors import ConfigError
-from dllm.lm_eval.generation_arguments import put_before
+from dllm.lm_eval.generation_arguments import override
 
 if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from dllm.lm_eval.adapter import HarnessModel
 
 BOOTSTRAP = 1000
-"""Resamplings behind the standard error of metrics that are no means; the harness's own number takes minutes."""
+"""Bootstrap resamples for the standard error of metrics that are not means; the harness's default takes minutes."""
 FEWSHOT_SEED = 1234
-"""lm-evaluation-harness's own, so that examples are those of its other models."""
+"""lm-evaluation-harness's own, so that the examples are the same as for its other models."""
 
 
 def load_tasks(
@@ -36,10 +36,10 @@ def load_tasks(
 
     Args:
         names: tasks, groups or tags.
-        include_path: folder of task files, and the only one looked at; null takes the harness's own tasks, whose data
-            come from the Hugging Face hub.
+        include_path: folder of task files, the only ones loaded; null takes the harness's own tasks, whose data come
+            from the Hugging Face hub.
         num_fewshot: examples before each question, for tasks that do not forbid them.
-        generation: generation_kwargs that go before the tasks' own.
+        generation: generation_kwargs that override the tasks' own.
 
     Raises:
         ConfigError: there is no such task, or it cannot be loaded.
@@ -70,7 +70,7 @@ def load_tasks(
     for task in loaded["tasks"].values():
         if generation and task.get_config("output_type") == "generate_until":
             own_kwargs = task.get_config("generation_kwargs") or {}
-            task.set_config(key="generation_kwargs", value=put_before(own_kwargs, generation))
+            task.set_config(key="generation_kwargs", value=override(own_kwargs, generation))
         own = task.get_config("num_fewshot")
         if num_fewshot is not None and own != 0:
             task.set_config(key="num_fewshot", value=num_fewshot)
@@ -80,8 +80,8 @@ def load_tasks(
     return loaded
 
 
-def ask_if_greedy(tasks: TaskDict) -> set[str]:
-    """Name the tasks with a metric that asks whether an answer is the one that greedy decoding writes."""
+def greedy_tasks(tasks: TaskDict) -> set[str]:
+    """Name the tasks with a metric that needs to know whether a continuation is the greedy one."""
     found = set()
     for name, task in tasks["tasks"].items():
         metrics = {metric.get("metric") for metric in task.get_config("metric_list") or []}
@@ -102,22 +102,22 @@ def measure(
     unsafe_code: bool = False,
     unchecked: Set[str] = frozenset(),
 ) -> list[dict[str, Any]]:
-    """Run tasks; return one row a metric, or nothing on ranks other than the first.
+    """Run tasks; return one row per metric, or nothing on ranks other than the first.
 
     A row has: task, version, shots, documents, filter, metric, value, stderr (None where there is none),
     higher_is_better.
 
     Args:
         limit: documents of each task, the first ones; null takes all.
-        unsafe_code: let tasks that run what the model writes do so.
-        unchecked: tasks of which nobody has found out whether answers are greedy; metrics that ask have no value.
+        unsafe_code: allow tasks that execute generated code.
+        unchecked: tasks of which it is unknown whether continuations are greedy; metrics that need it have no value.
 
     Raises:
         ConfigError: a task cannot be run as it is.
     """
     from lm_eval.evaluator import evaluate
 
-    with contextlib.redirect_stdout(sys.stderr):  # the harness prints as it goes; results alone are for stdout
+    with contextlib.redirect_stdout(sys.stderr):  # the harness prints; stdout is for results only
         try:
             found = evaluate(
                 lm=model,
@@ -137,7 +137,7 @@ def measure(
 
 
 def _is_the_harness(error: Exception) -> bool:
-    """Tell whether the harness, or what it calls, has raised an error, rather than code of ours."""
+    """Tell whether the harness, or what it calls, raised an error, rather than this package."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if "/lm_eval/" in frame.filename:
             return True
@@ -172,13 +172,13 @@ def _rows(found: Mapping[str, Any], unchecked: Set[str]) -> list[dict[str, Any]]
 
 
 def _number(value: Any) -> float | None:
-    """Return a figure; the harness writes text where there is none."""
+    """Return a figure; the harness returns text where there is none."""
     return None if not isinstance(value, int | float) or not math.isfinite(value) else float(value)
 
 
 def _unusable(names: Sequence[str], error: Exception, what: str = "load") -> ConfigError:
-    said = str(error).strip().split("\n")[0]
-    hint = "mend the task's file"
-    if "unsafe" in said:
+    message = str(error).strip().split("\n")[0]
+    hint = "fix the task's file"
+    if "unsafe" in message:
         hint = "read what it runs, then give --confirm-run-unsafe-code"
-    return ConfigError(f"cannot {what} {', '.join(names)}: {type(error).__name__}: {said}", hint=hint)
+    return ConfigError(f"cannot {what} {', '.join(names)}: {type(error).__name__}: {message}", hint=hint)

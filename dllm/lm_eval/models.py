@@ -1,9 +1,9 @@
-"""The models that lm-evaluation-harness can ask here: how each scores answers, and how it writes them.
+"""How diffusion and causal models score texts and generate responses for lm-evaluation-harness.
 
-A diffusion model trained without a causal side has no exact likelihood but a bound, which masks estimate; one with a
-causal side is scored by that, exactly, as any causal model is.
+A masked diffusion model has no exact likelihood but a lower bound, estimated over masks; one that also learned causal
+prediction is scored by that, exactly, as any causal model is.
 
-Shape suffixes: B batch, S sequence, M scored places, D hidden.
+Shape suffixes: B batch, S sequence, M scored positions, D hidden.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from dllm.decoding.diffusion import GenerateOptions, Sampler, default_sampler, settle, write_ids
-from dllm.decoding.settings import Settings
+from dllm.decoding.samplers import default_sampler
+from dllm.decoding.settings import CausalSettings, LengthSettings, Settings
 from dllm.decoding.unmasking import sample
-from dllm.errors import ConfigError
 from dllm.methods.diffusion import likelihood
 from dllm.methods.diffusion.passes import batch_of
+from dllm.registry import SAMPLERS
 from dllm.training.batches import Example
 from dllm.training.cross_entropy import nll_and_hits
 from dllm.training.order import derive_seed
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from dllm.models.diffusion.bidirectional import BidirectionalLM
 
 CHUNK = 512
-"""Places whose logits are held at a time."""
+"""Positions whose logits exist at one time."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a model says of one answer. Units: nats; `error` is a standard error over masks."""
+    """Log-likelihood of one continuation. Units: nats; `error` is a standard error over masks."""
 
     logprob: float
     error: float
@@ -44,7 +44,7 @@ class Score:
 
 
 class Scored(Protocol):
-    """A model that scores and writes answers."""
+    """A model that scores texts and generates responses."""
 
     tokenizer: PreTrainedTokenizerBase
     kind: str
@@ -52,26 +52,28 @@ class Scored(Protocol):
     longest: int
     """Most ids a scored text may have, prompt included."""
     room: int
-    """Most ids a prompt and its answer may have together."""
+    """Most ids a prompt and its response may have together."""
+    settings: type[LengthSettings]
+    """What its sampler takes."""
     eos_ids: set[int]
     mask_token_id: int | None
     device: torch.device
 
     def score(self, examples: Sequence[Example], advance: Callable[[int], object]) -> list[Score]:
-        """Score answers, told by their ids; equal ids share masks. `advance` is told how many more are done."""
+        """Score continuations; equal example ids share masks. `advance` receives the number of finished ones."""
 
-    def write(self, prompts: list[list[int]], named: dict[str, Any], again: int) -> list[list[int]]:
-        """Generate from prompts in one batch; `again` counts how often the very same was asked before."""
+    def generate(self, prompts: list[list[int]], named: dict[str, Any], repeat: int) -> list[list[int]]:
+        """Generate from prompts in one batch; `repeat` counts equal requests before these."""
 
 
 class DiffusionScores:
     """A diffusion model.
 
     Args:
-        load: gives the model; true asks for the form in which it can be scored, where that is another one.
-        samples: masks an answer; where it has no more than these, each is taken once and the bound is exact.
-        batch_size: rows of one pass.
-        check_greedy: find out whether answers are what greedy decoding writes; it costs as many passes as tokens.
+        load: loads the model; with true in the form in which it can be scored, where that is another one.
+        samples: masks per continuation; where it has no more, each is taken once and the bound is exact.
+        batch_size: rows per pass.
+        check_greedy: decode too, to tell whether continuations are greedy; it costs one pass per token.
         sampler: by default the one that fits the model.
     """
 
@@ -83,25 +85,25 @@ class DiffusionScores:
         batch_size: int = 8,
         seed: int = 0,
         check_greedy: bool = False,
-        sampler: Sampler | None = None,
+        sampler: str | None = None,
     ) -> None:
         self.model = load(False)
-        self._load, self._scorer = load, None if self.model.lays_out_pairs else self.model
+        self._load, self._scorer = load, None if self.model.sets_own_masks else self.model
         self.samples, self.batch_size, self.seed, self.check_greedy = samples, batch_size, seed, check_greedy
-        causal = self.model.note.mode == "hybrid"
-        self.sampler: Sampler = sampler or default_sampler(self.model)
-        if self.sampler not in ("llada", "llada2") and not causal:
-            raise ConfigError(f"sampler {self.sampler} needs a model that also learnt to write causally")
+        causal = self.model.note.learned_causally
+        self.sampler = SAMPLERS[sampler or default_sampler(self.model)]
+        self.sampler.check(self.model)
+        self.settings: type[LengthSettings] = self.sampler.settings["diffusion"]
         self.kind = "exact" if causal else "bound" if self.model.note.context == "full" else "block bound"
         self.tokenizer, self.eos_ids = self.model.tokenizer, self.model.eos_ids
         self.mask_token_id: int | None = self.model.mask_token_id
-        self.room = self.model.longest
-        self.longest = self.room + causal  # nothing follows the last token, so it need not be shown
+        self.room = self.model.max_length
+        self.longest = self.room + causal  # the last token is scored, not fed
         self.device = self.model.head_VD.device
 
     @property
     def scorer(self) -> BidirectionalLM:
-        """Return the model in the form that can be scored."""
+        """Return the model in the form in which it can be scored."""
         if self._scorer is None:
             self._scorer = self._load(True)
         return self._scorer
@@ -125,33 +127,33 @@ class DiffusionScores:
         pairs = [likelihood.mean_and_error(own) for own in found.estimates]
         return [Score(-mean, error, same) for (mean, error), same in zip(pairs, greedy, strict=True)]
 
-    def write(self, prompts: list[list[int]], named: dict[str, Any], again: int) -> list[list[int]]:
-        if again:
-            named = {**named, "seed": derive_seed(named["seed"], "again", again)}
-        wishes = GenerateOptions(sampler=self.sampler, settings=named)
-        settings = settle(self.model, self.sampler, wishes)
-        return [answer.token_ids for answer in write_ids(self.model, self.sampler, prompts, wishes, settings)]
+    def generate(self, prompts: list[list[int]], named: dict[str, Any], repeat: int) -> list[list[int]]:
+        if repeat:
+            named = {**named, "seed": derive_seed(named["seed"], "again", repeat)}
+        settings = self.sampler.settle(self.model, named)
+        return [each.token_ids for each in self.sampler.decode(self.model, prompts, settings)]
 
     def _greedy(self, examples: Sequence[Example]) -> list[bool]:
-        """Tell which answers the surest-first decoding writes, one token a pass."""
-        asked: dict[int, dict[tuple[int, ...], list[int]]] = {}
+        """Tell which continuations greedy decoding generates, one token per pass."""
+        by_length: dict[int, dict[tuple[int, ...], list[int]]] = {}
         pairs = [(tuple(e.input_ids[: e.prompt_length]), list(e.input_ids[e.prompt_length :])) for e in examples]
-        for prompt, answer in pairs:
-            asked.setdefault(len(answer), {})[prompt] = []
-        for length, prompts in asked.items():
+        for prompt, continuation in pairs:
+            by_length.setdefault(len(continuation), {})[prompt] = []
+        for length, prompts in by_length.items():
             settings = Settings(max_new_tokens=length, block_size=self.model.note.block_size)
             rows = list(prompts)
             for begin in range(0, len(rows), self.batch_size):
                 part = rows[begin : begin + self.batch_size]
                 for prompt, found in zip(part, sample(self.model, part, settings), strict=True):
                     prompts[prompt] = found.token_ids
-        return [asked[len(answer)][prompt] == answer for prompt, answer in pairs]
+        return [by_length[len(continuation)][prompt] == continuation for prompt, continuation in pairs]
 
 
 class CausalScores:
-    """An ordinary causal model of transformers, scored exactly; it writes by transformers' own `generate`."""
+    """An ordinary causal model of transformers, scored exactly; it generates by transformers' `generate`."""
 
     kind = "exact"
+    settings: type[LengthSettings] = CausalSettings
     mask_token_id: int | None = None
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 8) -> None:
@@ -179,21 +181,19 @@ class CausalScores:
         return found
 
     @torch.no_grad()
-    def write(self, prompts: list[list[int]], named: dict[str, Any], again: int) -> list[list[int]]:
-        from transformers import GenerationConfig
+    def generate(self, prompts: list[list[int]], named: dict[str, Any], repeat: int) -> list[list[int]]:
+        from transformers import GenerationConfig  # sets environment variables when imported
 
-        if unknown := sorted(set(named) - {"max_new_tokens", "temperature", "top_p", "seed"}):
-            raise ConfigError(f"a causal model's sampling has no {', '.join(unknown)}", where="generation_kwargs")
         asked: dict[str, Any] = {"max_new_tokens": named["max_new_tokens"], "do_sample": named["temperature"] > 0}
         if asked["do_sample"]:
             asked |= {"temperature": named["temperature"], "top_p": named.get("top_p", 1.0), "top_k": 0}
         ends = sorted(self.eos_ids) or None
         settings = GenerationConfig(**asked, eos_token_id=ends, pad_token_id=ends[0] if ends else 0)
         answers = []
-        for prompt in prompts:  # one by one: each has random numbers of its own, and no padding
+        for prompt in prompts:  # one by one: each has its own random state, and no padding
             ids_BS = torch.tensor([prompt], device=self.device)
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                torch.manual_seed(derive_seed(named["seed"], "harness", prompt, again))
+                torch.manual_seed(derive_seed(named["seed"], "harness", prompt, repeat))
                 model: Any = self.model
                 found = model.generate(ids_BS, attention_mask=torch.ones_like(ids_BS), generation_config=settings)
             answers.append(found[0, len(prompt) :].tolist())
@@ -207,5 +207,5 @@ class CausalScores:
 
 
 def example(id: str, given: Sequence[int], scored: Sequence[int]) -> Example:
-    """Join what is given and what is scored."""
+    """Join context and continuation."""
     return Example(id, array("i", [*given, *scored]), len(given))

@@ -1,6 +1,6 @@
-"""Texts as lm-evaluation-harness hands them over, as ids, and written ids as the texts it expects back.
+"""Encode the harness's texts as ids, and decode generated ids as the text it expects.
 
-Owns where a context ends and what is scored begins, how long texts are cut into windows, and where answers stop.
+Owns where a context ends and scoring begins, how long texts are cut into windows, and where responses stop.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Pair = tuple[list[int], list[int]]
-"""What is given and what is scored, as ids; what is given is never empty."""
+"""Context ids, never empty, and the ids to score."""
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return a text's ids; no special token is added, those spelled out in it are recognised."""
+    """Return a text's ids; no special token is added, those in the text are recognised."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str, prefix: int) -> Pair:
-    """Return the ids of a context and of what follows it.
+    """Return the ids of a context and of its continuation.
 
-    White space at the context's end goes with the continuation, since tokens begin with it. An empty context is one
-    `prefix` token. Both texts are encoded as one; only where a token would bridge them, each by itself.
+    White space at the context's end moves to the continuation, since tokens begin with it. An empty context is one
+    `prefix` token. Both texts are encoded together, or separately where a token would span both.
     """
     given_text = context.rstrip()
     scored_text = context[len(given_text) :] + continuation
@@ -40,7 +40,7 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: 
 def windows(ids: Sequence[int], prefix: int, longest: int) -> list[Pair]:
     """Cut a long text so that each token is scored once, in windows of at most `longest` ids.
 
-    A window begins with one given token, the first one with `prefix`; the last window has as much context as fits.
+    A window begins with one context token, the first one with `prefix`; the last window has as much context as fits.
     """
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -49,8 +49,8 @@ def windows(ids: Sequence[int], prefix: int, longest: int) -> list[Pair]:
 
 
 def cut(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], until: Sequence[str]) -> str:
-    """Decode an answer up to where the first of all stop strings begins, whichever that is, without special tokens."""
-    # Stop strings may be special tokens, so these leave only afterwards.
+    """Decode a response up to the first occurrence of any stop string, without special tokens."""
+    # Stop strings may be special tokens, so these are removed only afterwards.
     text = str(tokenizer.decode(list(ids), skip_special_tokens=False))
     ends = [text.find(stop) for stop in until if stop and stop in text]
     text = text[: min(ends, default=len(text))]

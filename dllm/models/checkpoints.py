@@ -1,16 +1,23 @@
-"""From what a person types as a checkpoint to the directory that holds one.
+"""Find checkpoints, and identify what is in them.
 
-Owns the order in which a name is tried, and the way back from a checkpoint to the target it was trained for.
+Owns the order in which a name is resolved, what a directory holds, and which target it was trained for.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from dllm.errors import ModelError
+from dllm.config.load import load_params
+from dllm.config.params import Target
+from dllm.errors import ConfigError, ModelError
+from dllm.models import targets
+from dllm.models.diffusion.bidirectional import DiffusionConfig, read_note
+from dllm.models.diffusion.remote import kind_at, needs_its_code
 from dllm.models.drafts.checkpoint import family_of
+from dllm.tracking import model_registry
 
 CONFIG, WEIGHTS, ADAPTER = "config.json", "*.safetensors", "adapter_config.json"
 POINTERS = ("best", "latest", "LATEST", "LATEST.txt")
@@ -19,15 +26,89 @@ EXPORTS = (".", "checkpoint", "out/train/checkpoint", "consolidated", "model/con
 """Where in a directory a checkpoint may lie: itself, a stage's output, a project's, a NeMo AutoModel step's."""
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a directory with config.json and weights holds, as far as its files say; no weights are read."""
+
+    path: Path
+    kind: Literal["draft", "diffusion", "causal"]
+    """A draft model; a diffusion LM; any other causal LM."""
+    note: DiffusionConfig | None = None
+    """How a diffusion LM is decoded: mode, mask token, block size."""
+    sets_own_masks: bool = False
+    """Whether a diffusion LM's code sets its attention masks."""
+    needs_own_code: bool = False
+    """Whether it runs only by the code that lies in the directory."""
+
+    @property
+    def noun(self) -> str:
+        """Name its kind in a message."""
+        return {"draft": "a draft", "diffusion": "a diffusion model", "causal": "a plain causal model"}[self.kind]
+
+    def require_trust(self, trust_remote_code: bool) -> None:
+        """Refuse a checkpoint that needs its own code where that may not run.
+
+        Raises:
+            ConfigError: it may not.
+        """
+        if self.needs_own_code and not trust_remote_code:
+            raise ConfigError(
+                "this model runs code of its own", where=str(self.path), hint="read it, then give --trust-remote-code"
+            )
+
+
+def identify(path: Path) -> Checkpoint:
+    """Tell a draft, a diffusion LM and a plain causal LM apart.
+
+    Args:
+        path: a directory from `find` or `resolve`.
+
+    Raises:
+        ModelError: its dllm.json is broken.
+    """
+    note, family = read_note(path), kind_at(path)
+    if family is not None:
+        note = note or DiffusionConfig(family.mode, family.mask_token_id_in(path), family.block_size)
+        return Checkpoint(path, "diffusion", note, family.masks == "own", needs_its_code(path))
+    if note is not None:
+        return Checkpoint(path, "diffusion", note)
+    return Checkpoint(path, "draft" if is_draft(path) else "causal")
+
+
+def find(name: str, root: Path, trust_remote_code: bool = False, revision: str | None = None) -> Path:
+    """Return the directory of a checkpoint, registered or not.
+
+    Args:
+        name: `models:/NAME@ALIAS`, or as in `resolve`.
+        trust_remote_code: download the code of a Hugging Face repository too.
+        revision: commit of that repository.
+
+    Raises:
+        ModelError: nothing by that name holds a checkpoint.
+        ConfigError: a revision is given for what is not on the Hugging Face hub.
+    """
+    is_here = any(path.exists() for path in (Path(name), root / name))
+    on_hub = targets.looks_like_hub_id(name) and not is_here
+    if on_hub and (trust_remote_code or revision is not None):
+        return targets.locate(Target(model=name, revision=revision, trust_remote_code=trust_remote_code))
+    if revision is not None:
+        raise ConfigError(
+            "--revision is for models off the Hugging Face hub", where=name, hint="a directory has no commit"
+        )
+    if name.startswith(model_registry.PREFIX):
+        return resolve(model_registry.resolve(name, root), root)
+    return resolve(name, root)
+
+
 def resolve(name: str | Path, root: Path) -> Path:
-    """Return the directory with config.json and weights that a name stands for.
+    """Return the directory with config.json and weights that a name refers to.
 
     Tried in this order: a directory that is a checkpoint (an export or a training step), a stage's output (its
     `checkpoint/`), a project's folder (its `out/train/checkpoint/`), a step of NeMo AutoModel (its `consolidated/`), a
     run's top directory (its best step, else its latest), a Hugging Face id.
 
     Args:
-        name: what was typed; relative paths start at the current directory, else at `root`.
+        name: relative paths start at the current directory, else at `root`.
         root: the project's folder.
 
     Raises:
@@ -42,10 +123,8 @@ def resolve(name: str | Path, root: Path) -> Path:
                 return _refuse(name, "this is an adapter alone", "name out/train/checkpoint, where it is merged")
             expected = "expected config.json and model.safetensors, or a run's steps"
             return _refuse(name, "no checkpoint in this directory", expected)
-    from dllm.models.targets import HUB_FILES, hub_snapshot, looks_like_hub_id
-
-    if "/" in str(name) and looks_like_hub_id(str(name)):
-        return hub_snapshot(str(name), None, HUB_FILES, where="checkpoint")
+    if "/" in str(name) and targets.looks_like_hub_id(str(name)):
+        return targets.hub_snapshot(str(name), None, targets.HUB_FILES, where="checkpoint")
     return _refuse(name, "no such checkpoint", "name a directory, or models:/NAME@ALIAS for a registered one")
 
 
@@ -68,6 +147,44 @@ def trained_for(checkpoint: Path) -> dict[str, Any] | None:
             continue
         return target if isinstance(target, dict) and "model" in target else None
     return None
+
+
+def target_of(checkpoint: Path, root: Path, explicit: str | None = None) -> Target:
+    """Choose the target: the given one, else the one in the record of the checkpoint's stage, else params.yaml's.
+
+    Raises:
+        ModelError: there is none.
+    """
+    path = root / "params.yaml"
+    configured = load_params(path).target if path.is_file() else None
+    recorded = trained_for(checkpoint) if explicit is None else None
+    if explicit is not None:
+        target = Target(model=explicit)
+    elif recorded is not None:
+        target = Target(model=recorded["model"], revision=recorded.get("revision"))
+    elif configured is not None:
+        return configured
+    else:
+        raise ModelError(
+            "nothing says which target this checkpoint was trained for",
+            where=str(checkpoint),
+            hint="name it by --target",
+        )
+    # params.yaml knows more of the same target: its dtype, its thinking mode, whether its code is trusted.
+    if configured is not None and configured.model == target.model:
+        return configured.model_copy(update={"revision": target.revision or configured.revision})
+    return target
+
+
+def thinking(checkpoint: Path, root: Path) -> bool | None:
+    """Return the `enable_thinking` of the checkpoint's target; None, the template's default, where it is unknown.
+
+    A params.yaml for another target, or a broken one, is ignored.
+    """
+    try:
+        return None if trained_for(checkpoint) is None else target_of(checkpoint, root).enable_thinking
+    except (ModelError, ConfigError):
+        return None
 
 
 def _inside(path: Path) -> Path | None:

@@ -141,7 +141,7 @@ def test_a_bug_of_ours_is_one_line_that_names_its_place() -> None:
     _, err = child.communicate(timeout=60)
     assert child.returncode == 1
     assert err.count("\n") == 1
-    assert "unexpected KeyError: 'bug' (dllm/cli/app.py:" in err and "--debug" in err
+    assert "unexpected KeyError: 'bug' (dllm/cli/recipes.py:" in err and "--debug" in err
 
 
 def test_debug_shows_the_traceback(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

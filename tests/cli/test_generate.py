@@ -9,8 +9,9 @@ import pytest
 from dllm.cli import generate as generation
 from dllm.config.params import Target
 from dllm.decoding.diffusion import GenerateOptions
+from dllm.decoding.streaming import StreamedResponse
 from dllm.errors import ConfigError, DllmError, ModelError
-from dllm.models import targets
+from dllm.models import checkpoints, targets
 from dllm.models.drafts.checkpoint import save_draft
 from dllm.models.drafts.dflash import DFlashDraft
 from tests.decoding import stand_in_drafts
@@ -33,10 +34,16 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def generated(root: Path, prompts: list[str], **options) -> tuple[list[dict], str]:
+def generated(root: Path, prompts: list[str], sampler: str = "dflash", **options) -> tuple[list[dict], str]:
     stream = io.StringIO()
-    found = generation.run(
-        checkpoint="out/train", prompts=prompts, root=root, max_new_tokens=12, stream=stream, **options
+    settings = {"max_new_tokens": 12, "block_size": options.pop("block_size", None)}
+    found = generation.generate(
+        checkpoint="out/train",
+        prompts=prompts,
+        root=root,
+        options=GenerateOptions(sampler, settings=settings),
+        stream=stream,
+        **options,
     )
     return found, stream.getvalue()
 
@@ -61,7 +68,7 @@ def test_the_streamed_text_is_the_answer(root: Path, sampler: str) -> None:
     text, _, summary = shown.partition("\n\n[")
     assert text == records[0]["text"]
     assert "12 tokens" in summary
-    assert ("τ 1." in summary and "tokens a round: 1" in summary) == (sampler == "dflash")
+    assert ("τ 1." in summary and "tokens per round: 1" in summary) == (sampler == "dflash")
 
 
 def test_text_comes_out_in_whole_characters(root: Path) -> None:
@@ -70,7 +77,7 @@ def test_text_comes_out_in_whole_characters(root: Path) -> None:
 
     tokenizer = targets.load_tokenizer(Target(model="builtin:tiny"))
     stream = io.StringIO()
-    answer = generation._Streamed(tokenizer, stream)
+    answer = StreamedResponse(tokenizer, stream)
     seen = []
     for token in tokenizer("日 é")["input_ids"]:
         answer.add(Round((token,), RoundCounts(1, 0, 0), 0.01))
@@ -80,17 +87,17 @@ def test_text_comes_out_in_whole_characters(root: Path) -> None:
 
 
 def test_the_target_is_the_given_then_the_trained_then_the_params(root: Path) -> None:
-    checkpoint = generation.find("out/train", root)
-    assert generation.target_of(checkpoint, root) == Target(model="builtin:tiny", dtype="float32")
+    checkpoint = checkpoints.find("out/train", root)
+    assert checkpoints.target_of(checkpoint, root) == Target(model="builtin:tiny", dtype="float32")
     record = {"identity": {"target": {"model": "some/model", "revision": "abc", "weights": "0"}}}
     (checkpoint.parent / "run.json").write_text(json.dumps(record))
-    assert generation.target_of(checkpoint, root) == Target(model="some/model", revision="abc")
-    assert generation.target_of(checkpoint, root, "builtin:tiny").dtype == "float32"
-    assert generation.target_of(checkpoint, root, "another/model") == Target(model="another/model")
+    assert checkpoints.target_of(checkpoint, root) == Target(model="some/model", revision="abc")
+    assert checkpoints.target_of(checkpoint, root, "builtin:tiny").dtype == "float32"
+    assert checkpoints.target_of(checkpoint, root, "another/model") == Target(model="another/model")
     (checkpoint.parent / "run.json").unlink()
     (root / "params.yaml").unlink()
     with pytest.raises(ModelError, match=r"which target this checkpoint was trained for.*--target"):
-        generation.target_of(checkpoint, root)
+        checkpoints.target_of(checkpoint, root)
 
 
 def test_a_registered_checkpoint_is_found(root: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,10 +110,10 @@ def test_a_registered_checkpoint_is_found(root: Path, mlflow_store: str, monkeyp
     digest = provenance.digest(checkpoint)
     kept = Path(shutil.copytree(checkpoint, model_registry.store_path(root, digest)))
     model_registry.register(root, "a-draft", digest=digest, tau=1.5, heldout_digest="h", target="t", tags={})
-    assert generation.find("models:/a-draft@champion", root) == kept
-    assert generation.find("models:/a-draft/1", root) == kept
+    assert checkpoints.find("models:/a-draft@champion", root) == kept
+    assert checkpoints.find("models:/a-draft/1", root) == kept
     with pytest.raises(ModelError):
-        generation.find("models:/a-draft@nobody", root)
+        checkpoints.find("models:/a-draft@nobody", root)
 
 
 def test_a_block_the_draft_cannot_do_is_one_line(root: Path) -> None:
@@ -114,58 +121,60 @@ def test_a_block_the_draft_cannot_do_is_one_line(root: Path) -> None:
         generated(root, ["x"], block_size=9)
 
 
-def asked(root: Path, checkpoint: str = "out/train", **options) -> str:
-    """Ask for what cannot be; return the one line."""
-    names = {"raw", "infill", "own_generate", "batch_size", "settings"} & options.keys()
-    wishes = GenerateOptions(**{name: options.pop(name) for name in names})
+def refused(root: Path, checkpoint: str = "out/train", **options) -> str:
+    """Give options that cannot be; return the one line."""
+    names = {"sampler", "raw", "infill", "batch_size", "settings"} & options.keys()
+    how = GenerateOptions(**{name: options.pop(name) for name in names})
     options |= {"prompts": ["x"], "root": root, "stream": io.StringIO()}
     with pytest.raises(DllmError) as caught:
-        generation.generate(checkpoint=checkpoint, wishes=wishes, **options)
+        generation.generate(checkpoint=checkpoint, options=how, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_draft_refuses_what_only_diffusion_models_do(root: Path) -> None:
     for sampler in ("llada", "llada2", "nemotron", "self-spec"):
-        assert f"sampler {sampler} is for diffusion models" in asked(root, sampler=sampler)
-    assert "--steps is for diffusion models" in asked(root, settings={"steps": 3})
-    for flag in ("raw", "infill", "show", "own_generate"):
-        assert f"--{flag.replace('_', '-')} is for diffusion models" in asked(root, **{flag: True})
-    assert "--own-generate is for diffusion models" in asked(root, own_generate=False)
-    assert "--batch-size is for diffusion models" in asked(root, batch_size=3)
-    assert "--trust-remote-code is for diffusion models" in asked(root, trust_remote_code=True)
-    assert "no use for --block-size" in asked(root, sampler="ar", block_size=4)
+        assert f"sampler {sampler} is for diffusion models" in refused(root, sampler=sampler)
+    assert "--steps is for diffusion models" in refused(root, settings={"steps": 3})
+    for flag in ("raw", "infill", "show"):
+        assert f"--{flag} is for diffusion models" in refused(root, **{flag: True})
+    for sampler in ("own", "own-ar", "own-self-spec"):
+        assert f"sampler {sampler} is for diffusion models" in refused(root, sampler=sampler)
+    assert "--mask-token-id is for diffusion models" in refused(root, mask_token_id=3)
+    assert "--batch-size is for diffusion models" in refused(root, batch_size=3)
+    assert "--trust-remote-code is for diffusion models" in refused(root, trust_remote_code=True)
+    assert "no use for --block-size" in refused(root, sampler="ar", settings={"block_size": 4})
 
 
 def test_a_diffusion_model_refuses_what_only_drafts_do(root: Path) -> None:
     folder = root / "out" / "train" / "checkpoint"
     (folder / "dllm.json").write_text('{"mode": "mdlm", "mask_token_id": 3, "block_size": null}')
-    assert "sampler dflash is for drafts" in asked(root, sampler="dflash")
-    assert "--target is for drafts" in asked(root, target="builtin:tiny")
+    assert "sampler dflash is for drafts" in refused(root, sampler="dflash")
+    assert "--target is for drafts" in refused(root, target="builtin:tiny")
     for sampler in ("nemotron", "self-spec", "ar"):
-        assert "mode is mdlm" in asked(root, sampler=sampler)
-    assert "give a --temperature" in asked(root, settings={"top_p": 0.9})
-    assert "no use for --max-new-tokens" in asked(root, infill=True, max_new_tokens=4)
-    assert "this model knows its own" in asked(root, mask_token_id=4)
-    assert "--revision is for models off the Hugging Face hub" in asked(root, revision="abc")
+        assert "mode is mdlm" in refused(root, sampler=sampler)
+    assert "give a --temperature" in refused(root, settings={"top_p": 0.9})
+    assert "no use for --max-new-tokens" in refused(root, infill=True, settings={"max_new_tokens": 4})
+    assert "this model knows its own" in refused(root, mask_token_id=4)
+    assert "--revision is for models off the Hugging Face hub" in refused(root, revision="abc")
 
 
 def test_a_published_model_runs_its_code_only_when_told(root: Path) -> None:
     folder = root / "out" / "train" / "checkpoint"
     (folder / "config.json").write_text('{"model_type": "llada2_moe"}')
-    assert "give --trust-remote-code" in asked(root)
+    assert "give --trust-remote-code" in refused(root)
     (folder / "config.json").write_text('{"model_type": "llada"}')
-    assert "cannot read the tokenizer" in asked(root), "LLaDA is read as a Llama, and this is none"
-    assert "mode is mdlm" in asked(root, sampler="ar", trust_remote_code=True)
+    assert "cannot read the tokenizer" in refused(root), "LLaDA is read as a Llama, and this is none"
+    assert "mode is mdlm" in refused(root, sampler="ar", trust_remote_code=True)
     (folder / "config.json").write_text('{"model_type": "nemotron_labs_diffusion"}')
-    assert "give --trust-remote-code" in asked(root, sampler="ar")
+    assert "give --trust-remote-code" in refused(root, sampler="ar")
 
 
 def test_the_hubs_code_needs_a_commit_and_a_folder_has_none(root: Path) -> None:
-    assert "pinned commit" in asked(root, "some/model", trust_remote_code=True)
+    assert "pinned commit" in refused(root, "some/model", trust_remote_code=True)
     with pytest.raises(ConfigError, match="no commit"):
-        generation.find("out/train", root, revision="abc")
-    assert generation.find("out/train", root, trust_remote_code=True).name == "checkpoint", "no hub is asked"
+        checkpoints.find("out/train", root, revision="abc")
+    assert checkpoints.find("out/train", root, trust_remote_code=True).name == "checkpoint", "no hub is asked"
 
 
 def test_prompts_without_room_or_text_are_refused_before_any_is_answered(root: Path) -> None:
@@ -175,7 +184,7 @@ def test_prompts_without_room_or_text_are_refused_before_any_is_answered(root: P
         (" ", r"empty prompt \(prompt 2\)"),
     ]:
         with pytest.raises(DllmError, match=said):
-            generation.run(checkpoint="out/train", prompts=["x", wrong], root=root, max_new_tokens=4, stream=stream)
+            generation.generate(checkpoint="out/train", prompts=["x", wrong], root=root, stream=stream)
     assert stream.getvalue() == ""
 
 
@@ -195,38 +204,36 @@ def test_a_plain_causal_model_writes_word_by_word(root: Path, causal: Path) -> N
         checkpoint=str(causal),
         prompts=["Why?"],
         root=root,
-        sampler="ar",
-        max_new_tokens=6,
         stream=stream,
-        wishes=GenerateOptions(),
+        options=GenerateOptions("ar", settings={"max_new_tokens": 6}),
     )
     assert found["tokens"] == 6 and found["target"] == str(causal)
-    assert "neither a draft nor" in asked(root, str(causal)) and "--mask-token-id" in asked(root, str(causal))
-    assert "neither a draft nor" in asked(root, str(causal), sampler="llada")
-    assert "--raw is for diffusion models" in asked(root, str(causal), sampler="ar", raw=True)
+    assert "neither a draft nor" in refused(root, str(causal)) and "--mask-token-id" in refused(root, str(causal))
+    assert "neither a draft nor" in refused(root, str(causal), sampler="llada")
+    assert "--raw is for diffusion models" in refused(root, str(causal), sampler="ar", raw=True)
 
 
 def test_a_diffusion_model_of_another_tool_is_told_its_mask(root: Path, causal: Path) -> None:
     (found,) = generation.generate(
-        checkpoint=str(causal), prompts=["Why?"], root=root, max_new_tokens=6, stream=io.StringIO(), mask_token_id=17,
-        wishes=GenerateOptions(),
+        checkpoint=str(causal), prompts=["Why?"], root=root, stream=io.StringIO(), mask_token_id=17,
+        options=GenerateOptions(settings={"max_new_tokens": 6}),
     )  # fmt: skip
     assert found["sampler"] == "llada" and found["tokens"] == 6 and 17 not in found["token_ids"]
-    assert "outside the model's embedding" in asked(root, str(causal), mask_token_id=10**6)
+    assert "outside the model's embedding" in refused(root, str(causal), mask_token_id=10**6)
 
 
 def test_params_of_another_project_say_nothing_of_a_model(root: Path, causal: Path) -> None:
     """Neither broken ones nor those of another target have a say in how a chat is put."""
     (root / "params.yaml").write_text(PARAMS.replace("dtype: float32", "dtype: float32, enable_thinking: true"))
-    assert generation.thinking(causal, root) is None
+    assert checkpoints.thinking(causal, root) is None
     (root / "params.yaml").write_text("recipe: x")
-    assert generation.thinking(causal, root) is None
+    assert checkpoints.thinking(causal, root) is None
 
 
 def test_to_look_for_a_registered_model_makes_no_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ModelError, match="not registered: nothing has been"):
-        generation.find("models:/a@b", tmp_path)
+        checkpoints.find("models:/a@b", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -243,4 +250,4 @@ NOTES = [
 @pytest.mark.parametrize("note", NOTES)
 def test_a_note_that_says_something_else_is_one_line(root: Path, note: str) -> None:
     (root / "out" / "train" / "checkpoint" / "dllm.json").write_text(note)
-    assert "cannot read the checkpoint's note" in asked(root) and "dllm.json" in asked(root)
+    assert "cannot read the checkpoint's note" in refused(root) and "dllm.json" in refused(root)

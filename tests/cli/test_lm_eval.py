@@ -9,7 +9,7 @@ import pytest
 
 from dllm.cli import lm_eval
 from dllm.errors import ConfigError, ModelError
-from dllm.lm_eval.generation_arguments import put_before
+from dllm.lm_eval.generation_arguments import override
 from tests.lm_eval.local_tasks import HYBRID, of_one_word, write_task
 from tests.models.diffusion import remote_code
 
@@ -62,7 +62,13 @@ def offline(monkeypatch):
 
 def run(tasks: Path, checkpoint: Path | str, *names: str, capsys=None, **options) -> dict:
     lm_eval.run(
-        checkpoint=str(checkpoint), tasks=names, include_path=tasks, root=tasks, samples=8, as_json=True, **options
+        checkpoint=str(checkpoint),
+        tasks=",".join(names),
+        include_path=tasks,
+        root=tasks,
+        samples=8,
+        as_json=True,
+        **options,
     )
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 1, "one object, and nothing that the harness prints"
@@ -99,7 +105,7 @@ def test_one_that_knows_the_answer_is_always_right(tasks, checkpoints, name, cap
 def test_gen_goes_before_the_task_and_shots_and_chats_are_taken(tasks, checkpoints, capsys) -> None:
     found = run(
         tasks, checkpoints / "wet", "twice",
-        generation=["max_gen_toks=1", "steps=1"], num_fewshot=1, apply_chat_template=True, capsys=capsys,
+        gen=["max_gen_toks=1", "steps=1"], num_fewshot=1, apply_chat_template=True, capsys=capsys,
     )  # fmt: skip
     assert figures(found) == {("twice", "exact_match"): 0.0}
     assert found["results"][0]["shots"] == 1
@@ -116,7 +122,7 @@ def test_gen_goes_before_the_task_and_shots_and_chats_are_taken(tasks, checkpoin
     ],
 )
 def test_gen_goes_before_other_names_for_the_same_thing(own, named, merged) -> None:
-    assert put_before(own, named) == merged
+    assert override(own, named) == merged
 
 
 @pytest.mark.parametrize("check", [None, True, False])
@@ -130,7 +136,7 @@ def test_whether_an_answer_is_greedy_is_found_out_where_a_task_asks(checkpoints,
 
 
 def test_a_task_that_cannot_be_run_is_one_line(tasks, checkpoints, tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot run sea: ValueError: Sample larger than population.*mend"):
+    with pytest.raises(ConfigError, match=r"cannot run sea: ValueError: Sample larger than population.*fix"):
         run(tasks, checkpoints / "wet", "sea", num_fewshot=20)
     write_task(tmp_path, "null", [{"question": None, "answer": "x"}], doc_to_text="question", doc_to_target="answer",
                output_type="loglikelihood")  # fmt: skip
@@ -149,7 +155,7 @@ def test_what_the_model_writes_is_run_only_where_that_was_confirmed(checkpoints,
 
 
 def test_the_table_says_what_the_likelihoods_are(tasks, checkpoints, capsys) -> None:
-    lm_eval.run(checkpoint=str(checkpoints / "wet"), tasks=["sea"], include_path=tasks, root=tasks, samples=8)
+    lm_eval.run(checkpoint=str(checkpoints / "wet"), tasks="sea", include_path=tasks, root=tasks, samples=8)
     out = capsys.readouterr().out
     assert "acc" in out and "1.0000" in out and "lower bounds, averaged over masks (8 each; 100% had no more" in out
 
@@ -180,10 +186,10 @@ def test_bad_input_is_one_line(tasks, checkpoints, tmp_path) -> None:
     with pytest.raises(ConfigError, match="no such folder of task files"):
         run(tmp_path / "absent", checkpoints / "wet", "sea")
     with pytest.raises(ConfigError, match="expected KEY=VALUE"):
-        run(tasks, checkpoints / "wet", "sea", generation=["steps"])
+        run(tasks, checkpoints / "wet", "sea", gen=["steps"])
     with pytest.raises(ModelError):
         run(tasks, tmp_path, "sea")
     write_task(tmp_path, "lost", [{"a": 1}], output_type="generate_until", doc_to_text="{{b.c}}", doc_to_target="x")
     (tmp_path / "lost.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"cannot load lost: \w+: .*; mend the task's file"):
+    with pytest.raises(ConfigError, match=r"cannot load lost: \w+: .*; fix the task's file"):
         run(tmp_path, checkpoints / "wet", "lost")

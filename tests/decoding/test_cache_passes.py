@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.decoding.cache_passes import Passes
-from dllm.decoding.canvas import Canvas, for_answers
+from dllm.decoding.canvas import Canvas, for_responses
 from dllm.models.diffusion.bidirectional import DiffusionConfig
 from tests.models.small_models import MASK, small_model
 
@@ -21,7 +21,7 @@ SIZES = st.integers(1, 5)
 
 def canvas_of(lengths: list[int], size: int, context: str, new: int = 9) -> Canvas:
     prompts = [list(range(20 * n, 20 * n + length)) for n, length in enumerate(lengths, 1)]
-    return for_answers(prompts, new, size, MASK, "sequence" if context == "block" else "answer")
+    return for_responses(prompts, new, size, MASK, "sequence" if context == "block" else "response")
 
 
 def blocks(canvas: Canvas, size: int):

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from dllm.cli import generate as generation
-from dllm.decoding.diffusion import GenerateOptions, default_sampler, settle, write
+from dllm.decoding.diffusion import GenerateOptions, generate
 from dllm.decoding.encoding import span_ids
+from dllm.decoding.samplers import default_sampler
 from dllm.decoding.settings import Settings
 from dllm.errors import ConfigError, DataError, ModelError
 from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig, load_bidirectional
 from dllm.prompts.batch_file import read_prompts
+from dllm.registry import SAMPLERS
 from tests.models.small_models import TINY
 
 TEXTS = ["How many hours?", "Why?", "A man sells three books and then one more."]
@@ -37,35 +39,35 @@ def short(**settings) -> dict:
 
 
 def test_a_record_says_what_was_written_and_at_what_cost(model: BidirectionalLM) -> None:
-    records = list(write(model, TEXTS, GenerateOptions(batch_size=2, settings=short())))
+    records = list(generate(model, TEXTS, GenerateOptions(batch_size=2, settings=short())))
     assert [r["prompt"] for r in records] == TEXTS
     for record in records:
         assert record["tokens"] == len(record["token_ids"]) <= 8
         assert record["tokens_per_pass"] == record["tokens"] / record["passes"]
         assert model.mask_token_id not in record["token_ids"]
         assert record["sampler"] == "llada"
-    one = list(write(model, TEXTS, GenerateOptions(batch_size=1, settings=short())))
+    one = list(generate(model, TEXTS, GenerateOptions(batch_size=1, settings=short())))
     assert [r["token_ids"] for r in one] == [r["token_ids"] for r in records]
 
 
 @pytest.mark.parametrize("sampler", ["llada", "llada2", "nemotron", "self-spec", "ar"])
 def test_every_sampler_writes_with_a_hybrid(hybrid: BidirectionalLM, sampler) -> None:
     asked = {"max_new_tokens": 8} if sampler == "ar" else short()
-    (record,) = write(hybrid, TEXTS[:1], GenerateOptions(sampler=sampler, settings=asked))
+    (record,) = generate(hybrid, TEXTS[:1], GenerateOptions(sampler=sampler, settings=asked))
     assert record["sampler"] == sampler
     assert record["tokens"] >= 1
 
 
 def test_self_speculation_says_what_ar_says(hybrid: BidirectionalLM) -> None:
-    spec = list(write(hybrid, TEXTS, GenerateOptions(sampler="self-spec", settings=short())))
-    plain = list(write(hybrid, TEXTS, GenerateOptions(sampler="ar", settings={"max_new_tokens": 8})))
+    spec = list(generate(hybrid, TEXTS, GenerateOptions(sampler="self-spec", settings=short())))
+    plain = list(generate(hybrid, TEXTS, GenerateOptions(sampler="ar", settings={"max_new_tokens": 8})))
     assert [r["token_ids"] for r in spec] == [r["token_ids"] for r in plain]
 
 
 @pytest.mark.parametrize("raw", [True, False])
 def test_infilling_keeps_the_text_around_its_spans(model: BidirectionalLM, raw: bool) -> None:
     text = "He sells [MASK:3] and [MASK][MASK:2] more."
-    (record,) = write(model, [text], GenerateOptions(raw=raw, infill=True))
+    (record,) = generate(model, [text], GenerateOptions(raw=raw, infill=True))
     assert record["tokens"] == 6
     assert record["text"].startswith("He sells ") and record["text"].endswith(" more.")
     first, second = record["text"].removeprefix("He sells ").removesuffix(" more.").split(" and ", 1)
@@ -75,18 +77,18 @@ def test_infilling_keeps_the_text_around_its_spans(model: BidirectionalLM, raw: 
 
 def _spans(model: BidirectionalLM, text: str, raw: bool) -> list[int | None]:
     """Encode text with a None for each token of its spans."""
-    ids = span_ids(model.tokenizer, text, raw, model.mask_token_id, model.longest, 1)
+    ids = span_ids(model.tokenizer, text, raw, model.mask_token_id, model.max_length, 1)
     return [None if id == model.mask_token_id else id for id in ids]
 
 
-def refused(model, wishes: GenerateOptions, message: str, text: str = TEXTS[0], kind=ConfigError, **more) -> None:
+def refused(model, options: GenerateOptions, message: str, text: str = TEXTS[0], kind=ConfigError, **more) -> None:
     with pytest.raises(kind, match=message) as caught:
-        list(write(model, [text], wishes, **more))
+        list(generate(model, [text], options, **more))
     assert "\n" not in str(caught.value)
 
 
 def test_what_does_not_go_together_is_refused(model: BidirectionalLM) -> None:
-    for wishes, message in [
+    for options, message in [
         (GenerateOptions(sampler="llada2"), "block-causal"),
         (GenerateOptions(sampler="ar", infill=True), "sampler ar cannot infill"),
         (GenerateOptions(sampler="ar", settings={"threshold": 0.5}), "sampler ar has no use for --threshold"),
@@ -106,12 +108,12 @@ def test_what_does_not_go_together_is_refused(model: BidirectionalLM) -> None:
         (GenerateOptions(settings={"threshold": 0.5, "factor": 1.0}), "exclude"),
         (GenerateOptions(settings={"threshold": 0.5, "remasking": "random"}), "take low_confidence or margin"),
         (GenerateOptions(settings={"cache": "block"}), "take prefix or dual"),
-        (GenerateOptions(own_generate=True), "brings no generation code"),
-        (GenerateOptions(own_generate=True, infill=True), "cannot infill"),
+        (GenerateOptions("own"), "brings no generation code"),
+        (GenerateOptions("own", infill=True), "cannot infill"),
         (GenerateOptions(settings={"steps": 0}), "steps must be"),
         (GenerateOptions(settings={"top_p": 0.0}), "top_p must be"),
     ]:
-        refused(model, wishes, message)
+        refused(model, options, message)
 
 
 def test_texts_that_cannot_be_answered_are_refused_before_any_is(model: BidirectionalLM) -> None:
@@ -123,18 +125,18 @@ def test_texts_that_cannot_be_answered_are_refused_before_any_is(model: Bidirect
     refused(model, fill, "100000 tokens, and a text of this model has 2048", "a [MASK:100000]", DataError)
     refused(model, raw, "more than this model's 2048", "How " * 2000, DataError)
     refused(model, raw, "holds the mask token", f"a {model.tokenizer.mask_token}", DataError)
-    for wishes in (raw, GenerateOptions()):
-        refused(model, wishes, "empty prompt", " ", DataError)
-    answers = write(model, [*TEXTS, ""], GenerateOptions(batch_size=1, settings=short()))
+    for options in (raw, GenerateOptions()):
+        refused(model, options, "empty prompt", " ", DataError)
+    answers = generate(model, [*TEXTS, ""], GenerateOptions(batch_size=1, settings=short()))
     with pytest.raises(DataError, match="prompt 4"):
         next(answers)
 
 
 def test_without_a_chat_template_text_is_taken_raw_only(model: BidirectionalLM, monkeypatch) -> None:
     monkeypatch.setattr(model.tokenizer, "chat_template", None)
-    for wishes, text in ((GenerateOptions(), "Why?"), (GenerateOptions(infill=True), "Why [MASK]?")):
-        refused(model, wishes, "no chat template; give --raw", text, DataError)
-    assert len(list(write(model, ["Why?"], GenerateOptions(raw=True, settings=short())))) == 1
+    for options, text in ((GenerateOptions(), "Why?"), (GenerateOptions(infill=True), "Why [MASK]?")):
+        refused(model, options, "no chat template; give --raw", text, DataError)
+    assert len(list(generate(model, ["Why?"], GenerateOptions(raw=True, settings=short())))) == 1
 
 
 def test_a_sampler_is_taken_that_shows_text_as_training_did(model: BidirectionalLM, monkeypatch) -> None:
@@ -150,24 +152,24 @@ def test_a_sampler_is_taken_that_shows_text_as_training_did(model: Bidirectional
 
 def test_a_default_threshold_gives_way_to_an_order_without_probabilities(hybrid: BidirectionalLM) -> None:
     for sampler in ("llada2", "nemotron"):
-        assert settle(hybrid, sampler, GenerateOptions(settings={"remasking": "entropy"})).threshold is None
-        assert settle(hybrid, sampler, GenerateOptions(settings={"remasking": "margin"})).threshold is not None
+        assert SAMPLERS[sampler].settle(hybrid, {"remasking": "entropy"}).threshold is None
+        assert SAMPLERS[sampler].settle(hybrid, {"remasking": "margin"}).threshold is not None
 
 
 def test_defaults_give_way_to_the_model_and_both_to_what_is_named(hybrid: BidirectionalLM) -> None:
-    assert settle(hybrid, "nemotron", GenerateOptions()).block_size == 4
-    assert settle(hybrid, "nemotron", GenerateOptions()).threshold == 0.9
-    assert settle(hybrid, "nemotron", GenerateOptions(settings={"factor": 1.0})).threshold is None
+    assert SAMPLERS["nemotron"].settle(hybrid, {}).block_size == 4
+    assert SAMPLERS["nemotron"].settle(hybrid, {}).threshold == 0.9
+    assert SAMPLERS["nemotron"].settle(hybrid, {"factor": 1.0}).threshold is None
     bounded = {"entropy_bound": 1.0, "remasking": "entropy"}
-    assert settle(hybrid, "nemotron", GenerateOptions(settings=bounded)).threshold is None
-    assert settle(hybrid, "llada", GenerateOptions(settings={"schedule": "cosine"})).schedule == "cosine"
-    assert settle(hybrid, "llada2", GenerateOptions(settings={"block_size": 8})).block_size == 8
-    assert settle(hybrid, "llada2", GenerateOptions()).cache == "block"
+    assert SAMPLERS["nemotron"].settle(hybrid, bounded).threshold is None
+    assert SAMPLERS["llada"].settle(hybrid, {"schedule": "cosine"}).schedule == "cosine"
+    assert SAMPLERS["llada2"].settle(hybrid, {"block_size": 8}).block_size == 8
+    assert SAMPLERS["llada2"].settle(hybrid, {}).cache == "block"
 
 
 def test_the_replay_ends_with_the_text(model: BidirectionalLM) -> None:
     stream = io.StringIO()
-    first, second = write(model, TEXTS[:2], GenerateOptions(raw=True, settings=short()), show=stream)
+    first, second = generate(model, TEXTS[:2], GenerateOptions(raw=True, settings=short()), show=stream)
     lines = stream.getvalue().splitlines()
     assert len(lines) == first["passes"] + second["passes"]
     assert "░" in lines[0]
@@ -185,16 +187,15 @@ def test_generate_reads_a_saved_checkpoint_and_a_batch_file(model: Bidirectional
         checkpoint=str(tmp_path),
         prompts=read_prompts(batch),
         root=tmp_path,
-        max_new_tokens=6,
         as_json=True,
         stream=stream,
-        wishes=GenerateOptions(),
+        options=GenerateOptions(settings={"max_new_tokens": 6}),
     )
     assert [json.loads(line) for line in stream.getvalue().splitlines()] == records
     assert [r["prompt"] for r in records] == TEXTS
     with pytest.raises(ConfigError, match="mode is mdlm"):
         generation.generate(
-            checkpoint=str(tmp_path), prompts=["x"], root=tmp_path, sampler="self-spec", wishes=GenerateOptions()
+            checkpoint=str(tmp_path), prompts=["x"], root=tmp_path, options=GenerateOptions("self-spec")
         )
 
 
@@ -231,7 +232,7 @@ def test_equal_prompts_get_different_answers_whatever_the_batch(model: Bidirecti
     found = [
         [
             r["token_ids"]
-            for r in write(model, 6 * [text], GenerateOptions(raw=True, infill=infill, batch_size=n, settings=drawn))
+            for r in generate(model, 6 * [text], GenerateOptions(raw=True, infill=infill, batch_size=n, settings=drawn))
         ]
         for drawn in ({**size, "temperature": 1.0},)
         for n in (1, 4, 6)
@@ -245,16 +246,16 @@ def test_spans_are_filled_with_text_alone(model: BidirectionalLM, monkeypatch) -
     ends = sorted({*model.eos_ids, *model.tokenizer.all_special_ids} - {model.mask_token_id})
     plain = model.logits
     monkeypatch.setattr(model, "logits", lambda hidden: plain(hidden).index_fill(-1, torch.tensor(ends), 1e3))
-    (record,) = write(model, ["A [MASK:4] man"], GenerateOptions(raw=True, infill=True))
+    (record,) = generate(model, ["A [MASK:4] man"], GenerateOptions(raw=True, infill=True))
     assert record["tokens"] == 4 and not set(record["token_ids"]) & set(ends)
-    (answer,) = write(model, ["A man"], GenerateOptions(raw=True, settings={"max_new_tokens": 4}))
+    (answer,) = generate(model, ["A man"], GenerateOptions(raw=True, settings={"max_new_tokens": 4}))
     assert set(answer["token_ids"]) <= set(ends)
 
 
 def test_weights_that_have_diverged_are_one_line(model: BidirectionalLM, monkeypatch) -> None:
     monkeypatch.setattr(model, "logits", lambda hidden: torch.full((*hidden.shape[:-1], 1400), torch.nan))
     with pytest.raises(ModelError, match="logits are not numbers"):
-        list(write(model, ["A man"], GenerateOptions(raw=True, settings={"max_new_tokens": 4})))
+        list(generate(model, ["A man"], GenerateOptions(raw=True, settings={"max_new_tokens": 4})))
 
 
 @pytest.mark.parametrize(
@@ -279,4 +280,4 @@ def test_what_would_be_ignored_or_break_is_refused(named, said) -> None:
 @pytest.mark.parametrize("infill", [False, True])
 def test_what_is_no_text_is_refused(model: BidirectionalLM, text, infill) -> None:
     with pytest.raises(DataError, match="prompt 1"):
-        list(write(model, [text], GenerateOptions(raw=True, infill=infill)))
+        list(generate(model, [text], GenerateOptions(raw=True, infill=infill)))

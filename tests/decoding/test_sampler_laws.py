@@ -83,7 +83,7 @@ def test_edits_touch_neither_prompt_nor_what_the_same_step_wrote(prompt, thresho
 
 def test_a_finished_canvas_is_a_fixed_point_of_editing() -> None:
     """Law: without a mask and without an edit a step changes nothing, and is the last."""
-    asked = Settings(max_new_tokens=8, block_size=4, threshold=-1.0, editing_threshold=1.0)
+    asked = Settings(max_new_tokens=8, block_size=4, threshold=0.0, editing_threshold=1.0)
     (answer,) = sample(Watched("block").model, [[21, 22, 23, 24]], asked)
     assert answer.passes == 2
     assert all(len(step) == 4 for step in answer.steps)
@@ -115,7 +115,7 @@ def test_guidance_goes_from_the_blind_logits_past_the_seeing_ones(scale) -> None
     states = watched.canvases(10)
     for seeing, blind in zip(states[::2], states[1::2], strict=True):
         assert seeing[:4] == prompt and blind[:4] == [MASK] * 4 and blind[4:] == seeing[4:]
-    (once,) = sample(watched.model, [prompt], dataclasses.replace(asked, threshold=-1.0))
+    (once,) = sample(watched.model, [prompt], dataclasses.replace(asked, threshold=0.0))
     with torch.no_grad():
         seen_SV, blind_SV = (watched.model.logits(watched.model.hidden(torch.tensor([s])))[0, 4:] for s in states[:2])
     guided_SV = (1 + scale) * seen_SV - scale * blind_SV

@@ -103,7 +103,7 @@ def test_a_long_context_loses_its_beginning() -> None:
         [request(TEXT, " water word", doc=document), request(end, " water word", doc=document)]
     )
     assert found[0] == pytest.approx(found[1])
-    with pytest.raises(DataError, match="a continuation has 10 tokens, and the model sees 10"):
+    with pytest.raises(DataError, match="a continuation of 10 tokens; the model takes 10"):
         asked(model, max_length=10).loglikelihood([request("How?", " water" * 10)])
 
 
@@ -152,13 +152,13 @@ def test_settings_of_the_sampler_come_with_the_task_and_bad_ones_are_refused() -
     adapter = asked(model)
     plain_text = adapter.generate_until([request("How?", {"max_gen_toks": 8})])
     assert adapter.generate_until([request("How?", {"max_gen_toks": 8, "steps": 1, "block_size": 8})]) != plain_text
-    with pytest.raises(ConfigError, match="no sampler here has num_beams"):
+    with pytest.raises(ConfigError, match="sampler takes no num_beams"):
         adapter.generate_until([request("How?", {"num_beams": 3})])
-    with pytest.raises(ConfigError, match="a causal model's sampling has no steps"):
+    with pytest.raises(ConfigError, match="sampler takes no steps"):
         plain(model).generate_until([request("How?", {"steps": 3})])
     with pytest.raises(DataError, match="leaves no room for its prompt"):
         asked(model, max_length=8).generate_until([request("How?", {"max_gen_toks": 8})])
-    with pytest.raises(ConfigError, match="sampler ar needs a model that also learnt to write causally"):
+    with pytest.raises(ConfigError, match="sampler ar needs a model that also learned causal prediction"):
         asked(model, sampler="ar")
 
 

@@ -48,9 +48,9 @@ def test_arguments_that_make_no_difference_are_no_fault() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"num_beams": 4}, "no sampler here has num_beams"),
-        ({"top_k": 40, "temperature": 0.5}, "no sampler here has top_k"),
-        ({"untl": "a"}, "no sampler here has untl"),
+        ({"num_beams": 4}, "sampler takes no num_beams"),
+        ({"top_k": 40, "temperature": 0.5}, "sampler takes no top_k"),
+        ({"untl": "a"}, "sampler takes no untl"),
         ({"until": [1]}, "until must be"),
         ({"temperature": "hot"}, "temperature: input should be a valid number"),
         ({"max_gen_toks": 0}, "max_new_tokens must be at least 1"),

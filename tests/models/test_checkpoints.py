@@ -113,3 +113,33 @@ def test_the_stages_record_names_the_target(tmp_path: Path) -> None:
     for other in ('{"identity": {}}', "{", '{"identity": {"target": "x"}}', "[]"):
         record.write_text(other)
         assert checkpoints.trained_for(checkpoint) is None
+
+
+def test_identify_tells_drafts_diffusion_models_and_others_apart(tmp_path: Path) -> None:
+    for name, config, note, expected in [
+        ("draft", {"dflash_config": {}}, None, ("draft", None, False, False)),
+        ("plain", {"model_type": "llama"}, None, ("causal", None, False, False)),
+        ("ours", {"model_type": "llama"}, ("mdlm", 3, 4), ("diffusion", ("mdlm", 3, 4), False, False)),
+        ("llada", {"model_type": "llada"}, None, ("diffusion", ("mdlm", 126336, None), False, None)),
+        ("llada2", {"model_type": "llada2_moe"}, None, ("diffusion", ("mdlm", 156895, 32), False, True)),
+        (
+            "nemotron",
+            {"model_type": "nemotron_labs_diffusion", "mask_token_id": 7},
+            None,
+            ("diffusion", ("hybrid", 7, 32), True, True),
+        ),
+    ]:
+        folder = a_checkpoint(tmp_path / name)
+        (folder / "config.json").write_text(json.dumps(config))
+        if note is not None:
+            written = dict(zip(("mode", "mask_token_id", "block_size"), note, strict=True))
+            (folder / "dllm.json").write_text(json.dumps(written))
+        found = checkpoints.identify(folder)
+        kind, said, own_masks, own_code = expected
+        assert (found.kind, found.sets_own_masks) == (kind, own_masks)
+        assert found.note is None or (found.note.mode, found.note.mask_token_id, found.note.block_size) == said
+        assert (found.note is None) == (said is None)
+        assert own_code is None or found.needs_own_code == own_code
+    (tmp_path / "ours" / "dllm.json").write_text("{")
+    with pytest.raises(ModelError, match=r"dllm\.json"):
+        checkpoints.identify(tmp_path / "ours")

@@ -118,7 +118,7 @@ def test_a_published_model_is_adapted_and_measured_through_its_own_code(tmp_path
     for stage in (prepare, regenerate, train, evaluate):
         found = stage.run(asked, tmp_path)
     assert found["nelbo"] > 0 and found["ar_nll"] > 0
-    by_own_code = [way for way in found["decodings"] if way["sampler"] == "nemotron"]
+    by_own_code = [way for way in found["decodings"] if way["sampler"] == "own"]
     assert {way["tokens_per_pass"] for way in by_own_code} == {8 / 5}  # its generate says 5 passes
     out = tmp_path / "out" / "train"
     assert {path.name for path in (out / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}

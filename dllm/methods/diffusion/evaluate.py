@@ -16,17 +16,18 @@ from typing import Any
 import torch
 
 from dllm.config.params import Evaluate, Params
-from dllm.decoding.diffusion import default_sampler
+from dllm.decoding.samplers import default_sampler
 from dllm.decoding.settings import Settings
 from dllm.errors import DataError
 from dllm.methods.diffusion import curve, likelihood
-from dllm.methods.diffusion.responses import figures, generate_responses, name_of
+from dllm.methods.diffusion.responses import figures, generate_responses
 from dllm.methods.diffusion.settings import DiffusionEvaluation
 from dllm.methods.method import EvaluateContext, Evaluation
 from dllm.models import targets
 from dllm.models.diffusion.bidirectional import BidirectionalLM
 from dllm.progress import Progress
 from dllm.prompts import references
+from dllm.registry import SAMPLERS
 from dllm.responses.shards import SCHEMA, Row, ShardEntry, iter_rows, shard_name, write_manifest, write_shard
 from dllm.training.batches import Example, make_examples
 
@@ -183,12 +184,17 @@ def _decode(
     with Progress("evaluate: decoding", len(ways) * len(rows), "responses") as progress:
         for sampler, way in ways:
             responses = generate_responses(model, rows, sampler, way, settings.batch_size, progress.update, known)
-            about = {"way": name_of(sampler, way), "sampler": sampler, "threshold": way.threshold, "steps": way.steps}
+            about = {
+                "way": SAMPLERS[sampler].describe(way),
+                "sampler": sampler,
+                "threshold": way.threshold,
+                "steps": way.steps,
+            }
             found.append({**about, **figures(responses, seen)})
             for each in responses:
                 values = (each.id, about["way"], each.expected, each.reference, each.text, each.passes)
-                for name, value in zip(columns, values, strict=True):
-                    table[name].append(value)
+                for column, value in zip(columns, values, strict=True):
+                    table[column].append(value)
     return found, table
 
 

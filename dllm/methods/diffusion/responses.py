@@ -8,10 +8,10 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
-from dllm.decoding.diffusion import GenerateOptions, write_ids
 from dllm.decoding.settings import Settings
 from dllm.models.diffusion.bidirectional import BidirectionalLM
 from dllm.prompts.references import is_right
+from dllm.registry import SAMPLERS
 from dllm.responses.shards import Row
 
 
@@ -30,17 +30,6 @@ class Generated:
     seconds: float
     reference: str | None = None
     """The correct final answer, where the source has it."""
-
-
-def name_of(sampler: str, settings: Settings) -> str:
-    """Name a way of decoding in tables, by the setting that decides how many tokens a pass generates."""
-    if sampler in ("ar", "self-spec"):
-        return sampler
-    if settings.threshold is not None:
-        return f"threshold {settings.threshold:g}"
-    if settings.steps is None:
-        return "one token a pass"
-    return f"{settings.steps} pass{'' if settings.steps == 1 else 'es'}"
 
 
 def generate_responses(
@@ -62,7 +51,7 @@ def generate_responses(
     for begin in range(0, len(rows), batch_size):
         part = rows[begin : begin + batch_size]
         clock = time.perf_counter()
-        answers = write_ids(model, sampler, [row.prompt_ids for row in part], GenerateOptions(), settings)
+        answers = SAMPLERS[sampler].decode(model, [row.prompt_ids for row in part], settings)
         seconds = (time.perf_counter() - clock) / len(part)
         for row, answer in zip(part, answers, strict=True):
             text = str(model.tokenizer.decode(answer.token_ids, skip_special_tokens=True))

@@ -54,6 +54,11 @@ class DiffusionConfig:
     """Columns of a block where none sees a later one (attention `block`); null where all is seen."""
 
     @property
+    def learned_causally(self) -> bool:
+        """Tell whether the model was trained to predict the next token as well."""
+        return self.mode == "hybrid"
+
+    @property
     def context(self) -> Context:
         """Tell how text before a block was seen in training."""
         if self.block_size is None:
@@ -88,6 +93,23 @@ class BidirectionalLM(nn.Module):
             self.prompt_blocks = self.kind.block_size is not None
         # transformers then builds no causal mask of its own; masks given in full are taken as they are.
         self.config.is_causal = False
+
+    @property
+    def sets_own_masks(self) -> bool:
+        """Tell whether its own code sets its attention masks."""
+        return self.lays_out_pairs
+
+    @property
+    def caches(self) -> frozenset[str]:
+        """Return the caches that it supports."""
+        if self.kind is not None:
+            return frozenset({"none"})
+        return frozenset({"none", "prefix", "dual"} if self.note.context == "full" else {"none", "block"})
+
+    @property
+    def max_length(self) -> int:
+        """Return how many tokens a text may have."""
+        return self.longest
 
     @property
     def lays_out_pairs(self) -> bool:

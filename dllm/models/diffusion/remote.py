@@ -98,7 +98,7 @@ def run(
     """
     if kind.masks == "own":
         raise ModelError(
-            "this model's code sets its own masks", where=model.config.model_type, hint="use --own-generate"
+            "this model's code sets its own masks", where=model.config.model_type, hint="use --sampler own"
         )
     plainly = _accepted(model, use_cache=False, return_dict=True)
     dtype, call = _in_one_dtype(model, ids_BQ.device.type)
@@ -225,7 +225,7 @@ def checked(hidden: Tensor, width: int) -> Tensor:
         ModelError: it is of another width, so the head was not the last step.
     """
     if hidden.shape[-1] != width:
-        raise ModelError("the model's code does not go through its output embedding", hint="use --own-generate")
+        raise ModelError("the model's code does not go through its output embedding", hint="use --sampler own")
     return hidden
 
 

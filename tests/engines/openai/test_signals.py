@@ -11,7 +11,7 @@ import pytest
 
 RUN = """
 import sys
-from dllm.process.children import signals_exit
+from dllm.process.signals import signals_exit
 from dllm.engines.engine import RequestList
 from dllm.models.targets import load_tokenizer
 from tests.engines.openai.asking import TARGET, engine, requests

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.decoding.cache_passes import Passes
-from dllm.decoding.canvas import for_answers
+from dllm.decoding.canvas import for_responses
 from dllm.methods.diffusion.noise import blocks_of
 from dllm.methods.diffusion.passes import grid_of, masked_pass
 from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig
@@ -39,7 +39,7 @@ def drawn(length: int, prompt: int, seed: int, share: float = 0.5) -> tuple[torc
 def test_a_noisy_block_is_the_inference_pass_over_the_cached_clean_prefix(prompt, size, context, seed) -> None:
     """Law: training and inference parity, hidden state by hidden state, wherever writing stood."""
     model, generator = model_of(context, size), torch.Generator().manual_seed(seed)
-    canvas = for_answers(
+    canvas = for_responses(
         [list(range(20, 20 + prompt))], NEW, size, MASK, "sequence" if context == "block" else "answer"
     )
     passes, seen = Passes(model, canvas, context, "block"), []

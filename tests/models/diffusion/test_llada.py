@@ -54,9 +54,9 @@ def test_answers_are_those_of_its_own_code_and_caches_speed_them_up(folder: Path
 
 
 def test_generate_asks_for_no_trust_and_gives_a_cache(folder: Path, tmp_path: Path) -> None:
-    wishes = GenerateOptions(raw=True, settings={"threshold": 0.5, "cache": "dual"})
+    options = GenerateOptions(raw=True, settings={"max_new_tokens": 8, "threshold": 0.5, "cache": "dual"})
     (record,) = generation.generate(
-        checkpoint=str(folder), prompts=["Why?"], root=tmp_path, max_new_tokens=8, stream=io.StringIO(), wishes=wishes
+        checkpoint=str(folder), prompts=["Why?"], root=tmp_path, stream=io.StringIO(), options=options
     )
     assert record["tokens"] == 8 and record["sampler"] == "llada"
 

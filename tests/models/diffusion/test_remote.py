@@ -71,9 +71,9 @@ def test_nemotron_is_asked_through_its_own_generate(tmp_path: Path) -> None:
     assert answer.token_ids == [9] * 6
     assert answer.passes == 5
     wish = Settings(max_new_tokens=6, block_size=4)
-    own = [generate_with_own_code(model, PROMPTS, wish, sampler) for sampler in ("ar", "self-spec")]
+    own = [generate_with_own_code(model, PROMPTS, wish, name) for name in ("ar_generate", "linear_spec_generate")]
     assert own[0] != own[1] and [a.token_ids for a in own[0]] == [a.token_ids for a in own[1]]
-    with pytest.raises(ModelError, match="own-generate"):
+    with pytest.raises(ModelError, match="sampler own"):
         model.hidden(torch.tensor(PROMPTS[:1]))
     with pytest.raises(ModelError, match="bidirectional, not for training"):
         model.paired(IDS, VALID, VALID)
@@ -86,7 +86,7 @@ def test_nemotron_is_written_by_our_samplers_too_as_any_other_model(tmp_path: Pa
     model.eos_ids = plain.eos_ids = set()
     found = decode(model, PROMPTS, WISH)
     assert found == decode(plain, PROMPTS, WISH)
-    own = generate_with_own_code(model, PROMPTS, WISH, "ar")
+    own = generate_with_own_code(model, PROMPTS, WISH, "ar_generate")
     assert decode is decode_seeded or [a.token_ids for a in own] == [a.token_ids for a in found]
     with pytest.raises(ModelError, match="set up for training"):
         decode(load_bidirectional(checkpoint(tmp_path, "nemotron_labs_diffusion"), paired=4), PROMPTS, WISH)
