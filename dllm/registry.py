@@ -115,7 +115,7 @@ ENGINES: Registry[Any] = Registry(
         "local": "dllm.engines.local:LocalEngine",
         "openai": "dllm.engines.openai.engine:OpenAIEngine",
         "sglang": "dllm.engines.sglang:SglangEngine",
-        "given": "dllm.engines.dataset:DatasetEngine",
+        "dataset": "dllm.engines.dataset:DatasetEngine",
     },
 )
 """Who generates the responses in `regenerate`; each member is a `dllm.engines.engine.EngineFactory`."""

@@ -75,7 +75,7 @@ class Regenerate(Section):
     """The target answers every prompt."""
 
     engine: Annotated[str, AfterValidator(ENGINES.check)] = "local"
-    """`local`: in this process; `openai`: servers that are running; `sglang`: one started for the stage; `given`:
+    """`local`: in this process; `openai`: servers that are running; `sglang`: one started for the stage; `dataset`:
     nothing is generated, the dataset's own last responses are taken."""
     servers: list[str] = Field(default=[])
     """Addresses of OpenAI-compatible servers, for engine `openai`; DLLM_TARGET_URL (commas between several) goes

@@ -52,7 +52,7 @@ class DatasetEngine:
         yield cls(tokenizer, params.target.enable_thinking)
 
     def describe(self) -> dict[str, Any]:
-        return {"engine": "given"}
+        return {"engine": "dataset"}
 
     def answer(self, requests: RequestSource) -> Iterator[Response | Refusal | None]:
         """Respond in the order of the requests; a response longer than `max_new_tokens` is cut, without a stop id."""

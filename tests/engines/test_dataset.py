@@ -46,6 +46,6 @@ def test_without_a_response_the_request_is_refused(tokenizer) -> None:
 
 
 def test_it_takes_the_last_response_of_a_chat_only() -> None:
-    DatasetEngine.check(Regenerate(engine="given", turns="last"))
+    DatasetEngine.check(Regenerate(engine="dataset", turns="last"))
     with pytest.raises(ConfigError, match=r"last response.*regenerate\.turns: all.*set it to last"):
-        DatasetEngine.check(Regenerate(engine="given"))
+        DatasetEngine.check(Regenerate(engine="dataset"))

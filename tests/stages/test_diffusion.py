@@ -54,7 +54,7 @@ def params(path, recipe: str, **changes) -> Params:
 @pytest.mark.parametrize("recipe", ["tiny-mdlm", "smollm2-135m-hybrid"])
 def test_from_prompts_to_the_registry(tmp_path, monkeypatch, mlflow_store, recipe) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
-    given = {"engine": "given", "turns": "last", "max_new_tokens": 256}
+    given = {"engine": "dataset", "turns": "last", "max_new_tokens": 256}
     asked = params(tmp_path, recipe, **{f"regenerate.{key}": value for key, value in given.items()})
     prepare.run(asked, tmp_path)
     answers = regenerate.run(asked, tmp_path)
@@ -107,7 +107,7 @@ def test_a_published_model_is_adapted_and_measured_through_its_own_code(tmp_path
     target = checkpoint(tmp_path / "published", "nemotron_labs_diffusion", every_word=True)
     changes = {
         "target": target.model_dump(),
-        "regenerate.engine": "given",
+        "regenerate.engine": "dataset",
         "regenerate.turns": "last",
         "regenerate.max_new_tokens": 64,
         "train.hybrid.block_size": 4,
