@@ -81,5 +81,5 @@ def test_an_engine_from_outside_generates(tmp_path: Path) -> None:
 
 
 def test_an_unknown_engine_is_one_line_with_the_nearest_name() -> None:
-    with pytest.raises(ValueError, match=r"expected one of local, openai, sglang, given.*did you mean sglang\?"):
+    with pytest.raises(ValueError, match=r"expected one of local, openai, sglang, dataset.*did you mean sglang\?"):
         Regenerate(engine="sglan")

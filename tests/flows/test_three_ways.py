@@ -71,7 +71,7 @@ def artifacts(prefect_home: Path) -> list[str]:
 def test_the_first_run_leaves_everything(project: Project, first: str, prefect_home: Path) -> None:
     positions = [first.index(f"== {stage} ==") for stage in STAGES]
     assert positions == sorted(positions)
-    assert re.search(r"regenerate: \d+/24 answers .* answers/s", first), "live progress reaches the terminal"
+    assert re.search(r"regenerate: \d+/24 responses .* responses/s", first), "live progress reaches the terminal"
     assert "Traceback" not in first and "\x1b" not in first
     assert "git add" not in first
     assert runs(project) == sorted((stage, "FINISHED") for stage in STAGES)
