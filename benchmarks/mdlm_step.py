@@ -4,7 +4,7 @@
 
 Both in one process: the same rows of GSM8K (question, and the answer that the data give), the same float32 weights,
 bfloat16 autocast, AdamW and clipping. Ours is a step of dllm's own loop. The plain one is what transformers' users
-write: AutoModelForCausalLM with labels, backward, clip, step. Prints tokens a second of each, padding aside, their
+write: AutoModelForCausalLM with labels, backward, clip, step. Prints tokens per second of each, padding aside, their
 ratio round by round, and, from a process of its own for each, the most memory it held.
 """
 

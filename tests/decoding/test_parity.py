@@ -108,7 +108,7 @@ def test_seeded_blocks_say_what_training_says_both_ways(threshold, tmp_path: Pat
 
 @torch.no_grad()
 def test_causal_decoding_says_what_the_next_token_loss_is_taken_of(tmp_path: Path) -> None:
-    """Law: the same parity for one token a pass: the clean half of training's pair."""
+    """Law: the same parity for one token per pass: the clean half of training's pair."""
     model = model_of("causal", tmp_path)
     for prompt, answer in zip(PROMPTS, decode_causally(model, PROMPTS, Settings(max_new_tokens=NEW)), strict=True):
         example = Example("a-0", array("i", [*prompt, *answer.token_ids]), len(prompt))

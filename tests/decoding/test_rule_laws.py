@@ -38,7 +38,7 @@ def masked_logits(watched: Watched, number: int, width: int) -> torch.Tensor:
 @settings(max_examples=15, deadline=None)
 @given(PROMPT, NEW, st.sampled_from(["full", "causal"]))
 def test_as_many_steps_as_masks_write_one_token_each(prompt, new, context) -> None:
-    """Law: S = m in one block is exactly one token a step, and m passes."""
+    """Law: S = m in one block is exactly one token per step, and m passes."""
     for write in (sample, decode_seeded)[: 2 if context == "causal" else 1]:
         (answer,) = write(Watched(context).model, [prompt], Settings(max_new_tokens=new, steps=new, block_size=new))
         assert [len(step) for step in answer.steps] == [1] * new
@@ -114,7 +114,7 @@ def test_an_entropy_bound_commits_those_of_least_entropy(prompt, new, bound) -> 
 @settings(max_examples=10, deadline=None)
 @given(PROMPT, NEW, st.integers(1, 6), CONTEXT)
 def test_entropy_bounds_nothing_can_pass_or_miss(prompt, new, size, context) -> None:
-    """Laws: a huge bound writes a block a pass, 0 one token a pass; so does each of seeded blocks."""
+    """Laws: a huge bound writes a block per pass, 0 one token per pass; so does each of seeded blocks."""
     asked = Settings(max_new_tokens=new, block_size=size, remasking="entropy")
     for bound, passes in ((1e9, blocks_of(prompt, new, size, context)), (0.0, new)):
         wish = dataclasses.replace(asked, entropy_bound=bound)

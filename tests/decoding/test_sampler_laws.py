@@ -42,7 +42,7 @@ def test_prompts_stay_masks_only_go_and_blocks_come_in_order(prompt, asked, cont
 @settings(max_examples=10, deadline=None)
 @given(PROMPT, st.integers(1, 12), st.integers(1, 6), st.sampled_from(["full", "block", "causal"]))
 def test_without_a_plan_each_pass_writes_one_token(prompt, new, size, context) -> None:
-    """Law: as many steps as masks is one token a step; blocks of one token are written from left to right."""
+    """Law: as many steps as masks is one token per step; blocks of one token are written from left to right."""
     watched = Watched(context)
     (answer,) = sample(watched.model, [prompt], Settings(max_new_tokens=new, block_size=size))
     assert [len(step) for step in answer.steps] == [1] * new
@@ -52,7 +52,7 @@ def test_without_a_plan_each_pass_writes_one_token(prompt, new, size, context) -
 
 @pytest.mark.parametrize(("context", "write"), [("full", sample), ("block", sample), ("causal", decode_seeded)])
 def test_a_threshold_beside_a_plan_commits_at_least_the_plan(context, write) -> None:
-    """Law: a threshold that nothing passes leaves the plan's counts, and without a plan one token a step."""
+    """Law: a threshold that nothing passes leaves the plan's counts, and without a plan one token per step."""
     asked = Settings(max_new_tokens=9, block_size=3, threshold=1.0, steps=3)
     (planned,) = write(Watched(context).model, [[21, 22, 23]], asked)
     (slow,) = write(Watched(context).model, [[21, 22, 23]], dataclasses.replace(asked, steps=None))
@@ -189,11 +189,11 @@ def test_what_comes_after_the_end_never_shows(prompt, every, size) -> None:
 @settings(max_examples=8, deadline=None)
 @given(PROMPT, st.integers(1, 6), st.integers(1, 12))
 def test_self_speculation_counts_its_passes(prompt, size, new) -> None:
-    """Laws: greedy ids; 1 + 2 iterations passes; 1 to B tokens an iteration; blocks of one cost two passes a token."""
+    """Laws: greedy ids; 1 + 2 iterations passes; 1 to B tokens per iteration; blocks of one cost two passes per token."""
     model, asked = Watched("causal").model, Settings(max_new_tokens=new, block_size=size)
     (spec,), (plain,) = (write(model, [prompt], asked) for write in (speculate_on_itself, decode_causally))
     assert spec.token_ids == plain.token_ids
-    assert plain.passes == new  # one token a pass, the first from the prompt's
+    assert plain.passes == new  # one token per pass, the first from the prompt's
     assert all(1 <= len(step) <= size for step in spec.steps[1:])
     assert spec.passes == 1 + 2 * (len(spec.steps) - 1)
     if size == 1:

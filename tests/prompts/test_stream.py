@@ -100,7 +100,7 @@ def test_memory_does_not_grow_with_what_rows_hold(tmp_path: Path, kind: str) -> 
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     grown = peaks[1] - peaks[0]
-    assert grown < 4_000 * 250, f"{grown / 4_000:.0f} bytes a row that holds 1000"
+    assert grown < 4_000 * 250, f"{grown / 4_000:.0f} bytes per row that holds 1000"
 
 
 def test_the_input_s_digest_is_that_of_its_bytes_in_order(tmp_path: Path) -> None:
