@@ -189,7 +189,7 @@ def test_what_comes_after_the_end_never_shows(prompt, every, size) -> None:
 @settings(max_examples=8, deadline=None)
 @given(PROMPT, st.integers(1, 6), st.integers(1, 12))
 def test_self_speculation_counts_its_passes(prompt, size, new) -> None:
-    """Laws: greedy ids; 1 + 2 iterations passes; 1 to B tokens per iteration; blocks of one cost two passes per token."""
+    """Laws: greedy ids; 1 + 2 iterations passes; 1 to B tokens each; blocks of one take two passes per token."""
     model, asked = Watched("causal").model, Settings(max_new_tokens=new, block_size=size)
     (spec,), (plain,) = (write(model, [prompt], asked) for write in (speculate_on_itself, decode_causally))
     assert spec.token_ids == plain.token_ids
