@@ -1,4 +1,4 @@
-"""Without the warnings of transformers, where they would say what is meant so."""
+"""Silence expected warnings of transformers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Let transformers report errors alone, for as long as this lasts."""
+    """Let transformers log errors only, inside the block."""
     from transformers.utils import logging
 
-    told = logging.get_verbosity()
+    before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(told)
+        logging.set_verbosity(before)

@@ -1,4 +1,4 @@
-"""Answers as training sequences: ids, which of them are supervised, and padded batches.
+"""Responses as training sequences: ids, the supervised span, and padded batches.
 
 Shape suffixes: B batch, S sequence.
 """
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MIN_SUPERVISED = 2
-"""Supervised tokens a row must have to be of use: one to start from and one to foresee."""
+"""Fewest supervised tokens of a usable row: one anchor and one label."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with one answer, cut to length.
+    """One prompt with one response, cut to length.
 
-    `prompt_length` tokens are given; the rest, the target's own words, are supervised.
+    The first `prompt_length` tokens are the prompt; the rest, the response, are supervised.
     """
 
     id: str
@@ -37,7 +37,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """What came of some rows: the examples, how many rows were dropped for want of words, how many were cut."""
+    """The examples of some rows; how many rows were dropped for too few supervised tokens, and how many were cut."""
 
     kept: list[Example]
     dropped: int
@@ -45,10 +45,10 @@ class Examples:
 
 
 def make_examples(rows: Iterable[Row], max_length: int) -> Examples:
-    """Join prompts and answers, cut on the right at max_length tokens, and drop rows left without supervision.
+    """Join prompts and responses, cut on the right at max_length tokens, and drop rows with too little supervision.
 
     Raises:
-        DataError: there were rows, and none is left.
+        DataError: every row was dropped.
     """
     kept, dropped, cut = [], 0, 0
     for row in rows:
@@ -70,7 +70,7 @@ def make_examples(rows: Iterable[Row], max_length: int) -> Examples:
 
 
 def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Pad examples on the right with id 0, which nothing looks at.
+    """Pad examples on the right with id 0, which nothing attends to.
 
     Shapes: returns input_ids_BS int64 and loss_mask_BS bool (true on answer tokens).
     """

@@ -1,4 +1,4 @@
-"""A run's curves as one picture."""
+"""Training curves as one PNG."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 MANY = 5
-"""More curves than this in one panel have their legend beside it, and shades in order in place of colors."""
+"""With more curves than this in a panel, the legend stands beside it and the colors are ordered shades."""
 
 
 def draw(records: Sequence[dict[str, Any]], path: Path, panels: Sequence[Sequence[str]]) -> None:
@@ -34,7 +34,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path, panels: Sequence[Sequenc
         axes.set_title(f"{names[0]} to {names[-1]}" if many else names[0])
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            # Many names would cover the curves: beside them, then.
+            # A long legend would cover the curves.
             beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if many else {}
             axes.legend(fontsize="small", **beside)
     figure.supxlabel("optimizer step; dots: held-out text", fontsize="medium")

@@ -1,4 +1,4 @@
-"""The ranks of a run: who is who, how they add numbers up, and how they fall together.
+"""Process group, collectives and failure propagation.
 
 Started by torchrun or alone. gloo on CPUs, nccl with GPUs. Each rank holds all weights unless `dllm.models.sharding`
 splits them.
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from dllm.errors import ConfigError, StageError
 
 TIMEOUT = timedelta(minutes=30)
-"""Longest wait of one rank for another; one rank may fill its share of the feature cache while others wait."""
+"""Collective timeout; one rank may fill its share of the feature cache while others wait."""
 
 BUCKET = 1 << 26
-"""Gradient elements that travel in one all-reduce: the size of the extra buffer."""
+"""Gradient elements per all-reduce: the size of the extra buffer."""
 
 
 class PeerLost(StageError):
-    """Another rank went away while this one was talking to it."""
+    """Another rank ended during a collective."""
 
     MESSAGE = "a rank ended early without a word"
     HINT = "look for a kill or for memory running out, then start again"
@@ -38,7 +38,7 @@ class PeerLost(StageError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers."""
+    """The rank of this process, and its collectives."""
 
     rank: int
     world: int
@@ -46,31 +46,31 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank alone writes, publishes and talks to MLflow."""
+        """Whether this is rank 0, which writes, publishes and logs to MLflow."""
         return self.rank == 0
 
     def sum_(self, tensor: Tensor) -> None:
-        """Add a tensor up over ranks, in place."""
+        """Sum a tensor over ranks, in place."""
         self._reduce(tensor, dist.ReduceOp.SUM)
 
     def max(self, value: float) -> float:
-        """Return the largest value of any rank."""
+        """Return the maximum over ranks."""
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         self._reduce(tensor, dist.ReduceOp.MAX)
         return tensor.item()
 
     def sum(self, value: float) -> float:
-        """Return the sum of all ranks' values."""
+        """Return the sum over ranks."""
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         self.sum_(tensor)
         return tensor.item()
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Block until all ranks arrive."""
         self.max(0.0)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter], *, summed: bool = False) -> None:
-        """Add all gradients up over ranks, in place, unless they were `summed` on their way; none is then missing.
+        """Sum all gradients over ranks, in place, unless they are `summed` already; none is None afterwards.
 
         One coalesced pass after the last micro-batch, rather than DDP: DDP averages, while a pooled loss divides by a
         denominator known only when every rank has run its last micro-batch; and ranks may differ in how many
@@ -91,7 +91,7 @@ class Ranks:
                 bucket = []
 
     def share_weights(self, model: nn.Module) -> None:
-        """Give every rank the main rank's weights."""
+        """Broadcast the weights of rank 0."""
         if self.world > 1:
             for tensor in model.state_dict().values():
                 with _talking():
@@ -110,7 +110,7 @@ class Ranks:
 
 
 class Join:
-    """Take this process's place among the ranks torchrun started; without torchrun, be the only one.
+    """Join the process group that torchrun started; without torchrun, the world size is 1.
 
     When a rank fails, it alone says why. Its peers notice the closed connection and end without a word; torchrun ends
     those that do not notice. A rank that was killed outright is reported by the first peer to miss it.
@@ -149,7 +149,7 @@ class Join:
 
 @contextmanager
 def one_rank_at_a_time(device: torch.device) -> Iterator[None]:
-    """Do what takes a whole model's main memory on one rank of each machine at a time; all ranks must call it.
+    """Run the block on one rank per machine at a time, for work that holds a whole model; all ranks call it.
 
     Raises:
         PeerLost: another rank went away in its turn.
@@ -164,7 +164,7 @@ def one_rank_at_a_time(device: torch.device) -> Iterator[None]:
 
 
 def device_of(local: int, gpus: int) -> torch.device:
-    """Give a machine's ranks a GPU each, or all of them the CPU.
+    """Assign one GPU per rank, or the CPU to all ranks of the machine.
 
     Raises:
         ConfigError: there are GPUs, but none left for this rank.
@@ -190,7 +190,7 @@ def _first_to_fail() -> bool:
 
 @contextmanager
 def peers_watched() -> Iterator[None]:
-    """Turn a broken connection to another rank into a word on it, amid work that may fail in other ways too.
+    """Report a broken connection to another rank as one error; other failures of the block pass through.
 
     Raises:
         PeerLost: gloo or nccl gave up.

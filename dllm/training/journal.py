@@ -1,4 +1,4 @@
-"""The run's figures, recorded once each: in training.jsonl and in the tracker, however often the run was killed."""
+"""The metrics log: each record once in training.jsonl and in the tracker, however often the run was killed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dllm.tracking.runs import Tracker
 
 Phase = Literal["train", "validation"]
 LABELS = ("step", "epoch", "time", "kind")
-"""What a record holds beside its figures."""
+"""Keys of a record that are not metrics."""
 
 
 class MetricsLog:
@@ -29,7 +29,7 @@ class MetricsLog:
         self._told: set[tuple[int, str]] = set()
 
     def rewind(self, step: int) -> None:
-        """Drop what was written after a step; the steps ahead will write it again.
+        """Drop records after a step, which the resumed run writes again.
 
         A line cut short by a kill goes too. A tracker that is another run than last time is told everything again.
         """
@@ -47,7 +47,7 @@ class MetricsLog:
                 self._tell(record)
 
     def write(self, kind: Phase, step: int, epoch: float, figures: Mapping[str, float | None]) -> None:
-        """Append a record; figures that are None are unknown, and the tracker does not hear of them."""
+        """Append a record; figures that are None are unknown and are not logged to the tracker."""
         if self.path is None:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")

@@ -33,7 +33,7 @@ from dllm.training.strategy import Strategy
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run leaves: its best checkpoint, and how it went."""
+    """The result of a finished run: its best checkpoint and its totals."""
 
     checkpoint: Path
     step: int
@@ -67,7 +67,7 @@ class Loop:
         mfu_dtype: torch.dtype | None = None,
     ) -> None:
         if not len(strategy.train_rows):
-            raise DataError("no rows to train on", hint="check the regenerated answers and train.max_length")
+            raise DataError("no rows to train on", hint="check the regenerated responses and train.max_length")
         self.strategy, self.settings, self.ranks = strategy, settings, ranks
         self.sharded = is_sharded(strategy.model)
         self.order = Order(
@@ -132,7 +132,7 @@ class Loop:
             raise StageError(
                 f"gradient is not finite at step {state.step + 1}",
                 where="train.optimizer",
-                hint="lower train.optimizer.lr, or train in float32; the last checkpoint stands",
+                hint="lower train.optimizer.lr, or train in float32; the last checkpoint is kept",
             )
         self.optimizer.set_lr(self._lr_factor(state.step))
         self.optimizer.step()
@@ -144,7 +144,7 @@ class Loop:
         return stop_signal
 
     def _gradient(self, interrupt: Interrupt) -> tuple[metrics.Sums, int | None]:
-        """Leave the gradient of the pooled loss in the parameters; return the pooled sums, and a signal if any."""
+        """Compute the gradient of the pooled loss; return the pooled sums, and a signal if any was received."""
         state, ranks, settings = self.state, self.ranks, self.settings
         torch.manual_seed(derive_seed(settings.seed, state.step, ranks.rank))  # so random numbers need no saving
         sums, epoch = self._new_sums(), self.order.epoch(state.step)
@@ -165,13 +165,13 @@ class Loop:
         return sums, stop_signal
 
     def _micro_batches(self, rows: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
-        """Give this rank's micro-batches, and whether they count: ranks that share weights all run as many passes."""
+        """Yield this rank's micro-batches, and whether they count: sharded ranks run as many passes."""
         size, ranks = self.settings.batch_size, self.ranks
         for part in micro_batches(rows, size, ranks.rank, ranks.world, in_step=self.sharded):
             yield part or list(rows[:1]), bool(part)
 
     def _pool(self, sums: metrics.Sums, interrupt: Interrupt) -> tuple[float, int | None]:
-        # Signals travel with the sums: all ranks stop after the same step.
+        # Signals are reduced with the sums, so that all ranks stop after the same step.
         flags = [float(interrupt.received == number) for number in SIGNALS]
         message = torch.cat([sums.vector, torch.tensor(flags, dtype=torch.float64).to(sums.vector)])
         self.ranks.sum_(message)
@@ -179,7 +179,7 @@ class Loop:
         received = [n for n, flag in zip(SIGNALS, message[-len(flags) :].tolist(), strict=True) if flag]
         denominator = sums.read()["denominator"][0]
         if denominator <= 0:
-            raise DataError("an optimizer step found no supervised token", hint="check the regenerated answers")
+            raise DataError("an optimizer step found no supervised token", hint="check the regenerated responses")
         return denominator, received[0] if received else None
 
     def _log(self) -> dict[str, float | None]:
@@ -201,7 +201,7 @@ class Loop:
         return {name: record[name] for name in self.strategy.shown if name in record}
 
     def _validate(self) -> dict[str, float | None]:
-        """Look at held-out rows, the same blocks every time; remember the best look."""
+        """Validate on the held-out rows, with the same blocks every time; record the best validation."""
         state, rows = self.state, self.strategy.heldout_rows
         by_length = sorted(range(len(rows)), key=lambda i: (rows.lengths[i], rows.ids[i]))
         pooled = self._new_sums()
@@ -218,7 +218,7 @@ class Loop:
         if sums["denominator"][0] > 0:
             found = {"loss": sums["numerator"][0] / sums["denominator"][0], **self.strategy.metrics(sums)}
         state.last_validation = {f"val_{name}": value for name, value in found.items()}
-        # Without held-out rows there is nothing to choose by, and the newest is taken for the best.
+        # Without held-out rows the newest checkpoint counts as the best.
         score = list(self.strategy.score(state.last_validation)) if found else []
         if not state.best_score or score > state.best_score:
             state.best_score, state.best_step = score, state.step
@@ -232,7 +232,7 @@ class Loop:
         self.journal.write(kind, step, step / self.order.steps_per_epoch, figures)
 
     def _lap(self) -> float:
-        """Add the time since the last call to the run's, and return it."""
+        """Add the time since the last call to the run's total, and return it."""
         before, self._clock = self._clock, time.perf_counter()
         self.state.seconds += self._clock - before
         return self._clock - before

@@ -1,4 +1,4 @@
-"""Sums on their way to figures, and what the machine can do: memory in use and the speed to compare with."""
+"""Metric sums, peak memory, and the matrix-product speed that mfu is relative to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALWAYS = (*OF_TERMS, "grad_norm", "steps")
 
 
 class Sums:
-    """Named float64 sums in one flat vector, so that one all-reduce pools them all.
+    """Named float64 sums in one flat vector, pooled by one all-reduce.
 
     Shapes: vector of the sizes added up.
     """
@@ -45,7 +45,7 @@ class Sums:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Return the peak memory of this process: the accelerator's where there is one, else resident memory.
+    """Return the peak memory of this process: the accelerator's if there is one, else resident memory.
 
     Units: GiB.
     """
@@ -55,7 +55,7 @@ def memory_gib(device: torch.device) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, budget_s: float = 0.2) -> float:
-    """Measure the fastest square matrix product of this rank: the bar that mfu is held against.
+    """Measure the fastest square matrix product of this rank, the denominator of mfu.
 
     Units: floating-point operations a second.
     """

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dllm.training.strategy import Rows
 
 POOL = 16
-"""Steps whose rows are sorted by length together; larger pads less and mixes less. Never over a quarter of an epoch,
-or the same rows would meet in every epoch."""
+"""Steps whose rows are sorted by length together: larger pads less and shuffles less. At most a quarter of an epoch,
+or the same rows would share a batch in every epoch."""
 
 
 def derive_seed(*parts: object) -> int:

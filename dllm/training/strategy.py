@@ -1,7 +1,7 @@
 """The one seam between the training loop and a model family.
 
-Owns the protocol and what crosses it. The loop asks for sums and pools them; how a batch is made, what the model is
-fed and which figures come of the sums is the strategy's business.
+Owns the protocol and its data types. The loop calls for sums and pools them; the strategy makes the batches, runs the
+model and turns pooled sums into metrics.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Split = Literal["train", "heldout"]
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one split, as far as the loop needs to know them.
+    """The rows of one split: ids and lengths.
 
     Units: lengths in tokens.
     """
@@ -32,10 +32,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over one micro-batch; the loop adds them over micro-batches and ranks, and only then divides.
+    """Sums over one micro-batch; the loop adds them over micro-batches and ranks before it divides.
 
-    Shapes: numerator scalar, differentiable where a backward pass is due; each of counts as `Strategy.counts` says.
-    Units: tokens of the sequences, padding aside; predictions scored; floating-point operations of the trained model.
+    Shapes: numerator scalar, differentiable in training; each of counts as `Strategy.counts` says.
+    Units: tokens of the sequences without padding; predictions scored; floating-point operations of the trained model.
     """
 
     numerator: Tensor
@@ -47,19 +47,19 @@ class LossSums:
 
 
 class Strategy(Protocol):
-    """What is trained, and what a batch of it means."""
+    """The model that is trained, and the loss of a batch."""
 
     @property
     def model(self) -> nn.Module:
-        """The module whose parameters move."""
+        """The module whose parameters are trained."""
 
     @property
     def train_rows(self) -> Rows:
-        """Rows to learn from."""
+        """Training rows."""
 
     @property
     def heldout_rows(self) -> Rows:
-        """Rows for validation; may be none."""
+        """Validation rows; may be empty."""
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -67,26 +67,26 @@ class Strategy(Protocol):
 
     @property
     def predictions_name(self) -> str:
-        """What one prediction is called in metrics, in the plural, e.g. block_positions."""
+        """Plural name of one prediction in metrics, e.g. block_positions."""
 
     @property
     def shown(self) -> Sequence[str]:
-        """Figures that stand beside the progress bar."""
+        """Metrics shown beside the progress bar."""
 
     def terms(self, split: Split, rows: Sequence[int], epoch: int) -> LossSums:
         """Run the model on some rows of a split.
 
-        All randomness must follow from the seed, the epoch and each row's id, never from rank or batch.
+        All randomness must be a function of the seed, the epoch and each row's id, never of the rank or the batch.
         """
 
     def metrics(self, sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """Turn pooled `counts` into figures; a figure without observations is left out."""
+        """Turn pooled `counts` into metrics; a metric without observations is left out."""
 
     def score(self, validation: Mapping[str, float]) -> tuple[float, ...]:
-        """Rank a validation (keys carry the prefix val_): the larger, the better."""
+        """Score a validation (keys have the prefix val_); larger is better."""
 
     def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Write the model's config and its float32 weights into a directory; where its own are split, `weights`."""
+        """Write the model's config and float32 weights into a directory; sharded ones come as `weights`."""
 
     def load(self, directory: Path) -> None:
-        """Take back exactly what `save` wrote."""
+        """Load exactly what `save` wrote."""

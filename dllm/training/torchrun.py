@@ -1,4 +1,4 @@
-"""torchrun as a stage's command: the same options and ranks, but a failed rank's one line is the last word.
+"""torchrun as the command of a stage: same options and ranks, but the last line is that of the first failed rank.
 
 Plain `torchrun` adds a traceback and a table of its own below that line, and leaves with 1 whatever the rank said. It
 also outlives a parent that is killed outright; this one does not.
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    # It would tell in four lines that it sets OMP_NUM_THREADS to 1, and ranks share the cores out by themselves.
+    # torchrun would print four lines on setting OMP_NUM_THREADS to 1; the ranks divide the cores themselves.
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
     if "DVC_STAGE" in os.environ:
         process.die_with_parent()
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         if failure.exitcode >= 0:
             return failure.exitcode
         said = f"rank {rank} was killed by signal {-failure.exitcode}"
-        print(f"dllm: {said}; if nobody sent it, look for memory that ran out", file=sys.stderr, flush=True)
+        print(f"dllm: {said}; unless it was sent on purpose, memory may have run out", file=sys.stderr, flush=True)
         return 128 - failure.exitcode
     except SignalException as stopped:
         return 128 + stopped.sigval

@@ -37,7 +37,11 @@ def launch(folder: Path, manner: str) -> subprocess.Popen[str]:
     ("manner", "code", "said"),
     [
         ("3", 3, ["dllm rank 1: out of order"]),
-        ("killed", 137, ["dllm: rank 1 was killed by signal 9; if nobody sent it, look for memory that ran out"]),
+        (
+            "killed",
+            137,
+            ["dllm: rank 1 was killed by signal 9; unless it was sent on purpose, memory may have run out"],
+        ),
     ],
 )
 def test_the_code_and_the_last_word_are_the_ranks(tmp_path: Path, manner: str, code: int, said: list[str]) -> None:

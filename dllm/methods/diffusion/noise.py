@@ -1,6 +1,6 @@
-"""Which answer tokens are masked, and what chance each had: a function of the seed, the epoch and the row's id.
+"""Noise: which response tokens are masked, and with which probability; a function of seed, epoch and row id.
 
-Neither the batch a row sits in, nor the rank, nor a resumption has a say, and the global random state is not touched.
+Independent of batch composition, rank and resumption; the global random state is not used.
 
 Shape suffixes: S sequence, K blocks of one row.
 """
