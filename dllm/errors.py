@@ -1,4 +1,4 @@
-"""The errors a user can meet, named by whose fault they are.
+"""The errors a user can meet, by what is at fault.
 
 Each carries one line that says what is wrong and where, and one that says what to do. The command line prints
 them and exits with the class's code; a traceback appears only with --debug.
@@ -38,18 +38,18 @@ class DataError(DllmError):
 
 
 class ServerError(DllmError):
-    """A server (engine, MLflow, Prefect) is out of reach or answers wrongly."""
+    """A server (engine, MLflow, Prefect) cannot be reached or responds wrongly."""
 
     exit_code = 4
 
 
 class StageError(DllmError):
-    """A stage cannot go on: its input is missing, its disk is full, its child failed."""
+    """A stage cannot continue: its input is missing, the disk is full, its child failed."""
 
     exit_code = 5
 
 
 class ModelError(DllmError):
-    """A model or checkpoint is missing, incomplete, or does not fit its target."""
+    """A model or checkpoint is missing, incomplete, or incompatible with its target."""
 
     exit_code = 6

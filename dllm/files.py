@@ -21,7 +21,7 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file aside, flush it to disk and move it into place.
+    """Write a file under a temporary name, flush it to disk and rename it.
 
     A file of that name is replaced, not changed: what was published by hard link keeps its content.
     """
@@ -36,7 +36,7 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a path to write a file to; at the end it is flushed to disk and moved into place.
+    """Yield a temporary path to write to; at the end it is flushed to disk and renamed.
 
     For libraries that write to a path. Two processes may write the same file: the last one stays, whole.
     """
@@ -51,7 +51,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def atomic_link(source: Path, path: Path) -> None:
-    """Give a file a second place, in one step: a hard link, or a copy where there can be none.
+    """Link a file to a second path in one step: a hard link, or a copy where links are impossible.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -71,7 +71,7 @@ def atomic_link(source: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder to fill; at the end it goes to disk and becomes `path` in one step.
+    """Yield an empty folder to fill; at the end it is flushed to disk and becomes `path` in one step.
 
     A reader, or a kill at any moment, sees the old folder or the new one. An exception inside leaves the old one.
     """
@@ -92,7 +92,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock; it ends with the process, however that ends.
+    """Hold a folder's lock; it is released when the process ends, however it ends.
 
     Raises:
         StageError: another process holds it; its number is named.
@@ -115,7 +115,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def full_disk_in_one_line(where: Path) -> Iterator[None]:
-    """Turn a full disk into one line that names the file, or else `where`.
+    """Raise one line for a full disk that names the file, or else `where`.
 
     Raises:
         StageError: the disk is full.
@@ -130,7 +130,7 @@ def full_disk_in_one_line(where: Path) -> Iterator[None]:
 
 
 def _aside(path: Path) -> Path:
-    # Never the same name twice: of two processes that publish here, one may fail, but their files do not mix.
+    # A unique name: of two processes that publish here one may fail, but their files never mix.
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
 
 

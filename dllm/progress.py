@@ -1,4 +1,4 @@
-"""How far a stage is: a bar on a terminal, a plain line every few seconds elsewhere, with rate and time left."""
+"""Progress of a stage: a bar on a terminal, a line every few seconds elsewhere, with rate and time left."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Progress:
             self._print_line()
 
     def update(self, n: float = 1, left_s: float | None = None, **extra: object) -> None:
-        """Add `n` to the work done, 0 where only time has gone by; a line is due every few seconds all the same.
+        """Add `n` to the work done; 0 updates the time only.
 
         Args:
             left_s: time left, in seconds, where the caller knows better than the rate.
@@ -129,7 +129,7 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """Write a duration as 42s, 3m05s or 2h07m."""
+    """Format a duration as 42s, 3m05s or 2h07m."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole}s"

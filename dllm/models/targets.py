@@ -1,4 +1,4 @@
-"""The frozen target: where its files are, what they hash to, and how it is loaded.
+"""The frozen target: finding its files, hashing and loading them.
 
 Owns the way from `target.model` in params.yaml to a directory, a model in evaluation mode, and an identity that
 fingerprints can carry. Hub models are taken as a snapshot first, so that all later reads see one revision.
@@ -28,7 +28,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def locate(target: Target) -> Path:
-    """Return the directory that holds the target, making or downloading it on first use.
+    """Return the target's directory, created or downloaded on first use.
 
     Raises:
         ModelError: there is no such built-in, directory or hub repository, or the hub is out of reach.
@@ -58,7 +58,7 @@ def locate(target: Target) -> Path:
 
 
 def looks_like_hub_id(name: str) -> bool:
-    """Tell a Hugging Face id from a path."""
+    """Return whether a name is a Hugging Face id rather than a path."""
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
 
 
@@ -186,7 +186,7 @@ def _ready(model: Any, report: Mapping[str, Any], path: Path, device: torch.devi
 
 
 def best_device() -> torch.device:
-    """Pick this rank's GPU, else the CPU."""
+    """Return this rank's GPU, else the CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -195,7 +195,7 @@ def best_device() -> torch.device:
 
 
 def identity(target: Target) -> dict[str, Any]:
-    """Say which model this is: its name, its hub commit (None off the hub), the hash of its weights and of its code."""
+    """Return the model's identity: name, hub commit (None if not from the hub), hashes of its weights and code."""
     path = locate(target)
     from_hub = not target.model.startswith(builtin.PREFIX) and path.parent.name == "snapshots"
     found = {
@@ -230,7 +230,7 @@ def _file_digest(file: Path, size: int, mtime_ns: int) -> str:
     noted = file.parent / builtin.DIGEST_FILE
     if noted.is_file():
         return noted.read_text().strip()
-    # The hub's cache names a large file's blob by its sha256.
+    # In the hub's cache the blob of a large file is named by its sha256.
     blob = file.resolve().name
     if re.fullmatch(r"[0-9a-f]{64}", blob):
         return blob
@@ -239,7 +239,7 @@ def _file_digest(file: Path, size: int, mtime_ns: int) -> str:
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Collect every id that ends an answer: the configs', the tokenizer's and the chat template's end of turn.
+    """Return every id that ends a response: those of the configs, the tokenizer and the chat template's end of turn.
 
     Raises:
         DataError: the tokenizer has no chat template that renders an assistant turn.

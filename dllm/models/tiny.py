@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
 
 
 def make_mini(folder: Path) -> None:
-    """Write the mini model; it differs from the tiny one in nothing but its size."""
+    """Write the mini model; it differs from the tiny one in size only."""
     make(folder, hidden=192, layers=6, inner=512, heads=6, kv_heads=6)
 
 
@@ -67,7 +67,7 @@ def make(
         model = LlamaForCausalLM(config)
     model = model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(SEED)
-    # The head is the embedding, and is not saved twice.
+    # The head is tied to the embedding, which is saved once.
     weights = {name: weight.detach() for name, weight in model.named_parameters() if name != "lm_head.weight"}
     with torch.no_grad():
         for name, weight in weights.items():

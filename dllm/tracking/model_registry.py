@@ -30,7 +30,7 @@ DIGEST, TAU, HELDOUT, TARGET = "dllm.digest", "dllm.tau", "dllm.heldout_digest",
 
 @dataclass(frozen=True)
 class Registered:
-    """A version of a registered model, and how it stands."""
+    """A registered model version and its standing."""
 
     name: str
     version: int
@@ -39,7 +39,7 @@ class Registered:
     verdict: str
     """Why it is or is not the champion, in one sentence."""
     is_new: bool
-    """False where the same bytes were registered before."""
+    """False if the same bytes were registered before."""
 
 
 def store_path(root: Path, digest: str) -> Path:
@@ -59,7 +59,7 @@ def register(
     tags: Mapping[str, str],
     run_id: str | None = None,
 ) -> Registered:
-    """Make the checkpoint kept under `digest` a version, give it its aliases, and judge it against the champion.
+    """Create a version for the checkpoint stored under `digest`, set its aliases, and compare it with the champion.
 
     The same bytes are only ever one version: registering them again updates its tags and judges it anew.
 
@@ -94,7 +94,7 @@ def register(
 
 
 def resolve(reference: str, root: Path) -> Path:
-    """Find the checkpoint behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`, and make sure that it is the same one.
+    """Find the checkpoint behind `models:/NAME@ALIAS` or `models:/NAME/VERSION`, and check its digest.
 
     Raises:
         ModelError: there is no such version, or its bytes are gone or have changed.
@@ -140,7 +140,7 @@ def _judge(client: MlflowClient, name: str, version: ModelVersion, score_name: s
     if any(champion.tags.get(key) != version.tags[key] for key in (HELDOUT, TARGET)):
         return f"challenger: {rival} was measured on other prompts or another target, so the two do not compare"
     best = float(champion.tags[TAU])
-    # What should be small is ranked by its negative, and said as it is.
+    # A figure that should be small is ranked by its negative and reported as it is.
     own, other = f"{score_name} {abs(tau):.3f}", f"{rival}'s {abs(best):.3f}"
     if tau <= best:
         return f"challenger: {own} does not beat {other}"
@@ -149,7 +149,7 @@ def _judge(client: MlflowClient, name: str, version: ModelVersion, score_name: s
 
 
 def _promote(client: MlflowClient, name: str, version: ModelVersion, from_: ModelVersion | None) -> None:
-    # MLflow keeps no history of aliases: the version itself must tell.
+    # MLflow keeps no history of aliases: it is recorded on the version.
     client.set_model_version_tag(name, version.version, "promoted_from", str(from_.version) if from_ else "none")
     now = datetime.now(UTC).isoformat(timespec="seconds")
     client.set_model_version_tag(name, version.version, "promoted_at", now)
@@ -183,7 +183,7 @@ def _create(client: MlflowClient, name: str, source: str, facts: Mapping[str, st
 
 
 def _source(uri: str, path: Path) -> str:
-    """Write a path as a URI; an MLflow server takes `file:` for its own disk, and refuses."""
+    """Write a path as a URI; an MLflow server reads `file:` as its own disk and refuses it."""
     where = "file://" if is_local(uri) else f"ssh://{platform.node()}"
     return where + quote(str(path))
 

@@ -1,4 +1,4 @@
-"""Where a result came from, and which one it is: commit, libraries, machine, and the digest of its content."""
+"""Provenance of a result: commit, library versions, machine, and content digests."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dllm.errors import StageError
 
 LIBRARIES = ("dllm", "torch", "transformers", "mlflow", "dvc", "prefect", "numpy", "pyarrow")
 RECORDS = ("run.json", "metrics.json")
-"""Files about the making of a result: times and hosts differ from run to run, the content beside them does not."""
+"""Records of how a result was made, left out of its digest: times and hosts differ from run to run."""
 
 
 def digest(path: Path) -> str:
-    """Hash a file's bytes, or a folder's names and bytes, into 64 hex digits.
+    """Hash a file's bytes, or a folder's file names and bytes, into 64 hex digits.
 
     A folder's own run.json and metrics.json (`RECORDS`) are left out: the same thing made twice has the same digest.
 
@@ -37,7 +37,7 @@ def digest(path: Path) -> str:
 
 
 def git_state(root: Path) -> tuple[str | None, bool | None]:
-    """Read the commit of a working copy and whether tracked files differ from it, dvc.lock (a record) aside.
+    """Return the commit of a working copy, and whether tracked files other than dvc.lock differ from it.
 
     Both are None outside git, without git, or before the first commit.
     """
@@ -48,7 +48,7 @@ def git_state(root: Path) -> tuple[str | None, bool | None]:
 
 
 def library_versions() -> dict[str, str]:
-    """Read the versions of the libraries that shape results, without importing them."""
+    """Return the versions of the libraries that affect results, without importing them."""
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -59,7 +59,7 @@ def library_versions() -> dict[str, str]:
 
 
 def host() -> dict[str, str | int]:
-    """Name the machine."""
+    """Describe the machine."""
     return {"name": platform.node(), "cpus": os.cpu_count() or 1, "machine": platform.machine()}
 
 

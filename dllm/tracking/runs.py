@@ -1,4 +1,4 @@
-"""One MLflow run a stage: metrics, parameters, tables and files, and an honest status at the end.
+"""One MLflow run per stage: metrics, parameters, tables, files, and the final status.
 
 Only the main rank tracks; the others hold a `NullTracker`. Ids travel explicitly: no global active run.
 """
@@ -25,38 +25,38 @@ PARAMS_A_CALL = 100
 
 
 class Tracker(Protocol):
-    """What a stage tells about itself while it works."""
+    """What a stage logs while it runs."""
 
     @property
     def experiment_id(self) -> str | None:
-        """Id of the experiment in MLflow, or None where nothing is tracked."""
+        """Id of the experiment in MLflow, or None if nothing is tracked."""
         ...
 
     @property
     def run_id(self) -> str | None:
-        """Id of the run in MLflow, or None where nothing is tracked."""
+        """Id of the run in MLflow, or None if nothing is tracked."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Record figures at a step."""
+        """Log metrics at a step."""
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Record settings; nested mappings become dotted keys."""
+        """Log parameters; nested mappings become dotted keys."""
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Attach facts that are not settings."""
+        """Set tags."""
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """Copy a small file beside the run."""
+        """Log a small file as an artifact."""
 
     def log_table(self, columns: Mapping[str, list[Any]], name: str) -> None:
-        """Record a table under a name such as `acceptance.json`."""
+        """Log a table under a name such as `acceptance.json`."""
 
     def finish(self, status: Status) -> None:
         """Close the run."""
 
 
 class NullTracker:
-    """Tracks nothing: ranks above 0, and tests of code that does not care."""
+    """Tracks nothing: for ranks above 0, and for tests."""
 
     run_id: str | None = None
     experiment_id: str | None = None
@@ -70,7 +70,7 @@ class NullTracker:
 
 
 class MlflowTracker:
-    """A run in MLflow, new or continued.
+    """An MLflow run, new or resumed.
 
     A store that cannot be reached stops a stage before it starts. Once work is under way, a failing call costs its own
     record and one warning, not the work; the stage's own files hold the same figures.
@@ -182,17 +182,17 @@ class MlflowTracker:
 
 
 def tracking_uri(root: Path) -> str:
-    """Name the store: MLFLOW_TRACKING_URI, else a SQLite file in the project's folder."""
+    """Return the store's URI: MLFLOW_TRACKING_URI, else a SQLite file in the project's folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.absolute() / 'mlflow.db'}"
 
 
 def is_local(uri: str) -> bool:
-    """Tell a store on this machine's disk from a server."""
+    """Return whether a store is on this machine's disk rather than a server."""
     return not uri.startswith(("http://", "https://"))
 
 
 def connect(uri: str) -> MlflowClient:
-    """Open a client and make sure that the store answers.
+    """Open a client and check that the store responds.
 
     Raises:
         ServerError: it does not.
@@ -214,7 +214,7 @@ def connect(uri: str) -> MlflowClient:
 
 
 def unreachable(uri: str, error: Exception) -> ServerError:
-    """Say in one line that MLflow does not answer."""
+    """Return the one-line error for an MLflow that does not respond."""
     cause = " ".join(str(error).split())
     hint = "check MLFLOW_TRACKING_URI, or unset it to track into ./mlflow.db"
     if is_local(uri):
@@ -223,7 +223,7 @@ def unreachable(uri: str, error: Exception) -> ServerError:
 
 
 def close_left_open(root: Path, run_ids: list[str]) -> list[str]:
-    """Mark as KILLED those runs that still read RUNNING after their processes are gone, and name them.
+    """Mark as KILLED the runs that are still RUNNING though their processes are gone; return their ids.
 
     Raises:
         ServerError: the store is out of reach.
@@ -245,7 +245,7 @@ def close_left_open(root: Path, run_ids: list[str]) -> list[str]:
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested mappings into one level of dotted keys."""
+    """Flatten nested mappings into dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in params.items():
         if isinstance(value, Mapping):
