@@ -75,6 +75,13 @@ class Optimizers:
             for key, value in part.state.get(parameter, {}).items()
         }
 
+    def local_state(self) -> dict[str, Tensor]:
+        """Return what `state` returns, as plain tensors: of a sharded model, this rank's shard of each."""
+        return {
+            name: value.to_local().contiguous() if isinstance(value, DTensor) else value
+            for name, value in self.state().items()
+        }
+
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what `state` returned, in whole tensors.
 

@@ -72,3 +72,57 @@ def test_a_damaged_one_is_refused_by_name(tmp_path, name) -> None:
     (path / name).write_bytes(b"{broken")
     with pytest.raises(ModelError, match="step-000001"):
         checkpoints.load(path)
+
+
+def save_sharded(root: Path, world: int = 2) -> Path:
+    """Save a checkpoint of one matrix of five rows as `world` ranks do."""
+    whole = torch.arange(10.0).view(5, 2)
+    checkpoints = Checkpoints(root, keep=1)
+    for rank, shard in enumerate(whole.tensor_split(world)):
+        checkpoints.save_shard(3, {"w:exp_avg": shard.clone(), "w:step": torch.tensor(3.0)}, rank, world)
+    assert checkpoints.latest() is None
+    return checkpoints.save(TrainState(step=3), {}, lambda d: _write(d, 3), shards=world)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_shards_of_any_number_of_ranks_are_read_back_whole(tmp_path, world) -> None:
+    path = save_sharded(tmp_path, world)
+    state, tensors = Checkpoints(tmp_path, keep=1).load(path)
+    assert state.step == 3 and set(tensors) == {"w:exp_avg", "w:step"}
+    assert torch.equal(tensors["w:exp_avg"], torch.arange(10.0).view(5, 2))
+    assert tensors["w:step"].shape == () and tensors["w:step"] == 3
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_missing_shard_leaves_no_checkpoint(tmp_path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save_shard(1, {"w:exp_avg": torch.zeros(2)}, 0, 2)
+    with pytest.raises(OSError, match="00002-of-00002"):
+        checkpoints.save(TrainState(step=1), {}, lambda d: _write(d, 1), shards=2)
+    assert checkpoints.latest() is None
+
+
+def test_shards_left_by_a_killed_save_are_overwritten_then_removed(tmp_path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in (2, 3):
+        checkpoints.save_shard(step, {"w:exp_avg": torch.full((2, 2), 9.0)}, 0, 2)
+    path = save_sharded(tmp_path)
+    assert torch.equal(checkpoints.load(path)[1]["w:exp_avg"], torch.arange(10.0).view(5, 2))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_shard_that_cannot_be_written_is_one_line(tmp_path) -> None:
+    (tmp_path / ".shards-000001" / "optimizer-00001-of-00002.safetensors").mkdir(parents=True)
+    with pytest.raises(StageError, match="cannot be written"):
+        Checkpoints(tmp_path, keep=1).save_shard(1, {"w:exp_avg": torch.zeros(2)}, 0, 2)
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors.index.json", "optimizer-00002-of-00002.safetensors"])
+@pytest.mark.parametrize("damage", [b"{broken", b"{}", None])
+def test_a_damaged_shard_is_refused_by_name(tmp_path, name, damage) -> None:
+    path = save_sharded(tmp_path)
+    (path / name).unlink()
+    if damage is not None:
+        (path / name).write_bytes(damage)
+    with pytest.raises(ModelError, match="step-000003"):
+        Checkpoints(tmp_path, keep=1).load(path)

@@ -72,7 +72,8 @@ def test_state_goes_out_and_back_exactly(name) -> None:
     stepped(one, first, 1)
     second.load_state_dict(first.state_dict())
     two = Optimizers(second, settings)
-    two.load_state(one.state())
+    assert one.local_state().keys() == one.state().keys()
+    two.load_state(one.local_state())
     for net, part in ((first, one), (second, two)):
         (net(torch.linspace(0, 2.0, 6)) * torch.arange(4)).sum().backward()
         part.set_lr(1.0)
