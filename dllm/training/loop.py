@@ -239,14 +239,15 @@ class Loop:
 
     def _checkpoint(self) -> None:
         self.state.interval, self.state.totals = self.interval.vector.tolist(), self.totals.vector.tolist()
-        optimizer, save = self.optimizer.state(), self.strategy.save
+        save, shards, ranks = self.strategy.save, 0, self.ranks
         if self.sharded:
+            self.checkpoints.save_shard(self.state.step, self.optimizer.local_state(), ranks.rank, ranks.world)
             with peers_watched():
-                optimizer = gathered(optimizer, keep=self.ranks.is_main)
-                weights = gathered(self.strategy.model.state_dict(keep_vars=True), keep=self.ranks.is_main)
-            save = partial(save, weights=weights)
-        if self.ranks.is_main:
-            self.checkpoints.save(self.state, optimizer, save)
+                weights = gathered(self.strategy.model.state_dict(keep_vars=True), keep=ranks.is_main)
+            save, shards = partial(save, weights=weights), ranks.world
+            ranks.barrier()  # all shards are written before rank 0 moves them into the checkpoint
+        if ranks.is_main:
+            self.checkpoints.save(self.state, {} if shards else self.optimizer.state(), save, shards)
         self.ranks.barrier()  # no rank goes on, or ends, before the checkpoint is whole
 
     def _restore(self) -> None:

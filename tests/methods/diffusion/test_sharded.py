@@ -1,16 +1,19 @@
 """Weights split over two real ranks train as whole ones do, and a checkpoint is the same to both."""
 
 import json
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from dllm.config.params import Train
 from dllm.errors import ConfigError
 from dllm.methods.diffusion.build import initial_model
+from dllm.training.checkpoints import INDEX, OPTIMIZER, Checkpoints
 from dllm.training.distributed import PeerLost
 from tests.methods.diffusion.sharded_run import BUILTIN, FAMILIES, MIDDLE, SPLITS, STEPS
 from tests.methods.diffusion.strategies import strategy_of
@@ -38,7 +41,9 @@ def journal(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
 
 
-def tensors(folder: Path, name: str) -> dict:
+def tensors(folder: Path, name: str) -> Mapping[str, Tensor]:
+    if name == OPTIMIZER:
+        return Checkpoints(folder, keep=1).load(folder / LAST)[1]
     return load_file(folder / LAST / name)
 
 
@@ -52,21 +57,24 @@ def test_figures_are_those_of_whole_weights(runs: Path) -> None:
             assert right[name] == pytest.approx(left[name], rel=1e-4), (name, left["step"])
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("name", ["model.safetensors", OPTIMIZER])
 def test_checkpoints_have_the_same_names_shapes_and_numbers(runs: Path, name: str) -> None:
     whole, split = tensors(runs / "whole", name), tensors(runs / "split", name)
     assert whole.keys() == split.keys()
     for key, tensor in whole.items():
         assert tensor.shape == split[key].shape and tensor.dtype == split[key].dtype
         assert (tensor - split[key]).abs().max() <= 2e-3 * tensor.abs().max() + 1e-6, key
-    beside = {path.name for path in (runs / "whole" / LAST).iterdir()}
-    assert beside == {path.name for path in (runs / "split" / LAST).iterdir()}
+    whole_files, split_files = ({path.name for path in (runs / way / LAST).iterdir()} for way in ("whole", "split"))
+    shards = {f"optimizer-0000{rank}-of-00002.safetensors" for rank in (1, 2)}
+    assert split_files == whole_files - {OPTIMIZER} | shards | {INDEX}
+    assert not list((runs / "split" / "checkpoints").glob(".*"))
 
 
 def test_a_resumed_run_ends_in_the_same_numbers(runs: Path) -> None:
-    straight = tensors(runs / "split", "model.safetensors")
-    resumed = tensors(runs / "from_split", "model.safetensors")
-    assert all((straight[name] == resumed[name]).all() for name in straight)
+    for file in ("model.safetensors", OPTIMIZER):
+        straight, resumed = tensors(runs / "split", file), tensors(runs / "from_split", file)
+        assert straight.keys() == resumed.keys()
+        assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     assert journal(runs / "from_split")[-1]["val_loss"] == journal(runs / "split")[-1]["val_loss"]
 
 
