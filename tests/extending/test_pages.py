@@ -1,14 +1,17 @@
 """Each page of docs/extending, run: the member it shows is installed from outside and goes through the verbs."""
 
 import json
+import runpy
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from dllm.config import recipe_book
 from dllm.config.load import parse_params
 from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.models.drafts.protocol import TargetIO
 from dllm.responses import shards
 from tests.arch.source_tree import ROOT
 from tests.extending.pages import Shell, blocks, install
@@ -63,6 +66,18 @@ def test_a_draft_and_an_objective_train_decode_and_load(tmp_path: Path, project:
     assert decoded["token_ids"] == plain["token_ids"]
 
 
+def test_the_draft_proposes_what_it_was_trained_to_predict(tmp_path: Path) -> None:
+    page = runpy.run_path(str(install("draft", tmp_path) / "toy_draft.py"))
+    draft = page["BigramDraft"](page["BigramConfig"](4, 0, (1,), 8, 32))
+    draft.reset_parameters(1)
+    target = TargetIO(torch.nn.Embedding(32, 8), torch.nn.Linear(8, 32, bias=False))
+    features_BSF, ids_BNL, keep_BN = torch.zeros(1, 5, 8), torch.tensor([[[7, 0, 0, 0]]]), torch.tensor([[True]])
+    with torch.no_grad():
+        hidden_BNPD = draft(target.embed(ids_BNL), features_BSF, torch.tensor([[4]]), keep_BN)
+        proposal = draft.propose(7, 3, features_BSF, 4, draft.new_cache(), target)
+    assert proposal.ids_P.tolist() == target.head(hidden_BNPD[0, 0]).argmax(-1).tolist()
+
+
 @pytest.mark.slow
 def test_a_sampler_generates_with_a_diffusion_model(tmp_path: Path) -> None:
     from dllm.models.diffusion.bidirectional import load_bidirectional
@@ -99,13 +114,14 @@ def test_an_engine_generates(tmp_path: Path) -> None:
     assert row.answer_ids == row.prompt_ids and shards.read_manifest(tmp_path / "out")["engine"] == "echo"
 
 
-def test_a_recipe_states_differences_and_becomes_a_whole_params_file(tmp_path: Path, monkeypatch) -> None:
+def test_a_recipe_states_differences_and_becomes_a_whole_params_file(tmp_path: Path) -> None:
     (text,) = blocks("recipe")["yaml"]
     name = text.splitlines()[0].removeprefix("# ").removesuffix(".yaml")
-    (tmp_path / f"{name}.yaml").write_text(text.split("\n", 1)[1])
-    monkeypatch.setattr(recipe_book, "FOLDER", tmp_path)
-    assert recipe_book.summaries() == {name: "The tiny recipe on 24 prompts, for one epoch."}
-    recipe_book.activate(name, tmp_path / "params.yaml")
+    shutil.copytree(ROOT / "dllm", tmp_path / "dllm", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "dllm" / "config" / "recipes" / f"{name}.yaml").write_text(text.split("\n", 1)[1])
+    shell = Shell(tmp_path)  # in its folder, the copied package comes first
+    assert f"{name}  " in (said := shell.dllm("recipe", "list")) and "The tiny recipe on 24 prompts" in said
+    shell.dllm("recipe", "use", name)
     whole = yaml.safe_load((tmp_path / "params.yaml").read_text())
     assert whole["train"]["optimizer"]["lr"] == 6e-4, "defaults are written out"
-    assert parse_params(whole) == recipe_book.load(name)
+    assert parse_params(whole) == parse_params(yaml.safe_load(text))
