@@ -15,7 +15,7 @@ from dllm.config import recipe_book
 from dllm.config.load import load_params
 from tests.arch.source_tree import ROOT, tree
 
-DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CODE = re.compile(r"```[^`]*```|`[^`\n]+`|^    [^\n]+$", re.MULTILINE)
 PATH = re.compile(r"^(dllm|flows|tests|benchmarks|infra|docs)/[\w/.-]*$")
 
