@@ -89,6 +89,17 @@ METHODS: Registry[Any] = Registry(
 DRAFTS: Registry[Any] = Registry("drafts", {"dflash": "dllm.models.drafts.dflash:DFlashDraft"})
 """Draft architectures: classes like `dllm.models.drafts.protocol.Draft`; `train.dflash.draft.architecture`."""
 
+DIFFUSION_LMS: Registry[Any] = Registry(
+    "diffusion_lms",
+    {
+        "transformers": "dllm.models.diffusion.bidirectional:BidirectionalLM",
+        "llada": "dllm.models.diffusion.llada_own_code:LLaDA",
+        "llada2": "dllm.models.diffusion.llada2:LLaDA2",
+        "nemotron": "dllm.models.diffusion.nemotron:NemotronLabsDiffusion",
+    },
+)
+"""Families of diffusion LMs: subclasses of `dllm.models.diffusion.bidirectional.BidirectionalLM`."""
+
 OBJECTIVES: Registry[Any] = Registry(
     "objectives",
     {

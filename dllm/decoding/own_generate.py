@@ -23,7 +23,7 @@ def own_method(model: BidirectionalLM, method: str) -> Any:
     Raises:
         ConfigError: the model brings no code, or no such method.
     """
-    if model.kind is None:
+    if not model.runs_own_code:
         raise ConfigError("this model brings no generation code", hint="take another --sampler")
     found = getattr(model.model, method, None)
     if found is None:
@@ -69,7 +69,7 @@ def generate_with_own_code(
     family = model.model.config.model_type
     if first is None or (method != "ar_generate" and "block_length" not in accepted):
         raise ModelError(f"the model's own {generate.__name__} takes no block_length", where=family)
-    size = settings.block_size or (model.kind.block_size if model.kind is not None else None) or 32
+    size = settings.block_size or (model.published.block_size if model.published is not None else None) or 32
     arguments: dict[str, Any] = {
         "gen_length": settings.max_new_tokens,
         "max_new_tokens": _length(settings.max_new_tokens, size if "block_length" in accepted else 1),

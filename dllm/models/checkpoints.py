@@ -6,7 +6,7 @@ Owns the order in which a name is resolved, what a directory holds, and which ta
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from dllm.config.params import Target
 from dllm.errors import ConfigError, ModelError
 from dllm.models import targets
 from dllm.models.diffusion.bidirectional import DiffusionConfig, read_note
-from dllm.models.diffusion.remote import kind_at, needs_its_code
+from dllm.models.diffusion.families import config_at, family_at
 from dllm.models.drafts.checkpoint import family_of
 from dllm.tracking import model_registry
 
@@ -66,10 +66,11 @@ def identify(path: Path) -> Checkpoint:
     Raises:
         ModelError: its dllm.json is broken.
     """
-    note, family = read_note(path), kind_at(path)
-    if family is not None:
-        note = note or DiffusionConfig(family.mode, family.mask_token_id_in(path), family.block_size)
-        return Checkpoint(path, "diffusion", note, family.masks == "own", needs_its_code(path))
+    note, family = read_note(path), family_at(path)
+    if family.published is not None:
+        mask_token_id = int(family.mask_token_id_in(config_at(path)) or family.published.mask_token_id)
+        note = note or replace(family.published, mask_token_id=mask_token_id)
+        return Checkpoint(path, "diffusion", note, family.sets_own_masks, not family.can_run_without_code)
     if note is not None:
         return Checkpoint(path, "diffusion", note)
     return Checkpoint(path, "draft" if is_draft(path) else "causal")

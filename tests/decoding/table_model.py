@@ -19,7 +19,7 @@ class TableModel:
     table has them all.
     """
 
-    prompt_blocks = lays_out_pairs = False
+    prompt_blocks = sets_own_masks = False
     kind = None
     mask_token_id = MASK
 

@@ -11,7 +11,7 @@ from dllm.config.params import Target, Train
 from dllm.errors import ConfigError, ModelError
 from dllm.methods.diffusion.settings import Masking
 from dllm.models import targets
-from dllm.models.diffusion import remote
+from dllm.models.diffusion import families
 from dllm.models.diffusion.bidirectional import BidirectionalLM, load_bidirectional
 from dllm.models.diffusion.lora import Adapter
 from dllm.models.sharding import mesh_of_ranks, recompute_layers, shard
@@ -68,24 +68,16 @@ def check_family(target: Target, settings: Train) -> None:
     Raises:
         ConfigError: with the way that it can be trained.
     """
-    kind = remote.kind_at(targets.locate(target)) if target.trust_remote_code else None
+    family = families.family_to_run(targets.locate(target), target.trust_remote_code)
     masking = _masking(settings)
     by_block = masking.attention == "block"
-    if kind is not None and masking.activation_checkpointing and not masking.fsdp:
+    if family.runs_own_code and masking.activation_checkpointing and not masking.fsdp:
         raise ConfigError(
             "activation_checkpointing of a model with code of its own needs fsdp",
             where=f"target.model: {target.model}",
         )
-    if kind is not None and kind.masks == "none" and (masking.predicts_next or by_block):
-        raise ConfigError(
-            "this model's code takes no attention mask: mode mdlm with attention full is all it can be trained with",
-            where=f"target.model: {target.model}",
-        )
-    if kind is not None and kind.masks == "own" and not (masking.predicts_next and by_block):
-        raise ConfigError(
-            "this model's code lays out blocks itself: train it with mode hybrid and attention block",
-            where=f"target.model: {target.model}",
-        )
+    if conflict := family.training_conflict(predicts_next=masking.predicts_next, by_block=by_block):
+        raise ConfigError(conflict, where=f"target.model: {target.model}")
 
 
 def _masking(settings: Train) -> Masking:

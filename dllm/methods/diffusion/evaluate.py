@@ -97,7 +97,7 @@ def evaluate(ctx: EvaluateContext, data: Path, settings: DiffusionEvaluation, pr
         ).figures()
     if predicts_next:
         bound["ar_nll"] = likelihood.causal_nll(model, examples, batch_size=settings.batch_size)
-    if model.lays_out_pairs:  # such code is built one way for likelihood and another for generation
+    if model.sets_own_masks:  # such code is built one way for likelihood and another for generation
         model = BidirectionalLM.from_directory(ctx.checkpoint, **where, trust_remote_code=trusted).eval()
     rows, too_long = _prompts(heldout, params.evaluate, model.longest)
     known = references.read_references(ctx.root / "out" / "prepare")

@@ -204,7 +204,7 @@ class MaskedStrategy:
 
     def _read(self, directory: Path, dtype: torch.dtype) -> BidirectionalLM:
         # The code in a checkpoint is that of the target, which the recipe has allowed to run.
-        return BidirectionalLM.from_directory(directory, dtype, trust_remote_code=self.model.kind is not None)
+        return BidirectionalLM.from_directory(directory, dtype, trust_remote_code=self.model.runs_own_code)
 
     @property
     def _block_size(self) -> int | None:

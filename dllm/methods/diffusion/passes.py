@@ -19,7 +19,7 @@ from dllm.training.batches import Example, collate
 
 def origin_of(model: BidirectionalLM) -> Literal["answer", "sequence"]:
     """Tell where a model counts blocks from: a published one from the row's first column, in either mode."""
-    return "answer" if model.note.mode == "hybrid" and model.kind is None else "sequence"
+    return model.block_origin
 
 
 def grid_of(model: BidirectionalLM, example: Example, block_size: int | None) -> Tensor:
@@ -46,7 +46,7 @@ def masked_pass(
 
     Shapes: returns hidden_MD and clean_BSD or None.
     """
-    if model.lays_out_pairs:
+    if model.sets_own_masks:
         noisy_BSD, clean_BSD = model.paired(ids_BS, valid_BS, masked_BS)
         return noisy_BSD[masked_BS], clean_BSD
     noisy_BS = ids_BS.masked_fill(masked_BS, model.mask_token_id)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dllm.config.params import Target
 from dllm.errors import DataError, ModelError
 from dllm.models import targets
-from dllm.models.diffusion import remote
+from dllm.models.diffusion import families, own_code_files
 from dllm.models.mask_token import settle_mask_token
 from dllm.prompts.template import stop_ids
 
@@ -67,7 +67,19 @@ class DiffusionConfig:
 
 
 class BidirectionalLM(nn.Module):
-    """A language model whose place i predicts token i from all valid places, its own included."""
+    """A language model whose place i predicts token i from all valid places, its own included.
+
+    The family of any causal model of transformers, and the base of the published families (`DIFFUSION_LMS`).
+    """
+
+    published: ClassVar[DiffusionConfig | None] = None
+    """How a published family was trained, where neither a checkpoint nor its config says otherwise."""
+    runs_own_code: ClassVar[bool] = False
+    """Whether it runs by the code in its directory."""
+    can_run_without_code: ClassVar[bool] = True
+    """Whether transformers can run it without that code."""
+    sets_own_masks: ClassVar[bool] = False
+    """Whether its code sets its attention masks and lays out noisy beside clean text, so that it trains by `paired`."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> None:
         super().__init__()
@@ -78,8 +90,6 @@ class BidirectionalLM(nn.Module):
         self.eos_ids = _eos_ids(model, tokenizer)
         self.prompt_blocks = False
         """Whether a prompt's own blocks are block-causal too, as LLaDA2's are; else a prompt is seen as one block."""
-        self.kind = remote.kind_of(model)
-        """The published family of a model with code of its own; null for transformers' models."""
         self.note = DiffusionConfig("mdlm", mask_token_id)
         """How it was, or is being, trained; `save` writes it. A trainer sets it."""
         self.adapter: Adapter | None = None
@@ -88,33 +98,55 @@ class BidirectionalLM(nn.Module):
         """Where the model's own code lies; `save` copies it."""
         self.set_for_training: dict[str, Any] = {}
         """Entries of the config that were changed so that its code can train; `save` restores them."""
-        if self.kind is not None:
-            self.note = DiffusionConfig(self.kind.mode, mask_token_id, self.kind.block_size)
-            self.prompt_blocks = self.kind.block_size is not None
+        if self.published is not None:
+            self.note = replace(self.published, mask_token_id=mask_token_id)
+            self.prompt_blocks = self.published.block_size is not None
         # transformers then builds no causal mask of its own; masks given in full are taken as they are.
         self.config.is_causal = False
 
+    @classmethod
+    def recognises(cls, config: Mapping[str, Any]) -> bool:
+        """Tell from the content of config.json whether a checkpoint is of this family.
+
+        False here: this family is what remains when no other one recognises a checkpoint.
+        """
+        return False
+
+    @classmethod
+    def mask_token_id_in(cls, config: Mapping[str, Any]) -> int | None:
+        """Return the mask token id that a checkpoint's config names, else the family's."""
+        default = None if cls.published is None else cls.published.mask_token_id
+        return config.get("mask_token_id") or default
+
+    @classmethod
+    def training_config(cls, directory: Path, block_size: int) -> dict[str, Any]:
+        """Return the config entries to change so that its code computes training losses and likelihoods."""
+        return {}
+
+    @classmethod
+    def training_conflict(cls, *, predicts_next: bool, by_block: bool) -> str | None:
+        """Return why it cannot be trained that way; None where it can.
+
+        Args:
+            predicts_next: mode hybrid.
+            by_block: attention block.
+        """
+        return None
+
     @property
-    def sets_own_masks(self) -> bool:
-        """Tell whether its own code sets its attention masks."""
-        return self.lays_out_pairs
+    def block_origin(self) -> Literal["answer", "sequence"]:
+        """Return where its blocks are counted from: the response's first token or the row's."""
+        return "answer" if self.note.mode == "hybrid" else "sequence"
 
     @property
     def caches(self) -> frozenset[str]:
         """Return the caches that it supports."""
-        if self.kind is not None:
-            return frozenset({"none"})
         return frozenset({"none", "prefix", "dual"} if self.note.context == "full" else {"none", "block"})
 
     @property
     def max_length(self) -> int:
         """Return how many tokens a text may have."""
         return self.longest
-
-    @property
-    def lays_out_pairs(self) -> bool:
-        """Tell whether its own code puts noisy beside clean text, so that only `paired` can run it."""
-        return self.kind is not None and self.kind.masks == "own"
 
     @property
     def longest(self) -> int:
@@ -159,29 +191,18 @@ class BidirectionalLM(nn.Module):
         """
         if position_ids_BS is None:
             position_ids_BS = places(ids_BS, valid_BS)
-        visible_BSS = _visible(ids_BS, valid_BS, allowed_BSS)
-        if self.kind is not None:
-            if self.kind.masks == "none" and allowed_BSS is not None:
-                raise ModelError("this model's code takes no attention mask", where=self.config.model_type)
-            return remote.run(self.model, self.kind, ids_BS, valid_BS, position_ids_BS, visible_BSS)
-        return self._run(ids_BS, position_ids_BS, visible_BSS, causal=False)
+        return self._run(ids_BS, position_ids_BS, visible(ids_BS, valid_BS, allowed_BSS), causal=False)
 
     def causal_hidden(self, ids_BS: Tensor, valid_BS: Tensor | None = None) -> Tensor:
         """Return the last layer with the causal mask in place: place i is then about token i + 1.
 
         Shapes: as in `hidden`.
         """
-        if self.lays_out_pairs:
-            everything_BS = torch.ones_like(ids_BS, dtype=torch.bool) if valid_BS is None else valid_BS
-            return self.paired(ids_BS, everything_BS, torch.zeros_like(everything_BS))[1]
-        if self.kind is not None:
-            before_SS = torch.ones(ids_BS.shape[1], ids_BS.shape[1], dtype=torch.bool, device=ids_BS.device).tril()
-            return self.hidden(ids_BS, valid_BS, allowed_BSS=before_SS.expand(len(ids_BS), -1, -1))
         visible_BSS = None
         if valid_BS is not None and not bool(valid_BS.all()):
             length = ids_BS.shape[1]
             before_SS = torch.ones(length, length, dtype=torch.bool, device=ids_BS.device).tril()
-            visible_BSS = _visible(ids_BS, valid_BS, before_SS.expand(len(ids_BS), -1, -1))
+            visible_BSS = visible(ids_BS, valid_BS, before_SS.expand(len(ids_BS), -1, -1))
         return self._run(ids_BS, places(ids_BS, valid_BS), visible_BSS, causal=True)
 
     def paired(self, ids_BS: Tensor, valid_BS: Tensor, masked_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,13 +214,7 @@ class BidirectionalLM(nn.Module):
         Shapes: valid_BS bool, false on padding on the right; returns hidden_BSD of the noisy half, and of the clean
             one, which sees only what is before each place.
         """
-        size, length = self.note.block_size, ids_BS.shape[1]
-        if not self.lays_out_pairs or size is None:
-            raise ModelError("this model has no layout of its own", where=self.config.model_type)
-        room = (0, -length % size)
-        shown_BS = nn.functional.pad(masked_BS | ~valid_BS, room, value=True)
-        noisy_BSD, clean_BSD = remote.run_paired(self.model, nn.functional.pad(ids_BS, room), shown_BS, size)
-        return noisy_BSD[:, :length], clean_BSD[:, :length]
+        raise ModelError("this model has no layout of its own", where=self.config.model_type)
 
     def part(self, ids_BQ: Tensor, position_ids_BQ: Tensor, visible_BQK: Tensor, cache: CanvasCache) -> Tensor:
         """Run some columns against the keys and values that a cache holds of others; the cache takes in the new ones.
@@ -217,12 +232,6 @@ class BidirectionalLM(nn.Module):
         causal: bool,
         cache: CanvasCache | None = None,
     ) -> Tensor:
-        if self.kind is not None:
-            raise ModelError(
-                "no cache of ours through a model's own code",
-                where=self.config.model_type,
-                hint="--cache none",
-            )
         key_position_BK = position_ids_BQ if cache is None else cache.position_ids_BK
         mask = self._masks(visible_BQK, position_ids_BQ, key_position_BK, causal)
         found = self.model.base_model(
@@ -272,7 +281,7 @@ class BidirectionalLM(nn.Module):
             self.config.is_causal = False
         self.tokenizer.save_pretrained(directory)
         if self.code is not None:
-            remote.copy_code(self.code, Path(directory), self.set_for_training)
+            own_code_files.copy_code(self.code, Path(directory), self.set_for_training)
         (Path(directory) / NOTE).write_text(json.dumps(asdict(self.note), indent=2) + "\n")
 
     @classmethod
@@ -321,24 +330,23 @@ def load_bidirectional(
         ConfigError: the mask token is no row of the embedding, text uses it, or a published model has another one.
     """
     path = targets.locate(target)
-    note = read_note(path)
-    kind = remote.kind_at(path) if target.trust_remote_code else None
-    values: dict[str, Any] = {}
-    if kind is not None and kind.masks == "own" and paired is not None:
-        values = remote.paired_config(path, paired)
+    note, found_there = read_note(path), families.family_at(path)
+    family = families.family_to_run(path, target.trust_remote_code)
+    values = {} if paired is None else family.training_config(path, paired)
     tokenizer = targets.load_tokenizer(target)
     model = targets.load_target(target, dtype, device, values)
     wanted = note.mask_token_id if note is not None else mask_token_id
-    if wanted is None and kind is None and (published := remote.kind_at(path)) is not None:
-        wanted = published.mask_token_id_in(path)  # LLaDA, read as a Llama
-    family = remote.KINDS.get(model.config.model_type)
-    trained_id = None if family is None else getattr(model.config, "mask_token_id", None) or family.mask_token_id
+    if wanted is None and family is not found_there:
+        wanted = found_there.mask_token_id_in(families.config_at(path))  # LLaDA, read as a Llama
+    trained_id = None
+    if family.published is not None:
+        trained_id = getattr(model.config, "mask_token_id", None) or family.published.mask_token_id
     mask_id = settle_mask_token(model, tokenizer, wanted, _eos_ids(model, tokenizer), trained_id)
-    found = BidirectionalLM(model, tokenizer, mask_id)
+    found: BidirectionalLM = family(model, tokenizer, mask_id)
     found.note = note or found.note
-    if paired is not None and found.lays_out_pairs:
+    if paired is not None and found.sets_own_masks:
         found.note = replace(found.note, block_size=paired)
-    if found.kind is not None:
+    if found.runs_own_code:
         found.code, found.set_for_training = path, values
     return found
 
@@ -369,7 +377,7 @@ def places(ids_BS: Tensor, valid_BS: Tensor | None) -> Tensor:
     return (valid_BS.long().cumsum(1) - 1).clamp_min(0)
 
 
-def _visible(ids_BS: Tensor, valid_BS: Tensor | None, allowed_BSS: Tensor | None) -> Tensor | None:
+def visible(ids_BS: Tensor, valid_BS: Tensor | None, allowed_BSS: Tensor | None) -> Tensor | None:
     """Join both masks; None where everything is seen. Padding sees itself alone, for a softmax over nothing is NaN."""
     if valid_BS is None or bool(valid_BS.all()):
         return allowed_BSS

@@ -38,7 +38,7 @@ def columns_of(model: BidirectionalLM, number: int) -> Columns:
     Raises:
         ModelError: the model's own code has no switch, or was set up for training.
     """
-    return _ByOwnCode(model) if model.lays_out_pairs else _ByTransformers(model, number)
+    return _ByOwnCode(model) if model.sets_own_masks else _ByTransformers(model, number)
 
 
 class _ByTransformers:

@@ -1,6 +1,4 @@
-"""Diffusion models that bring their own code: LLaDA, LLaDA2 and Nemotron-Labs-Diffusion behind the calls of the others.
-
-Owns what is known of each by its `model_type`: mask token, blocks, and what its forward pass accepts.
+"""Forward passes of diffusion models that bring their own code.
 
 Shape suffixes: B batch, S sequence, R rows of equal length, Q query columns, K key columns, D hidden.
 """
@@ -8,112 +6,52 @@ Shape suffixes: B batch, S sequence, R rows of equal length, Q query columns, K 
 from __future__ import annotations
 
 import inspect
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dllm.errors import ModelError
-from dllm.models.diffusion.llada import is_llada
 from dllm.models.sharding import is_sharded, most
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True)
-class ModelFamily:
-    """A published family."""
-
-    mask_token_id: int
-    mode: Literal["mdlm", "hybrid"]
-    block_size: int | None
-    masks: Literal["none", "additive", "own"]
-    """What its forward pass accepts: no mask that can be relied on; a 4-dimensional one that is added to scores; none,
-    for it sets its own, and lays out noisy and clean text itself."""
-
-    def mask_token_id_in(self, directory: Path) -> int:
-        """Return the mask id that a checkpoint's config names, else the family's."""
-        return int(json.loads((directory / "config.json").read_text()).get("mask_token_id") or self.mask_token_id)
-
-
-KINDS = {
-    "llada": ModelFamily(126336, "mdlm", None, "none"),
-    "llada2_moe": ModelFamily(156895, "mdlm", 32, "additive"),
-    "nemotron_labs_diffusion": ModelFamily(100, "hybrid", 32, "own"),
-}
-"""By `model_type`. Source: the models' configs and generation code; older code of LLaDA ignores padding masks (its
-issues 89 and 105)."""
-
-
-def kind_of(model: PreTrainedModel) -> ModelFamily | None:
-    """Tell which published family a model with code of its own belongs to; None for transformers' own models."""
-    if not type(model).__module__.startswith("transformers_modules"):
-        return None
-    return KINDS.get(model.config.model_type)
-
-
-def kind_at(directory: Path) -> ModelFamily | None:
-    """Tell from its config to which published family a directory's model belongs."""
-    try:
-        return KINDS.get(json.loads((directory / "config.json").read_text()).get("model_type"))
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def needs_its_code(directory: Path) -> bool:
-    """Tell whether a published model runs by code of its own alone; LLaDA runs as a Llama too."""
-    return kind_at(directory) is not None and not is_llada(directory)
-
-
-PAIRED = ("block_diff", "sbd_block_diff")
-"""Values of `dlm_paradigm` for training: in the code as published the first has a causal clean half; where there is a
-second, as in code before it, only that one has."""
-
-
-def paired_config(directory: Path, block_size: int) -> dict[str, Any]:
-    """Say how a config must read for code with masks of its own to train; as published it reads for generation."""
-    knows_both = any(PAIRED[1] in file.read_text(errors="replace") for file in directory.glob("*.py"))
-    return {"dlm_paradigm": PAIRED[knows_both], "block_size": block_size}
-
-
-def run(
-    model: PreTrainedModel,
-    kind: ModelFamily,
-    ids_BQ: Tensor,
-    valid_BQ: Tensor | None,
-    position_ids_BQ: Tensor,
-    visible_BQK: Tensor | None,
+def run_with_mask(
+    model: PreTrainedModel, ids_BQ: Tensor, position_ids_BQ: Tensor, visible_BQK: Tensor | None
 ) -> Tensor:
-    """Run a model's own forward pass; return hidden_BQD.
+    """Run a model's own forward pass with a 4-dimensional mask that its code adds to scores; return hidden_BQD.
 
     Raises:
-        ModelError: its code cannot do what is asked, or its head cannot be left out.
+        ModelError: its head cannot be left out.
     """
-    if kind.masks == "own":
-        raise ModelError(
-            "this model's code sets its own masks", where=model.config.model_type, hint="use --sampler own"
-        )
-    plainly = _accepted(model, use_cache=False, return_dict=True)
+    options = _accepted(model, use_cache=False, return_dict=True)
     dtype, call = _in_one_dtype(model, ids_BQ.device.type)
     with without_head(model) as width:
-        if kind.masks == "additive":
-            if visible_BQK is None:
-                visible_BQK = torch.ones(*ids_BQ.shape, ids_BQ.shape[1], dtype=torch.bool, device=ids_BQ.device)
-            scores = torch.zeros(visible_BQK.shape, dtype=dtype, device=ids_BQ.device)
-            scores = scores.masked_fill(~visible_BQK, torch.finfo(dtype).min)[:, None]
-            found = call(ids_BQ, attention_mask=scores, position_ids=position_ids_BQ, **plainly)
-            return checked(found.logits, width)
+        if visible_BQK is None:
+            visible_BQK = torch.ones(*ids_BQ.shape, ids_BQ.shape[1], dtype=torch.bool, device=ids_BQ.device)
+        scores = torch.zeros(visible_BQK.shape, dtype=dtype, device=ids_BQ.device)
+        scores = scores.masked_fill(~visible_BQK, torch.finfo(dtype).min)[:, None]
+        found = call(ids_BQ, attention_mask=scores, position_ids=position_ids_BQ, **options)
+        return checked(found.logits, width)
+
+
+def run_without_mask(model: PreTrainedModel, ids_BQ: Tensor, valid_BQ: Tensor | None) -> Tensor:
+    """Run a model's own forward pass without any mask, and so without padding; return hidden_BQD.
+
+    Raises:
+        ModelError: its head cannot be left out.
+    """
+    options = _accepted(model, use_cache=False, return_dict=True)
+    _, call = _in_one_dtype(model, ids_BQ.device.type)
+    with without_head(model) as width:
         split = is_sharded(model)
         if not split and (valid_BQ is None or bool(valid_BQ.all())):
-            return checked(call(ids_BQ, **plainly).logits, width)
-        return _by_length(call, ids_BQ, valid_BQ, plainly, width, in_step=split)
+            return checked(call(ids_BQ, **options).logits, width)
+        return _by_length(call, ids_BQ, valid_BQ, options, width, in_step=split)
 
 
 def _by_length(
@@ -153,6 +91,11 @@ def _by_length(
     return hidden_BQD
 
 
+PAIRED = ("block_diff", "sbd_block_diff")
+"""Values of `dlm_paradigm` for training: in the code as published the first has a causal clean half; where there is a
+second, as in code before it, only that one has."""
+
+
 def run_paired(model: PreTrainedModel, ids_BS: Tensor, masked_BS: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Give clean ids and the places to mask to code that lays out [x_t | x_0] itself.
 
@@ -177,19 +120,6 @@ def run_paired(model: PreTrainedModel, ids_BS: Tensor, masked_BS: Tensor, block_
     if clean is None:
         raise ModelError("the model's code gives no causal logits", where=family)
     return checked(noisy, width), checked(clean, width)
-
-
-def copy_code(source: Path, directory: Path, values: dict[str, Any]) -> None:
-    """Put a model's code beside a checkpoint of it, and its config's `values` and `auto_map` as they were published."""
-    for file in sorted(source.glob("*.py")):
-        shutil.copyfile(file, directory / file.name)
-    path = directory / "config.json"
-    written, published = json.loads(path.read_text()), json.loads((source / "config.json").read_text())
-    for name in (*values, "auto_map"):
-        written.pop(name, None)
-        if name in published:
-            written[name] = published[name]
-    path.write_text(json.dumps(written, indent=2) + "\n")
 
 
 def _in_one_dtype(model: PreTrainedModel, device: str) -> tuple[torch.dtype, Callable[..., Any]]:

@@ -31,7 +31,7 @@ def read(folder: Path, own_code: bool) -> BidirectionalLM:
 @torch.no_grad()
 def test_logits_are_those_of_its_own_code(folder: Path) -> None:
     by_its_code, as_llama = read(folder, True), read(folder, False)
-    assert by_its_code.kind is not None and as_llama.kind is None
+    assert by_its_code.runs_own_code and not as_llama.runs_own_code
     assert as_llama.mask_token_id == by_its_code.mask_token_id and as_llama.note == by_its_code.note
     assert as_llama.eos_ids == by_its_code.eos_ids and as_llama.longest == by_its_code.longest == 256
     ids_BS = torch.randint(10, 400, (2, 37), generator=torch.Generator().manual_seed(2))
