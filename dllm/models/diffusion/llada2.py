@@ -22,6 +22,7 @@ class LLaDA2(OwnCodeLM):
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
+        """Tell whether config.json names this family."""
         return config.get("model_type") == "llada2_moe"
 
     def hidden(
@@ -32,6 +33,7 @@ class LLaDA2(OwnCodeLM):
         allowed_BSS: Tensor | None = None,
         position_ids_BS: Tensor | None = None,
     ) -> Tensor:
+        """Return the last hidden states; arguments as in the base class."""
         if position_ids_BS is None:
             position_ids_BS = places(ids_BS, valid_BS)
         return remote.run_with_mask(self.model, ids_BS, position_ids_BS, visible(ids_BS, valid_BS, allowed_BSS))

@@ -27,10 +27,12 @@ class LLaDA(OwnCodeLM):
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
+        """Tell whether config.json names this family."""
         return config.get("model_type") == "llada"
 
     @classmethod
     def training_conflict(cls, *, predicts_next: bool, by_block: bool) -> str | None:
+        """Return why the model cannot be trained that way; None where it can."""
         if predicts_next or by_block:
             return (
                 "this model's code takes no attention mask: mode mdlm with attention full is all it can be trained with"
@@ -45,6 +47,7 @@ class LLaDA(OwnCodeLM):
         allowed_BSS: Tensor | None = None,
         position_ids_BS: Tensor | None = None,
     ) -> Tensor:
+        """Return the last hidden states; arguments as in the base class."""
         if allowed_BSS is not None:
             raise ModelError("this model's code takes no attention mask", where=self.config.model_type)
         return remote.run_without_mask(self.model, ids_BS, valid_BS)

@@ -22,13 +22,16 @@ class OwnCodeLM(BidirectionalLM):
 
     @property
     def block_origin(self) -> Literal["answer", "sequence"]:
+        """Return where its blocks are counted from: the first token of the row."""
         return "sequence"
 
     @property
     def caches(self) -> frozenset[str]:
+        """Return the caches that it supports: none."""
         return frozenset({"none"})
 
     def causal_hidden(self, ids_BS: Tensor, valid_BS: Tensor | None = None) -> Tensor:
+        """Return the last hidden states with a causal mask."""
         before_SS = torch.ones(ids_BS.shape[1], ids_BS.shape[1], dtype=torch.bool, device=ids_BS.device).tril()
         return self.hidden(ids_BS, valid_BS, allowed_BSS=before_SS.expand(len(ids_BS), -1, -1))
 
