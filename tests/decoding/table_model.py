@@ -20,7 +20,7 @@ class TableModel:
     """
 
     prompt_blocks = sets_own_masks = False
-    kind = None
+    block_origin = "sequence"
     mask_token_id = MASK
 
     def __init__(self, seed: int, sharpness: float = 1.0) -> None:
