@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import typer
 
+from dllm import secrets
 from dllm.errors import DllmError, StageError
 from dllm.files import is_disk_full
 from dllm.process.signals import exit_on
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Greek letters must not fail
+    secrets.install()
     if not is_debug:
         sys.excepthook = _report_bug
     sys.exit(_run(arguments, is_debug))

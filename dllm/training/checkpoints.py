@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dllm.digests import check_files, file_digest, is_sealed, sealed, unsealed
@@ -113,8 +115,6 @@ class Checkpoints:
         Raises:
             StageError: the disk is full or refuses.
         """
-        from safetensors import SafetensorError
-
         final = self.root / f"step-{state.step:06d}"
         if not final.exists():
             with atomic_folder(final) as aside:
@@ -164,9 +164,6 @@ class Checkpoints:
         Raises:
             ModelError: a file is missing, damaged, of another checkpoint, or written by another version.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         record = read_state(directory)
         names = sorted(record["files"])[rank::world]
         check_files(directory, {name: record["files"][name] for name in names}, error=ModelError, hint=AGAIN)
@@ -244,8 +241,6 @@ class _Sharded(Mapping[str, Tensor]):
     """
 
     def __init__(self, directory: Path, kind: str, world: int) -> None:
-        from safetensors import safe_open
-
         files = [safe_open(directory / _shard_name(kind, rank, world), framework="pt") for rank in range(world)]
         self._files: dict[str, list[Any]] = {}
         for file in files:
@@ -268,9 +263,6 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     try:
         save_file(dict(tensors), file)
     except SafetensorError as error:

@@ -4,18 +4,19 @@ import pytest
 
 from tests.arch.source_tree import PACKAGE, imports, line, module_name, python_files, room
 
-GROUND = {"errors", "registry", "progress", "files", "digests", "config", "process", "tracking"}
+GROUND = {"secrets", "errors", "registry", "progress", "files", "config", "process", "tracking", "digests"}
 MAY_USE = {
     "dllm": set(),
-    "errors": set(),
+    "secrets": set(),
+    "errors": {"secrets"},
     "registry": {"errors"},
     "progress": set(),
     "files": {"errors"},
+    "process": {"errors", "secrets"},
+    "config": {"errors", "secrets", "registry", "files"},
+    "tracking": {"errors", "secrets", "progress", "files", "config", "process", "digests"},
+    "workspace": {"errors", "secrets", "files", "process", "tracking", "digests"},
     "digests": {"errors"},
-    "process": {"errors"},
-    "config": {"errors", "registry", "files"},
-    "tracking": {"errors", "progress", "files", "digests", "config", "process"},
-    "workspace": {"errors", "files", "digests", "process", "tracking"},
     "prompts": GROUND,
     "responses": GROUND | {"prompts"},
     "models": GROUND | {"prompts", "responses"},
@@ -30,7 +31,7 @@ MAY_USE = {
     "cli": GROUND
     | {"workspace", "prompts", "responses", "models", "engines", "regeneration", "training", "decoding", "methods"}
     | {"lm_eval", "stages"},
-    "__main__": {"errors", "files", "process", "cli"},
+    "__main__": {"errors", "secrets", "process", "cli", "files"},
 }
 """Each room of dllm/ and the rooms it may import: only ever further down, so that no cycle can form."""
 

@@ -42,7 +42,7 @@ def journal(folder: Path) -> list[dict]:
 
 
 def tensors(folder: Path, name: str) -> Mapping[str, Tensor]:
-    """Read optimizer state of the last checkpoint, or weights of the best: sharded runs put those together at the end."""
+    """Read optimizer state of the last checkpoint, or weights of the best: put together at the end of sharded runs."""
     if name == OPTIMIZER:
         return Checkpoints(folder, keep=1).load(folder / LAST)[1]
     best = folder / "checkpoints" / (folder / "checkpoints" / "best").read_text().strip()
