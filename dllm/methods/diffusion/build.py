@@ -68,7 +68,7 @@ def check_family(target: Target, settings: Train) -> None:
     Raises:
         ConfigError: with the way that it can be trained.
     """
-    family = families.family_to_run(targets.locate(target), target.trust_remote_code)
+    family = families.family_to_run(targets.locate(target, weights=False), target.trust_remote_code)
     masking = _masking(settings)
     by_block = masking.attention == "block"
     if family.runs_own_code and masking.activation_checkpointing and not masking.fsdp:
