@@ -79,11 +79,13 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Start SGLang with the target, print its address once it has generated a token, and run until Ctrl-C."""
-    from dllm.cli import serve as server
     from dllm.config.load import load_params
+    from dllm.engines import sglang
 
     root = root.resolve()
-    server.run(load_params(root / params, overrides), root)
+    with sglang.launched(load_params(root / params, overrides), root) as server:
+        print(server.url, flush=True)
+        server.stay()
 
 
 @app.command()
@@ -121,9 +123,9 @@ def show_data(
     debug: Debug = False,
 ) -> None:
     """Print rows, and mark the tokens that training supervises."""
-    from dllm.cli import data as verbs
+    from dllm.cli.show import show_folder
 
-    verbs.show(folder, row=row, prompt=prompt, limit=limit, tokens=tokens, max_length=max_length, model=model)
+    show_folder(folder, row=row, prompt=prompt, limit=limit, tokens=tokens, max_length=max_length, model=model)
 
 
 @data.command("merge")

@@ -36,9 +36,8 @@ class DflashMethod:
             )
 
     def build(self, ctx: TrainContext[Dflash]) -> DflashStrategy:
-        from dllm.methods.dflash.build import initial_draft
         from dllm.methods.dflash.features import CachedFeatures, OnlineFeatures
-        from dllm.methods.dflash.strategy import DflashStrategy
+        from dllm.methods.dflash.strategy import DflashStrategy, initial_draft
         from dllm.models import targets
 
         settings, params = ctx.settings, ctx.params
