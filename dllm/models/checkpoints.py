@@ -16,7 +16,7 @@ from dllm.errors import ConfigError, ModelError
 from dllm.models import targets
 from dllm.models.diffusion.bidirectional import DiffusionConfig, read_note
 from dllm.models.diffusion.families import config_at, family_at
-from dllm.models.drafts.checkpoint import family_of
+from dllm.models.drafts.checkpoint import family_of, foreign_family
 from dllm.tracking.runs import REGISTERED
 
 CONFIG, WEIGHTS, ADAPTER = "config.json", "*.safetensors", "adapter_config.json"
@@ -137,7 +137,9 @@ def is_draft(checkpoint: Path) -> bool:
         raw = json.loads((checkpoint / CONFIG).read_text())
     except (OSError, ValueError):
         return False
-    return isinstance(raw, dict) and ("dflash_config" in raw or family_of(raw) is not None)
+    if not isinstance(raw, dict):
+        return False
+    return "dflash_config" in raw or family_of(raw) is not None or foreign_family(raw) is not None
 
 
 def trained_for(checkpoint: Path) -> dict[str, Any] | None:
