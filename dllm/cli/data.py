@@ -1,39 +1,64 @@
-"""`data verify` and `data merge`: what they print."""
-
-from __future__ import annotations
+"""The verbs `data verify`, `show` and `merge`; what imports pyarrow or torch is imported when a verb needs it."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from dllm.responses import merge as parts
-from dllm.responses import verify as checks
+from dllm.cli.options import Debug
+
+app = typer.Typer(help="Verify, show and merge folders of regenerated responses.", no_args_is_help=True)
+
+Responses = Annotated[Path, typer.Argument(metavar="D", help="A folder of responses: shards and a manifest.")]
 
 
-def verify(dir: Path, *, as_json: bool = False) -> None:
-    """Check a folder of responses and print the checks, as a table or one JSON object.
+@app.command("verify")
+def verify_data(
+    folder: Responses,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Check every hash, row and count against the manifest."""
+    from dllm.responses.verify import verify
 
-    Raises:
-        DataError: something does not hold.
-    """
-    found = checks.verify(dir)
+    found = verify(folder)
     if as_json:
-        print(json.dumps({"folder": str(dir), "whole": True, "checked": found}))
+        print(json.dumps({"folder": str(folder), "whole": True, "checked": found}))
         return
-    table = Table(title=f"{dir} is whole", show_header=False, title_justify="left")
+    table = Table(title=f"{folder} is whole", show_header=False, title_justify="left")
     for check, finding in found.items():
         table.add_row(check, finding)
     Console(soft_wrap=True).print(table)
 
 
-def merge(dirs: Sequence[Path], out: Path) -> None:
-    """Merge parts and print the totals.
+@app.command("show")
+def show_data(
+    folder: Responses,
+    row: Annotated[int | None, typer.Option(min=0, help="Only this row, 0-based.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Rows of this prompt: its id, or a prefix of it.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most rows to print.")] = 3,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Token by token, with ids.")] = False,
+    max_length: Annotated[int | None, typer.Option(min=1, help="As train.max_length; longer rows are cut.")] = None,
+    model: Annotated[str | None, typer.Option(help="Use this model's tokenizer instead of the manifest's.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print rows, and mark the tokens that training supervises."""
+    from dllm.cli.show import show_folder
 
-    Raises:
-        DataError: the parts do not fit together, or the folder holds something else.
-    """
-    merged = parts.merge(dirs, out)
-    print(f"{out}: {merged['rows']} rows, {merged['tokens']} tokens of {len(dirs)} parts", flush=True)
+    show_folder(folder, row=row, prompt=prompt, limit=limit, tokens=tokens, max_length=max_length, model=model)
+
+
+@app.command("merge")
+def merge_data(
+    folders: Annotated[list[Path], typer.Argument(metavar="D1 D2 ...", help="The parts, in any order.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="Output folder: new, or empty.")],
+    debug: Debug = False,
+) -> None:
+    """Merge all parts of a regeneration into one folder; rows are unchanged."""
+    from dllm.responses.merge import merge
+
+    merged = merge(folders, output_dir)
+    print(f"{output_dir}: {merged['rows']} rows, {merged['tokens']} tokens of {len(folders)} parts", flush=True)
