@@ -12,7 +12,8 @@ from dllm.methods.dflash.settings import Dflash
 from dllm.models.drafts.checkpoint import check_fit, draft_directory, load_draft, read_config
 from dllm.models.drafts.protocol import Draft, DraftConfig
 from dllm.models.mask_token import draft_mask_id
-from dllm.models.targets import empty_target, load_tokenizer, stop_ids
+from dllm.models.targets import empty_target, load_tokenizer
+from dllm.prompts.template import stop_ids
 from dllm.registry import DRAFTS
 
 
@@ -41,7 +42,7 @@ def check_models(settings: Dflash, target: Target) -> None:
 def new_config(settings: Dflash, target: Any, tokenizer: Any) -> DraftConfig:
     """Size a new draft by its target, and choose its mask id; raises as `initial_draft` does."""
     rows = target.get_input_embeddings().weight.shape[0]
-    mask_id = draft_mask_id(settings.mask_token_id, tokenizer, rows, stop_ids(target, tokenizer))
+    mask_id = draft_mask_id(settings.mask_token_id, tokenizer, rows, _stops(target, tokenizer))
     family: type[Draft] = DRAFTS[settings.draft.architecture]
     return family.config_for(target.config, settings.draft, block_size=settings.block_size, mask_token_id=mask_id)
 
@@ -70,10 +71,14 @@ def initial_draft(settings: Dflash, target: Any, tokenizer: Any, seed: int) -> D
                 hint="leave it null to take the draft's",
             )
         rows = target.get_input_embeddings().weight.shape[0]
-        draft_mask_id(trained_id, tokenizer, rows, stop_ids(target, tokenizer))
+        draft_mask_id(trained_id, tokenizer, rows, _stops(target, tokenizer))
         if settings.block_size:
             draft.config = draft.config.with_block_size(settings.block_size)
         return draft
     draft = family(new_config(settings, target, tokenizer))
     draft.reset_parameters(seed)
     return draft
+
+
+def _stops(target: Any, tokenizer: Any) -> set[int]:
+    return stop_ids(tokenizer, target.generation_config, target.config.get_text_config())

@@ -1,4 +1,7 @@
-"""The method `dflash`: a draft model for speculative decoding, trained on hidden states of the frozen target."""
+"""The method `dflash`: a draft model for speculative decoding, trained on hidden states of the frozen target.
+
+Checking a params file imports this module: what imports torch (1 second) is imported when a run needs it.
+"""
 
 from __future__ import annotations
 
