@@ -119,7 +119,7 @@ def resolve(name: str | Path, root: Path) -> Path:
     """
     given = Path(name).expanduser()
     for path in dict.fromkeys((given, root / given)):
-        if path.is_dir():
+        if _is_folder(path):
             if (found := _inside(path)) is not None:
                 return found
             if any((step / ADAPTER).is_file() for step in _steps(path)):
@@ -224,17 +224,28 @@ def _steps(path: Path) -> list[Path]:
     return [path, *(step for step in pointed if step is not None)]
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that is too long, or has a null byte
+        return False
+
+
 def _follow(pointer: Path) -> Path | None:
-    if pointer.is_dir():
+    if _is_folder(pointer):
         return pointer
     if not pointer.is_file():
         return None
     name = pointer.read_text(errors="replace").strip()
-    return pointer.parent / name if name == Path(name).name else None  # it names a step beside it, never a path
+    step = pointer.parent / name
+    return step if name == Path(name).name and _is_folder(step) else None  # a step beside it, never a path
 
 
 def _holds_weights(path: Path) -> bool:
-    return (path / CONFIG).is_file() and any(path.glob(WEIGHTS))
+    try:
+        return (path / CONFIG).is_file() and any(path.glob(WEIGHTS))
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def _refuse(name: str | Path, message: str, hint: str | None = None) -> Path:
