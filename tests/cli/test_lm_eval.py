@@ -39,12 +39,12 @@ def tasks(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
-    for name, odds, note in [
+    for name, odds, config in [
         ("uniform", {}, None),
         ("wet", {" water": 20.0}, None),
         ("wet-hybrid", {" water": 20.0}, HYBRID),
     ]:
-        of_one_word(odds, note).save(folder / name)
+        of_one_word(odds, config).save(folder / name)
     return folder
 
 
@@ -81,9 +81,9 @@ def figures(found: dict) -> dict[tuple[str, str], float]:
 
 def test_a_uniform_model_needs_the_logarithm_of_its_vocabulary(tasks, checkpoints, capsys) -> None:
     from dllm.lm_eval import texts
-    from dllm.models.diffusion.bidirectional import BidirectionalLM
+    from dllm.models.diffusion.families import load_checkpoint
 
-    model = BidirectionalLM.from_directory(checkpoints / "uniform")
+    model = load_checkpoint(checkpoints / "uniform")
     tokens = sum(len(texts.encode(model.tokenizer, text)) for text in TEXTS)
     found = run(tasks, checkpoints / "uniform", "held-out", "sea", capsys=capsys)
     bits = math.log2(len(model.head_VD)) * tokens / sum(len(text.encode()) for text in TEXTS)

@@ -6,30 +6,31 @@ from itertools import combinations, permutations
 import torch
 from torch import Tensor
 
-from dllm.models.diffusion.bidirectional import DiffusionConfig
+from dllm.models.diffusion.config import DiffusionConfig
+from dllm.models.diffusion.protocol import DiffusionLM
 
 WORDS, PLACES = 3, 4
 MASK = WORDS
 
 
-class TableModel:
+class TableModel(DiffusionLM):
     """Answers of four tokens out of three words, after a prompt of one token that says nothing.
 
     sharpness: 1 keeps the conditionals those of one table; otherwise they are sharpened the more is known, and no
     table has them all.
     """
 
-    prompt_blocks = sets_own_masks = False
-    block_origin = "sequence"
+    prompt_blocks = False
     mask_token_id = MASK
+    head_VD = torch.eye(WORDS + 1, dtype=torch.float64)
 
     def __init__(self, seed: int, sharpness: float = 1.0) -> None:
+        torch.nn.Module.__init__(self)
         generator = torch.Generator().manual_seed(seed)
         scores = torch.randn(WORDS**PLACES, generator=generator, dtype=torch.float64)
         self.table = scores.softmax(0).reshape([WORDS] * PLACES)
         self.sharpness = sharpness
-        self.note = DiffusionConfig("mdlm", MASK)
-        self.head_VD = torch.eye(WORDS + 1, dtype=torch.float64)
+        self.config = DiffusionConfig("mdlm", MASK)
 
     def conditional(self, known: dict[int, int], place: int) -> Tensor:
         """Return the log-probabilities of a place's words, given some others."""
@@ -38,7 +39,14 @@ class TableModel:
         chances = chosen.sum(others) if others else chosen
         return (chances.log() * (1 + (self.sharpness - 1) * len(known))).log_softmax(0)
 
-    def hidden(self, ids_BS: Tensor, valid_BS: Tensor | None = None) -> Tensor:
+    @classmethod
+    def recognises(cls, config) -> bool:
+        return False
+
+    def causal_hidden(self, ids_BS: Tensor, valid_BS: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def hidden(self, ids_BS: Tensor, valid_BS: Tensor | None = None, **_) -> Tensor:
         found = torch.full((*ids_BS.shape, WORDS + 1), -1e9, dtype=torch.float64)
         for row, ids in enumerate(ids_BS[:, 1:].tolist()):
             known = {place: token for place, token in enumerate(ids) if token != MASK}

@@ -12,6 +12,7 @@ from dllm.decoding import unmasking as sampler
 from dllm.decoding.causal import decode_causally, decode_seeded, speculate_on_itself
 from dllm.decoding.settings import Settings
 from dllm.decoding.unmasking import fill, sample
+from dllm.models.diffusion import transformers_lm
 from tests.decoding.watched import PROMPT, Watched, wishes
 from tests.models.small_models import MASK
 
@@ -203,16 +204,14 @@ def test_self_speculation_counts_its_passes(prompt, size, new) -> None:
 @pytest.mark.parametrize("write", [decode_seeded, speculate_on_itself, decode_causally])
 def test_keys_and_values_of_finished_text_are_a_plain_causal_pass(write, monkeypatch) -> None:
     """Law: what the cache holds of finished columns is what a pass over the finished text would leave there."""
-    from dllm.models.diffusion import columns
-
-    caches, made = [], columns.CanvasCache
-    monkeypatch.setattr(columns, "CanvasCache", lambda places: caches.append(made(places)) or caches[-1])
+    caches, made = [], transformers_lm.CanvasCache
+    monkeypatch.setattr(transformers_lm, "CanvasCache", lambda places: caches.append(made(places)) or caches[-1])
     model, prompt = Watched("causal").model, [21, 22, 23, 24, 25]
     (answer,) = write(model, [prompt], Settings(max_new_tokens=12, block_size=4, early_stop=False))
     finished = len(prompt) + 8  # the last block is never run again
     fresh = made(torch.arange(finished)[None])
     with torch.no_grad():
-        model.part(
+        model.cached_hidden(
             torch.tensor([[*prompt, *answer.token_ids[:8]]]),
             torch.arange(finished)[None],
             torch.ones(1, finished, finished, dtype=torch.bool).tril(),

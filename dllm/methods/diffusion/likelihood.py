@@ -14,13 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm.methods.diffusion.noise import exact_number_noise, noise_generator
-from dllm.methods.diffusion.passes import batch_of, grid_of, masked_pass, padded
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.methods.diffusion.noise import LEVELS, batch_of, exact_number_noise, noise_generator, padded
+from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.training.batches import Example
 from dllm.training.cross_entropy import nll_and_hits
-
-LEVELS = 10
 
 Mask = tuple[Tensor, Tensor, Tensor]
 """masked_S bool, chance_S float32 (what the cross-entropy of a position is divided by), block_S int64."""
@@ -79,7 +76,7 @@ def mean_and_error(estimates: Sequence[float]) -> tuple[float, float]:
 
 @torch.no_grad()
 def bound(
-    model: BidirectionalLM,
+    model: DiffusionLM,
     examples: Sequence[Example],
     *,
     samples: int,
@@ -119,7 +116,7 @@ def bound(
 
 @torch.no_grad()
 def causal_scores(
-    model: BidirectionalLM, examples: Sequence[Example], *, batch_size: int, chunk: int = 512
+    model: DiffusionLM, examples: Sequence[Example], *, batch_size: int, chunk: int = 512
 ) -> list[tuple[float, bool]]:
     """Return the negative log-likelihood of each response under the causal mask, and whether greedy decoding gives it.
 
@@ -137,7 +134,7 @@ def causal_scores(
     return found
 
 
-def causal_nll(model: BidirectionalLM, examples: Sequence[Example], *, batch_size: int, chunk: int = 512) -> float:
+def causal_nll(model: DiffusionLM, examples: Sequence[Example], *, batch_size: int, chunk: int = 512) -> float:
     """Return the mean negative log-likelihood of response tokens under the causal mask.
 
     Units: nats per token.
@@ -165,8 +162,8 @@ class _Plan:
     is_exact: bool
 
 
-def _plan(model: BidirectionalLM, example: Example, samples: int, seed: int, count_out: bool) -> _Plan:
-    block_S = grid_of(model, example, model.note.block_size)
+def _plan(model: DiffusionLM, example: Example, samples: int, seed: int, count_out: bool) -> _Plan:
+    block_S = model.blocks(len(example), example.prompt_length, model.config.block_size)
     answer_S = torch.arange(len(example)) >= example.prompt_length
     blocks = [answer_S & (block_S == block) for block in range(int(block_S.max()) + 1)]
     number = 2 ** max(int(here.sum()) for here in blocks) - 1
@@ -208,13 +205,13 @@ def _all_masks(blocks: Sequence[Tensor], block_S: Tensor, number: int) -> Iterat
         yield masked_S, chance_S, block_S
 
 
-def _estimates(model: BidirectionalLM, part: Sequence[tuple[Example, Mask]], found: Bound, chunk: int) -> list[float]:
+def _estimates(model: DiffusionLM, part: Sequence[tuple[Example, Mask]], found: Bound, chunk: int) -> list[float]:
     device = model.head_VD.device
     ids_BS, _, valid_BS = (x.to(device) for x in batch_of([example for example, _ in part]))
     masked_BS, chance_BS, block_BS = (
         padded([mask[i] for _, mask in part], fill).to(device) for i, fill in enumerate((False, 1.0, -1))
     )
-    hidden_MD, _ = masked_pass(model, ids_BS, valid_BS, block_BS, masked_BS, model.note.context)
+    hidden_MD, _ = model.masked_hidden(ids_BS, valid_BS, block_BS, masked_BS)
     nll_M, hit_M = nll_and_hits(model.logits, hidden_MD, ids_BS[masked_BS], chunk)
     chance_M = chance_BS[masked_BS].cpu()
     level_M = (chance_M * LEVELS).ceil().long().sub(1).clamp(0, LEVELS - 1)

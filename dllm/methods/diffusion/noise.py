@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from dllm.training.batches import Example, collate
 from dllm.training.order import derive_seed
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 """Multiples of it, modulo 1, lie evenly in [0, 1) however many are taken."""
+LEVELS = 10
+"""Bins of the noise level, in which accuracies are measured."""
 
 
 @dataclass(frozen=True)
@@ -148,26 +150,16 @@ def exact_number_noise(maskable_S: Tensor, number: int, generator: torch.Generat
     return Noise(masked_S & maskable_S, torch.where(maskable_S, chance, 1.0).float())
 
 
-def blocks_of(
-    length: int,
-    prompt_length: int,
-    block_size: int | None,
-    origin: Literal["sequence", "answer"],
-    prompt_blocks: bool = False,
-) -> Tensor:
-    """Number the blocks of a row: the one that holds the first answer token is 0, all before it is block -1.
+def batch_of(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+    """Collate examples. Shapes: returns ids_BS int64, maskable_BS bool (responses), valid_BS bool (no padding)."""
+    ids_BS, maskable_BS = collate(examples)
+    lengths_B = torch.tensor([len(example) for example in examples])
+    return ids_BS, maskable_BS, torch.arange(ids_BS.shape[1]) < lengths_B[:, None]
 
-    The grid begins with the row (`sequence`, as LLaDA2 and BD3-LM have it: the first block may hold the prompt's
-    tail) or with the answer (`answer`, as Nemotron has it). Without a block size the whole row is block 0.
-    prompt_blocks: number the prompt's own blocks too (-1, -2, ...), for models that see by blocks even there.
 
-    Shapes: returns block_S int64.
-    """
-    if block_size is None:
-        return torch.zeros(length, dtype=torch.int64)
-    begin = prompt_length if origin == "answer" else prompt_length // block_size * block_size
-    block_S = torch.div(torch.arange(length) - begin, block_size, rounding_mode="floor")
-    return block_S if prompt_blocks else block_S.clamp_min(-1)
+def padded(values: Sequence[Tensor], fill: float) -> Tensor:
+    """Stack rows of different lengths, filled on the right."""
+    return torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True, padding_value=fill)
 
 
 def _counts(maskable_S: Tensor, home_S: Tensor, blocks: int) -> tuple[Tensor, Tensor]:

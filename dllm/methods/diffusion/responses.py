@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm.decoding.settings import Settings
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.prompts.references import is_right
 from dllm.registry import SAMPLERS
 from dllm.responses.shards import Row
@@ -33,7 +33,7 @@ class Generated:
 
 
 def generate_responses(
-    model: BidirectionalLM,
+    model: DiffusionLM,
     rows: Sequence[Row],
     sampler: str,
     settings: Settings,

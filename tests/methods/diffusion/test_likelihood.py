@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from dllm.config.params import Target, Train
 from dllm.methods.diffusion.build import initial_model
 from dllm.methods.diffusion.likelihood import Bound, bound, causal_nll
-from dllm.models.diffusion.bidirectional import DiffusionConfig
+from dllm.models.diffusion.config import DiffusionConfig
 from dllm.training.batches import Example
 
 TARGET = Target(model="builtin:tiny", dtype="float32")
@@ -77,7 +77,7 @@ def test_counts_are_uniform_over_one_to_n(model, samples) -> None:
 
 def test_blocks_of_one_token_give_the_likelihood_itself(model) -> None:
     """Noisy blocks of one masked token look at clean text only: every mask gives the same sum."""
-    model.note = DiffusionConfig("mdlm", model.mask_token_id, 1)
+    model.config = DiffusionConfig("mdlm", model.mask_token_id, 1)
     found = bound(model, ANSWERS, samples=3, batch_size=8, seed=0).figures()
     assert found["nelbo_se"] == pytest.approx(0, abs=1e-6)
     assert found["by_noise_level"][-1]["tokens"] == 3 * found["likelihood_tokens"]

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from dllm.methods.diffusion.noise import (
     Times,
-    blocks_of,
     exact_count_noise,
     exact_number_noise,
     noise_generator,
     uniform_noise,
 )
+from dllm.models.diffusion.layout import blocks_of
 
 QUICK = examples(max_examples=25, deadline=None)
 
@@ -25,7 +25,7 @@ def rows(draw):
     """A prompt, an answer, a grid and the block's levels."""
     prompt, answer = draw(st.integers(0, 9)), draw(st.integers(1, 30))
     size = draw(st.sampled_from([None, 1, 4, 7]))
-    block_S = blocks_of(prompt + answer, prompt, size, draw(st.sampled_from(["sequence", "answer"])))
+    block_S = blocks_of(prompt + answer, prompt, size, draw(st.sampled_from(["sequence", "response"])))
     maskable_S = torch.arange(prompt + answer) >= prompt
     seed = draw(st.integers(0, 2**20))
     generator = torch.Generator().manual_seed(seed)
@@ -196,6 +196,6 @@ def test_noise_levels_are_uniform(low_discrepancy) -> None:
 
 def test_a_block_grid_begins_with_the_row_or_the_answer() -> None:
     assert blocks_of(9, 5, 4, "sequence").tolist() == [-1, -1, -1, -1, 0, 0, 0, 0, 1]
-    assert blocks_of(9, 5, 4, "answer").tolist() == [-1, -1, -1, -1, -1, 0, 0, 0, 0]
-    assert blocks_of(9, 5, 4, "answer", prompt_blocks=True).tolist() == [-2, -1, -1, -1, -1, 0, 0, 0, 0]
+    assert blocks_of(9, 5, 4, "response").tolist() == [-1, -1, -1, -1, -1, 0, 0, 0, 0]
+    assert blocks_of(9, 5, 4, "response", prompt_blocks=True).tolist() == [-2, -1, -1, -1, -1, 0, 0, 0, 0]
     assert blocks_of(3, 1, None, "sequence").tolist() == [0, 0, 0]

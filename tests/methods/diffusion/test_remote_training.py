@@ -13,7 +13,7 @@ from dllm.errors import ConfigError
 from dllm.methods.diffusion import likelihood
 from dllm.methods.diffusion.build import initial_model
 from dllm.methods.diffusion.masked import MaskedStrategy
-from dllm.models.diffusion.bidirectional import load_bidirectional
+from dllm.models.diffusion.families import load_diffusion_lm
 from dllm.training.batches import Example
 from tests.methods.diffusion.strategies import strategy_of
 from tests.models.diffusion.remote_code import checkpoint
@@ -128,8 +128,8 @@ def test_a_checkpoint_comes_back_and_is_published_with_its_code(
     assert all(torch.equal(before[name], value) for name, value in strategy.model.state_dict().items())
     strategy.export(step, export, torch.bfloat16)
     shutil.rmtree(tmp_path / "published")
-    again = load_bidirectional(Target(model=str(export), dtype="float32", trust_remote_code=True))
-    assert again.note == strategy.model.note
+    again = load_diffusion_lm(Target(model=str(export), dtype="float32", trust_remote_code=True))
+    assert again.config == strategy.model.config
     assert torch.equal(again.head_VD, before["model.lm_head.weight"].bfloat16().float())
 
 

@@ -11,7 +11,7 @@ from dllm.decoding.causal import decode_causally, decode_seeded, speculate_on_it
 from dllm.decoding.settings import Settings
 from dllm.decoding.unmasking import fill, sample
 from dllm.methods.diffusion.responses import Generated, figures
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.models.diffusion.protocol import DiffusionLM
 from tests.decoding.watched import PROMPT, Watched, wishes
 from tests.models.small_models import MASK
 
@@ -37,7 +37,7 @@ def fitted(asked: Settings, write, edits: float | None = None) -> Settings:
     return dataclasses.replace(asked, editing_threshold=edits if write is sample else None)
 
 
-def wants_masks(model: BidirectionalLM) -> None:
+def wants_masks(model: DiffusionLM) -> None:
     """Make the mask token the likeliest of all everywhere."""
     plain = model.logits
     model.logits = lambda hidden: plain(hidden).index_fill(-1, torch.tensor([MASK]), 1e3)  # type: ignore[method-assign]

@@ -143,8 +143,8 @@ def test_the_autoregressive_term_is_that_of_the_causal_model(model, kind) -> Non
 
 def test_blocks_of_one_token_are_autoregressive_in_form(model) -> None:
     """All masked, block size 1: what is said of token i depends on clean tokens before i alone."""
-    from dllm.methods.diffusion.noise import blocks_of
-    from dllm.methods.diffusion.passes import masked_pass
+
+    from dllm.models.diffusion.layout import blocks_of
 
     example = SPLITS["train"][1]
     ids = torch.tensor([list(example.input_ids)])
@@ -154,14 +154,14 @@ def test_blocks_of_one_token_are_autoregressive_in_form(model) -> None:
     changed[0, example.prompt_length + 5] += 1
     with torch.no_grad():
         valid = torch.ones_like(masked)
-        before, after = (masked_pass(model, x, valid, block, masked, "block")[0] for x in (ids, changed))
+        before, after = (model.masked_hidden(x, valid, block, masked, "block")[0] for x in (ids, changed))
     assert torch.equal(before[:6], after[:6])
     assert (before[6:] != after[6:]).any(-1).all()
 
 
 def test_one_block_is_the_plain_bidirectional_pass(model) -> None:
-    from dllm.methods.diffusion.noise import blocks_of
-    from dllm.methods.diffusion.passes import masked_pass
+
+    from dllm.models.diffusion.layout import blocks_of
 
     example = row("x", 12, 0, 3)
     ids = torch.tensor([list(example.input_ids)])
@@ -169,14 +169,14 @@ def test_one_block_is_the_plain_bidirectional_pass(model) -> None:
     valid = torch.ones_like(masked)
     with torch.no_grad():
         block = blocks_of(len(example), example.prompt_length, 12, "sequence")[None]
-        paired = masked_pass(model, ids, valid, block, masked, "block")[0]
-        plain = masked_pass(model, ids, valid, torch.zeros_like(ids), masked, "full")[0]
+        paired = model.masked_hidden(ids, valid, block, masked, "block")[0]
+        plain = model.masked_hidden(ids, valid, torch.zeros_like(ids), masked, "full")[0]
     torch.testing.assert_close(paired, plain, atol=1e-4, rtol=1e-4)
 
 
 def test_a_later_answer_block_never_leaks_into_an_earlier_one(model) -> None:
-    from dllm.methods.diffusion.noise import blocks_of
-    from dllm.methods.diffusion.passes import masked_pass
+
+    from dllm.models.diffusion.layout import blocks_of
 
     example = row("x", 16, 4, 3)
     ids = torch.tensor([list(example.input_ids)])
@@ -186,7 +186,7 @@ def test_a_later_answer_block_never_leaks_into_an_earlier_one(model) -> None:
         changed = ids.clone()
         changed[0, begin:] = 7
         with torch.no_grad():
-            before, after = (masked_pass(model, x, valid, block, masked, "block")[0] for x in (ids, changed))
+            before, after = (model.masked_hidden(x, valid, block, masked, "block")[0] for x in (ids, changed))
         assert torch.equal(before[:begin], after[:begin])  # blocks up to the changed one: 4 prompt columns earlier
 
 

@@ -15,7 +15,7 @@ from dllm.errors import ConfigError, ModelError
 from dllm.methods.diffusion.build import initial_model
 from dllm.methods.diffusion.masked import MaskedStrategy
 from dllm.methods.diffusion.settings import Mdlm
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.models.diffusion.families import load_checkpoint
 from dllm.models.diffusion.lora import FILES
 from dllm.tracking.runs import NullTracker
 from dllm.training.batches import Example
@@ -76,7 +76,7 @@ def test_merged_the_model_says_what_it_said_adapted(tmp_path: Path) -> None:
     with torch.no_grad():
         adapted = model.logits(model.hidden(ids))
         made.export(outcome.checkpoint, tmp_path / "export", torch.float32)
-        merged = BidirectionalLM.from_directory(tmp_path / "export")
+        merged = load_checkpoint(tmp_path / "export")
         torch.testing.assert_close(merged.logits(merged.hidden(ids)), adapted, atol=1e-4, rtol=1e-4)
         base = initial_model(TINY, settings(mdlm={}), "cpu")
         assert (base.logits(base.hidden(ids)) - adapted).abs().max() > 1e-2
@@ -142,8 +142,8 @@ def test_published_models_are_adapted_through_their_own_code(tmp_path: Path, kin
     assert all(grad.abs().sum() > 0 for name, grad in moving.items() if "lora_B" in name) and len(moving) == 8
     made.save(tmp_path)
     made.export(tmp_path, tmp_path / "export", torch.float32)
-    again = BidirectionalLM.from_directory(tmp_path / "export", trust_remote_code=True)
-    assert again.note == made.model.note
+    again = load_checkpoint(tmp_path / "export", trust_remote_code=True)
+    assert again.config == made.model.config
 
 
 REFUSED = [

@@ -4,8 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm.methods.diffusion.layout import paired_layout
-from dllm.methods.diffusion.noise import blocks_of
+from dllm.models.diffusion.layout import blocks_of, paired_layout
 
 
 def layout(length: int, prompt: int, size: int, clean_half="block", origin="sequence"):
@@ -31,7 +30,7 @@ def test_as_many_pairs_may_look_as_the_papers_say(size, blocks) -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(2, 20), st.integers(1, 8), st.data())
 def test_a_causal_clean_half_is_causal(length, size, data) -> None:
-    pair = layout(length, data.draw(st.integers(0, length - 1)), size, "causal", "answer")
+    pair = layout(length, data.draw(st.integers(0, length - 1)), size, "causal", "response")
     clean = pair.allowed_BXX[0, pair.noisy :, pair.noisy :]
     assert torch.equal(clean, torch.ones(length, length).tril().bool())
 
