@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from typing_extensions import override
 
 from dllm.errors import ModelError
@@ -118,22 +118,32 @@ class NemotronLabsDiffusion(OwnCodeLM):
             return self
         knows_both = any(PAIRED[1] in file.read_text(errors="replace") for file in self.code.glob("*.py"))
         changed = {"dlm_paradigm": PAIRED[knows_both], "block_size": size}
+        found = NemotronLabsDiffusion(self._rebuilt(changed), self.tokenizer, self.mask_token_id)
+        found.config = DiffusionConfig(self.config.mode, self.mask_token_id, size)
+        found.eos_ids, found.changed = self.eos_ids, changed
+        return found
+
+    def _rebuilt(self, changed: dict[str, Any]) -> PreTrainedModel:
+        """Build the model by its code again, with other entries of its config, around the same weights."""
         config = copy.deepcopy(self.model.config)
         for name, value in changed.items():
             setattr(config, name, value)
-        state = self.model.state_dict()
-        built: Any = type(self.model).from_pretrained(None, config=config, state_dict=state, dtype=self.model.dtype)
+        build: Any = type(self.model).from_pretrained
+        try:
+            built = build(None, config=config, state_dict=self.model.state_dict(), dtype=self.model.dtype)
+        except (OSError, ValueError, ImportError, AttributeError, TypeError, KeyError) as error:
+            message = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+            raise ModelError(
+                f"the model's own code cannot be built for training ({message})", where=str(self.code)
+            ) from error
         older_code.settle(built)
         own = dict(self.model.named_parameters())
         for name, parameter in built.named_parameters():
             parameter.data = own[name].data  # one copy of the weights
         built.config.name_or_path = str(self.code)
-        found = NemotronLabsDiffusion(
-            built.to(self.head_VD.device).eval().requires_grad_(False), self.tokenizer, self.mask_token_id
-        )
-        found.config = DiffusionConfig(self.config.mode, self.mask_token_id, size)
-        found.eos_ids, found.changed = self.eos_ids, changed
-        return found
+        built.to(self.head_VD.device).eval().requires_grad_(False)
+        rebuilt: PreTrainedModel = built
+        return rebuilt
 
 
 class _OwnCodeColumns:
