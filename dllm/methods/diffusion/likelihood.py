@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm.methods.diffusion.noise import LEVELS, batch_of, exact_number_noise, noise_generator, padded
+from dllm.methods.diffusion.noise import batch_of, exact_number_noise, noise_generator, padded
+from dllm.methods.diffusion.settings import LEVELS
 from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.training.batches import Example
 from dllm.training.cross_entropy import nll_and_hits

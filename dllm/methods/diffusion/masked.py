@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dllm.config.params import Train
-from dllm.methods.diffusion.noise import LEVELS, Noise, Times, batch_of, noise_generator, padded, uniform_noise
-from dllm.methods.diffusion.settings import Masking
+from dllm.methods.diffusion.noise import Noise, Times, batch_of, noise_generator, padded, uniform_noise
+from dllm.methods.diffusion.settings import LEVELS, Masking
 from dllm.models.diffusion.config import DiffusionConfig
 from dllm.models.diffusion.families import load_checkpoint
 from dllm.models.diffusion.protocol import DiffusionLM

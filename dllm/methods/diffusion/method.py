@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from dllm.config.section import Section
-from dllm.methods.diffusion.settings import DiffusionEvaluation, Hybrid, Masking, Mdlm
+from dllm.methods.diffusion.settings import LEVELS, DiffusionEvaluation, Hybrid, Masking, Mdlm
 from dllm.methods.figures import Records, Row, Table, count, number
 from dllm.methods.method import EvaluateContext, Evaluation, Method, Publication, Score, TrainContext
 
@@ -57,8 +57,6 @@ class MaskedMethod(Generic[Settings]):
 
     def panels(self) -> list[list[str]]:
         """Return the panels of curves.png."""
-        from dllm.methods.diffusion.noise import LEVELS
-
         levels = [f"masked_acc_p{100 * (level + 1) // LEVELS}" for level in range(LEVELS)]
         return [["loss"], ["nelbo", "masked_ce"], ["masked_acc"], levels]
 

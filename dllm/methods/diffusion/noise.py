@@ -19,8 +19,6 @@ from dllm.training.order import derive_seed
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 """Multiples of it, modulo 1, lie evenly in [0, 1) however many are taken."""
-LEVELS = 10
-"""Bins of the noise level, in which accuracies are measured."""
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from typing_extensions import override
 
 from dllm.errors import ModelError
@@ -23,9 +23,6 @@ from dllm.models.diffusion.config import DiffusionConfig, config_at
 from dllm.models.diffusion.own_code import OwnCodeLM, accepted, check_width, in_one_dtype, without_head
 from dllm.models.quiet import without_warnings
 from dllm.models.sharding import is_sharded, most
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 NAMES = {
     r"^model\.transformer\.wte\.": "model.embed_tokens.",

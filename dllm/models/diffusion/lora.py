@@ -7,16 +7,16 @@ Source: LoRA (Hu et al. 2021), section 4.1.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from dllm.config.lora import Lora
 from dllm.errors import ConfigError, ModelError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
 FILES = ("adapter_config.json", WEIGHTS)
@@ -75,8 +75,6 @@ class Adapter:
 
     def save(self, directory: Path) -> None:
         """Write the matrices and what they belong to, as peft reads them."""
-        from safetensors.torch import save_file
-
         tensors = {_public(name): p.detach().contiguous() for name, p in self._tensors().items()}
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
         self._about.save_pretrained(str(directory))
@@ -87,9 +85,6 @@ class Adapter:
         Raises:
             ModelError: it is not there, or is of another rank or place.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         path = directory / WEIGHTS
         try:
             tensors = load_file(path)

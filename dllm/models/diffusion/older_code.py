@@ -12,12 +12,12 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 def prepare(reference: str, directory: Path) -> None:
@@ -27,9 +27,6 @@ def prepare(reference: str, directory: Path) -> None:
         reference: the class as `auto_map` names it, `module.Class`.
         directory: where the model and its code lie.
     """
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     ROPE_INIT_FUNCTIONS.setdefault("default", plain_rope)
     made: Any = get_class_from_dynamic_module(reference.split("--")[-1], str(directory))
     own_tie, own_init = made.__dict__.get("tie_weights"), made.__init__
@@ -66,8 +63,6 @@ def settle(model: PreTrainedModel) -> None:
 @contextmanager
 def cut_to_length() -> Iterator[None]:
     """Let `DynamicCache.crop` take a positive number as the length that is to be left."""
-    from transformers import DynamicCache
-
     patched: Any = DynamicCache
     crop = patched.crop
 

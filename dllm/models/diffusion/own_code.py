@@ -12,10 +12,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from dllm.errors import ModelError
@@ -23,9 +24,6 @@ from dllm.models.diffusion.config import Origin
 from dllm.models.diffusion.layout import causal_mask, positions
 from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.models.sharding import is_sharded
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class OwnCodeLM(DiffusionLM):

@@ -16,21 +16,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dllm.errors import DataError, ModelError
+from dllm.models.diffusion.cache import CanvasCache
 from dllm.models.diffusion.config import Context, DiffusionConfig, Origin
 from dllm.models.diffusion.layout import blocks_of, paired_layout
+from dllm.models.diffusion.lora import Adapter
 from dllm.prompts.template import stop_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from dllm.models.diffusion.cache import CanvasCache
-    from dllm.models.diffusion.lora import Adapter
 
 T = TypeVar("T")
 
