@@ -84,6 +84,6 @@ def test_a_variant_that_is_no_llama_is_one_line(tmp_path: Path, name: str) -> No
 
 
 def test_a_missing_tensor_is_one_line(folder: Path, tmp_path: Path) -> None:
-    published(tmp_path, n_layers=4)
+    published(tmp_path, n_layers=3)
     with pytest.raises(ModelError, match="lacks 9 tensors, model"):
         read(tmp_path, False)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dllm.config.params import Target
 from dllm.decoding.causal import decode_causally, decode_seeded, speculate_on_itself
@@ -14,7 +15,7 @@ from dllm.decoding.unmasking import sample
 from dllm.errors import ConfigError, ModelError
 from dllm.models import targets
 from dllm.models.diffusion.families import load_checkpoint, load_diffusion_lm
-from tests.models.diffusion.remote_code import CODES, OLDER_PARADIGMS, PARADIGMS, checkpoint, older_checkpoint
+from tests.models.diffusion.remote_code import CODES, OLDER_PARADIGMS, PARADIGMS, checkpoint, without_code
 from tests.models.small_models import small_model
 
 PROMPTS = [[21, 22, 23, 24, 25], [40, 41]]
@@ -24,13 +25,14 @@ VALID = torch.arange(8) < torch.tensor([[8], [5], [5]])
 
 
 def test_llada_writes_ragged_batches_though_its_code_ignores_padding(tmp_path: Path) -> None:
-    model = load_diffusion_lm(checkpoint(tmp_path, "llada"))
+    target = checkpoint(tmp_path, "llada")
+    model = load_diffusion_lm(target)
     model.eos_ids = set()
     assert model.config.context == "full"
     together = sample(model, PROMPTS, WISH)
     assert [answer for prompt in PROMPTS for answer in sample(model, [prompt], WISH)] == together
-    plain = small_model()
-    plain.mask_token_id, plain.eos_ids = model.mask_token_id, set()
+    plain = without_code(target, "llada")
+    plain.eos_ids = set()
     assert [a.token_ids for a in sample(plain, PROMPTS, WISH)] == [a.token_ids for a in together]
     with pytest.raises(ModelError, match="no cache"):
         sample(model, PROMPTS, Settings(max_new_tokens=6, cache="dual"))
@@ -39,12 +41,14 @@ def test_llada_writes_ragged_batches_though_its_code_ignores_padding(tmp_path: P
 
 
 def test_llada_rows_of_equal_length_go_together_and_see_no_padding(tmp_path: Path) -> None:
-    model = load_diffusion_lm(checkpoint(tmp_path, "llada"))
+    target = checkpoint(tmp_path, "llada")
+    model = load_diffusion_lm(target)
     calls = []
     model.model.register_forward_pre_hook(lambda module, args: calls.append(tuple(args[0].shape)))
     found = model.hidden(IDS, VALID)
     assert sorted(calls) == [(1, 8), (2, 5)]
-    torch.testing.assert_close(found[VALID], small_model().hidden(IDS, VALID)[VALID], atol=1e-4, rtol=1e-4)
+    plain = without_code(target, "llada")
+    torch.testing.assert_close(found[VALID], plain.hidden(IDS, VALID)[VALID], atol=1e-4, rtol=1e-4)
 
 
 def test_llada2_is_block_causal_through_additive_masks_and_has_its_own_generate(tmp_path: Path) -> None:
@@ -130,7 +134,7 @@ def test_a_saved_model_takes_its_code_along_as_it_was_published(tmp_path: Path, 
 
 
 def test_code_runs_only_where_the_target_allows_it_and_from_the_hub_at_a_commit_only(tmp_path: Path) -> None:
-    target = checkpoint(tmp_path, "llada")
+    target = checkpoint(tmp_path, "llada2_moe")
     with pytest.raises(ModelError):
         load_diffusion_lm(target.model_copy(update={"trust_remote_code": False}))
     for revision in (None, "main", "abc123"):
@@ -151,13 +155,16 @@ def test_a_published_model_has_one_mask_token(tmp_path: Path, kind: str) -> None
         load_diffusion_lm(target)
 
 
-def test_code_for_transformers_4_loads(tmp_path: Path) -> None:
-    target, head = older_checkpoint(tmp_path)
+@pytest.mark.parametrize("kind", ["llada", "llada2_moe"])
+def test_code_for_transformers_4_loads(tmp_path: Path, kind: str) -> None:
+    target, name = checkpoint(tmp_path, kind), {"llada": "model.transformer.ff_out.weight"}.get(kind, "lm_head.weight")
     for _ in range(2):  # adjusting it again changes nothing
         model = targets.load_target(target, device="cpu")
+        head = load_file(tmp_path / "model.safetensors")[name]
         assert torch.equal(model.get_output_embeddings().weight, head)
-        expected = 1 / 10000 ** (torch.arange(0, 8, 2) / 8)
-        torch.testing.assert_close(model.model.transformer.rotary.inv_freq, expected)
+        if kind == "llada2_moe":
+            expected = 1 / 10000 ** (torch.arange(0, 8, 2) / 8)
+            torch.testing.assert_close(model.model.rotary_emb.inv_freq, expected)
 
 
 def test_other_code_is_another_model(tmp_path: Path) -> None:
@@ -170,7 +177,7 @@ def test_other_code_is_another_model(tmp_path: Path) -> None:
 
 
 def test_code_that_does_not_load_is_one_line(tmp_path: Path) -> None:
-    target, _ = older_checkpoint(tmp_path)
+    target = checkpoint(tmp_path, "llada")
     code = tmp_path / "modeling.py"
     code.write_text("from transformers.utils import long_gone\n" + code.read_text())
     with pytest.raises(ModelError, match="own code fails with transformers") as caught:
