@@ -69,7 +69,7 @@ class Passes:
         if self.cache is None:
             found = self.model.hidden(ids_BQ, allowed_BSS=visible_BQK, position_ids_BS=positions_BQ)
         else:
-            self.cache.write(first, last, seen, rows)
+            self.cache.next_pass(first, last, seen, rows)
             if visible_BQK is None:
                 visible_BQK = torch.ones(len(ids_BQ), last - first, seen, dtype=torch.bool, device=ids_BQ.device)
             found = self.model.cached_hidden(ids_BQ, positions_BQ, visible_BQK, self.cache)

@@ -38,7 +38,7 @@ class Decodable(Protocol):
 
     @property
     def sets_own_masks(self) -> bool:
-        """Tell whether its code sets its attention masks, so that none of ours applies."""
+        """Return whether its code sets its attention masks, so that none of ours applies."""
 
 
 def given(named: Mapping[str, Any]) -> dict[str, Any]:

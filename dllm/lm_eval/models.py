@@ -178,20 +178,20 @@ class CausalScores:
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], named: dict[str, Any], repeat: int) -> list[list[int]]:
-        asked: dict[str, Any] = {"max_new_tokens": named["max_new_tokens"], "do_sample": named["temperature"] > 0}
-        if asked["do_sample"]:
-            asked |= {"temperature": named["temperature"], "top_p": named.get("top_p", 1.0), "top_k": 0}
+        options: dict[str, Any] = {"max_new_tokens": named["max_new_tokens"], "do_sample": named["temperature"] > 0}
+        if options["do_sample"]:
+            options |= {"temperature": named["temperature"], "top_p": named.get("top_p", 1.0), "top_k": 0}
         ends = sorted(self.eos_ids) or None
-        settings = GenerationConfig(**asked, eos_token_id=ends, pad_token_id=ends[0] if ends else 0)
-        answers = []
+        settings = GenerationConfig(**options, eos_token_id=ends, pad_token_id=ends[0] if ends else 0)
+        responses = []
         for prompt in prompts:  # one by one: each has its own random state, and no padding
             ids_BS = torch.tensor([prompt], device=self.device)
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(derive_seed(named["seed"], "harness", prompt, repeat))
                 model: Any = self.model
                 found = model.generate(ids_BS, attention_mask=torch.ones_like(ids_BS), generation_config=settings)
-            answers.append(found[0, len(prompt) :].tolist())
-        return answers
+            responses.append(found[0, len(prompt) :].tolist())
+        return responses
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         head: Any = self.model.get_output_embeddings()

@@ -77,7 +77,7 @@ def test_a_draft_is_taken_back_up_to_what_was_accepted(prompt, new, size, perfec
     if perfect:
         repeats_itself(model)
     with pytest.MonkeyPatch.context() as patch:
-        write = CanvasCache.write
+        write = CanvasCache.next_pass
         patch.setattr(CanvasCache, "write", lambda cache, *given: written.append(given) or write(cache, *given))
         (answer,) = speculate_on_itself(model, [prompt], Settings(max_new_tokens=new, block_size=size))
     expected, so_far = [], 0

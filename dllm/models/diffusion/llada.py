@@ -127,7 +127,7 @@ def _by_length(
 
 
 def is_llada(directory: Path) -> bool:
-    """Tell whether a directory holds LLaDA as it was published."""
+    """Return whether a directory holds LLaDA as it was published."""
     return LLaDA.recognises(config_at(directory))
 
 

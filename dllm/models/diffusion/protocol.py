@@ -1,7 +1,7 @@
 """What a family of diffusion LMs provides: hidden states of noisy and clean text, blocks, caches, its files.
 
 A family is one class in one file and one line of `dllm.registry.DIFFUSION_LMS`. Training, likelihoods, samplers and
-lm-eval use what stands here and nothing else, and ask no model which family it is.
+lm-eval use this protocol and nothing else, and ask no model which family it is.
 
 The hidden state at position i is the one that predicts token i, the position's own. A family whose network predicts
 token i + 1 at position i shifts its hidden states by one column.
@@ -56,7 +56,7 @@ class DiffusionLM(nn.Module, ABC):
     """
 
     published: ClassVar[DiffusionConfig | None] = None
-    """How a published family was trained, where neither a checkpoint nor its config says otherwise. With it every
+    """How a published family was trained, where a checkpoint has no `dllm.json`. With it every
     checkpoint of the family is a diffusion LM; without it one that has a `dllm.json`."""
     runs_own_code: ClassVar[bool] = False
     """Whether it runs the code in its directory; without trust the checkpoint is then read as `transformers`."""
@@ -81,12 +81,12 @@ class DiffusionLM(nn.Module, ABC):
         self.adapter: Adapter | None = None
         """What is trained where the weights are frozen."""
 
-    # What a checkpoint is, told from config.json before its weights are read.
+    # Before the weights are read, from config.json.
 
     @classmethod
     @abstractmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
-        """Tell from the content of config.json whether a checkpoint is of this family."""
+        """Return whether a checkpoint is of this family, by the content of its config.json."""
 
     @classmethod
     def mask_token_id_in(cls, config: Mapping[str, Any]) -> int | None:
@@ -206,7 +206,7 @@ class DiffusionLM(nn.Module, ABC):
 
         Only for a family with a cache in `caches`.
 
-        Shapes: visible_BQK bool over the cache's K columns, as `CanvasCache.write` left them. Returns hidden_BQD.
+        Shapes: visible_BQK bool over the cache's K columns, as `CanvasCache.next_pass` left them. Returns hidden_BQD.
         """
         raise NotImplementedError
 

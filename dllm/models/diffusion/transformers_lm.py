@@ -114,5 +114,5 @@ class _CachedColumns:
             visible_CK = causal_mask(end - begin, end, ids_BC.device, begin)
         else:
             visible_CK = torch.ones(end - begin, end, dtype=torch.bool, device=ids_BC.device)
-        self.cache.write(begin, end, end)
+        self.cache.next_pass(begin, end, end)
         return self.model.cached_hidden(ids_BC, self.position_ids_BK[:, begin:end], visible_CK[None], self.cache)
