@@ -1,4 +1,4 @@
-"""A model that is a table: the chance of every text is written down, and all conditionals follow from it."""
+"""A model that is a table: the probability of every text is written down, and all conditionals follow from it."""
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations, permutations
@@ -14,7 +14,7 @@ MASK = WORDS
 
 
 class TableModel(DiffusionLM):
-    """Answers of four tokens out of three words, after a prompt of one token that says nothing.
+    """Responses of four tokens out of three words, after a prompt of one token that says nothing.
 
     sharpness: 1 keeps the conditionals those of one table; otherwise they are sharpened the more is known, and no
     table has them all.
@@ -33,7 +33,7 @@ class TableModel(DiffusionLM):
         self.config = DiffusionConfig("mdlm", MASK)
 
     def conditional(self, known: dict[int, int], place: int) -> Tensor:
-        """Return the log-probabilities of a place's words, given some others."""
+        """Return the log-probabilities of a position's words, given some others."""
         chosen = self.table[tuple(known.get(i, slice(None)) for i in range(PLACES))]
         others = [n for n, i in enumerate(i for i in range(PLACES) if i not in known) if i != place]
         chances = chosen.sum(others) if others else chosen
@@ -58,14 +58,14 @@ class TableModel(DiffusionLM):
         return hidden @ self.head_VD.T
 
     def losses(self, text: Sequence[int]) -> Iterator[tuple[int, float]]:
-        """Yield of each mask how many places it has, and their cross-entropy."""
+        """Yield of each mask how many positions it has, and their cross-entropy."""
         for k in range(1, PLACES + 1):
             for masked in combinations(range(PLACES), k):
                 known = {i: text[i] for i in range(PLACES) if i not in masked}
                 yield k, -sum(float(self.conditional(known, i)[text[i]]) for i in masked)
 
     def orders(self, text: Sequence[int]) -> list[float]:
-        """Return the text's log-probability in each order of writing it."""
+        """Return the text's log-probability in each order of generation."""
         found = []
         for order in permutations(range(PLACES)):
             steps = [({i: text[i] for i in order[:n]}, place) for n, place in enumerate(order)]

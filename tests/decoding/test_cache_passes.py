@@ -29,7 +29,7 @@ def blocks(canvas: Canvas, size: int):
 
 
 def write(canvas: Canvas, begin: int, end: int, generator: torch.Generator, share: float) -> None:
-    """Write any tokens at a share of the places of a block that are still masks."""
+    """Write any tokens at a share of the positions of a block that are still masks."""
     here_BC = (canvas.ids_BK == MASK) & canvas.valid_BK
     here_BC[:, :begin] = here_BC[:, end:] = False
     chosen_BC = here_BC & (torch.rand(here_BC.shape, generator=generator) < share)

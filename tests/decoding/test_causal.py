@@ -91,7 +91,7 @@ def test_a_draft_is_taken_back_up_to_what_was_accepted(prompt, new, size, perfec
 
 
 @pytest.mark.parametrize("wish", [{}, {"threshold": 0.1}, {"factor": 1.5}, {"steps": 6}, {"temperature": 0.7}], ids=str)
-def test_seeded_blocks_fill_every_place_once(wish) -> None:
+def test_seeded_blocks_fill_every_position_once(wish) -> None:
     model, asked = hybrid(), Settings(max_new_tokens=11, block_size=4, **wish)
     for prompt, answer in zip(PROMPTS, decode_seeded(model, PROMPTS, asked), strict=True):
         assert MASK not in answer.token_ids

@@ -227,7 +227,7 @@ def test_prompts_come_from_the_input_too(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("infill", [False, True])
-def test_equal_prompts_get_different_answers_whatever_the_batch(model: DiffusionLM, infill) -> None:
+def test_equal_prompts_get_different_responses_whatever_the_batch(model: DiffusionLM, infill) -> None:
     text = "A [MASK:4] man" if infill else "Why?"
     size = {} if infill else {"max_new_tokens": 6}
     found = [

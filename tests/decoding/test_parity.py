@@ -40,7 +40,7 @@ def model_of(kind: str, folder: Path) -> DiffusionLM:
 
 
 def said_in_training(model: DiffusionLM, prompt: list[int], answer, states: list[set[int]]) -> torch.Tensor:
-    """Run training's pass over one answer, with each set of places of it masked; return the best ids, or 0 elsewhere.
+    """Run training's pass over one response, each set of its positions masked; return the best ids, 0 elsewhere.
 
     Shapes: returns best_NS over the states and the answer's places.
     """
@@ -59,13 +59,13 @@ def said_in_training(model: DiffusionLM, prompt: list[int], answer, states: list
 
 
 def block_of(model: DiffusionLM, prompt: list[int], place: int) -> int:
-    """Count in which block an answer's place lies, the first being 0."""
+    """Count in which block a response's position lies, the first being 0."""
     tail = len(prompt) % SIZE if model.block_origin == "sequence" else 0
     return 0 if model.config.block_size is None else (place + tail) // SIZE
 
 
 def check(model: DiffusionLM, prompt: list[int], answer, is_seed=lambda place: False) -> None:
-    """Hold every step of an answer against training's pass over the block as it stood then.
+    """Hold every step of a response against training's pass over the block as it stood then.
 
     Blocks before are clean, as training has them on their clean side; blocks after are not seen.
     """

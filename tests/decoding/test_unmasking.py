@@ -69,13 +69,13 @@ def test_a_ragged_batch_equals_single_runs_and_leaves_no_mask(wish, context) -> 
 
 
 @pytest.mark.parametrize(("family", "window"), FAMILIES)
-def test_every_family_writes_ragged_batches(family: str, window: int | None) -> None:
+def test_every_family_decodes_ragged_batches(family: str, window: int | None) -> None:
     model = endless(small_model(family, window))
     together = ids(sample(model, PROMPTS, PLAIN))
     assert together == [ids(sample(model, [prompt], PLAIN))[0] for prompt in PROMPTS]
 
 
-def test_permuted_prompts_get_permuted_answers(model) -> None:
+def test_permuted_prompts_get_permuted_responses(model) -> None:
     hot = dataclasses.replace(PLAIN, temperature=1.0)
     assert ids(sample(model, PROMPTS[::-1], hot)) == ids(sample(model, PROMPTS, hot))[::-1]
 
@@ -100,7 +100,7 @@ def test_blocks_of_one_under_causal_attention_are_greedy_decoding() -> None:
         text.append(token)
 
 
-def test_a_negative_threshold_takes_a_block_a_pass_and_1_a_token_a_pass() -> None:
+def test_a_negative_threshold_takes_a_block_per_pass_and_1_a_token() -> None:
     model = endless(small_model(scale=2.0))
     (fast,) = sample(model, PROMPTS[:1], dataclasses.replace(PLAIN, threshold=0.0))
     (slow,) = sample(model, PROMPTS[:1], dataclasses.replace(PLAIN, threshold=1.0))
@@ -111,7 +111,7 @@ def test_a_negative_threshold_takes_a_block_a_pass_and_1_a_token_a_pass() -> Non
 
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 @pytest.mark.parametrize("wish", [{"threshold": 0.0}, {"steps": 3}, {"steps": 3, "cfg_scale": 0.7}], ids=str)
-def test_stale_caches_are_exact_at_one_step_a_block(cache, wish) -> None:
+def test_stale_caches_are_exact_at_one_step_per_block(cache, wish) -> None:
     model = endless(small_model())
     settings = dataclasses.replace(PLAIN, **wish)
     assert sample(model, PROMPTS, dataclasses.replace(settings, cache=cache)) == sample(model, PROMPTS, settings)
@@ -189,7 +189,7 @@ def test_infilling_changes_masks_and_nothing_else(model, wish) -> None:
     assert answers[2].passes == 0
 
 
-def test_what_cannot_be_is_refused(model) -> None:
+def test_settings_that_do_not_fit_are_refused(model) -> None:
     blocky = small_model(config=BLOCKY)
     with pytest.raises(ConfigError, match="cannot see what follows"):
         fill(blocky, TEXTS, PLAIN)

@@ -1,4 +1,4 @@
-"""A model whose passes can be looked at, and the wishes that laws of unmasking are drawn over."""
+"""A model that records its passes, and strategies that draw settings of unmasking."""
 
 import torch
 from hypothesis import strategies as st

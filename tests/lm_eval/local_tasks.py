@@ -1,4 +1,4 @@
-"""Models whose every figure is known, and tasks in local files to ask them."""
+"""Models whose results are known, and tasks in local files."""
 
 import json
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ BLOCKS = DiffusionConfig("mdlm", 500, 3)
 
 
 def request(*args: Any, doc: object = None) -> Any:
-    """Make what the harness hands over, or as much of it as is looked at."""
+    """Make a request of the harness, as far as the adapter reads it."""
     return SimpleNamespace(args=args, doc=doc or {"text": args[0]})
 
 
@@ -36,7 +36,7 @@ def whole_model(config: DiffusionConfig | None = None, scale: float = 0.4) -> Di
 
 
 def of_one_word(log_odds: dict[str, float], config: DiffusionConfig | None = None) -> DiffusionLM:
-    """Make a model that gives each token the same chance everywhere: some tokens these log-odds, all others 0.
+    """Make a model that gives each token the same probability everywhere: some tokens these log-odds, all others 0.
 
     All embeddings are alike and nothing is added to them on the way, so that its logits are the head's rows' sums.
     """
@@ -57,7 +57,7 @@ def of_one_word(log_odds: dict[str, float], config: DiffusionConfig | None = Non
 
 
 def write_task(folder: Path, name: str, documents: Sequence[dict[str, Any]], **values: Any) -> None:
-    """Write a task and its documents as a person would, the cache of the data beside them."""
+    """Write a task and its documents, with the cache of the data beside them."""
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(document) + "\n" for document in documents))
     task = {

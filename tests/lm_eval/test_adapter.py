@@ -1,4 +1,4 @@
-"""The harness's three questions, put to models whose answers are known."""
+"""The three requests of the harness, on models whose results are known."""
 
 import math
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def test_a_uniform_model_gives_every_token_the_same(config, max_length) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
-def test_known_chances_add_up_exactly_where_all_masks_can_be_taken(config) -> None:
+def test_known_probabilities_add_up_exactly_where_all_masks_are_enumerated(config) -> None:
     model = of_one_word({" water": 6.0, " where": 4.0}, config)
     adapter = asked(model, samples=7)  # three tokens have seven masks
     total = math.log(VOCABULARY - 2 + math.exp(6) + math.exp(4))
@@ -62,7 +62,7 @@ def test_more_masks_than_samples_leave_an_error_that_is_reported() -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
-def test_neither_batch_size_nor_order_has_a_say(config) -> None:
+def test_results_depend_on_neither_batch_size_nor_order(config) -> None:
     model = whole_model(config=config)
     requests = [request("How many", text, doc={"number": n // 2}) for n, text in enumerate(FIVE)]
     rolling = [request(TEXT), request("Why?"), request(TEXT[20:])]
@@ -74,7 +74,7 @@ def test_neither_batch_size_nor_order_has_a_say(config) -> None:
 
 
 def test_choices_of_one_document_share_masks_where_they_are_as_long() -> None:
-    """Two texts whose tokens have the same chances place by place differ in nothing but their masks."""
+    """Two texts whose tokens have the same probabilities position by position differ in nothing but their masks."""
     adapter = asked(of_one_word({" water": 5.0}), samples=4)
     ends = [" water where hours take help days", " water take hours help where only"]
     pairs = [(end, number) for number in range(6) for end in ends]
@@ -85,7 +85,7 @@ def test_choices_of_one_document_share_masks_where_they_are_as_long() -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
-def test_whether_an_answer_is_the_greedy_one_is_found_out_on_demand(config) -> None:
+def test_greedy_continuations_are_checked_on_demand(config) -> None:
     model = of_one_word({" water": 3.0}, config)
     requests = [request("How?", text) for text in (" water water", " water", " water where")]
     assert [same for _, same in asked(model, check_greedy=True).loglikelihood(requests)] == [True, True, False]
@@ -120,7 +120,7 @@ MAKERS: list[Callable[..., HarnessModel]] = [asked, plain]
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_answers_stop_where_the_task_says(make) -> None:
+def test_responses_stop_at_the_stop_strings_of_the_task(make) -> None:
     adapter = make(of_one_word({" water": 30.0}))
     ways = [
         {"max_gen_toks": 3},
@@ -188,7 +188,7 @@ def test_chats_are_rendered_by_the_models_template() -> None:
         adapter.apply_chat_template(chat)
 
 
-def test_it_is_one_of_the_ranks_it_is_told_of() -> None:
+def test_it_takes_its_rank_from_the_process_group() -> None:
     from dllm.training.distributed import Ranks
 
     scores = DiffusionScores(whole_model())

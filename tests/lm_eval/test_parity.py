@@ -1,4 +1,4 @@
-"""A causal model says what lm-evaluation-harness's own class for causal models says of it."""
+"""Causal models: the same results as by lm-evaluation-harness's own class."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the bound is, where it can be known: from a table, from every order of writing, from every mask."""
+"""What the bound is, where it can be known: from a table, from every order of generation, from every mask."""
 
 import math
 from array import array
@@ -20,7 +20,7 @@ ROWS = [Example(str(n), array("i", [0, *text]), 1) for n, text in enumerate(TEXT
 
 
 def counted_out(model, rows=ROWS) -> list[float]:
-    """Bound each answer with every mask taken once."""
+    """Bound each response with every mask taken once."""
     found = bound(model, rows, samples=15, batch_size=7, seed=0, count_out=True)
     assert [len(own) for own in found.estimates] == [1] * len(rows)
     return [own[0] for own in found.estimates]
@@ -42,7 +42,7 @@ def test_conditionals_of_one_table_make_the_bound_its_likelihood(seed) -> None:
 @given(SEEDS, st.just(1.0) | st.floats(0.5, 0.8) | st.floats(1.3, 2.0))
 @example(2, 0.6)
 @example(2, 1.7)
-def test_the_bound_is_the_average_over_all_orders_of_writing(seed, sharpness) -> None:
+def test_the_bound_is_the_average_over_all_orders_of_generation(seed, sharpness) -> None:
     """Law: the mean over orders; by Jensen no less than the likelihood of their average."""
     model = TableModel(seed=seed, sharpness=sharpness)
     for found, text in zip(counted_out(model), TEXTS, strict=True):
@@ -143,7 +143,7 @@ def test_blocks_of_one_token_are_the_chain_rule(mode, prompt, answer, seed) -> N
 
 
 def test_the_bound_of_blocks_is_the_sum_of_theirs() -> None:
-    """Each block bounded by itself, as the only answer after clean text, adds up to the whole."""
+    """Each block bounded by itself, as the only response after clean text, adds up to the whole."""
     model = small_model(config=DiffusionConfig("mdlm", MASK, 3))
     ids = ANSWER.input_ids
     whole = counted_out(model, [ANSWER])[0]
@@ -158,7 +158,7 @@ def test_the_bound_of_blocks_is_the_sum_of_theirs() -> None:
 @FEW
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 5), SEEDS)
 def test_the_bound_of_any_blocks_is_the_sum_of_theirs(size, blocks, prompt, seed) -> None:
-    """Law: each block's bound, as the only answer after the clean text before it, adds up to the whole."""
+    """Law: each block's bound, as the only response after the clean text before it, adds up to the whole."""
     model = small_model(config=DiffusionConfig("mdlm", MASK, size), seed=seed)
     model.prompt_blocks = True  # so that what is now an answer's block is seen the same as a prompt's
     begin = size * (prompt // size + 1)
@@ -194,7 +194,7 @@ def test_bounds_by_blocks_add_up_where_a_cut_lies_between_blocks(size, blocks, s
 
 
 def whole_block(model, ids: list[int], answer: range = range(3, 6)) -> float:
-    """Bound the last three tokens of a text of which the answer's earlier blocks are known."""
+    """Bound the last three tokens of a text of which the response's earlier blocks are known."""
     places = list(answer)[-3:]
     block = [-1 if i < answer[0] else (i - answer[0]) // 3 for i in range(len(ids))]
     total = 0.0

@@ -1,4 +1,4 @@
-"""Laws of the pass over [x_t | x_0]: it is what sampling runs, sees no answer ahead, and ends in plain passes."""
+"""Laws of the pass over [x_t | x_0]: it is what sampling runs, sees no response ahead, and ends in plain passes."""
 
 from array import array
 
@@ -27,7 +27,7 @@ def model_of(context: str, size: int, seed: int = 7) -> DiffusionLM:
 
 
 def drawn(length: int, prompt: int, seed: int, share: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a text, and masks among its answer. Shapes: returns ids_1S and masked_1S."""
+    """Draw a text, and masks among its response. Shapes: returns ids_1S and masked_1S."""
     generator = torch.Generator().manual_seed(seed)
     masked_1S = (torch.rand(1, length, generator=generator) < share) & (torch.arange(length) >= prompt)
     return torch.randint(10, 400, (1, length), generator=generator), masked_1S
@@ -66,7 +66,7 @@ def test_a_noisy_block_is_the_inference_pass_over_the_cached_clean_prefix(prompt
 @settings(max_examples=20, deadline=None)
 @given(PROMPT, ANSWER, SIZES, BLOCKY, SEEDS)
 @torch.no_grad()
-def test_a_noisy_block_sees_neither_its_own_answer_nor_a_later_one(prompt, answer, size, context, seed) -> None:
+def test_a_noisy_block_sees_neither_its_own_response_nor_a_later_one(prompt, answer, size, context, seed) -> None:
     """Law: no leak: other tokens under the masks of block k and anywhere after it leave its hidden states bit-equal."""
     model = model_of(context, size)
     ids_1S, masked_1S = drawn(prompt + answer, prompt, seed)

@@ -81,7 +81,7 @@ def test_noise_is_the_rows_own_whatever_the_batch(model, kind) -> None:
     assert not torch.equal(whole.views[0][0], other.views[0][0])
 
 
-def test_the_loss_is_cross_entropy_over_chance_at_masked_places_and_nowhere_else(model) -> None:
+def test_the_loss_is_cross_entropy_over_probability_at_masked_positions_and_nowhere_else(model) -> None:
     made = strategy(model, "mdlm")
     batch = made.corrupt("train", [0, 2], 0)
     masked, prob = batch.views[0]
@@ -96,7 +96,7 @@ def test_the_loss_is_cross_entropy_over_chance_at_masked_places_and_nowhere_else
 
 
 def test_normalisers_differ_in_nothing_but_the_share_of_rows(model) -> None:
-    """Rows of equal answers: by token, by sequence and by batch are the same loss up to the answer's length."""
+    """Rows of equal responses: by token, by sequence and by batch are the same loss up to the response's length."""
     equal = [row(f"e{i}-0", 14, 4, 90 + i) for i in range(3)]
     found = {}
     for normaliser in ("token", "sequence", "batch"):
@@ -174,7 +174,7 @@ def test_one_block_is_the_plain_bidirectional_pass(model) -> None:
     torch.testing.assert_close(paired, plain, atol=1e-4, rtol=1e-4)
 
 
-def test_a_later_answer_block_never_leaks_into_an_earlier_one(model) -> None:
+def test_a_later_response_block_never_leaks_into_an_earlier_one(model) -> None:
 
     from dllm.models.diffusion.layout import blocks_of
 
@@ -226,7 +226,7 @@ def test_the_lower_held_out_loss_is_the_better(model) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mdlm", "exact counts"])
-def test_a_noise_level_counts_tokens_by_their_chance(model, kind) -> None:
+def test_a_noise_level_counts_tokens_by_their_probability(model, kind) -> None:
     made = strategy(model, kind)
     rows = range(len(SPLITS["train"]))
     with torch.no_grad():
@@ -244,7 +244,7 @@ def test_a_noise_level_counts_tokens_by_their_chance(model, kind) -> None:
 
 
 def test_exact_counts_estimate_no_likelihood(model) -> None:
-    """Places of a block have no equal chances then: what is logged is the loss, and no bound."""
+    """Places of a block have no equal probabilities then: what is logged is the loss, and no bound."""
     for kind in ("hybrid", "exact counts"):
         made = strategy(model, kind)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A small LLaDA: its architecture under its own names, in code with the habits of the published one.
+"""A small LLaDA: its architecture under its own names, in code with the quirks of the published one.
 
 The code was made for transformers 4: `tie_weights` takes no arguments, and the constructor never calls `post_init`.
 """

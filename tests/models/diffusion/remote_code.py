@@ -1,4 +1,4 @@
-"""Small checkpoints that carry code of their own, with the signatures and the habits of the published models."""
+"""Small checkpoints that carry code of their own, with the signatures and quirks of the published models."""
 
 import json
 from pathlib import Path

@@ -42,8 +42,8 @@ def test_logits_are_those_of_its_own_code(folder: Path) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_answers_are_those_of_its_own_code_and_caches_speed_them_up(folder: Path) -> None:
-    """Its code asserts that there is no cache; as a Llama it has Fast-dLLM's, exact at one pass a block."""
+def test_responses_are_those_of_its_own_code_and_caches_speed_them_up(folder: Path) -> None:
+    """Its code asserts that there is no cache; as a Llama it has Fast-dLLM's, exact at one pass per block."""
     by_its_code, as_llama = read(folder, True), read(folder, False)
     prompts, asked = [[20, 21, 22], [30, 31, 32, 33, 34]], {"max_new_tokens": 12, "block_size": 4}
     assert sample(as_llama, prompts, Settings(**asked)) == sample(by_its_code, prompts, Settings(**asked))
@@ -54,7 +54,7 @@ def test_answers_are_those_of_its_own_code_and_caches_speed_them_up(folder: Path
             sample(by_its_code, prompts, Settings(**asked, cache=cache))
 
 
-def test_generate_asks_for_no_trust_and_gives_a_cache(folder: Path, tmp_path: Path) -> None:
+def test_generate_needs_no_trust_and_supports_a_cache(folder: Path, tmp_path: Path) -> None:
     options = GenerateOptions(raw=True, settings={"max_new_tokens": 8, "threshold": 0.5, "cache": "dual"})
     (record,) = generation.generate(
         checkpoint=str(folder), prompts=["Why?"], root=tmp_path, stream=io.StringIO(), options=options

@@ -24,7 +24,7 @@ IDS = torch.tensor([[21, 22, 23, 24, 25, 26, 27, 28], [31, 32, 33, 34, 35, 0, 0,
 VALID = torch.arange(8) < torch.tensor([[8], [5], [5]])
 
 
-def test_llada_writes_ragged_batches_though_its_code_ignores_padding(tmp_path: Path) -> None:
+def test_llada_decodes_ragged_batches_though_its_code_ignores_padding(tmp_path: Path) -> None:
     target = checkpoint(tmp_path, "llada")
     model = load_diffusion_lm(target)
     model.eos_ids = set()
@@ -68,7 +68,7 @@ def test_llada2_is_block_causal_through_additive_masks_and_has_its_own_generate(
     assert [a.token_ids for a in generate_with_own_code(model, PROMPTS, WISH)] == [[9] * 6] * 2
 
 
-def test_nemotron_is_asked_through_its_own_generate(tmp_path: Path) -> None:
+def test_nemotron_generates_by_its_own_code(tmp_path: Path) -> None:
     model = load_diffusion_lm(checkpoint(tmp_path, "nemotron_labs_diffusion"))
     model.eos_ids = set()
     (answer,) = generate_with_own_code(model, PROMPTS[:1], WISH)
@@ -84,7 +84,7 @@ def test_nemotron_is_asked_through_its_own_generate(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("decode", [decode_causally, speculate_on_itself, decode_seeded])
-def test_nemotron_is_written_by_our_samplers_too_as_any_other_model(tmp_path: Path, decode) -> None:
+def test_our_samplers_decode_nemotron_as_any_other_model(tmp_path: Path, decode) -> None:
     model, plain = load_diffusion_lm(checkpoint(tmp_path, "nemotron_labs_diffusion")), small_model()
     plain.mask_token_id = model.mask_token_id
     model.eos_ids = plain.eos_ids = set()
@@ -96,7 +96,7 @@ def test_nemotron_is_written_by_our_samplers_too_as_any_other_model(tmp_path: Pa
         decode(load_diffusion_lm(checkpoint(tmp_path, "nemotron_labs_diffusion")).for_likelihood(4), PROMPTS, WISH)
 
 
-def test_nemotron_is_set_up_for_training_in_the_words_that_its_code_knows(tmp_path: Path) -> None:
+def test_nemotron_is_built_for_training_by_the_name_that_its_code_has(tmp_path: Path) -> None:
     target = checkpoint(tmp_path, "nemotron_labs_diffusion")
     assert load_diffusion_lm(target).for_likelihood(4).model.config.dlm_paradigm == "block_diff"
     layout = tmp_path / "layout.py"
@@ -104,7 +104,7 @@ def test_nemotron_is_set_up_for_training_in_the_words_that_its_code_knows(tmp_pa
     assert load_diffusion_lm(target).for_likelihood(4).model.config.dlm_paradigm == "sbd_block_diff"
 
 
-def test_nemotron_lays_out_noisy_beside_clean_text_and_no_neighbour_changes_that(tmp_path: Path) -> None:
+def test_nemotron_lays_out_noisy_beside_clean_text_whatever_the_batch(tmp_path: Path) -> None:
     model = load_diffusion_lm(checkpoint(tmp_path, "nemotron_labs_diffusion")).for_likelihood(4)
     masked = VALID & (torch.arange(8) > 2)
     noisy, clean = model.paired(IDS, VALID, masked)
@@ -118,7 +118,7 @@ def test_nemotron_lays_out_noisy_beside_clean_text_and_no_neighbour_changes_that
 
 
 @pytest.mark.parametrize("kind", CODES)
-def test_a_saved_model_takes_its_code_along_as_it_was_published(tmp_path: Path, kind: str) -> None:
+def test_a_saved_model_has_its_code_as_published(tmp_path: Path, kind: str) -> None:
     source, first, second = (tmp_path / name for name in ("source", "first", "second"))
     target = checkpoint(source, kind)
     load_diffusion_lm(target).for_likelihood(4).save(first)

@@ -16,7 +16,7 @@ from tests.models.small_models import FAMILIES, TINY, small_model
 
 
 @pytest.mark.parametrize(("family", "window"), FAMILIES)
-def test_every_place_sees_every_other_and_causal_ones_only_those_before(family: str, window: int | None) -> None:
+def test_hidden_attends_to_everything_and_causal_hidden_causally(family: str, window: int | None) -> None:
     model = small_model(family, window)
     ids = torch.randint(0, 500, (2, 7))
     changed = ids.clone()
@@ -56,7 +56,7 @@ def test_padding_on_either_side_changes_nothing(family: str, window: int | None,
         )
 
 
-def test_an_allowed_mask_says_who_sees_whom() -> None:
+def test_an_allowed_mask_restricts_attention() -> None:
     model = small_model("Llama")
     ids = torch.randint(0, 500, (2, 8))
     causal = torch.ones(8, 8, dtype=torch.bool).tril().expand(2, -1, -1)
@@ -66,7 +66,7 @@ def test_an_allowed_mask_says_who_sees_whom() -> None:
 
 
 @pytest.mark.parametrize(("family", "window"), FAMILIES)
-def test_a_part_over_a_fresh_cache_equals_the_whole(family: str, window: int | None) -> None:
+def test_columns_over_a_fresh_cache_equal_the_whole_pass(family: str, window: int | None) -> None:
     model = small_model(family, window)
     ids = torch.randint(0, 500, (2, 10))
     positions = torch.arange(10).expand(2, -1)
@@ -139,6 +139,6 @@ def test_an_embedding_without_a_spare_row_grows_by_one(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("id", "message"), [(10**6, "outside"), (2, "frames")])
-def test_a_mask_id_that_cannot_be_is_refused(id: int, message: str) -> None:
+def test_an_invalid_mask_id_is_refused(id: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_diffusion_lm(TINY, mask_token_id=id)
