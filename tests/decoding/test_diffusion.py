@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dllm.cli import generate as generation
+from dllm.cli import generation
+from dllm.cli.generation import read_prompts
 from dllm.decoding.diffusion import GenerateOptions, generate
 from dllm.decoding.encoding import span_ids
 from dllm.decoding.settings import Settings
@@ -16,7 +17,6 @@ from dllm.errors import ConfigError, DataError, ModelError
 from dllm.models.diffusion.config import DiffusionConfig
 from dllm.models.diffusion.families import load_diffusion_lm
 from dllm.models.diffusion.protocol import DiffusionLM
-from dllm.prompts.batch_file import read_prompts
 from dllm.registry import SAMPLERS
 from tests.models.small_models import TINY
 
