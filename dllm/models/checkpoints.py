@@ -14,8 +14,8 @@ from dllm.config.load import load_params
 from dllm.config.params import Target
 from dllm.errors import ConfigError, ModelError
 from dllm.models import builtin, targets
-from dllm.models.diffusion.bidirectional import DiffusionConfig, read_note
-from dllm.models.diffusion.families import config_at, family_at
+from dllm.models.diffusion.config import DiffusionConfig, config_at, read_config
+from dllm.models.diffusion.families import family_at
 from dllm.models.drafts.checkpoint import family_of, foreign_family
 from dllm.tracking.runs import REGISTERED
 
@@ -33,8 +33,8 @@ class Checkpoint:
     path: Path
     kind: Literal["draft", "diffusion", "causal"]
     """A draft model; a diffusion LM; any other causal LM."""
-    note: DiffusionConfig | None = None
-    """How a diffusion LM is decoded: mode, mask token, block size."""
+    config: DiffusionConfig | None = None
+    """How a diffusion LM was trained: mode, mask token, block size."""
     sets_own_masks: bool = False
     """Whether a diffusion LM's code sets its attention masks."""
     needs_own_code: bool = False
@@ -66,13 +66,12 @@ def identify(path: Path) -> Checkpoint:
     Raises:
         ModelError: its dllm.json is broken.
     """
-    note, family = read_note(path), family_at(path)
-    if family.published is not None:
+    config, family = read_config(path), family_at(path)
+    if config is None and family.published is not None:
         mask_token_id = int(family.mask_token_id_in(config_at(path)) or family.published.mask_token_id)
-        note = note or replace(family.published, mask_token_id=mask_token_id)
-        return Checkpoint(path, "diffusion", note, family.sets_own_masks, not family.can_run_without_code)
-    if note is not None:
-        return Checkpoint(path, "diffusion", note)
+        config = replace(family.published, mask_token_id=mask_token_id)
+    if config is not None:
+        return Checkpoint(path, "diffusion", config, family.sets_own_masks, not family.can_run_without_code)
     return Checkpoint(path, "draft" if is_draft(path) else "causal")
 
 

@@ -128,12 +128,8 @@ def load_target(
     target: Target,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
-    values: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load the target frozen and in evaluation mode, in `dtype` (else `target.dtype`) on `device` (else the best one).
-
-    Args:
-        values: entries of its config to be replaced, for a model whose code is built otherwise by them.
 
     Raises:
         ModelError: the directory holds no causal model that can be read, or its own code does not load here.
@@ -160,10 +156,6 @@ def load_target(
         if target.trust_remote_code:
             config = AutoConfig.from_pretrained(path, trust_remote_code=True)
             own = getattr(config, "auto_map", None) or {}
-            if values:
-                for name, value in values.items():
-                    setattr(config, name, value)
-                asked["config"] = config
         if not target.trust_remote_code and llada.is_llada(path):
             model, report = llada.load(path, asked["dtype"])
             return _ready(model, report, path, device)

@@ -237,7 +237,7 @@ def test_to_look_for_a_registered_model_makes_no_registry(tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-NOTES = [
+MALFORMED = [
     '{"mode": "xxx", "mask_token_id": 3}',
     '{"mode": "mdlm", "mask_token_id": "3"}',
     '{"mode": "mdlm"}',
@@ -247,7 +247,7 @@ NOTES = [
 ]
 
 
-@pytest.mark.parametrize("note", NOTES)
-def test_a_note_that_says_something_else_is_one_line(root: Path, note: str) -> None:
-    (root / "out" / "train" / "checkpoint" / "dllm.json").write_text(note)
-    assert "cannot read the checkpoint's note" in refused(root) and "dllm.json" in refused(root)
+@pytest.mark.parametrize("content", MALFORMED)
+def test_a_malformed_dllm_json_is_one_line(root: Path, content: str) -> None:
+    (root / "out" / "train" / "checkpoint" / "dllm.json").write_text(content)
+    assert "cannot read the checkpoint's dllm.json" in refused(root) and "dllm.json" in refused(root)
