@@ -19,6 +19,7 @@ from dllm.errors import StageError
 from dllm.files import full_disk_in_one_line, lock_folder
 from dllm.process import children as process
 from dllm.process.signals import signals_exit
+from dllm.stages.records import check_published
 from dllm.stages.schema import SCHEMA
 from dllm.tracking.provenance import digest
 from dllm.workspace import SIDECAR, Workspace, open_run
@@ -57,6 +58,7 @@ def open_stage(
 
     Raises:
         StageError: an input is missing, another process works on the same thing, or the disk is full.
+        DataError, ModelError: an input is not what the stage before has published.
         ServerError: MLflow is out of reach.
         SystemExit: 143 after SIGTERM, 130 after SIGINT; the run then reads KILLED.
     """
@@ -68,13 +70,19 @@ def open_stage(
             "stage": name,
             "schema": SCHEMA[name],
             "params": params_digest(*sections),
-            "inputs": {key: digest(path) for key, path in (inputs or {}).items()},
+            "inputs": {key: _digest_of_input(root, path) for key, path in (inputs or {}).items()},
             "identity": dict(identity or {}),
         }
         works, out = root / "work" / name, root / "out" / name
         stage = Stage(name, root, works, out, made_of, sections, params.recipe, is_main=is_main, params=params)
         with stage.open():
             yield stage
+
+
+def _digest_of_input(root: Path, path: Path) -> str:
+    found = digest(path)
+    check_published(root, path.absolute(), found)
+    return found
 
 
 def forget(root: Path, name: str) -> None:
