@@ -157,7 +157,7 @@ def trained_for(checkpoint: Path) -> dict[str, Any] | None:
     for folder in (checkpoint, checkpoint.parent):
         try:
             target = _run_record(folder)["identity"]["target"]
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ModelError):  # a damaged one is refused where the checkpoint is found
             continue
         return target if isinstance(target, dict) and "model" in target else None
     return None
