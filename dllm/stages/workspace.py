@@ -40,6 +40,7 @@ def open_stage(
     params: Params,
     *,
     sections: Sequence[BaseModel],
+    determining: Sequence[BaseModel] | None = None,
     inputs: Mapping[str, Path] | None = None,
     identity: Mapping[str, Any] | None = None,
     root: Path,
@@ -49,8 +50,9 @@ def open_stage(
 
     Args:
         name: the stage.
-        params: all of params.yaml; only `sections` count for the fingerprint.
-        sections: the parts of it that determine the result.
+        params: all of params.yaml; only `sections` are recorded.
+        sections: the parts of it that the stage reads.
+        determining: what of them determines the result, and counts for the fingerprint; None takes `sections`.
         inputs: name to the file or folder read; the narrower the path, the fewer reruns.
         identity: ids, revisions and digests of models and servers that determine the result.
         root: the project's folder.
@@ -69,7 +71,7 @@ def open_stage(
         made_of = {
             "stage": name,
             "schema": SCHEMA[name],
-            "params": params_digest(*sections),
+            "params": params_digest(*(sections if determining is None else determining)),
             "inputs": {key: _digest_of_input(root, path) for key, path in (inputs or {}).items()},
             "identity": dict(identity or {}),
         }
