@@ -26,7 +26,7 @@ from dllm.methods.diffusion import likelihood
 from dllm.methods.diffusion.noise import batch_of
 from dllm.models import checkpoints, targets
 from dllm.models.diffusion.families import load_diffusion_lm
-from dllm.models.diffusion.protocol import DiffusionLM
+from dllm.models.diffusion.protocol import DiffusionLM, softcapped
 from dllm.registry import SAMPLERS
 from dllm.training.batches import Example
 from dllm.training.cross_entropy import nll_and_hits
@@ -201,9 +201,7 @@ class CausalScores:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         head: Any = self.model.get_output_embeddings()
-        found: torch.Tensor = head(hidden)
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return found if cap is None else torch.tanh(found / cap) * cap
+        return softcapped(head(hidden), self.config)
 
 
 def example(id: str, given: Sequence[int], scored: Sequence[int]) -> Example:

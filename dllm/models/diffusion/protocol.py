@@ -144,9 +144,7 @@ class DiffusionLM(nn.Module, ABC):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states. Shapes: hidden (..., D); returns (..., V)."""
-        found = nn.functional.linear(hidden, self.head_VD.to(hidden.dtype))
-        cap = getattr(self.model_config, "final_logit_softcapping", None)
-        return found if cap is None else torch.tanh(found / cap) * cap
+        return softcapped(nn.functional.linear(hidden, self.head_VD.to(hidden.dtype)), self.model_config)
 
     @abstractmethod
     def hidden(
@@ -243,6 +241,12 @@ class DiffusionLM(nn.Module, ABC):
             self.model_config.is_causal = False
         self.tokenizer.save_pretrained(directory)
         self.config.save(Path(directory))
+
+
+def softcapped(logits: Tensor, config: Any) -> Tensor:
+    """Cap logits as a model's config says. Source: Gemma 2 (2024), section 2."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def eos_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
