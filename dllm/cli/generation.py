@@ -150,6 +150,8 @@ def _with_target(
         raise ConfigError(f"{flag} is for diffusion models, and this is {found.noun}", where=str(found.path))
     settings = sampler.settings[found.kind](**named)
     causal = checkpoints.target_of(found.path, root, str(found.path) if found.kind == "causal" else target)
+    if found.kind == "draft":
+        checkpoints.require_same_revision(found.path, causal)
     records = []
     for record in streaming.generate(found, causal, prompts, sampler, settings, None if as_json else stream):
         if as_json:

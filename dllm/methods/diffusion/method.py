@@ -37,6 +37,14 @@ class MaskedMethod(Generic[Settings]):
     def check(self, params: Params) -> None:
         """Accept all settings."""
 
+    def check_models(self, params: Params) -> None:
+        from dllm.methods.diffusion.build import check_family
+        from dllm.models.target_config import check_config
+        from dllm.models.targets import locate
+
+        check_family(params.target, params.train)
+        check_config(params.target, locate(params.target, weights=False))
+
     def strategy(
         self, model: DiffusionLM, splits: Mapping[Split, Sequence[Example]], settings: Train
     ) -> MaskedStrategy:
