@@ -58,6 +58,9 @@ class DiffusionLM(nn.Module, ABC):
     published: ClassVar[DiffusionConfig | None] = None
     """How a published family was trained, where a checkpoint has no `dllm.json`. With it every
     checkpoint of the family is a diffusion LM; without it one that has a `dllm.json`."""
+    config_keys: ClassVar[frozenset[str] | None] = frozenset()
+    """Keys of config.json that it reads besides those that transformers reads for the model type; others are refused.
+    None: it reads config.json without transformers, and checks it itself."""
     runs_own_code: ClassVar[bool] = False
     """Whether it runs the code in its directory; without trust the checkpoint is then read as `transformers`."""
     can_run_without_code: ClassVar[bool] = True
