@@ -36,6 +36,8 @@ app = typer.Typer(
 app.add_typer(recipes.app, name="recipe")
 data = typer.Typer(help="Verify, show and merge folders of regenerated responses.", no_args_is_help=True)
 app.add_typer(data, name="data")
+track = typer.Typer(help="Bring MLflow up to date with what the stages logged.", no_args_is_help=True)
+app.add_typer(track, name="track")
 
 
 def _stage_verb(name: str) -> Callable[..., None]:
@@ -92,6 +94,14 @@ def report(root: Root = Path(), debug: Debug = False) -> None:
     from dllm.cli import report as tables
 
     tables.print_report(root.resolve())
+
+
+@track.command("sync")
+def sync_runs(root: Root = Path(), debug: Debug = False) -> None:
+    """Send to MLflow what it has missed while it was away, and mark runs as KILLED whose processes are gone."""
+    from dllm.cli import track as verbs
+
+    verbs.sync(root.resolve())
 
 
 Responses = Annotated[Path, typer.Argument(metavar="D", help="A folder of responses: shards and a manifest.")]
