@@ -17,6 +17,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from mlflow import MlflowClient
+from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as RegistryStore
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from dllm.errors import ServerError, StageError
@@ -52,6 +53,7 @@ def make(path: Path, *, instead: bool = False) -> None:
                 os.fsync(file.fileno())
             for companion in _companions(path):  # of the file that is replaced: SQLite would play them into the new one
                 companion.unlink(missing_ok=True)
+            _disconnect(path)
             aside.replace(path)
         finally:
             for each in (aside, *_companions(aside)):
@@ -151,10 +153,14 @@ def damaged(path: Path, cause: str) -> StageError:
 def _make_tables(path: Path) -> None:
     uri = sqlite_uri(path)
     MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
-    # A connection under the temporary name would keep its journal under that name.
-    engines = getattr(SqlAlchemyStore, "_engine_map", {})
-    if engine := engines.pop(uri, None):
-        engine.dispose()
+    _disconnect(path)
+
+
+def _disconnect(path: Path) -> None:
+    """Close MLflow's connections to a file: they would go on with it under its old name, or after its replacement."""
+    for stores in (SqlAlchemyStore, RegistryStore):
+        if engine := getattr(stores, "_engine_map", {}).pop(sqlite_uri(path), None):
+            engine.dispose()
 
 
 @contextmanager
