@@ -1,23 +1,27 @@
-"""`python -m dllm track`: send to MLflow what it has missed."""
-
-from __future__ import annotations
+"""The verb `track sync`: send to MLflow what it has missed."""
 
 import sys
 from pathlib import Path
 
+import typer
+
+from dllm.cli.options import Debug, Root
 from dllm.tracking.run_journal import FOLDER
 
+app = typer.Typer(help="Bring MLflow up to date with what the stages logged.", no_args_is_help=True)
 
-def sync(root: Path) -> None:
-    """Send what runs of a project have logged while MLflow was away, and close runs whose processes were killed.
 
-    Raises:
-        ConfigError: MLFLOW_TRACKING_URI is not the address of a store.
-        ServerError: the store is out of reach.
-        StageError: its file is damaged, or its disk is full.
-    """
+@app.callback()
+def group() -> None:
+    """Have `sync` stay a verb of its own, though it is the only one."""
+
+
+@app.command("sync")
+def sync(root: Root = Path(), debug: Debug = False) -> None:
+    """Send to MLflow what it has missed while it was away, and mark runs as KILLED whose processes are gone."""
     from dllm.tracking.delivery import synchronize  # MLflow takes 2 seconds to import
 
+    root = root.resolve()
     report = synchronize(root, everything=True)
     for line in report.refused:
         print(f"warning: {line}", file=sys.stderr)

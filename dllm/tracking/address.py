@@ -49,10 +49,10 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def _check(uri: str) -> None:
-    scheme = uri.partition(":")[0].lower() if "://" in uri or uri.startswith("file:") else ""
+    scheme = uri.partition(":")[0].lower() if "://" in uri or uri.startswith(("file:", "uc:", "databricks")) else ""
     if scheme in ("http", "https"):
         _check_http(uri)
-    elif scheme.partition("+")[0] in DATABASES or uri == "databricks" or scheme == "databricks":
+    elif scheme.partition("+")[0] in DATABASES or scheme == "databricks":
         return
     elif scheme == "file" or not scheme:
         _check_path(uri)

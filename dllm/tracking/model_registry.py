@@ -166,7 +166,8 @@ def _aliases(client: MlflowClient, name: str, version: str) -> list[str]:
 
 
 def _find(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
-    versions = client.search_model_versions(f"name='{name}'")
+    quote_mark = '"' if "'" in name else "'"
+    versions = client.search_model_versions(f"name={quote_mark}{name}{quote_mark}")
     return next((version for version in versions if version.tags.get(DIGEST) == digest), None)
 
 

@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.db import utils as mlflow_databases
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
 from dllm.errors import ConfigError, DllmError, ServerError, StageError
 from dllm.files import is_disk_full
@@ -72,7 +72,7 @@ def unreachable(uri: str, error: Exception) -> DllmError:
     """Return the one-line error for a store that does not respond, with a hint that fits the cause."""
     cause = cause_of(error)
     path = sqlite_path(uri)
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError | NoSuchModuleError):
         hint = f"`pip install` that driver, {OR_UNSET}"
         return ConfigError(f"the driver of this MLflow store is not installed: {cause}", where=uri, hint=hint)
     if is_disk_full(error) or "disk is full" in cause:
@@ -92,7 +92,7 @@ def cause_of(error: BaseException) -> str:
     if isinstance(inner, OSError) and inner.strerror:
         told = inner.strerror if inner.filename is None else f"{inner.strerror}: {inner.filename}"
     told = re.sub(r"\(Background on this error at: \S+\)|\[SQL: .*", "", told, flags=re.DOTALL)
-    return hide(" ".join(told.split()))[:CAUSE_CHARS]
+    return _one_line(told)
 
 
 def _open(uri: str) -> MlflowClient:
@@ -166,7 +166,12 @@ def _detail(said: Any, text: str) -> str:
     while isinstance(said, dict):
         said = next((said[name] for name in ("message", "error", "detail") if said.get(name)), None)
     told = said if isinstance(said, str) else re.sub(r"<(style|script).*?</\1>|<[^>]*>", " ", text[:4000], flags=re.S)
-    return hide(" ".join(told.split()))[:CAUSE_CHARS] or "no text"
+    return _one_line(told) or "no text"
+
+
+def _one_line(text: str) -> str:
+    shown = "".join(character if character.isprintable() else " " for character in text)
+    return hide(" ".join(shown.split()))[:CAUSE_CHARS]
 
 
 def _hint(uri: str, cause: str) -> str:
