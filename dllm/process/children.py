@@ -27,6 +27,7 @@ from typing import Protocol
 import psutil
 
 from dllm.errors import StageError
+from dllm.secrets import hide
 
 PR_SET_PDEATHSIG = 1
 GRACE_S = 20.0
@@ -68,7 +69,7 @@ def run(
         argv: the program and its arguments; no shell.
         env: variables added to this process's environment.
         deadline_s: seconds after which the tree is stopped.
-        log: called with every line.
+        log: called with every line; secrets in it are hidden.
         log_file: every line is appended to it.
         grace_s: from SIGTERM to SIGKILL.
 
@@ -81,6 +82,15 @@ def run(
         if not child.ended:
             raise StageError(f"stopped after its deadline of {deadline_s:g} s", where=" ".join(argv))
     return child.result()
+
+
+def has_gpu() -> bool:
+    """Return whether `nvidia-smi` lists a GPU of this machine."""
+    try:
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return found.returncode == 0 and b"GPU" in found.stdout
 
 
 class Background(Protocol):
@@ -261,7 +271,7 @@ class _Child:
 
     def _split(self, text: str) -> None:
         *lines, self._partial = LINE_END.split(self._partial + text)
-        for line in lines:
+        for line in map(hide, lines):
             for sink in self._sinks:
                 sink(line)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Regenerate, Target
 from dllm.engines.engine import Refusal, Request, Response, fit, request_key, request_seed
@@ -20,9 +22,6 @@ from dllm.prompts.turns import Message
 from dllm.registry import ENGINES
 from dllm.responses import flags
 from dllm.responses.shards import Row
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Calls = list[dict[str, Any]]
 

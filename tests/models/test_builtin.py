@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from dllm.config.params import Target
-from dllm.errors import ModelError
+from dllm.errors import ModelError, StageError
 from dllm.models import builtin, targets
+from dllm.prompts import template as chat
 
 CHAT = [{"role": "user", "content": "Natalia sold 48 clips. What is 12 + 35?"}]
 TINY = Target(model="builtin:tiny")
@@ -42,18 +44,30 @@ def test_tiny_is_small_tied_and_speaks_chat(cache: Path) -> None:
     assert text == "<|im_start|>user\n" + CHAT[0]["content"] + "<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text and len(ids) < len(text) / 1.4
-    assert targets.stop_ids(model, tokenizer) == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert chat.stop_ids(tokenizer, model.generation_config, model.config.get_text_config()) == {
+        tokenizer.convert_tokens_to_ids("<|im_end|>")
+    }
     strange = "naïve\t日本\n\n x=1"
     assert tokenizer.decode(tokenizer(strange)["input_ids"]) == strange
 
 
-def test_an_interrupted_making_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "kind", "line"),
+    [
+        (OSError(28, "No space left on device"), StageError, r"disk is full.*models.*DLLM_CACHE"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), StageError, r"disk is full.*DLLM_CACHE"),
+        (OSError(5, "Input/output error"), ModelError, r"cannot write built-in model builtin:tiny: Input.*DLLM_CACHE"),
+    ],
+)
+def test_an_interrupted_making_leaves_nothing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], line: str
+) -> None:
     def torn(folder: Path) -> None:
         (folder / "config.json").write_text("{}")
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setitem(builtin._MAKERS, "tiny", ("1", torn))
-    with pytest.raises(ModelError, match=r"cannot write built-in model builtin:tiny: No space left.*DLLM_CACHE"):
+    with pytest.raises(kind, match=line):
         targets.locate(TINY)
     assert [path.name for path in (cache / "models").iterdir()] == ["tiny-1.lock"]
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Target
 from dllm.engines.defects import ENDINGS, defect
@@ -19,9 +21,6 @@ from dllm.engines.openai.faults import Fault, one_line
 from dllm.engines.openai.servers import Server
 from dllm.errors import DataError, ServerError
 from dllm.prompts import template as chat
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 LEAST_DIFFERENCE = 32
 """Differences of fewer tokens mean nothing: a text may be split otherwise than it was generated."""

@@ -1,4 +1,7 @@
-"""The method `dflash`: a draft model for speculative decoding, trained on hidden states of the frozen target."""
+"""The method `dflash`: a draft model for speculative decoding, trained on hidden states of the frozen target.
+
+Checking a params file imports this module: what imports torch (1 second) is imported when a run needs it.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,11 @@ class DflashMethod:
                 f"evaluate.block_size is {params.evaluate.block_size}, larger than train.dflash.block_size {block}; "
                 "a draft cannot be decoded with larger blocks than it was trained on"
             )
+
+    def check_models(self, params: Params) -> None:
+        from dllm.methods.dflash.build import check_models
+
+        check_models(cast(Dflash, params.train.method_settings), params.target)
 
     def build(self, ctx: TrainContext[Dflash]) -> DflashStrategy:
         from dllm.methods.dflash.build import initial_draft

@@ -1,4 +1,4 @@
-"""DFlash as a training strategy: features, anchors and objective.
+"""DFlash as a training strategy: the initial draft, features, anchors and objective.
 
 Shape suffixes: B batch, S sequence, D hidden, V vocabulary, F tapped features, P = block_size - 1 offsets.
 """
