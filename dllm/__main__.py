@@ -17,7 +17,9 @@ from typing import NoReturn
 
 import typer
 
+from dllm import secrets
 from dllm.errors import DllmError, StageError
+from dllm.files import is_disk_full
 from dllm.process.signals import exit_on
 
 PACKAGE = Path(__file__).parent
@@ -36,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Greek letters must not fail
+    secrets.install()
     if not is_debug:
         sys.excepthook = _report_bug
     sys.exit(_run(arguments, is_debug))
@@ -52,10 +55,10 @@ def _run(arguments: list[str], is_debug: bool) -> int:
         if is_debug:
             traceback.print_exc()
         return _report(error)
-    except (RuntimeError, MemoryError) as error:
-        if is_debug or not _is_memory_full(error):
+    except Exception as error:
+        if is_debug or not (_is_memory_full(error) or is_disk_full(error)):
             raise
-        return _report(StageError("memory is full", hint=MEMORY_HINT))
+        return _report(StageError("memory is full", hint=MEMORY_HINT) if _is_memory_full(error) else _disk_is_full())
 
 
 def _report(error: BaseException) -> int:
@@ -81,11 +84,15 @@ def _report_usage(error: typer.TyperException) -> int:
 
 def _explain(error: OSError) -> StageError:
     where = None if error.filename is None else str(error.filename)
-    if error.errno == errno.ENOSPC:
-        return StageError("the disk is full", where=where, hint="free some space and run the same command again")
+    if is_disk_full(error):
+        return _disk_is_full(where)
     if error.errno == errno.EADDRINUSE:
         return StageError("the port is taken", where=where, hint="stop the process that holds it or choose another")
     return StageError(error.strerror or str(error), where=where, hint="--debug shows the code that asked for it")
+
+
+def _disk_is_full(where: str | None = None) -> StageError:
+    return StageError("the disk is full", where=where, hint="free some space and run the same command again")
 
 
 def _is_memory_full(error: BaseException) -> bool:

@@ -21,7 +21,6 @@ from dllm.process import children as process
 from dllm.process.signals import signals_exit
 from dllm.stages.schema import SCHEMA
 from dllm.tracking.provenance import digest
-from dllm.tracking.runs import close_left_open
 from dllm.workspace import SIDECAR, Workspace, open_run
 
 __all__ = ["Stage", "Workspace", "close", "digest", "forget", "open_stage"]
@@ -100,4 +99,8 @@ def close(root: Path, name: str) -> list[str]:
         with contextlib.suppress(StageError), lock_folder(sidecar.parent):  # locked: its stage lives
             if run_id := open_run(sidecar.parent):
                 open_runs.append(run_id)
+    if not open_runs:
+        return []
+    from dllm.tracking.mlflow_runs import close_left_open  # MLflow takes 2 seconds to import
+
     return close_left_open(root, open_runs)

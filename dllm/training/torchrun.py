@@ -11,15 +11,15 @@ import os
 import sys
 from collections.abc import Sequence
 
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
 from dllm.process import children as process
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run torchrun with these arguments; return the first failed rank's exit code, 128 + n after signal n, else 0."""
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     # torchrun would print four lines on setting OMP_NUM_THREADS to 1; the ranks divide the cores themselves.
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
