@@ -76,6 +76,11 @@ def json_lines(path: Path) -> Iterator[Record]:
         raise DataError(f"cannot read the file: {error}", where=f"{path}:{number + 1}") from None
 
 
+def as_record(row: Any) -> Any:
+    """Return a row of a table, or a BadRow for why it has none."""
+    return BadRow(str(row)) if isinstance(row, JsonError) else row
+
+
 def all_readable(rows: Iterable[Record]) -> Iterator[Record]:
     """Give the rows of a file that ships with a package.
 
@@ -143,7 +148,7 @@ def _table(path: Path, kind: str) -> Iterator[Record]:
     number = 0
     try:
         for number, row in enumerate(parquet_rows(path) if kind == ".parquet" else ipc_rows(path), 1):
-            yield f"{path} row {number}", BadRow(str(row)) if isinstance(row, JsonError) else row
+            yield f"{path} row {number}", as_record(row)
     except (pa.ArrowException, OSError) as error:
         what = f"cannot read the {kind.removeprefix('.')} file: {one_line(str(error), 200)}"
         raise DataError(what, where=f"{path} row {number + 1}") from None

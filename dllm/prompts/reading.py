@@ -21,7 +21,18 @@ CHATS = ("messages", "conversations")
 REFERENCE = "reference"
 SYSTEMS = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
-TEXTS = ("instruction", "input", "context", "passage", "document", "documents", "history", "prompt", "question", "query")
+TEXTS = (
+    "instruction",
+    "input",
+    "context",
+    "passage",
+    "document",
+    "documents",
+    "history",
+    "prompt",
+    "question",
+    "query",
+)
 """Names of texts that belong to a prompt, unless the chat holds them already."""
 _MEDIA = re.compile(r"(?:.*_)?(?:images?|audios?|videos?|pixel_values)")
 _MORE_TOOLS = re.compile(r".*_(?:tools|functions)|custom_instructions?")
@@ -171,7 +182,9 @@ def _with_texts(chat: Any, chat_column: str, texts: Mapping[str, Any], place: st
     for name, value in texts.items():
         if isinstance(value, str) and _holds(chat, value):
             reading.note(name, f"{UNUSED}: the chat holds it")
-        elif isinstance(chat, str) and _key(chat_column) == "instruction" and name == "input" and isinstance(value, str):
+        elif (
+            isinstance(chat, str) and _key(chat_column) == "instruction" and name == "input" and isinstance(value, str)
+        ):
             chat = f"{chat}\n\n{value}"
             reading.note(name, f"joined to {chat_column}")
         elif isinstance(value, str | list | Mapping):
