@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from dllm.config.params import Source
 from dllm.errors import DataError
-from dllm.prompts.readers import all_readable, json_lines
+from dllm.prompts.readers import records
 from dllm.prompts.sources import SourceRow
 
 PAGES = 20_000
@@ -65,7 +65,7 @@ class PackageSource:
     def rows(self, source: Source, root: Path) -> Iterator[SourceRow]:
         """Read the rows in order."""
         for path in self.inputs(source, root).values():
-            for place, row in all_readable(json_lines(path)):
+            for place, row in records(path):
                 yield SourceRow(place, self.chat(row), None, self.reference(row))
 
 

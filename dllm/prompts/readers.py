@@ -10,7 +10,7 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -44,7 +44,19 @@ def kind_of(name: str) -> str | None:
     return next((suffix for suffix in (*TABLES, *LINES, ".json") if name.endswith(suffix)), None)
 
 
-def records(path: Path) -> Iterator[Record]:
+def records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Read the rows of a file that has no bad rows, such as one of a package; see `all_records`.
+
+    Raises:
+        DataError: the file is damaged, or one of its rows is.
+    """
+    for place, row in all_records(path):
+        if isinstance(row, BadRow):
+            raise DataError(row.reason, where=place)
+        yield place, row
+
+
+def all_records(path: Path) -> Iterator[Record]:
     """Read the rows of a file by its name; a `.json` file may hold a list, one object, or one row a line.
 
     Raises:
@@ -55,15 +67,15 @@ def records(path: Path) -> Iterator[Record]:
         return _table(path, kind)
     if kind == ".json" and not _is_lines(path):
         return _json_document(path)
-    return json_lines(path)
+    return _json_lines(path)
 
 
-def json_lines(path: Path) -> Iterator[Record]:
-    """Read one JSON value a line; blank lines are skipped.
+def as_record(row: Any) -> Any:
+    """Return a row of a table, or a BadRow for why it has none."""
+    return BadRow(str(row)) if isinstance(row, JsonError) else row
 
-    Raises:
-        DataError: the file cannot be read or decompressed; it names file and line.
-    """
+
+def _json_lines(path: Path) -> Iterator[Record]:
     number = 0
     try:
         with _open(path) as stream:
@@ -74,23 +86,6 @@ def json_lines(path: Path) -> Iterator[Record]:
                     yield f"{path}:{number}", _parse_row(line.strip())
     except _DAMAGE as error:
         raise DataError(f"cannot read the file: {error}", where=f"{path}:{number + 1}") from None
-
-
-def as_record(row: Any) -> Any:
-    """Return a row of a table, or a BadRow for why it has none."""
-    return BadRow(str(row)) if isinstance(row, JsonError) else row
-
-
-def all_readable(rows: Iterable[Record]) -> Iterator[Record]:
-    """Give the rows of a file that ships with a package.
-
-    Raises:
-        DataError: one cannot be read.
-    """
-    for place, row in rows:
-        if isinstance(row, BadRow):
-            raise DataError(row.reason, where=place)
-        yield place, row
 
 
 def _parse_row(line: bytes) -> Any:
@@ -121,7 +116,7 @@ def _is_lines(path: Path) -> bool:
         with _open(path) as stream:
             first = next((line for line in stream if line.removeprefix(b"\xef\xbb\xbf").strip()), b"")
     except _DAMAGE:
-        return True  # json_lines raises the same error with its place
+        return True  # _json_lines raises the same error with its place
     first = first.removeprefix(b"\xef\xbb\xbf").strip()
     return not first.startswith(b"[") and not isinstance(_parse_row(first), BadRow)
 

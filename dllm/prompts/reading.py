@@ -21,18 +21,7 @@ CHATS = ("messages", "conversations")
 REFERENCE = "reference"
 SYSTEMS = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
-TEXTS = (
-    "instruction",
-    "input",
-    "context",
-    "passage",
-    "document",
-    "documents",
-    "history",
-    "prompt",
-    "question",
-    "query",
-)
+TEXTS = ("instruction", "input", "context", "passage", "document", "documents", "history")
 """Names of texts that belong to a prompt, unless the chat holds them already."""
 _MEDIA = re.compile(r"(?:.*_)?(?:images?|audios?|videos?|pixel_values)")
 _MORE_TOOLS = re.compile(r".*_(?:tools|functions)|custom_instructions?")
@@ -49,6 +38,8 @@ class Reading:
 
     columns: dict[str, str] = field(default_factory=dict)
     """By name: columns, `messages[].KEY` for keys of turns, and `COLUMN.KEY` for what a column of mappings holds."""
+    files: dict[str, int] = field(default_factory=dict)
+    """Rows of each file that is read, where there are several."""
     passed_over: dict[str, str] = field(default_factory=dict)
     """Files that are not read, and why."""
 
@@ -59,12 +50,13 @@ class Reading:
             self.columns[column] = use
 
     def to_json(self) -> dict[str, Any]:
-        """Return both as a manifest has them."""
-        return {"columns": dict(sorted(self.columns.items())), "passed_over": dict(sorted(self.passed_over.items()))}
+        """Return columns and files as a manifest has them."""
+        return {name: dict(sorted(each.items())) for name, each in vars(self).items()}
 
     def lines(self) -> list[str]:
-        """Describe both, a line each."""
-        found = [("columns", self.columns), ("not read", self.passed_over)]
+        """Describe columns and files, a line each."""
+        files = {name: f"{rows} rows" for name, rows in self.files.items()}
+        found = [("columns", self.columns), ("files", files), ("not read", self.passed_over)]
         return [f"{title}: {_listed(each)}" for title, each in found if each]
 
 

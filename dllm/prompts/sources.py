@@ -18,7 +18,7 @@ from dllm.config.params import Source
 from dllm.errors import ConfigError, DataError
 from dllm.outside import one_line
 from dllm.prompts import folder
-from dllm.prompts.readers import KINDS, BadRow, Record, as_record, kind_of, records
+from dllm.prompts.readers import KINDS, BadRow, Record, all_records, as_record, kind_of
 from dllm.prompts.reading import CHATS, Reading, UnusedColumn, read_row
 from dllm.prompts.tools import shape
 from dllm.prompts.turns import Unusable
@@ -169,14 +169,17 @@ class FileSource(TableSource):
         """Read the rows of all files; files beside them that only describe them are passed over."""
         files = self._find(source, root, reading)
         for name, path in files.items():
-            rows = records(path)
+            rows = all_records(path)
             if len(files) > 1 and kind_of(name) == ".json":
                 first = list(itertools.islice(rows, 2))
                 if len(first) == 1 and _is_about_others(first[0][1], source):
                     reading.passed_over[name] = "one object without a chat"
                     continue
                 rows = itertools.chain(first, rows)
-            yield from rows
+            for row in rows:
+                if len(files) + len(reading.passed_over) > 1:
+                    reading.files[name] = reading.files.get(name, 0) + 1
+                yield row
 
     def _find(self, source: Source, root: Path, reading: Reading) -> dict[str, Path]:
         path = root / Path(source.name).expanduser()

@@ -104,9 +104,16 @@ def calls_in_text(content: str) -> int:
 
 
 def name_calls(messages: list[dict[str, Any]]) -> None:
-    """Assign ids to calls that have none, and to results without one the ids of the calls before them, in order."""
+    """Assign ids to calls that have none, and to results without one the ids of the calls before them, in order.
+
+    Calls that an assistant turn spells out in its text count, though the turn stays as it is.
+    """
     count, open_calls = 0, deque[str]()
     for message in messages:
+        if message["role"] == "assistant" and "tool_calls" not in message:
+            spelt = calls_in_text(message["content"])
+            open_calls.extend(f"call{number:05d}" for number in range(count, count + spelt))
+            count += spelt
         for call in message.get("tool_calls", ()):
             # Nine letters and digits: some templates take no other id.
             call["id"] = call["id"] or f"call{count:05d}"
