@@ -14,6 +14,7 @@ from dllm.config.params import Params
 from dllm.outside import one_line
 from dllm.prompts import references, sources, stream
 from dllm.prompts import table as prompts
+from dllm.stages import preflight
 from dllm.stages.workspace import open_stage
 
 
@@ -21,9 +22,11 @@ def run(params: Params, root: Path) -> dict[str, Any]:
     """Collect the prompts and publish them; return the counts.
 
     Raises:
-        ConfigError: an option of a source has no effect on it.
+        ConfigError, ModelError: an option of a source has no effect on it, or a later stage would refuse the target, the
+            draft, the template or the engine.
         DataError: a source cannot be read, too many of its rows cannot, or a split would be empty.
     """
+    preflight.check(params)
     section = params.prepare
     files = {
         f"{sources.label(source)}/{name}": path
