@@ -26,6 +26,7 @@ from pydantic import BaseModel
 from dllm.errors import StageError
 from dllm.files import atomic_folder, atomic_link, atomic_write, full_disk_in_one_line, lock_folder
 from dllm.process import children as process
+from dllm.secrets import hide_in
 from dllm.tracking import provenance
 from dllm.tracking.runs import NullTracker, Status, Tracker, flatten
 
@@ -73,8 +74,8 @@ def place(source: Path, path: Path) -> None:
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a mapping as JSON, atomically; figures that are not finite become null."""
-    text = json.dumps(_finite(record), indent=2, sort_keys=True, allow_nan=False, default=str)
+    """Write a mapping as JSON, atomically, without secrets; figures that are not finite become null."""
+    text = json.dumps(hide_in(_finite(record)), indent=2, sort_keys=True, allow_nan=False, default=str)
     atomic_write(path, f"{text}\n".encode())
 
 

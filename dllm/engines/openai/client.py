@@ -19,6 +19,7 @@ import aiohttp
 
 from dllm.engines.openai.servers import KEY_VARIABLE, Server
 from dllm.errors import ServerError
+from dllm.secrets import hide
 
 CONNECT_TIMEOUT_S = 10.0
 INFO_TIMEOUT_S = 5.0
@@ -227,4 +228,4 @@ def _detail(data: bytes) -> str:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())[:300]
+    return hide(" ".join(text.split()))[:300]  # some servers repeat a wrong key
