@@ -105,7 +105,7 @@ class Regenerate(Section):
     seed: Seed = 0
     turns: Literal["all", "last"] = "all"
     """`all`: every assistant turn is answered anew, each after the new ones; `last`: only the last, the others stay."""
-    drop: list[Literal["length", "empty", "repetition", "tool_mismatch"]] = Field(default=[])
+    drop: list[Literal["length", "empty", "repetition", "tool_mismatch", "overlong"]] = Field(default=[])
     """Flags whose rows are left out of the shards; they are counted all the same."""
     timeout_s: Seconds = 600.0
     """Patience with one request, and with the absence of all servers, in seconds."""
