@@ -28,6 +28,7 @@ from dllm.digests import file_digest, sealed
 from dllm.errors import StageError
 from dllm.files import atomic_folder, atomic_link, atomic_path, atomic_write, full_disk_in_one_line, lock_folder
 from dllm.process import children as process
+from dllm.secrets import hide_in
 from dllm.tracking import provenance
 from dllm.tracking.runs import NullTracker, Status, Tracker, flatten
 
@@ -63,7 +64,7 @@ def publish_tree(
         for name, source in files.items():
             place(source, aside / name, link=link)
         for name, record in records.items():
-            atomic_write(aside / name, sealed(_finite(record)) if name == RUN else _json(record))
+            atomic_write(aside / name, sealed(hide_in(_finite(record))) if name == RUN else _json(record))
 
 
 def place(source: Path, path: Path, *, link: bool = True) -> None:
@@ -86,7 +87,7 @@ def place(source: Path, path: Path, *, link: bool = True) -> None:
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a mapping as JSON, atomically; figures that are not finite become null."""
+    """Write a mapping as JSON, atomically, without secrets; figures that are not finite become null."""
     atomic_write(path, _json(record))
 
 
@@ -266,7 +267,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _json(record: Mapping[str, Any]) -> bytes:
-    text = json.dumps(_finite(record), indent=2, sort_keys=True, allow_nan=False, default=str)
+    text = json.dumps(hide_in(_finite(record)), indent=2, sort_keys=True, allow_nan=False, default=str)
     return f"{text}\n".encode()
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from dllm.engines.openai.servers import Server
 from dllm.errors import ServerError
+from dllm.secrets import hide
 
 FaultKind = Literal["unreachable", "outage", "timeout", "busy", "unusable", "not_found", "wrong_model"]
 
@@ -135,9 +136,9 @@ def retry_after_s(header: str | None) -> float | None:
 
 
 def one_line(text: str, limit: int = MAX_REASON) -> str:
-    """Make one printable line of a server's words: no control characters, no half surrogate pairs."""
+    """Make one printable line of a server's words: no control characters, no half surrogate pairs, no secrets."""
     shown = "".join(" " if unicodedata.category(sign) in _INVISIBLE else sign for sign in text[: 4 * limit])
-    shown = " ".join(shown.split())
+    shown = hide(" ".join(shown.split()))  # some servers repeat a wrong key
     return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
