@@ -4,9 +4,10 @@ import pytest
 
 from tests.arch.source_tree import PACKAGE, imports, line, module_name, python_files, room
 
-GROUND = {"secrets", "errors", "registry", "progress", "files", "config", "process", "tracking", "digests"}
+GROUND = {"outside", "secrets", "errors", "registry", "progress", "files", "config", "process", "tracking", "digests"}
 MAY_USE = {
     "dllm": set(),
+    "outside": set(),
     "secrets": set(),
     "errors": {"secrets"},
     "registry": {"errors"},
