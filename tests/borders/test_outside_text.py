@@ -47,9 +47,7 @@ def test_styles_of_bars_pass_to_a_terminal_and_commands_do_not() -> None:
 
 
 def test_markdown_is_shown_and_not_rendered() -> None:
-    assert markdown("[a](http://x) <b> `c` | *d*\n# e") == (
-        "\\[a\\](http&#58;//x) &lt;b&gt; \\`c\\` \\| \\*d\\* # e"
-    )
+    assert markdown("[a](http://x) <b> `c` | *d*\n# e") == ("\\[a\\](http&#58;//x) &lt;b&gt; \\`c\\` \\| \\*d\\* # e")
 
 
 def test_escapes_in_rows_reach_no_terminal(tmp_path: Path) -> None:
@@ -59,7 +57,8 @@ def test_escapes_in_rows_reach_no_terminal(tmp_path: Path) -> None:
     (tmp_path / "d" / name).write_text(json.dumps(row) + "\n")
     (tmp_path / "d" / f"x{ESCAPES[:4]}.txt").write_text("")
     code, out = dllm(
-        *("regenerate", "--input-data", "d", "--output-dir", "out", "--model", "builtin:tiny", "--dry-run"), cwd=tmp_path
+        *("regenerate", "--input-data", "d", "--output-dir", "out", "--model", "builtin:tiny", "--dry-run"),
+        cwd=tmp_path,
     )
     assert code == 0, out
     assert not ACTS.search(out) and "\u241b" in out
@@ -122,7 +121,9 @@ def test_any_text_is_json_or_one_line(text: str | bytes) -> None:
         assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize("text", ["[" * 5000, "[" * 101 + "]" * 101, "1" * 5000, '{"a": NaN}', "-Infinity", b"\xff", ""])
+@pytest.mark.parametrize(
+    "text", ["[" * 5000, "[" * 101 + "]" * 101, "1" * 5000, '{"a": NaN}', "-Infinity", b"\xff", ""]
+)
 def test_json_that_exhausts_a_reader_is_refused(text: str | bytes) -> None:
     with pytest.raises(JsonError):
         parse_json(text)
