@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dllm.errors import DllmError, ServerError, StageError
 from dllm.process import children as process
-from dllm.process.signals import exit_on
+from dllm.process import signals
 from dllm.tracking.runs import is_local, tracking_uri
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,13 +34,13 @@ READY_S = 300.0
 
 def main(what: str) -> int:
     """Start the servers, print their addresses, and run until one ends or a signal arrives; return the exit code."""
-    exit_on(signal.SIGTERM)
     try:
-        (serve if what == "serve" else ui)()
+        with signals.handled(signal.SIGTERM, signal.SIGINT):
+            (serve if what == "serve" else ui)()
     except DllmError as error:
         print(f"dllm: {error}", file=sys.stderr)
         return error.exit_code
-    except (KeyboardInterrupt, SystemExit):
+    except SystemExit:
         print("stopped")
     finally:
         process.stop_children(grace_s=20)
@@ -122,13 +122,13 @@ def _wait_ready(server: subprocess.Popen[bytes], address: str, name: str) -> Non
     while not _responds(address):
         if server.poll() is not None or time.monotonic() > end:
             raise ServerError(f"{name} did not start", where=address, hint=f"see logs/{name}.log")
-        time.sleep(0.2)
+        signals.sleep(0.2)
 
 
 def _run_until_one_ends(servers: Sequence[subprocess.Popen[bytes]]) -> None:
     print("Ctrl-C stops it.", flush=True)
     while all(server.poll() is None for server in servers):
-        time.sleep(0.5)
+        signals.sleep(0.5)
     raise ServerError("a server has ended", where="logs/")
 
 
