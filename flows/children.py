@@ -6,7 +6,6 @@ import contextlib
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -93,7 +92,7 @@ def gpu_slot() -> AbstractContextManager[None]:
 
     A taken slot is waited for. A lease that cannot be renewed for a moment does not stop the stage.
     """
-    if not _has_gpu():
+    if not process.has_gpu():
         return nullcontext()
     with get_client(sync_client=True) as client:
         try:
@@ -145,11 +144,3 @@ class _Relay:
         if COMPLAINT.match(line) or time.monotonic() - self._recorded > RECORD_EVERY_S:
             self._recorded = time.monotonic()
             self._logger.info(line)
-
-
-def _has_gpu() -> bool:
-    try:
-        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return found.returncode == 0 and b"GPU" in found.stdout
