@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from prefect import Flow, get_client
@@ -21,13 +22,21 @@ STOP_S = 5.0
 POLL_INTERVAL_S = 0.2
 
 
-def run(flow: Flow[Any, Any], **parameters: Any) -> int:
-    """Run the flow on the configured Prefect server, or else a temporary one, and return its exit code."""
+def run(flow: Flow[Any, Any], lock: AbstractContextManager[None] | None = None, **parameters: Any) -> int:
+    """Run the flow on the configured Prefect server, or else a temporary one, and return its exit code.
+
+    Args:
+        flow: the flow.
+        lock: what it takes first; tried before a server is started.
+        parameters: of the flow.
+    """
     began = time.monotonic()
     with signals.handled(signal.SIGTERM, signal.SIGINT):
         follow_parent()
         outlive_readers()
         try:
+            with lock or nullcontext():
+                pass
             _check_server()
             _run_in_thread(flow, parameters)
         except DllmError as error:

@@ -14,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from dllm.stages import DVC_STAGES
 from dllm.stages import workspace as contract
 from flows import artifacts
-from flows.children import ROOT, WHEN_A_SERVER_IS_BACK, gpu_slot, reproduce, run_verb
+from flows.children import ROOT, WHEN_A_SERVER_IS_BACK, alone, gpu_slot, reproduce, run_verb
 
 
 @task(name="prepare", cache_policy=NO_CACHE)
@@ -57,18 +57,19 @@ def pipeline(force: bool = False) -> None:
     Args:
         force: run every stage again, from scratch.
     """
-    if force:
-        for stage in DVC_STAGES:
-            contract.forget(ROOT, stage)
-    prepare(force)
-    regenerate(force)
-    train(force)
-    evaluate(force)
-    register()
-    artifacts.publish(ROOT)
+    with alone(ROOT):
+        if force:
+            for stage in DVC_STAGES:
+                contract.forget(ROOT, stage)
+        prepare(force)
+        regenerate(force)
+        train(force)
+        evaluate(force)
+        register()
+        artifacts.publish(ROOT)
 
 
 if __name__ == "__main__":
     from flows.in_process import run
 
-    sys.exit(run(pipeline, force="--force" in sys.argv[1:]))
+    sys.exit(run(pipeline, alone(ROOT), force="--force" in sys.argv[1:]))
