@@ -18,6 +18,7 @@ from typing import NoReturn
 import typer
 
 from dllm.errors import DllmError, StageError
+from dllm.process.proxies import bypass_for_loopback
 from dllm.process.signals import exit_on
 
 PACKAGE = Path(__file__).parent
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments
     exit_on(signal.SIGTERM, *([] if is_debug else [signal.SIGINT]))
+    bypass_for_loopback()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Greek letters must not fail
