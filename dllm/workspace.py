@@ -21,16 +21,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from psutil import Process
 from pydantic import BaseModel
 
 from dllm.errors import StageError
 from dllm.files import atomic_folder, atomic_link, atomic_write, full_disk_in_one_line, lock_folder
 from dllm.process import children as process
+from dllm.process import signals
 from dllm.tracking import provenance
 from dllm.tracking.runs import MlflowTracker, NullTracker, Status, Tracker, flatten
 
 SIDECAR = "stage.json"
 """In a work folder while its result is unfinished: the MLflow run, when it was started, and the seconds so far."""
+START_GRACE_S = 10.0
+"""From a signal to the end of a process that waits for MLflow to make its run."""
 LINKED = (".safetensors", ".parquet")
 """Formats written once and never changed in place: hard links to them are safe, and cost no time or space."""
 
@@ -182,31 +186,38 @@ class Workspace:
         before = _read_json(sidecar)
         started = before.get("started") or datetime.now(UTC).isoformat(timespec="seconds")
         bystanders = process.children()
-        if self.experiment is not None:
-            self.tracker = MlflowTracker(
-                self.root, self.experiment, self.run_name or self.name, before.get("mlflow_run_id")
-            )
-        run_id = self.tracker.run_id
-        self._before = {"mlflow_run_id": run_id, "started": started, "seconds": before.get("seconds", 0.0)}
-        status: Status = "FAILED"
-        try:
+        with signals.uninterrupted(START_GRACE_S):  # a run that was made is known to the next call
+            if self.experiment is not None:
+                self.tracker = MlflowTracker(
+                    self.root, self.experiment, self.run_name or self.name, before.get("mlflow_run_id")
+                )
+            run_id = self.tracker.run_id
+            self._before = {"mlflow_run_id": run_id, "started": started, "seconds": before.get("seconds", 0.0)}
             write_json(sidecar, self._before)
-            self.record = self._describe(started)
-            yield
-            sidecar.unlink()  # done: a forced rerun is a new MLflow run
-            status = "FINISHED"
-        except (SystemExit, KeyboardInterrupt) as stopped:
-            if isinstance(stopped, KeyboardInterrupt) or stopped.code in (130, 143):
-                status = "KILLED"
-                hint = self.resume_hint or f"the next call resumes from {self.work}"
-                print(f"{self.name}: stopped; {hint}", file=sys.stderr, flush=True)
+        try:
+            with signals.on_stop(lambda: self._stop("KILLED", bystanders)):
+                signals.check()
+                self.record = self._describe(started)
+                yield
+        except BaseException as stopped:
+            is_killed = isinstance(stopped, KeyboardInterrupt) or (
+                isinstance(stopped, SystemExit) and stopped.code in signals.EXIT_CODES
+            )
+            self._stop("KILLED" if is_killed else "FAILED", bystanders)
             raise
-        finally:
-            if status != "FINISHED":
-                process.stop_children(spare=bystanders)
-                with contextlib.suppress(OSError):  # a full disk costs the time's record, never the status
-                    self.save_seconds()
-            self.tracker.finish(status)
+        with signals.uninterrupted():  # what is published reads FINISHED
+            sidecar.unlink()  # done: a forced rerun is a new MLflow run
+            self.tracker.finish("FINISHED")
+
+    def _stop(self, status: Status, bystanders: set[Process]) -> None:
+        """Close what is unfinished, so that the next call resumes it."""
+        if status == "KILLED":
+            hint = self.resume_hint or f"the next call resumes from {self.work}"
+            print(f"{self.name}: stopped; {hint}", file=sys.stderr, flush=True)
+        process.stop_children(spare=bystanders)
+        with contextlib.suppress(OSError):  # a full disk costs the time's record, never the status
+            self.save_seconds()
+        self.tracker.finish(status)
 
     def _describe(self, started: str) -> dict[str, Any]:
         git = provenance.git_state(self.root)

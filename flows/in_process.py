@@ -6,36 +6,63 @@ import atexit
 import os
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
 import prefect.context
 from prefect import Flow, get_client
-from prefect.exceptions import TerminationSignal
 from prefect.settings import PREFECT_API_URL
 
 from dllm.errors import DllmError, ServerError
+from dllm.process import signals
+from dllm.process.output import outlive_readers
+from dllm.process.parent import follow_parent
 from dllm.process.proxies import bypass_for_loopback, drop_unusable
-from dllm.process.signals import exit_on
 from infra.servers import PASSWORD, gated, new_password, recorded_api
+
+STOP_S = 60.0
+"""From a signal to the end of the process, if Prefect does not return; a stage takes at most half of it."""
 
 
 def run(flow: Flow[Any, Any], **parameters: Any) -> int:
     """Run the flow on the configured Prefect server, or else a temporary one, and return its exit code."""
     began = time.monotonic()
-    # Until the flow handles it: a process that SIGTERM ends leaves the temporary server behind.
-    exit_on(signal.SIGTERM)
-    try:
-        _find_server()
-        flow(**parameters)
-    except DllmError as error:
-        print(f"dllm: {error}", file=sys.stderr)
-        return error.exit_code
-    except (KeyboardInterrupt, TerminationSignal) as stop:
-        print(f"{flow.name}: stopped; the next call resumes from here", file=sys.stderr)
-        return 130 if isinstance(stop, KeyboardInterrupt) else 143
+    with signals.handled(signal.SIGTERM, signal.SIGINT):
+        follow_parent()
+        outlive_readers()
+        try:
+            _find_server()
+            _run_in_thread(flow, parameters)
+        except DllmError as error:
+            print(f"dllm: {error}", file=sys.stderr)
+            return error.exit_code
+        except SystemExit as stop:
+            print(f"{flow.name}: stopped; the next call resumes from here", file=sys.stderr)
+            return int(stop.code or 0)
     print(f"\n{flow.name}: finished in {time.monotonic() - began:.1f} s", flush=True)
     return 0
+
+
+def _run_in_thread(flow: Flow[Any, Any], parameters: dict[str, Any]) -> None:
+    """Run the flow beside the main thread, where Prefect's own handler would raise wherever a signal strikes.
+
+    Raises what the flow raises. After a signal the child that runs is stopped, and no further one starts.
+    """
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            flow(**parameters)
+        except BaseException as error:
+            raised.append(error)
+
+    with signals.Interrupt(STOP_S):
+        thread = threading.Thread(target=work, name=flow.name, daemon=True)
+        thread.start()
+        thread.join()
+    if raised:
+        raise raised[0]
 
 
 def _find_server() -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 from dllm.errors import ServerError
 from dllm.process import children as process
+from dllm.process import signals
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"
@@ -89,7 +90,7 @@ class Service:
             for line in self.log.read_bytes()[self._seen :].decode(errors="replace").splitlines(keepends=True):
                 if line.startswith(READY) and line.endswith("\n"):
                     return line.removeprefix(READY).strip()
-            time.sleep(POLL_INTERVAL_S)
+            signals.sleep(POLL_INTERVAL_S)
         raise ServerError(f"{self.name} did not start", where=f"logs/{self.name}.log", hint="see the log's last lines")
 
 

@@ -6,7 +6,6 @@ commands and `make run` find it, and two servers never share one database.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -17,8 +16,9 @@ from servers import HOST, PASSWORD, PREFECT_TOML, ROOT, Service, gated, new_pass
 
 from dllm.errors import DllmError, ServerError, StageError
 from dllm.process import children as process
+from dllm.process import signals
+from dllm.process.output import outlive_readers
 from dllm.process.proxies import bypass_for_loopback, drop_unusable
-from dllm.process.signals import signals_exit
 from dllm.tracking.runs import is_local, tracking_uri
 
 MLFLOW_TOML = ROOT / "mlflow.toml"
@@ -37,24 +37,24 @@ COMMAND_DEADLINE_S = 300.0
 
 def main(what: str) -> int:
     """Start the servers, print their addresses, and run until a signal arrives; return the exit code."""
-    signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    bypass_for_loopback()
-    for variable in drop_unusable():
-        say(f"warning: {variable} names a proxy that cannot be used here; going on without it", sys.stderr)
     started: list[Kept] = []
-    try:
-        with signals_exit():
-            try:
-                (serve if what == "serve" else ui)(started)
-                keep(started)
-            finally:
+    with signals.handled(signal.SIGTERM, signal.SIGINT):
+        outlive_readers()
+        try:
+            bypass_for_loopback()
+            for variable in drop_unusable():
+                say(f"warning: {variable} names a proxy that cannot be used here; going on without it")
+            (serve if what == "serve" else ui)(started)
+            keep(started)
+        except DllmError as error:
+            print(f"dllm: {error}", file=sys.stderr)
+            return error.exit_code
+        except SystemExit:
+            say("stopped")
+        finally:
+            with signals.uninterrupted():
                 stop_all([kept.service for kept in started if not kept.is_server])  # they report to the servers
                 stop_all([kept.service for kept in started])
-    except DllmError as error:
-        say(f"dllm: {error}", sys.stderr)
-        return error.exit_code
-    except (KeyboardInterrupt, SystemExit):
-        say("stopped")
     return 0
 
 
@@ -84,7 +84,7 @@ class Kept:
             if self._ends > len(PAUSES_S):
                 raise ServerError(f"{name} has ended {self._ends} times", where=log, hint="its last lines say why")
             pause_s = PAUSES_S[self._ends - 1]
-            say(f"{name} has ended; it is started again in {pause_s:g} s ({log})", sys.stderr)
+            say(f"{name} has ended; it is started again in {pause_s:g} s ({log})")
             self._due = now + pause_s
 
 
@@ -134,13 +134,12 @@ def keep(started: list[Kept]) -> None:
     while True:
         for kept in started:
             kept.start_again_if_ended()
-        time.sleep(POLL_INTERVAL_S)
+        signals.sleep(POLL_INTERVAL_S)
 
 
-def say(line: str, stream: object = None) -> None:
-    """Print a line; a terminal that has been closed is no reason to fail."""
-    with contextlib.suppress(OSError):
-        print(line, file=stream or sys.stdout, flush=True)
+def say(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
 
 
 def _start_prefect(started: list[Kept], port: int, password: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +16,7 @@ from dllm.config.load import params_digest
 from dllm.config.params import Params
 from dllm.errors import StageError
 from dllm.files import full_disk_in_one_line, lock_folder
-from dllm.process import children as process
-from dllm.process.signals import signals_exit
+from dllm.process import signals
 from dllm.stages.schema import SCHEMA
 from dllm.tracking.provenance import digest
 from dllm.tracking.runs import close_left_open
@@ -59,12 +57,11 @@ def open_stage(
     Raises:
         StageError: an input is missing, another process works on the same thing, or the disk is full.
         ServerError: MLflow is out of reach.
-        SystemExit: 143 after SIGTERM, 130 after SIGINT; the run then reads KILLED.
+        SystemExit: 128 + n after signal n (SIGTERM, SIGINT, SIGHUP); the run then reads KILLED.
     """
     root = root.absolute()
-    with signals_exit(), full_disk_in_one_line(root):
-        if "DVC_STAGE" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-            process.die_with_parent()  # neither dvc nor torchrun takes its children along when it is killed outright
+    with signals.handled(), full_disk_in_one_line(root):
+        signals.check()
         made_of = {
             "stage": name,
             "schema": SCHEMA[name],

@@ -9,7 +9,7 @@ MAY_USE = {
     "dllm": set(),
     "errors": set(),
     "registry": {"errors"},
-    "progress": set(),
+    "progress": {"process"},
     "files": {"errors"},
     "process": {"errors"},
     "config": {"errors", "registry", "files"},
