@@ -23,8 +23,9 @@ from prefect.runtime import flow_run
 
 from dllm.errors import ServerError, StageError
 from dllm.process import children as process
+from dllm.process.output import outlive_readers
 from dllm.stages import workspace as contract
-from flows.artifacts import ProgressBar
+from flows.artifacts import ProgressBar, share
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = f"gpu:{platform.node()}"
@@ -36,6 +37,8 @@ DVC_CHATTER = re.compile(
     r"\s*$|To track the changes|To enable auto|\s+git add|\s+dvc config|Use `dvc push`|\w+ lock file "
     r"|WARNING: Process .* RWLock"  # the stale lock of a killed run; DVC has removed it
 )
+PROGRESS = re.compile(r"^[\w :-]+: \d\S*( \w+( \(\d+%\))?)?  \S+ \w+/s\b|\d%\|")
+"""Lines of `dllm.progress.Progress`, and of tqdm, which libraries use."""
 COMPLAINT = re.compile(r"dllm( rank \d+)?: |ERROR: ")
 STAGE_CODE = re.compile(r"exited with (\d+)")
 
@@ -124,14 +127,17 @@ def _run(root: Path, stage: str, argv: Sequence[str]) -> None:
     complaints = [line for line in result.tail if COMPLAINT.match(line)]
     codes = [int(match[1]) for line in result.tail if (match := STAGE_CODE.search(line))]  # dvc's own is always 255
     reason = COMPLAINT.sub("", complaints[0], count=1) if complaints else f"exit code {result.code}"
+    if "is not a git repository" in reason:
+        raise StageError("DVC looks for git here", where=str(root), hint="outside git: `dvc config core.no_scm true`")
     kind = ServerError if ServerError.exit_code in [result.code, *codes] else StageError
     raise kind(f"stage {stage} failed: {reason}", where=f"logs/{stage}.log")
 
 
 class _Relay:
-    """Shows every line; logs one every few seconds to the flow run, since each is a request to the server."""
+    """Shows every line and logs it to the flow run; of progress, one line every few seconds and the last."""
 
     def __init__(self, stage: str) -> None:
+        outlive_readers()  # the worker that reads this may be killed
         self.bar = ProgressBar(f"{stage}-progress")
         self._logger = get_run_logger()
         self._recorded = 0.0
@@ -142,9 +148,11 @@ class _Relay:
             return
         print(line, flush=True)
         self.bar.show(line)
-        if COMPLAINT.match(line) or time.monotonic() - self._recorded > RECORD_EVERY_S:
+        if PROGRESS.search(line) and share(line) != 1:
+            if time.monotonic() - self._recorded < RECORD_EVERY_S:
+                return
             self._recorded = time.monotonic()
-            self._logger.info(line)
+        self._logger.info("%s", line)
 
 
 def _has_gpu() -> bool:

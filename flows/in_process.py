@@ -19,7 +19,7 @@ from dllm.process import signals
 from dllm.process.output import outlive_readers
 from dllm.process.parent import follow_parent
 from dllm.process.proxies import bypass_for_loopback, drop_unusable
-from infra.servers import PASSWORD, gated, new_password, recorded_api
+from infra.servers import PASSWORD, close_flow_runs, gated, new_password, recorded_api
 
 STOP_S = 60.0
 """From a signal to the end of the process, if Prefect does not return; a stage takes at most half of it."""
@@ -80,7 +80,9 @@ def _find_server() -> None:
     atexit.register(server.stop)  # not before: Prefect sends its last logs when the interpreter ends
     os.environ["PREFECT_UI_ENABLED"] = "0"
     server.start()
-    os.environ |= {"PREFECT_API_URL": f"{server.wait_ready()}/api", PASSWORD: password}
+    api = f"{server.wait_ready()}/api"
+    close_flow_runs(api, password)
+    os.environ |= {"PREFECT_API_URL": api, PASSWORD: password}
     prefect.context.refresh_global_settings_context()
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import base64
 import contextlib
 import fcntl
+import json
 import os
 import secrets
 import sys
 import time
 import tomllib
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +36,7 @@ HEADER = "# Written by infra/gate.py while its server listens."
 READY = "listening at "
 """The start of the line that a server prints once it listens; the address follows."""
 READY_S = 300.0
+REQUEST_S = 30.0
 POLL_INTERVAL_S = 0.1
 
 
@@ -134,16 +135,30 @@ def recorded_api() -> dict[str, Any]:
         return {}
 
 
-def responds(address: str, password: str | None) -> bool:
-    """Return whether a server answers at an address."""
-    request = urllib.request.Request(address)
+def request(address: str, password: str | None, body: object = None) -> Any:
+    """Send a request to a server, POST where it has a body, and return the JSON of the response.
+
+    Raises:
+        OSError: no response, or one that is no JSON or reports an error.
+    """
+    call = urllib.request.Request(address, None if body is None else json.dumps(body).encode())
+    call.add_header("Content-Type", "application/json")
     if password:
-        request.add_header("Authorization", "Basic " + base64.b64encode(password.encode()).decode())
+        call.add_header("Authorization", "Basic " + base64.b64encode(password.encode()).decode())
     try:
-        with urllib.request.urlopen(request, timeout=5):
-            return True
-    except (OSError, urllib.error.URLError):
-        return False
+        with urllib.request.urlopen(call, timeout=REQUEST_S) as response:
+            return json.load(response)
+    except ValueError as error:
+        raise OSError(f"no JSON: {error}") from None
+
+
+def close_flow_runs(api: str, password: str) -> None:
+    """Mark as crashed what a server that has just started finds running: it was killed, and holds slots of its pool."""
+    states = {"type": {"any_": ["RUNNING", "PENDING", "CANCELLING"]}}
+    crashed = {"state": {"type": "CRASHED", "message": "killed; the next run resumes"}, "force": True}
+    with contextlib.suppress(OSError):
+        for run in request(f"{api}/flow_runs/filter", password, {"flow_runs": {"state": states}}):
+            request(f"{api}/flow_runs/{run['id']}/set_state", password, crashed)
 
 
 def _nobody_locks(descriptor: int) -> bool:

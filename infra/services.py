@@ -12,7 +12,19 @@ import socket
 import sys
 import time
 
-from servers import HOST, PASSWORD, PREFECT_TOML, ROOT, Service, gated, new_password, recorded_api, responds, stop_all
+from servers import (
+    HOST,
+    PASSWORD,
+    PREFECT_TOML,
+    ROOT,
+    Service,
+    close_flow_runs,
+    gated,
+    new_password,
+    recorded_api,
+    request,
+    stop_all,
+)
 
 from dllm.errors import DllmError, ServerError, StageError
 from dllm.process import children as process
@@ -111,7 +123,9 @@ def serve(started: list[Kept]) -> None:
     """Start a Prefect server, deploy the flows of prefect.yaml, and start their workers."""
     port = _port("PREFECT_PORT", 4200)
     _check_free(port, "PREFECT_PORT")
-    api = _start_prefect(started, port, new_password())
+    password = new_password()
+    api = _start_prefect(started, port, password)
+    close_flow_runs(api, password)
     for pool in POOLS:
         _make_pool(pool)
     _prefect("--no-prompt", "deploy", "--all")
@@ -181,7 +195,10 @@ def _running_prefect() -> str | None:
     recorded = recorded_api()
     address = os.environ.get("PREFECT_API_URL") or recorded.get("url")
     password = os.environ.get(PASSWORD) or recorded.get("auth_string")
-    return address if address and responds(f"{address}/health", password) else None
+    try:
+        return address if address and request(f"{address}/health", password) else None
+    except OSError:
+        return None
 
 
 def _check_free(port: int, variable: str) -> None:
