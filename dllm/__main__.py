@@ -16,7 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
+from dllm import secrets
 from dllm.errors import DllmError, StageError
+from dllm.files import is_disk_full
 from dllm.process import signals
 from dllm.process.output import outlive_readers
 from dllm.process.parent import follow_parent
@@ -42,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         follow_parent()
         outlive_readers()
         bypass_for_loopback()
+        secrets.install()
         if not is_debug:
             sys.excepthook = _report_bug
         sys.exit(_run(arguments, is_debug))
@@ -61,10 +64,10 @@ def _run(arguments: list[str], is_debug: bool) -> int:
         if is_debug:
             traceback.print_exc()
         return _report_usage(error) if isinstance(error, typer.TyperException) else _report(error)
-    except (RuntimeError, MemoryError) as error:
-        if is_debug or not _is_memory_full(error):
+    except Exception as error:
+        if is_debug or not (_is_memory_full(error) or is_disk_full(error)):
             raise
-        return _report(StageError("memory is full", hint=MEMORY_HINT))
+        return _report(StageError("memory is full", hint=MEMORY_HINT) if _is_memory_full(error) else _disk_is_full())
 
 
 def _report(error: BaseException) -> int:
@@ -88,11 +91,15 @@ def _report_usage(error: typer.TyperException) -> int:
 
 def _explain(error: OSError) -> StageError:
     where = None if error.filename is None else str(error.filename)
-    if error.errno == errno.ENOSPC:
-        return StageError("the disk is full", where=where, hint="free some space and run the same command again")
+    if is_disk_full(error):
+        return _disk_is_full(where)
     if error.errno == errno.EADDRINUSE:
         return StageError("the port is taken", where=where, hint="stop the process that holds it or choose another")
     return StageError(error.strerror or str(error), where=where, hint="--debug shows the code that asked for it")
+
+
+def _disk_is_full(where: str | None = None) -> StageError:
+    return StageError("the disk is full", where=where, hint="free some space and run the same command again")
 
 
 def _is_memory_full(error: BaseException) -> bool:

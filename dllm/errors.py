@@ -4,9 +4,11 @@ Each carries one line that says what is wrong and where, and one that says what 
 them and exits with the class's code; a traceback appears only with --debug.
 """
 
+from dllm.secrets import hide
+
 
 class DllmError(Exception):
-    """A failure the user can act on.
+    """A failure the user can act on; secrets in its texts are hidden.
 
     Args:
         message: what is wrong and what was expected, in one line.
@@ -17,8 +19,9 @@ class DllmError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, where: str | None = None, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message, self.where, self.hint = message, where, hint
+        self.message = hide(message)
+        self.where, self.hint = (text if text is None else hide(text) for text in (where, hint))
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         line = self.message if self.where is None else f"{self.message} ({self.where})"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dllm.errors import StageError
+from dllm.errors import DllmError, StageError
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
@@ -114,7 +114,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def full_disk_in_one_line(where: Path) -> Iterator[None]:
+def full_disk_in_one_line(
+    where: Path, hint: str = "free some space and run again; finished work is kept"
+) -> Iterator[None]:
     """Raise one line for a full disk that names the file, or else `where`.
 
     Raises:
@@ -122,11 +124,24 @@ def full_disk_in_one_line(where: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in FULL_DISK:
+    except Exception as error:
+        if not is_disk_full(error):
             raise
-        hint = "free some space and run again; finished work is kept"
-        raise StageError("disk is full", where=str(error.filename or where), hint=hint) from None
+        named = getattr(error, "filename", None) or where
+        raise StageError("disk is full", where=str(named), hint=hint) from None
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tell whether an error says that the disk or the quota is full.
+
+    Writers in Rust, such as those of safetensors and tokenizers, raise exceptions of their own that only quote it.
+    """
+    if isinstance(error, OSError):
+        return error.errno in FULL_DISK
+    told = str(error)
+    return not isinstance(error, DllmError) and any(
+        f"(os error {number})" in told or os.strerror(number) in told for number in FULL_DISK
+    )
 
 
 def _aside(path: Path) -> Path:

@@ -29,7 +29,7 @@ from dllm.files import atomic_folder, atomic_link, atomic_write, full_disk_in_on
 from dllm.process import children as process
 from dllm.process import signals
 from dllm.tracking import provenance
-from dllm.tracking.runs import MlflowTracker, NullTracker, Status, Tracker, flatten
+from dllm.tracking.runs import NullTracker, Status, Tracker, flatten
 
 SIDECAR = "stage.json"
 """In a work folder while its result is unfinished: the MLflow run, when it was started, and the seconds so far."""
@@ -188,6 +188,8 @@ class Workspace:
         bystanders = process.children()
         with signals.uninterrupted(START_GRACE_S):  # a run that was made is known to the next call
             if self.experiment is not None:
+                from dllm.tracking.mlflow_runs import MlflowTracker  # 2 seconds, which other ranks need not wait
+
                 self.tracker = MlflowTracker(
                     self.root, self.experiment, self.run_name or self.name, before.get("mlflow_run_id")
                 )

@@ -46,7 +46,7 @@ def empty_mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (shared / "empty-mlflow.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not store.exists():
-            from dllm.tracking.runs import connect
+            from dllm.tracking.mlflow_runs import connect
 
             unfinished = store.with_suffix(".unfinished")
             connect(f"sqlite:///{unfinished}").search_experiments()

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 import typing
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ from dllm.errors import ConfigError
 
 Model = typing.TypeVar("Model", bound=BaseModel)
 
+MAX_BYTES = 1_000_000
+"""Largest params.yaml that is read."""
+MAX_TEXT = 4096
+"""Longest text in params.yaml, in characters."""
+MAX_KEY = 100
+MAX_DEPTH = 10
+MAX_VALUES = 10_000
+_UNSEEN = {"Cc", "Cs", "Zl", "Zp"}  # control characters, lone surrogates, line and paragraph separators
+_BIDI = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # they reorder the text around them
+
 
 def load_params(path: Path | str = "params.yaml", overrides: typing.Sequence[str] = ()) -> Params:
     """Read params.yaml, apply `a.b.c=value` overrides (values are YAML), and check the result.
@@ -26,16 +37,7 @@ def load_params(path: Path | str = "params.yaml", overrides: typing.Sequence[str
         ConfigError: the file is missing or not YAML, a key is unknown, a value has the wrong type, or values conflict.
     """
     path = Path(path)
-    try:
-        raw = read_yaml(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(
-            "no params file",
-            where=str(path),
-            hint="run `python -m dllm recipe use NAME` or go to the project's folder",
-        ) from None
-    except ValueError as error:
-        raise ConfigError(f"not YAML: {error}", where=str(path)) from None
+    raw = _read_file(path)
     if not isinstance(raw, dict):
         raise ConfigError("params must be a mapping of sections", where=str(path))
     for override in overrides:
@@ -54,6 +56,7 @@ def parse_as(model: type[Model], raw: dict[str, Any], where: str) -> Model:
     Raises:
         ConfigError: a key is unknown, a value has the wrong type, or values clash.
     """
+    _check_values(raw, "", where)
     try:
         return model.model_validate(raw)
     except ValidationError as error:
@@ -65,13 +68,22 @@ def read_yaml(text: str) -> Any:
     """Read one YAML 1.2 document; values are those that DVC, which uses the same library, reads from params.yaml.
 
     Raises:
-        ValueError: the text is not YAML, or a mapping has a key twice. The message is one line.
+        ValueError: the text is not YAML 1.2, a mapping has a key twice, or a value does not fit its tag. The message is
+            one line.
     """
+    if any(line.startswith("%") for line in text.splitlines()):
+        # With %YAML 1.1 the library's two parsers read `yes`, `010` and `1:30` differently.
+        raise ValueError("a line begins with %; directives are not supported, and YAML 1.2 needs none")
     try:
-        # Pure Python: the C parser, which is not installed everywhere, refuses [http://host:80/v1] without quotes.
+        # Pure Python: the C parser is not installed everywhere, and overflows the stack on deep nesting.
         return YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:
         raise ValueError(_one_line(error)) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
+        # Raised by the library itself: !!int abc, !!bool maybe, 5,000 digits.
+        raise ValueError(f"a value cannot be read: {' '.join(str(error).split())}") from None
 
 
 def params_digest(*sections: BaseModel) -> str:
@@ -81,6 +93,72 @@ def params_digest(*sections: BaseModel) -> str:
     """
     text = json.dumps([s.model_dump(mode="json", by_alias=True, exclude_none=True) for s in sections], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read_file(path: Path) -> Any:
+    """Read a YAML file that both parsers of the library, ours and DVC's, read as the same values."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        text = data.decode()
+    except FileNotFoundError:
+        raise ConfigError(
+            "no params file",
+            where=str(path),
+            hint="run `python -m dllm recipe use NAME` or go to the project's folder",
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}", where=str(path)) from None
+    except (OSError, ValueError) as error:  # ValueError: the path has a null byte
+        raise ConfigError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=str(path)) from None
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"larger than {MAX_BYTES // 1000} kB, so it is no params file", where=str(path))
+    try:
+        raw = read_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"not YAML: {error}", where=str(path)) from None
+    _check_values(raw, "", str(path))
+    try:
+        as_dvc_reads_it = YAML(typ="safe").load(text)
+    except YAMLError as error:
+        hint = "put texts with a colon, brackets or braces in quotes"
+        raise ConfigError(f"DVC cannot read it: {_one_line(error)}", where=str(path), hint=hint) from None
+    if repr(as_dvc_reads_it) != repr(raw):  # as text, since NaN differs from itself
+        raise ConfigError("DVC reads other values from it", where=str(path), hint="write it without tags and anchors")
+    return raw
+
+
+def _check_values(raw: Any, path: str, where: str) -> int:
+    """Refuse values that no run can have, and return how many there are.
+
+    Such are texts with control characters or thousands of characters, giant integers, and endless nesting (an alias of
+    YAML can stand inside what it names, or multiply).
+    """
+    count = 1
+    if isinstance(raw, (dict, list, tuple)):
+        if path.count(".") > MAX_DEPTH:
+            raise ConfigError(f"{path[:40]}...: nested more than {MAX_DEPTH} levels deep", where=where)
+        for key, value in raw.items() if isinstance(raw, dict) else enumerate(raw):
+            if isinstance(raw, dict):
+                if not isinstance(key, str):
+                    raise ConfigError(f"{path or 'params'}: a key that is not a text, {_shown(key)}", where=where)
+                _check_text(key, f"a key of {path or 'params'}", MAX_KEY, where)
+            count += _check_values(value, f"{path}.{key}" if path else str(key), where)
+            if count > MAX_VALUES:
+                raise ConfigError(f"{path[:200] or 'params'}: more than {MAX_VALUES} values", where=where)
+    elif isinstance(raw, int) and abs(raw) >= 2**64:
+        raise ConfigError(f"{path}: an integer of {raw.bit_length()} bits; at most 64 are allowed", where=where)
+    elif isinstance(raw, str):
+        _check_text(raw, path, MAX_TEXT, where)
+    return count
+
+
+def _check_text(text: str, path: str, longest: int, where: str) -> None:
+    bad = next((c for c in text if unicodedata.category(c) in _UNSEEN or unicodedata.bidirectional(c) in _BIDI), None)
+    if bad is not None:
+        raise ConfigError(f"{path}: the text has the control character U+{ord(bad):04X}", where=where)
+    if len(text) > longest:
+        raise ConfigError(f"{path}: a text of {len(text)} characters; at most {longest} are allowed", where=where)
 
 
 def _one_line(error: YAMLError) -> str:
@@ -96,6 +174,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
     if not separator:
         raise ConfigError(f"an override reads KEY=VALUE, got {text!r}", where="--set")
     *parents, last = key.split(".")
+    if not all((*parents, last)):
+        raise ConfigError(f"an override reads KEY=VALUE with a key such as train.epochs, got {text!r}", where="--set")
     node: Any = raw
     for parent in parents:
         node = node.setdefault(parent, {}) if isinstance(node, dict) else None
@@ -103,8 +183,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
             raise ConfigError(f"{key}: {parent} holds no keys", where="--set")
     try:
         node[last] = read_yaml(value)
-    except ValueError:
-        raise ConfigError(f"{key}: {value!r} is not a YAML value", where="--set") from None
+    except ValueError as error:
+        raise ConfigError(f"{key}: {_shown(value)} is not a YAML value: {error}", where="--set") from None
 
 
 def _explain(error: Any) -> str:
@@ -121,8 +201,17 @@ def _explain(error: Any) -> str:
             options = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
             near = difflib.get_close_matches(str(given), options, n=1, cutoff=0.4)
             message += f"; did you mean {near[0]}?" if near else ""
-        return f"{path}: {message}, got {given!r}"
+        return f"{path}: {message}, got {_shown(given)}"
     return f"{path}: {message}" if path else message
+
+
+def _shown(value: Any) -> str:
+    """Write a value as Python does, cut to a length that leaves room for the rest of the line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "an integer of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _known_keys(loc: tuple[int | str, ...]) -> list[str]:

@@ -6,14 +6,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dllm.config.section import PositiveInt, Section
+from dllm.config.section import Section, Size
 
 
 class Lora(Section):
     """Low-rank adapters (LoRA), trained while the weights stay frozen in train.compute_dtype."""
 
-    rank: PositiveInt = 16
-    alpha: PositiveInt = 32
+    rank: Size = 16
+    alpha: Size = 32
     """The adapter's output is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[list[str], Field(min_length=1)]

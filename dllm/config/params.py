@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, create_model, model_validator
 
-from dllm.config.section import Fraction, NonNegativeInt, PositiveInt, Section
+from dllm.config.section import (
+    Fraction,
+    NonNegativeInt,
+    Port,
+    PositiveInt,
+    Seconds,
+    Section,
+    Seed,
+    Size,
+    TokenCount,
+)
 from dllm.registry import ENGINES, METHODS
 
 
@@ -63,11 +73,11 @@ class Sglang(Section):
     """Interpreter of the environment that has SGLang, relative to the project's folder."""
     image: str | None = None
     """A container image that has SGLang, instead of `python`."""
-    port: NonNegativeInt = 0
+    port: Port = 0
     """0 takes a free one."""
     args: list[str] = Field(default=[])
     """Further arguments of `sglang.launch_server`, e.g. [--tp, "2"]."""
-    start_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    start_timeout_s: Seconds = 1800.0
     """Patience until the first token, in seconds."""
 
 
@@ -82,24 +92,24 @@ class Regenerate(Section):
     before them."""
     served_model: str | None = None
     """Name the servers know the target by; null takes `target.model`."""
-    concurrency: PositiveInt = 64
+    concurrency: Size = 64
     """Requests in flight over all servers, for engines `openai` and `sglang`."""
-    batch_size: PositiveInt = 64
+    batch_size: Size = 64
     """Rows decoded together, for engine `local`."""
-    samples_per_prompt: PositiveInt = 1
+    samples_per_prompt: Size = 1
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    max_new_tokens: PositiveInt = 256
+    max_new_tokens: TokenCount = 256
     shard_size: PositiveInt = 1000
     """Rows a parquet shard."""
-    seed: int = 0
+    seed: Seed = 0
     turns: Literal["all", "last"] = "all"
     """`all`: every assistant turn is answered anew, each after the new ones; `last`: only the last, the others stay."""
     drop: list[Literal["length", "empty", "repetition", "tool_mismatch"]] = Field(default=[])
     """Flags whose rows are left out of the shards; they are counted all the same."""
-    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    timeout_s: Seconds = 600.0
     """Patience with one request, and with the absence of all servers, in seconds."""
-    max_retries: NonNegativeInt = 5
+    max_retries: Annotated[int, Field(ge=0, le=1000)] = 5
     """Further tries of a request after a fault that may pass."""
     max_failure_rate: Annotated[float, Field(gt=0, le=1)] = 0.2
     """The run stops when a larger share of the latest rows was refused."""
@@ -112,14 +122,18 @@ class Regenerate(Section):
         return self
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+"""Decay of a running average per optimizer step."""
+
+
 class Optimizer(Section):
     """The optimizer of the trained weights, and its schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
     """`muon` updates matrices with orthogonalised momentum and all other parameters with AdamW."""
-    lr: Annotated[float, Field(gt=0)] = 6e-4
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    lr: Annotated[float, Field(gt=0, le=10)] = 6e-4
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_ratio: Fraction = 0.04
@@ -131,15 +145,15 @@ class _Train(Section):
 
     mode: Annotated[str, AfterValidator(METHODS.check)] = next(iter(METHODS))
     """The training method; its settings are the section of that name."""
-    nproc: PositiveInt = 1
+    nproc: Annotated[int, Field(ge=1, le=256)] = 1
     """Ranks that torchrun starts; on a machine with GPUs, one per GPU."""
-    epochs: Annotated[float, Field(gt=0)] = 6.0
-    batch_size: PositiveInt = 8
+    epochs: Annotated[float, Field(gt=0, le=1e6)] = 6.0
+    batch_size: Size = 8
     """Sequences per rank and micro-batch."""
-    grad_accumulation: PositiveInt = 1
-    max_length: PositiveInt = 3072
+    grad_accumulation: Size = 1
+    max_length: TokenCount = 3072
     """Maximum sequence length in tokens; longer sequences are truncated on the right."""
-    seed: int = 0
+    seed: Seed = 0
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the forward and backward pass; master weights are float32."""
     log_every: PositiveInt = 10
@@ -181,8 +195,8 @@ class _Evaluate(Section):
 
     num_prompts: PositiveInt = 64
     """Held-out prompts per source."""
-    max_new_tokens: PositiveInt = 256
-    block_size: NonNegativeInt = 0
+    max_new_tokens: TokenCount = 256
+    block_size: Annotated[int, Field(ge=0, le=2**16)] = 0
     """Block size at decoding; 0 takes that of the checkpoint. A draft may be decoded with smaller blocks than its
     own."""
     identity_prompts: NonNegativeInt = 4

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dllm.errors import ModelError
-from dllm.files import atomic_folder
+from dllm.files import atomic_folder, full_disk_in_one_line
 from dllm.models import gguf_llama, tiny
 
 PREFIX = "builtin:"
@@ -47,17 +47,19 @@ def directory(model: str) -> Path:
     place = cache_root() / "models" / f"{name}-{version}"
     if place.is_dir():
         return place
+    hint = "free space there, or set DLLM_CACHE to another folder"
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with (place.parent / f"{place.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not place.is_dir():
-                _make_whole(make, place)
+        with full_disk_in_one_line(place.parent, hint):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with (place.parent / f"{place.name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not place.is_dir():
+                    _make_whole(make, place)
     except OSError as error:
         raise ModelError(
             f"cannot write built-in model {model}: {error.strerror or error}",
             where=str(place.parent),
-            hint="free space there, or set DLLM_CACHE to another folder",
+            hint=hint,
         ) from None
     return place
 

@@ -16,8 +16,8 @@ from dllm.errors import ConfigError, ModelError
 from dllm.models import targets
 from dllm.models.diffusion.bidirectional import DiffusionConfig, read_note
 from dllm.models.diffusion.families import config_at, family_at
-from dllm.models.drafts.checkpoint import family_of
-from dllm.tracking import model_registry
+from dllm.models.drafts.checkpoint import family_of, foreign_family
+from dllm.tracking.runs import REGISTERED
 
 CONFIG, WEIGHTS, ADAPTER = "config.json", "*.safetensors", "adapter_config.json"
 POINTERS = ("best", "latest", "LATEST", "LATEST.txt")
@@ -96,7 +96,9 @@ def find(name: str, root: Path, trust_remote_code: bool = False, revision: str |
         raise ConfigError(
             "--revision is for models off the Hugging Face hub", where=name, hint="a directory has no commit"
         )
-    if name.startswith(model_registry.PREFIX):
+    if name.startswith(REGISTERED):
+        from dllm.tracking import model_registry  # MLflow takes 2 seconds to import
+
         return resolve(model_registry.resolve(name, root), root)
     return resolve(name, root)
 
@@ -135,7 +137,9 @@ def is_draft(checkpoint: Path) -> bool:
         raw = json.loads((checkpoint / CONFIG).read_text())
     except (OSError, ValueError):
         return False
-    return isinstance(raw, dict) and ("dflash_config" in raw or family_of(raw) is not None)
+    if not isinstance(raw, dict):
+        return False
+    return "dflash_config" in raw or family_of(raw) is not None or foreign_family(raw) is not None
 
 
 def trained_for(checkpoint: Path) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ import psutil
 
 from dllm.errors import StageError
 from dllm.process.signals import Interrupt
+from dllm.secrets import hide
 
 GRACE_S = 20.0
 """From SIGTERM to SIGKILL: longer than torchrun's shutdown timeout (15 s), shorter than Prefect's own grace (30 s)."""
@@ -66,7 +67,7 @@ def run(
         argv: the program and its arguments; no shell.
         env: variables added to this process's environment.
         deadline_s: seconds after which the tree is stopped.
-        log: called with every line.
+        log: called with every line; secrets in it are hidden.
         log_file: every line is appended to it.
         grace_s: from SIGTERM to SIGKILL.
 
@@ -260,7 +261,7 @@ class _Child:
 
     def _split(self, text: str) -> None:
         *lines, self._partial = LINE_END.split(self._partial + text)
-        for line in lines:
+        for line in map(hide, lines):
             for sink in self._sinks:
                 sink(line)
 

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
 
 from dllm.prompts.turns import Message, Tools
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 _TEXTS = ("role", "content", "tool_calls", "tool_call_id", "name")
 
 
 def chat_fields() -> list[pa.Field]:
     """Describe the columns `messages` and `tools`."""
-    import pyarrow as pa
-
     message = pa.struct([(name, pa.string()) for name in _TEXTS])
     return [pa.field("messages", pa.list_(message)), pa.field("tools", pa.string())]
 

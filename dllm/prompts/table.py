@@ -12,15 +12,14 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from dllm.errors import DataError
 from dllm.files import atomic_write
 from dllm.prompts.columns import chat_fields, from_columns, to_columns
 from dllm.prompts.turns import Message, Tools
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 FILE = "prompts.parquet"
 TRAIN, HELDOUT = "train", "heldout"
@@ -68,17 +67,12 @@ def split_of(id: str, fraction: float) -> str:
 
 def schema() -> pa.Schema:
     """Describe the columns of prompts.parquet."""
-    import pyarrow as pa
-
     texts = [(name, pa.string()) for name in ("id", "source", "split")]
     return pa.schema([*texts, *chat_fields(), ("given", pa.string())])
 
 
 def write_prompts(prompts: Iterable[Prompt], path: Path) -> None:
     """Write prompts as parquet; equal prompts make equal bytes."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     buffer = io.BytesIO()
     columns = [vars(prompt) | to_columns(prompt.messages, prompt.tools) for prompt in prompts]
     pq.write_table(pa.Table.from_pylist(columns, schema=schema()), buffer, compression="zstd")
@@ -91,9 +85,6 @@ def read_prompts(dir: Path, split: str | None = None) -> list[Prompt]:
     Raises:
         DataError: the file is missing or is not what `prepare` writes.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = dir / FILE
     try:
         with path.open("rb") as file:

@@ -12,6 +12,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from dllm.errors import DataError
 from dllm.prompts.turns import Message, Tools
 
@@ -149,8 +151,6 @@ def _render(
     tools: Tools | None = None,
     **options: Any,
 ) -> Any:
-    from jinja2 import TemplateError
-
     options.setdefault("add_generation_prompt", True)
     if enable_thinking is not None:
         options["enable_thinking"] = enable_thinking

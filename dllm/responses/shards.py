@@ -12,15 +12,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from dllm.errors import DataError
 from dllm.files import atomic_write
 from dllm.prompts.columns import chat_fields, from_columns, to_columns
 from dllm.prompts.turns import Message, Tools
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -71,8 +71,6 @@ def shard_name(index: int) -> str:
 
 def schema() -> pa.Schema:
     """Describe the columns of a shard."""
-    import pyarrow as pa
-
     ids = pa.list_(pa.int32())
     return pa.schema(
         [
@@ -93,9 +91,6 @@ def schema() -> pa.Schema:
 
 def write_shard(rows: Sequence[Row], path: Path) -> ShardEntry:
     """Write rows as one shard, whole or not at all; equal rows make equal bytes."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     buffer = io.BytesIO()
     columns = [vars(row) | to_columns(row.messages, row.tools) for row in rows]
     pq.write_table(pa.Table.from_pylist(columns, schema=schema()), buffer, compression="zstd")
@@ -154,9 +149,6 @@ def read_shard(dir: Path, entry: ShardEntry) -> Iterator[Row]:
     Raises:
         DataError: the shard is missing, damaged or not the manifest's; it names the shard.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = dir / entry["file"]
     try:
         data = path.read_bytes()

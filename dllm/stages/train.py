@@ -17,7 +17,7 @@ from dllm.models import targets
 from dllm.registry import METHODS
 from dllm.stages.training_rows import announce, read_splits
 from dllm.stages.workspace import Stage, open_stage
-from dllm.training import curves, journal
+from dllm.training import journal
 from dllm.training.batches import Example
 from dllm.training.distributed import Join, Ranks
 from dllm.training.loop import Loop
@@ -76,7 +76,7 @@ def _train(params: Params, root: Path, stage: Stage, ranks: Ranks, identity: dic
 
 def _publish(stage: Stage, publication: Publication, metrics: dict[str, Any], step: int) -> None:
     log, picture, inputs = (stage.work / name for name in ("training.jsonl", "curves.png", "files.json"))
-    curves.draw(journal.read(log), picture, publication.panels)
+    journal.draw_curves(journal.read(log), picture, publication.panels)
     stage.tracker.log_artifact(picture)
     # The list is there for every method, so that DVC has a folder to depend on.
     inputs.write_text(json.dumps(sorted(publication.evaluation)) + "\n")

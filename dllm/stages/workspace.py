@@ -19,7 +19,6 @@ from dllm.files import full_disk_in_one_line, lock_folder
 from dllm.process import signals
 from dllm.stages.schema import SCHEMA
 from dllm.tracking.provenance import digest
-from dllm.tracking.runs import close_left_open
 from dllm.workspace import SIDECAR, Workspace, open_run
 
 __all__ = ["Stage", "Workspace", "close", "digest", "forget", "open_stage"]
@@ -97,4 +96,8 @@ def close(root: Path, name: str) -> list[str]:
         with contextlib.suppress(StageError), lock_folder(sidecar.parent):  # locked: its stage lives
             if run_id := open_run(sidecar.parent):
                 open_runs.append(run_id)
+    if not open_runs:
+        return []
+    from dllm.tracking.mlflow_runs import close_left_open  # MLflow takes 2 seconds to import
+
     return close_left_open(root, open_runs)

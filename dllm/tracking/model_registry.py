@@ -11,18 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 
 from dllm.errors import ModelError, ServerError
 from dllm.tracking import provenance
-from dllm.tracking.runs import connect, is_local, tracking_uri, unreachable
+from dllm.tracking.mlflow_runs import connect, unreachable
+from dllm.tracking.runs import REGISTERED, is_local, tracking_uri
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
-
-PREFIX = "models:/"
 STORE = "registered"
 CHAMPION, CHALLENGER = "champion", "challenger"
 DIGEST, TAU, HELDOUT, TARGET = "dllm.digest", "dllm.tau", "dllm.heldout_digest", "dllm.target"
@@ -100,8 +99,6 @@ def resolve(reference: str, root: Path) -> Path:
         ModelError: there is no such version, or its bytes are gone or have changed.
         ServerError: MLflow is out of reach.
     """
-    from mlflow.exceptions import MlflowException
-
     name, alias, number = _parse(reference)
     store = tracking_uri(root).removeprefix("sqlite:///")
     if store.startswith("/") and not Path(store).is_file():  # to open it would make it
@@ -172,8 +169,6 @@ def _find(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
 
 
 def _create(client: MlflowClient, name: str, source: str, facts: Mapping[str, str], run_id: str | None) -> ModelVersion:
-    from mlflow.exceptions import MlflowException
-
     try:
         client.create_registered_model(name)
     except MlflowException as error:
@@ -189,7 +184,7 @@ def _source(uri: str, path: Path) -> str:
 
 
 def _parse(reference: str) -> tuple[str, str | None, str]:
-    name = reference.removeprefix(PREFIX)
+    name = reference.removeprefix(REGISTERED)
     for separator in ("@", "/"):
         head, found, tail = name.rpartition(separator)
         if found and head and tail:
@@ -204,8 +199,6 @@ def _client(root: Path) -> tuple[MlflowClient, str]:
 
 @contextmanager
 def _answering(uri: str) -> Iterator[None]:
-    from mlflow.exceptions import MlflowException
-
     try:
         yield
     except MlflowException as error:

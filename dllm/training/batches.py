@@ -8,13 +8,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from dllm.errors import DataError
 from dllm.responses.shards import Row
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MIN_SUPERVISED = 2
 """Fewest supervised tokens of a usable row: one anchor and one label."""
@@ -74,8 +73,6 @@ def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
 
     Shapes: returns input_ids_BS int64 and loss_mask_BS bool (true on answer tokens).
     """
-    import torch
-
     width = max(len(example) for example in examples)
     input_ids_BS = torch.zeros(len(examples), width, dtype=torch.int64)
     loss_mask_BS = torch.zeros(len(examples), width, dtype=torch.bool)

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dllm.errors import ModelError, StageError
@@ -73,9 +75,6 @@ class Checkpoints:
         Raises:
             StageError: the shard cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         folder = self._shards(step)
         if (self.root / f"step-{step:06d}").exists():
             return
@@ -104,9 +103,6 @@ class Checkpoints:
         Raises:
             StageError: the disk is full or refuses.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         final = self.root / f"step-{state.step:06d}"
         if not final.exists():
             with atomic_folder(final) as aside:
@@ -139,9 +135,6 @@ class Checkpoints:
         Raises:
             ModelError: a file is missing, damaged, or written by another version.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
             raw = json.loads((directory / "state.json").read_text())
             if raw.get("schema") != SCHEMA:
@@ -195,8 +188,6 @@ class _Sharded(Mapping[str, Tensor]):
     """
 
     def __init__(self, directory: Path) -> None:
-        from safetensors import safe_open
-
         index = json.loads((directory / INDEX).read_text())
         self._files = [safe_open(directory / name, framework="pt") for name in index["shards"]]
         self._names = list(self._files[0].keys())

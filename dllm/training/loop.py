@@ -25,9 +25,8 @@ from dllm.training import launch, metrics
 from dllm.training.checkpoints import Checkpoints, TrainState
 from dllm.training.distributed import Ranks, peers_watched
 from dllm.training.journal import MetricsLog, Phase
-from dllm.training.optimizer import Optimizers
+from dllm.training.optimizer import Optimizers, lr_factor
 from dllm.training.order import Order, derive_seed, micro_batches
-from dllm.training.schedule import lr_factor
 from dllm.training.strategy import Strategy
 
 

@@ -4,17 +4,19 @@ import pytest
 
 from tests.arch.source_tree import PACKAGE, imports, line, module_name, python_files, room
 
-GROUND = {"errors", "registry", "progress", "files", "config", "process", "tracking"}
+GROUND = {"secrets", "errors", "registry", "progress", "files", "config", "process", "tracking", "digests"}
 MAY_USE = {
     "dllm": set(),
-    "errors": set(),
+    "secrets": set(),
+    "errors": {"secrets"},
     "registry": {"errors"},
     "progress": {"process"},
     "files": {"errors"},
-    "process": {"errors"},
-    "config": {"errors", "registry", "files"},
-    "tracking": {"errors", "progress", "files", "config", "process"},
-    "workspace": {"errors", "files", "process", "tracking"},
+    "process": {"errors", "secrets"},
+    "config": {"errors", "secrets", "registry", "files"},
+    "tracking": {"errors", "secrets", "progress", "files", "config", "process", "digests"},
+    "workspace": {"errors", "secrets", "files", "process", "tracking", "digests"},
+    "digests": {"errors"},
     "prompts": GROUND,
     "responses": GROUND | {"prompts"},
     "models": GROUND | {"prompts", "responses"},
@@ -29,7 +31,7 @@ MAY_USE = {
     "cli": GROUND
     | {"workspace", "prompts", "responses", "models", "engines", "regeneration", "training", "decoding", "methods"}
     | {"lm_eval", "stages"},
-    "__main__": {"errors", "process", "cli"},
+    "__main__": {"errors", "secrets", "process", "cli", "files"},
 }
 """Each room of dllm/ and the rooms it may import: only ever further down, so that no cycle can form."""
 

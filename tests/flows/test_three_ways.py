@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from dllm.stages import DVC_STAGES, STAGES
+from dllm.tracking import mlflow_runs as tracking
 from dllm.tracking import model_registry
-from dllm.tracking import runs as tracking
 from tests.flows.conftest import Project, copy_project, served, wait_until
 
 pytestmark = [pytest.mark.flows, pytest.mark.slow]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from dllm.config.params import Target
-from dllm.errors import ModelError
+from dllm.errors import ModelError, StageError
 from dllm.models import builtin, targets
 
 CHAT = [{"role": "user", "content": "Natalia sold 48 clips. What is 12 + 35?"}]
@@ -47,13 +48,23 @@ def test_tiny_is_small_tied_and_speaks_chat(cache: Path) -> None:
     assert tokenizer.decode(tokenizer(strange)["input_ids"]) == strange
 
 
-def test_an_interrupted_making_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "kind", "line"),
+    [
+        (OSError(28, "No space left on device"), StageError, r"disk is full.*models.*DLLM_CACHE"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), StageError, r"disk is full.*DLLM_CACHE"),
+        (OSError(5, "Input/output error"), ModelError, r"cannot write built-in model builtin:tiny: Input.*DLLM_CACHE"),
+    ],
+)
+def test_an_interrupted_making_leaves_nothing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], line: str
+) -> None:
     def torn(folder: Path) -> None:
         (folder / "config.json").write_text("{}")
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setitem(builtin._MAKERS, "tiny", ("1", torn))
-    with pytest.raises(ModelError, match=r"cannot write built-in model builtin:tiny: No space left.*DLLM_CACHE"):
+    with pytest.raises(kind, match=line):
         targets.locate(TINY)
     assert [path.name for path in (cache / "models").iterdir()] == ["tiny-1.lock"]
 

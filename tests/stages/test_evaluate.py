@@ -19,7 +19,7 @@ from dllm.models.drafts.checkpoint import save_draft
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.prompts.table import HELDOUT, TRAIN, Prompt, prompt_id, write_prompts
 from dllm.stages import evaluate
-from dllm.tracking import runs as tracking
+from dllm.tracking import mlflow_runs as tracking
 from tests.decoding import stand_in_drafts
 
 TARGET = Target(model="builtin:tiny", dtype="float32")

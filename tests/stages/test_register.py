@@ -9,8 +9,8 @@ from dllm.config.load import params_digest, parse_params
 from dllm.config.params import Params
 from dllm.errors import StageError
 from dllm.stages import register
+from dllm.tracking import mlflow_runs as tracking
 from dllm.tracking import model_registry, provenance
-from dllm.tracking import runs as tracking
 from tests.stages.test_workspace import RAW
 
 TARGET = {"model": "builtin:tiny", "weights": "abc"}

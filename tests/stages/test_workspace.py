@@ -13,7 +13,7 @@ from dllm.config.load import parse_params
 from dllm.config.params import Params
 from dllm.errors import DllmError, StageError
 from dllm.stages import workspace as contract
-from dllm.tracking import runs as tracking
+from dllm.tracking import mlflow_runs as tracking
 from dllm.workspace import publish_tree
 
 RAW = {

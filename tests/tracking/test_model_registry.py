@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from dllm.errors import ModelError, ServerError
+from dllm.tracking import mlflow_runs as tracking
 from dllm.tracking import model_registry, provenance
-from dllm.tracking import runs as tracking
 from dllm.tracking.model_registry import Registered
 from dllm.workspace import publish_tree
 

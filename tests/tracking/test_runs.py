@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from dllm.errors import ServerError
-from dllm.tracking import runs as tracking
-from dllm.tracking.runs import MlflowTracker
+from dllm.tracking import mlflow_runs as tracking
+from dllm.tracking.mlflow_runs import MlflowTracker
 
 
 @pytest.fixture

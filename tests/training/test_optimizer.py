@@ -6,8 +6,7 @@ from torch import nn
 
 from dllm.config.params import Optimizer
 from dllm.errors import ModelError
-from dllm.training.optimizer import ADAMW_SHARE, Optimizers
-from dllm.training.schedule import lr_factor
+from dllm.training.optimizer import ADAMW_SHARE, Optimizers, lr_factor
 
 
 def test_cosine_warms_up_over_an_int_of_the_ratio_and_ends_near_zero() -> None:

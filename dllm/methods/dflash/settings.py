@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from dllm.config.section import Fraction, NonNegativeInt, PositiveInt, Section
+from dllm.config.section import Fraction, Layers, NonNegativeInt, Section, TokenCount
 from dllm.registry import DRAFTS, OBJECTIVES
 
 
@@ -17,21 +17,28 @@ class Draft(Section):
     """Draft architecture."""
     init: str = "random"
     """`random` (with the shapes of the target), or a published draft: a directory or a Hugging Face id."""
-    num_hidden_layers: PositiveInt = 5
-    num_target_layers_tapped: PositiveInt = 5
+    num_hidden_layers: Layers = 5
+    num_target_layers_tapped: Layers = 5
     """Number of evenly spaced target layers whose hidden states the draft reads, if `target_layer_ids` is null."""
-    target_layer_ids: list[NonNegativeInt] | None = None
+    target_layer_ids: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
     """0-based decoder layers of the target whose outputs the draft reads."""
-    sliding_window: PositiveInt | None = None
+    sliding_window: TokenCount | None = None
     """Context window of every draft layer; null attends to the whole context."""
+
+    @model_validator(mode="after")
+    def _taps_differ(self) -> Draft:
+        ids = self.target_layer_ids or []
+        if len(set(ids)) < len(ids):
+            raise ValueError("target_layer_ids names a layer twice")
+        return self
 
 
 class Dflash(Section):
     """Block diffusion conditioned on hidden states of the target (DFlash paper, section 4 and appendix A.1)."""
 
-    block_size: NonNegativeInt = 16
+    block_size: Annotated[int, Field(ge=0, le=1024)] = 16
     """Positions per block: one clean anchor and block_size - 1 masks. 0 takes the block size of a published draft."""
-    loss_decay_gamma: Annotated[float, Field(ge=0)] = 0.0
+    loss_decay_gamma: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Decay of the loss over the offsets of a block. 0 takes the paper's value: 7, 5, 4 for blocks of 16, 10, 8."""
     loss: Annotated[str, AfterValidator(OBJECTIVES.check)] = "decay"
     """`decay`: exp(-(k-1)/gamma) weights; `dpace`: weights from the confidence of the draft (D-PACE, alpha 0.5)."""
@@ -40,7 +47,7 @@ class Dflash(Section):
     cross-entropy against its tokens has the rest. 0 is the loss of the paper."""
     mask_token_id: NonNegativeInt | None = None
     """Mask token id; null takes it from the tokenizer. It must be a row of the target's embedding."""
-    num_blocks_per_sample: PositiveInt = 512
+    num_blocks_per_sample: Annotated[int, Field(ge=1, le=2**20)] = 512
     """Anchors per sequence and epoch."""
     anchor_sampling: Literal["without_replacement", "with_replacement", "non_overlapping"] = "without_replacement"
     """All three sample from supervised positions; `with_replacement` is the independent sampling of the paper."""
@@ -49,7 +56,7 @@ class Dflash(Section):
     loss_vocab: Literal["full", "corpus"] = "full"
     """`corpus` restricts softmax and accuracy of training steps to tokens that occur in training responses; validation
     always uses the full vocabulary."""
-    ce_chunk_size: PositiveInt = 256
+    ce_chunk_size: TokenCount = 256
     """Block positions per chunk of the cross-entropy, whose logits exist at one time."""
     draft: Draft = Draft()
 

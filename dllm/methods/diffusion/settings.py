@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from dllm.config.lora import Lora
-from dllm.config.section import NonNegativeInt, PositiveInt, Section
+from dllm.config.section import NonNegativeInt, PositiveInt, Section, Size, TokenCount
 
 
 class Masking(Section):
@@ -30,12 +30,12 @@ class Masking(Section):
     attention: Literal["full", "block"] = "full"
     """`full`: bidirectional attention over the noisy sequence; `block`: each noisy block attends to itself and to the
     clean text before it, and has its own noise level."""
-    block_size: Annotated[int, Field(ge=1)] | None = None
+    block_size: TokenCount | None = None
     """Tokens per block, for attention `block` and corruption `exact_count`."""
-    eos_padding: NonNegativeInt = 0
+    eos_padding: Annotated[int, Field(ge=0, le=2**24)] = 0
     """Responses that end are padded with their end token to a multiple of this length; the padding is masked and scored
     like text. 0 pads nothing."""
-    ce_chunk_size: PositiveInt = 512
+    ce_chunk_size: TokenCount = 512
     """Scored tokens per chunk of the cross-entropy, whose logits exist at one time."""
     lora: Lora | None = None
     """Train LoRA adapters; null trains the weights."""
@@ -77,11 +77,11 @@ class Hybrid(Masking):
 
     predicts_next: ClassVar[bool] = True
 
-    ar_loss_alpha: Annotated[float, Field(ge=0)] = 0.3
+    ar_loss_alpha: Annotated[float, Field(ge=0, le=1e6)] = 0.3
     """Weight of the DIFFUSION term, despite its name (from NeMo AutoModel); the autoregressive term has weight 1."""
     corruption: Literal["uniform", "exact_count"] = "uniform"
     """`exact_count`: a random fraction of each block is masked, with later positions more probable."""
-    half_life_ratio: Annotated[float, Field(gt=0)] = 0.25
+    half_life_ratio: Annotated[float, Field(gt=0, le=1e6)] = 0.25
     """For exact_count: fraction of a block over which the odds of staying clean halve."""
 
     @model_validator(mode="after")
@@ -101,13 +101,13 @@ class DiffusionEvaluation(Section):
 
     likelihood_answers: PositiveInt = 64
     """Held-out responses whose likelihood is bounded."""
-    likelihood_samples: Annotated[int, Field(ge=2)] = 32
+    likelihood_samples: Annotated[int, Field(ge=2, le=2**20)] = 32
     """Masks sampled per response; at least two, to estimate the standard error."""
-    batch_size: PositiveInt = 32
+    batch_size: Size = 32
     """Masked responses, or prompts, per forward pass."""
     thresholds: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default=[0.9])
     """Confidence thresholds; prompts are decoded once with each, and once with each of `steps`."""
-    steps: Annotated[list[PositiveInt | None], Field(min_length=1)] = Field(default=[None])
+    steps: Annotated[list[TokenCount | None], Field(min_length=1)] = Field(default=[None])
     """Forward passes per response without a threshold; null takes one per token. The first is the baseline."""
     cache: Literal["none", "prefix", "dual", "block"] = "none"
     """KV cache of sampler llada with a threshold; other samplers have their own."""

@@ -6,6 +6,7 @@ Owns the check that a checkpoint holds exactly the tensors of its family, finite
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,21 @@ from dllm.models.targets import hub_snapshot, looks_like_hub_id
 from dllm.registry import DRAFTS
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+FOREIGN = {
+    "dflash2": "DFlash 2",
+    "dspark": "DSpark",
+    "eagle": "EAGLE",
+    "medusa": "Medusa",
+    "hydra": "Hydra",
+    "domino": "Domino",
+    "lilicorr": "LiLiCorr",
+    "nextn": "multi-token prediction (MTP)",
+    "mtp": "multi-token prediction (MTP)",
+    "speculator": "speculators",
+}
+"""What the architectures of other drafts are called, in lower case, and the names of their families."""
+SHARED = ("embed_tokens.weight", "lm_head.weight")
+"""Tensors that some published drafts carry, though a draft reads the target's."""
 
 
 def save_draft(draft: Draft, directory: Path, dtype: torch.dtype | None = None) -> None:
@@ -67,8 +83,10 @@ def load_draft(source: str | Path, target_config: Any = None) -> Draft:
     family, config = read_config(directory)
     if target_config is not None:
         check_fit(config, target_config, str(directory))
-    state = _read_weights(directory)
+    state = _without_shared(_read_weights(directory), config, directory)
     _check(state, family.tensor_shapes(config), str(directory))
+    if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise ModelError(f"weights are not finite: {_some(bad)}", where=str(directory), hint="the file is damaged")
     draft = family(config)
     draft.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return draft
@@ -77,6 +95,15 @@ def load_draft(source: str | Path, target_config: Any = None) -> Draft:
 def family_of(raw: Mapping[str, Any]) -> type[Draft] | None:
     """Find the draft family that reads a config.json; None if it is no draft that we know."""
     return next((family for _, family in DRAFTS.items() if family.reads(raw)), None)
+
+
+def foreign_family(raw: Mapping[str, Any]) -> str | None:
+    """Name the draft family of others that a config.json belongs to; None if it is of none that we know."""
+    if raw.get("speculators_model_type"):
+        return f"speculators ({raw['speculators_model_type']})"
+    names = raw.get("architectures")
+    names = [str(name).lower() for name in names] if isinstance(names, list) else []
+    return next((family for key, family in FOREIGN.items() if any(key in name for name in names)), None)
 
 
 def read_config(directory: Path) -> tuple[type[Draft], DraftConfig]:
@@ -95,8 +122,10 @@ def read_config(directory: Path) -> tuple[type[Draft], DraftConfig]:
     if not isinstance(raw, dict):
         raise ModelError("cannot read the draft's config: it is no JSON object", where=str(path))
     family = family_of(raw)
+    if family is None and (other := foreign_family(raw)):
+        raise ModelError(f"this is a draft of {other}, which is not supported", where=str(path))
     if family is None:
-        named = ", ".join(raw.get("architectures") or ["none"])
+        named = ", ".join(map(str, raw.get("architectures") or ["none"]))
         known = ", ".join(family.architectures[0] for _, family in DRAFTS.items())
         raise ModelError(f"not a draft that we read: its architecture is {named}, ours: {known}", where=str(path))
     return family, family.read_config(raw, str(path))
@@ -123,6 +152,12 @@ def check_fit(config: DraftConfig, target_config: Any, where: str) -> None:
             f"the draft taps layer {max(config.target_layer_ids)} of a target with {target.num_hidden_layers}",
             where=where,
         )
+    depth = getattr(config, "num_target_layers", None)  # not every family, nor every file, records it
+    if depth not in (None, target.num_hidden_layers):
+        raise ModelError(
+            f"the draft is for another target: num_target_layers {depth}, the target has {target.num_hidden_layers}",
+            where=where,
+        )
     if config.mask_token_id >= target.vocab_size:
         raise ModelError(
             f"mask id {config.mask_token_id} is outside the target's vocabulary of {target.vocab_size}", where=where
@@ -140,6 +175,15 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
         except (OSError, SafetensorError) as error:
             raise ModelError(f"cannot read weights: {error}", where=str(file)) from None
     return state
+
+
+def _without_shared(state: dict[str, Tensor], config: DraftConfig, directory: Path) -> dict[str, Tensor]:
+    """Leave out an embedding or head of the target's shape, and say so."""
+    shape = (config.vocab_size, config.hidden_size)
+    passed = [name for name in SHARED if name in state and tuple(state[name].shape) == shape]
+    if passed:
+        print(f"note: {directory}: the draft has its own {_some(passed)}; the target's are used", file=sys.stderr)
+    return {name: tensor for name, tensor in state.items() if name not in passed}
 
 
 def _check(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:

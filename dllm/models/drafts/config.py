@@ -7,6 +7,29 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from dllm.errors import ModelError
+from dllm.models.config_keys import refuse_other_values, refuse_unknown
+
+ONLY: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "attention_sink_bias": (False,),
+    "attention_value_scale": (1.0, 1),
+    "final_logit_softcapping": (),
+    "hidden_act": ("silu",),
+    "mlp_bias": (False,),
+    "output_multiplier": (1.0, 1),
+    "partial_rotary_factor": (1.0, 1),
+    "projector_type": (),
+    "use_swa": (False,),
+}
+"""Switches that published drafts have, and the values at which the network is ours; an absent one is off."""
+INNER = frozenset({"block_size", "causal", "mask_token_id", "target_layer_ids", "num_target_layers"})
+"""Keys read from `dflash_config`."""
+READ = frozenset(
+    {"dflash_config", "is_causal", "layer_types", "max_window_layers", "rope_parameters", "rope_scaling"}
+    | {"use_sliding_window", *INNER}
+)
+"""Further keys read at the top."""
+OPTIONAL = frozenset({"sliding_window", "num_target_layers"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +49,7 @@ class DFlashConfig:
     block_size: int
     mask_token_id: int
     target_layer_ids: tuple[int, ...]
-    num_target_layers: int
+    num_target_layers: int | None
     sliding_window: int | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -34,6 +57,8 @@ class DFlashConfig:
         plain = asdict(self)
         for key in ("mask_token_id", "target_layer_ids", "sliding_window"):
             plain.pop(key)
+        if self.num_target_layers is None:
+            plain.pop("num_target_layers")
         window = self.sliding_window
         kind = "full_attention" if window is None else "sliding_attention"
         return {
@@ -59,33 +84,110 @@ class DFlashConfig:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any], where: str = "config.json") -> DFlashConfig:
-        """Read a published `config.json`.
+        """Read a published `config.json`: every key is read, known to shape nothing, or refused.
 
         Raises:
-            ModelError: a field is missing, the layers mix window kinds, or the draft is of another family.
+            ModelError: a field is missing or has an impossible value, two keys contradict each other, or a key asks for
+                what this network does not do.
         """
         inner = raw.get("dflash_config") or {}
-        flat = {**raw, **{k: v for k, v in inner.items() if v is not None}}
-        if inner.get("projector_type"):
-            raise ModelError(f"draft head {inner['projector_type']!r} is not supported", where=where)
-        flat["rope_theta"] = (raw.get("rope_parameters") or {}).get("rope_theta", raw.get("rope_theta", 10000.0))
-        if raw.get("rope_scaling") or (raw.get("rope_parameters") or {}).get("rope_type", "default") != "default":
-            raise ModelError("scaled RoPE in a draft is not supported", where=where)
-        kinds = set(raw.get("layer_types") or ["full_attention"])
-        if len(kinds) > 1:
-            raise ModelError(f"layers of mixed attention {sorted(kinds)} are not supported", where=where)
-        flat["sliding_window"] = raw.get("sliding_window") if kinds == {"sliding_attention"} else None
-        if not flat.get("target_layer_ids") and flat.get("num_target_layers"):
-            flat["target_layer_ids"] = layer_ids(flat["num_target_layers"], flat["num_hidden_layers"])
-        missing = [f.name for f in fields(cls) if f.name not in flat]
+        if not isinstance(inner, Mapping):
+            raise ModelError("dflash_config is no mapping", where=where)
+        refuse_other_values(raw, ONLY, where)
+        refuse_other_values(inner, ONLY, where, "dflash_config")
+        names = {field.name for field in fields(cls)}
+        refuse_unknown(raw, names | ONLY.keys() | READ, where)
+        refuse_unknown(inner, INNER | ONLY.keys(), where, "dflash_config")
+        flat = dict(raw)
+        for key, value in inner.items():
+            if value is None:
+                continue
+            if raw.get(key) not in (None, value):
+                raise ModelError(f"{key} is {raw[key]}, and {value} inside dflash_config", where=where)
+            flat[key] = value
+        flat["rope_theta"] = _rope_theta(raw, where)
+        flat["sliding_window"] = _window(raw, flat, where)
+        flat.setdefault("num_target_layers", None)
+        missing = [name for name in sorted(names) if flat.get(name) is None and name not in OPTIONAL]
         if missing:
             raise ModelError(f"not a DFlash draft: its config lacks {', '.join(missing)}", where=where)
-        known = {f.name: flat[f.name] for f in fields(cls)}
-        return cls(**{**known, "target_layer_ids": tuple(flat["target_layer_ids"])})
+        known = {name: flat[name] for name in names}
+        return cls(**{**known, "target_layer_ids": _checked(known, where)})
 
     def with_block_size(self, block_size: int) -> DFlashConfig:
         """Return the same draft for blocks of another size."""
         return replace(self, block_size=block_size)
+
+
+def _rope_theta(raw: Mapping[str, Any], where: str) -> Any:
+    """Read the base of RoPE from either of its two places; scaled RoPE is refused."""
+    ropes = raw.get("rope_parameters") or {}
+    scaling = raw.get("rope_scaling") or {}
+    for name, section in (("rope_parameters", ropes), ("rope_scaling", scaling)):
+        if not isinstance(section, Mapping):
+            raise ModelError(f"{name} is no mapping", where=where)
+        kind = section.get("rope_type", section.get("type", "default"))
+        if kind != "default":
+            raise ModelError(f"{name}: RoPE of type {kind!r} in a draft is not supported", where=where)
+        refuse_other_values(section, {"partial_rotary_factor": (1.0, 1), "factor": (1.0, 1)}, where, name)
+        refuse_unknown(section, {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}, where, name)
+    theta, top = ropes.get("rope_theta"), raw.get("rope_theta")
+    if theta is not None and top not in (None, theta):
+        raise ModelError(f"rope_theta is {top}, and {theta} inside rope_parameters", where=where)
+    return next((each for each in (theta, top) if each is not None), 10000.0)
+
+
+def _window(raw: Mapping[str, Any], flat: Mapping[str, Any], where: str) -> Any:
+    """Read the context window, and refuse attention that the network does not have.
+
+    Windowed layers are causal inside a block and full ones are not. `is_causal` overrides `dflash_config.causal`, which
+    overrides that default, as vLLM reads it.
+    """
+    kinds, layers = raw.get("layer_types"), raw.get("num_hidden_layers")
+    if kinds is None:
+        if raw.get("use_sliding_window"):
+            raise ModelError("use_sliding_window is true, and layer_types does not say for which layers", where=where)
+        kinds = ["full_attention"]
+    elif not isinstance(kinds, list) or len(kinds) != layers:
+        raise ModelError(f"layer_types must list one type for each of {layers} layers", where=where)
+    if len(set(map(str, kinds))) > 1:
+        raise ModelError(f"layers of mixed attention {sorted(set(map(str, kinds)))} are not supported", where=where)
+    if kinds[0] not in ("full_attention", "sliding_attention"):
+        raise ModelError(f"layer type {kinds[0]!r} is not supported", where=where)
+    has_window = kinds[0] == "sliding_attention"
+    if has_window and (raw.get("sliding_window") is None or raw.get("use_sliding_window") is False):
+        raise ModelError("layer_types are sliding_attention, and no sliding_window is in use", where=where)
+    for key, value in (("is_causal", raw.get("is_causal")), ("dflash_config.causal", flat.get("causal"))):
+        if value is None:
+            continue
+        if value is not has_window:
+            order = "causal" if value else "not causal"
+            raise ModelError(f"{key}: {kinds[0]} that is {order} inside a block is not supported", where=where)
+        break
+    return raw["sliding_window"] if has_window else None
+
+
+def _checked(known: Mapping[str, Any], where: str) -> tuple[int, ...]:
+    """Check types and ranges; return the tapped layers as a tuple."""
+    for name, value in known.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name == "target_layer_ids" or (value is None and name in OPTIONAL):
+            continue
+        if name in ("rms_norm_eps", "rope_theta"):
+            if not is_number or not 0 < value < float("inf"):
+                raise ModelError(f"{name} must be a positive number, got {value!r}", where=where)
+        elif not isinstance(value, int) or not is_number or value < (0 if name == "mask_token_id" else 1):
+            raise ModelError(f"{name} must be a whole number above 0, got {value!r}", where=where)
+    if known["block_size"] < 2:
+        raise ModelError("a block_size of 1 leaves nothing to predict", where=where)
+    if known["num_attention_heads"] % known["num_key_value_heads"]:
+        raise ModelError("num_attention_heads is no multiple of num_key_value_heads", where=where)
+    ids = known["target_layer_ids"]
+    if not isinstance(ids, (list, tuple)) or not all(type(id) is int and id >= 0 for id in ids) or not ids:
+        raise ModelError(f"target_layer_ids must list layers counted from 0, got {ids!r}", where=where)
+    if list(ids) != sorted(set(ids)):
+        raise ModelError(f"target_layer_ids must rise, got {ids!r}", where=where)
+    return tuple(ids)
 
 
 def for_target(

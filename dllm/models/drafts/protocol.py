@@ -126,7 +126,8 @@ class Draft(nn.Module, ABC):
     @classmethod
     def reads(cls, raw: Mapping[str, Any]) -> bool:
         """Tell whether a config.json is of this family."""
-        return bool(set(cls.architectures) & set(raw.get("architectures") or ()))
+        names = raw.get("architectures")
+        return isinstance(names, list) and any(name in cls.architectures for name in names)
 
     @classmethod
     @abstractmethod

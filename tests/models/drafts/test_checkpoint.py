@@ -173,9 +173,12 @@ def test_what_is_no_draft_is_one_line(draft: DFlashDraft, model, tmp_path: Path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="cannot read the draft's config"):
         export.load_draft(tmp_path)
-    for raw in ({"architectures": ["LlamaForCausalLM"]}, {"architectures": ["DFlash2DraftModel"], "dflash_config": {}}):
-        (tmp_path / "config.json").write_text(json.dumps(raw))
-        with pytest.raises(ModelError, match=f"architecture is {raw['architectures'][0]}, ours: DFlashDraftModel"):
+    for name, said in (
+        ("LlamaForCausalLM", "architecture is LlamaForCausalLM, ours: DFlashDraftModel"),
+        ("DFlash2DraftModel", "a draft of DFlash 2, which is not supported"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": [name], "dflash_config": {}}))
+        with pytest.raises(ModelError, match=said):
             export.load_draft(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ModelError, match="cannot read the draft's config"):

@@ -1,0 +1,174 @@
+"""A key of a draft's config is obeyed, known to change nothing, or refused by its name; nothing is guessed."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dllm.config.params import Target
+from dllm.errors import ModelError
+from dllm.models import checkpoints, targets
+from dllm.models.drafts import checkpoint as export
+from dllm.models.drafts.config import DFlashConfig
+from dllm.models.drafts.dflash import DFlashDraft
+from tests.decoding import stand_in_drafts
+
+GONE = object()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = targets.load_target(Target(model="builtin:tiny"), "float32", "cpu")
+    draft = DFlashDraft(stand_in_drafts.config(model, 4))
+    draft.reset_parameters(seed=1)
+    folder = tmp_path_factory.mktemp("draft")
+    export.save_draft(draft, folder)
+    return folder
+
+
+def _changed(saved: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    raw = json.loads((saved / "config.json").read_text())
+    for path, value in changes.items():
+        *parents, last = path.split("/")
+        node = raw
+        for part in parents:
+            node = node.setdefault(part, {})
+        if value is GONE:
+            node.pop(last, None)
+        else:
+            node[last] = copy.deepcopy(value)
+    return raw
+
+
+SAME = {
+    "nested block size": {"block_size": GONE, "dflash_config/block_size": 4},
+    "both block sizes": {"dflash_config/block_size": 4},
+    "new RoPE layout": {"rope_theta": GONE, "rope_parameters/rope_type": "default", "rope_parameters/rope_theta": 1e4},
+    "explicit causality": {"is_causal": False, "dflash_config/causal": False},
+    "is_causal wins": {"is_causal": False, "dflash_config/causal": None},
+    "all at the top": {"dflash_config": GONE, "mask_token_id": 3, "target_layer_ids": [1, 3, 5]},
+    "bookkeeping": {"_name_or_path": "x", "transformers_version": "5.0", "bos_token_id": 1, "unsloth_fixed": True},
+    "switches that are off": {"use_swa": False, "final_logit_softcapping": None, "some_new_switch": None},
+    "one number written otherwise": {"rope_theta": 10000},
+}
+
+REFUSED = {
+    "window without causality": ({"layer_types": ["sliding_attention"], "sliding_window": 8, "use_sliding_window": True,
+                                  "is_causal": False}, "is_causal"),
+    "causal at the top": ({"is_causal": True}, "is_causal"),
+    "causal inside": ({"dflash_config/causal": True}, "causal"),
+    "no layer ids": ({"dflash_config/target_layer_ids": GONE}, "target_layer_ids"),
+    "null layer ids": ({"dflash_config/target_layer_ids": None}, "target_layer_ids"),
+    "negative layer": ({"dflash_config/target_layer_ids": [-1, 3, 5]}, "target_layer_ids"),
+    "falling layers": ({"dflash_config/target_layer_ids": [5, 3, 1]}, "target_layer_ids"),
+    "layers as text": ({"dflash_config/target_layer_ids": "1,3,5"}, "target_layer_ids"),
+    "layer beyond the target": ({"dflash_config/target_layer_ids": [1, 3, 99]}, "taps layer 99"),
+    "null mask": ({"dflash_config/mask_token_id": None}, "mask_token_id"),
+    "mask beyond the vocabulary": ({"dflash_config/mask_token_id": 10**6}, "mask id"),
+    "two block sizes": ({"dflash_config/block_size": 8}, "block_size"),
+    "block of one": ({"block_size": 1}, "block_size"),
+    "attention bias": ({"attention_bias": True}, "attention_bias"),
+    "sinks": ({"dflash_config/attention_sink_bias": True}, "attention_sink_bias"),
+    "multiplier": ({"output_multiplier": 0.5}, "output_multiplier"),
+    "soft-capping": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+    "another activation": ({"hidden_act": "gelu"}, "hidden_act"),
+    "a key of tomorrow": ({"residual_gate": 0.5}, "residual_gate"),
+    "a key of tomorrow inside": ({"dflash_config/num_experts": 4}, "dflash_config.num_experts"),
+    "mixed layers": ({"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"],
+                      "sliding_window": 8}, "mixed"),
+    "unknown layers": ({"layer_types": ["linear_attention"]}, "linear_attention"),
+    "too few layer types": ({"num_hidden_layers": 2}, "layer_types"),
+    "window without layer types": ({"layer_types": GONE, "use_sliding_window": True, "sliding_window": 8},
+                                   "layer_types"),
+    "window that is off": ({"layer_types": ["sliding_attention"], "sliding_window": 8, "use_sliding_window": False},
+                           "sliding_window"),
+    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 64.0}}, "yarn"),
+    "yarn in the new layout": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+    "scaled RoPE of old": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+    "partial RoPE": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "two RoPE bases": ({"rope_parameters": {"rope_theta": 1e6}}, "rope_theta"),
+    "another depth": ({"num_target_layers": 36}, "num_target_layers"),
+    "another width": ({"hidden_size": 128}, "hidden_size"),
+    "a width as text": ({"hidden_size": "64"}, "hidden_size"),
+    "a width of nothing": ({"hidden_size": None}, "hidden_size"),
+    "true is no number": ({"num_hidden_layers": True}, "num_hidden_layers"),
+    "infinite norm": ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
+    "DFlash 2": ({"architectures": ["DFlash2DraftModel"], "dflash_config/selector_rank": 8}, "DFlash 2"),
+    "DSpark": ({"architectures": ["Qwen3DSparkModel"]}, "DSpark"),
+    "EAGLE": ({"architectures": ["LlamaForCausalLMEagle3"], "dflash_config": GONE}, "EAGLE"),
+    "speculators": ({"architectures": ["DFlashSpeculator"], "speculators_model_type": "dflash", "dflash_config": GONE},
+                    "speculators"),
+    "a section of the wrong type": ({"dflash_config": [1]}, "dflash_config"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", SAME.values(), ids=SAME)
+def test_other_spellings_of_the_same_draft_give_the_same_config(saved: Path, changes: dict[str, Any]) -> None:
+    raw = _changed(saved, changes)
+    assert DFlashConfig.from_json(raw) == DFlashConfig.from_json(_changed(saved, {}))
+
+
+@pytest.mark.parametrize(("changes", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_would_be_decoded_otherwise_is_refused_by_its_name(
+    saved: Path, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(_changed(saved, changes)))
+    (tmp_path / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
+    target = targets.load_target(Target(model="builtin:tiny"), "float32", "cpu")
+    assert checkpoints.is_draft(tmp_path)  # so that every verb takes the same door
+    with pytest.raises(ModelError) as caught:
+        export.load_draft(tmp_path, target.config)
+    assert said in str(caught.value)
+    assert len(str(caught.value)) <= 500
+    assert str(caught.value).isprintable()
+
+
+def test_the_depth_of_the_target_may_be_absent(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(_changed(saved, {"num_target_layers": GONE})))
+    (tmp_path / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
+    target = targets.load_target(Target(model="builtin:tiny"), "float32", "cpu")
+    loaded = export.load_draft(tmp_path, target.config).config
+    assert isinstance(loaded, DFlashConfig)
+    assert replace(loaded, num_target_layers=8) == export.load_draft(saved, target.config).config
+    assert "num_target_layers" not in loaded.to_json()
+
+
+def test_an_embedding_of_its_own_is_passed_over_and_named(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = load_file(saved / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
+    extra = {"embed_tokens.weight": torch.zeros(1408, 64), "lm_head.weight": torch.zeros(1408, 64)}
+    save_file({**state, **extra}, tmp_path / "model.safetensors")
+    draft = export.load_draft(tmp_path)
+    assert "embed_tokens.weight, lm_head.weight" in capsys.readouterr().err
+    assert torch.equal(draft.state_dict()["fc.weight"], state["fc.weight"])
+    save_file({**state, "embed_tokens.weight": torch.zeros(32, 64)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"embed_tokens\.weight"):
+        export.load_draft(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_refused_when_read(saved: Path, tmp_path: Path) -> None:
+    state = load_file(saved / "model.safetensors")
+    state["fc.weight"][0, 0] = float("nan")
+    (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="not finite"):
+        export.load_draft(tmp_path)
+
+
+@pytest.mark.parametrize("value", [None, True, -1, 0, 1.5, "x", [], {}, [[]], 10**30, float("nan")], ids=repr)
+def test_any_value_at_any_key_is_read_or_refused_in_one_line(saved: Path, value: Any) -> None:
+    raw = json.loads((saved / "config.json").read_text())
+    paths = [*raw, *(f"dflash_config/{key}" for key in raw["dflash_config"])]
+    for path in paths:
+        try:
+            DFlashConfig.from_json(_changed(saved, {path: value}))
+        except ModelError as error:
+            assert len(str(error)) <= 500, path
+            assert str(error).isprintable(), path

@@ -1,0 +1,172 @@
+"""Secrets are hidden in every form, by one function, at every door."""
+
+import base64
+import io
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dllm import secrets
+from dllm.errors import ServerError
+
+PLANTED = {
+    "MLFLOW_TRACKING_URI": "http://ann-7:s3cret-word@127.0.0.1:9/mlflow",
+    "DLLM_TARGET_URL": "http://bo:p@ss4@127.0.0.1:1/v1,http://cy:slash/5@127.0.0.1:2/v1",
+    "OPENAI_API_KEY": "sk-a key+with/odd=signs",
+    "HF_TOKEN": "hf_0123456789abcdefgh",
+    "AWS_SECRET_ACCESS_KEY": "aws/secret+7",
+    "PREFECT_API_AUTH_STRING": "admin:auth-pw-8",
+    "PGPASSWORD": "pgpw-9\n",
+}
+VALUES = (
+    "s3cret-word",
+    "p@ss4",
+    "slash/5",
+    "sk-a key+with/odd=signs",
+    "hf_0123456789abcdefgh",
+    "aws/secret+7",
+    "auth-pw-8",
+    "pgpw-9",
+)
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:
+    for name, value in PLANTED.items():
+        monkeypatch.setenv(name, value)
+    return PLANTED
+
+
+FORMS = {
+    "raw": lambda value: value,
+    "percent": lambda value: quote(value, safe=""),
+    "json": json.dumps,
+    "repr": repr,
+    "base64": lambda value: base64.b64encode(value.encode()).decode(),
+    "in the middle": lambda value: f"x{value}y",
+    "cut": lambda value: f"failed with {value}"[:-1],
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize("value", VALUES)
+def test_values_of_the_environment_are_hidden_in_every_form(planted, value: str, form) -> None:
+    text = form(value)
+    hidden = secrets.hide(text)
+    assert secrets.HIDDEN in hidden
+    assert value[:-1] not in hidden and text not in hidden
+
+
+def test_what_http_clients_make_of_user_and_password_is_hidden(planted, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "dora")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "pw-of-dora")
+    for pair in ("ann-7:s3cret-word", "bo:p@ss4", "admin:auth-pw-8", "dora:pw-of-dora"):
+        assert secrets.hide(base64.b64encode(pair.encode()).decode()) == secrets.HIDDEN
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://ann:pw7@host:1/x",
+        "https://tok7@host",
+        "postgresql+psycopg://ann:pw7@host/db",
+        "http://ann:p@pw7@host",
+        "http://ann:x/pw7@host/y",
+        "http://ann:x#pw7@host",
+        "http:\\/\\/ann:pw7@host\\/x",
+        "http%3A%2F%2Fann%3Apw7%40host",
+        "see HTTP://Ann:PW7@HOST.",
+        "https://h/x?a=1&access_token=pw7",
+        "https://h/x?X-Amz-Signature=pw7&y=2",
+        "https://h/x?api_key=pw7#z",
+        "Authorization: Bearer abcpw7",
+        "'--api-key', 'pw7'",
+        "--api-key=pw7",
+        "host=h user=u password=pw7",
+        "cut short: http://ann:pw7",
+        "token hf_pw7aaaaaaaaaaaaaaaaaaa",
+    ],
+)
+def test_credentials_are_known_by_their_form(text: str) -> None:
+    hidden = secrets.hide(text)
+    assert "pw7" not in hidden.lower() and "tok7" not in hidden and secrets.HIDDEN in hidden
+    assert secrets.hide(hidden) == hidden
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://127.0.0.1:5000/#/experiments/1/runs/abc",
+        "http://[::1]:8000/v1",
+        "models:/name@champion",
+        "sqlite:////tmp/a@b/mlflow.db",
+        "http://127.0.0.1:8000/v1/files/a@b",
+        "unexpected token: foo at 4096",
+        "git@github.com:x/y.git",
+        "a basic settings file; none, false",
+        "set train.max_length=512 or --tokenizer-path x",
+    ],
+)
+def test_text_without_secrets_stays(monkeypatch, text: str) -> None:
+    for name, value in (("OPENAI_API_KEY", "none"), ("TOKENIZERS_PARALLELISM", "false"), ("MAX_TOKENS", "4096")):
+        monkeypatch.setenv(name, value)
+    assert secrets.hide(text) == text
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs", "Zs", "Cc"]), min_size=4), st.text(), st.text())
+def test_any_password_is_hidden_wherever_it_stands(password: str, before: str, after: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOME_PASSWORD", password)
+        hidden = secrets.hide(f"{before}{password}{after}")
+        is_word = password.isalpha() or password.isdigit()
+        assert is_word or password not in hidden.replace(secrets.HIDDEN, "\0")
+
+
+def test_records_are_hidden_at_any_depth(planted) -> None:
+    record = {"servers": [{"url": "http://a:b@h/v1"}], "n": 1, "why": ("s3cret-word", None)}
+    assert secrets.hide_in(record) == {"servers": [{"url": "http://***@h/v1"}], "n": 1, "why": ["***", None]}
+
+
+def test_errors_hold_no_secret(planted) -> None:
+    error = ServerError("no s3cret-word", where="http://a:b7@h", hint="try pgpw-9")
+    assert str(error) == "no *** (http://***@h); try ***"
+    assert error.args == ("no ***",)
+
+
+def test_what_a_process_prints_and_logs_is_hidden(planted, monkeypatch) -> None:
+    out, error = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", error)
+    before = logging.getLogRecordFactory()
+    try:
+        secrets.install()
+        secrets.install()
+        print("View run at http://ann-7:s3cret-word@127.0.0.1:9/#/x", file=sys.stdout)
+        sys.stderr.writelines(["aws/secret+7\n"])
+        handler = logging.StreamHandler(logged := io.StringIO())
+        logger = logging.getLogger("test of secrets")
+        logger.addHandler(handler)
+        logger.propagate = False
+        logger.warning("%s failed", "http://ann-7:s3cret-word@h")
+        try:
+            raise ValueError("pgpw-9")
+        except ValueError:
+            logger.exception("at %d", 7)
+    finally:
+        logging.setLogRecordFactory(before)
+    assert out.getvalue() == "View run at http://***@127.0.0.1:9/#/x\n"
+    assert error.getvalue() == "***\n"
+    assert "http://***@h failed" in logged.getvalue() and "at 7" in logged.getvalue()
+    assert "ValueError: ***" in logged.getvalue() and "pgpw" not in logged.getvalue()
+
+
+def test_a_password_made_at_a_start_can_be_remembered(monkeypatch) -> None:
+    monkeypatch.setattr(secrets, "_remembered", set())
+    secrets.remember("made-at-start")
+    assert secrets.hide("made-at-start") == secrets.HIDDEN
