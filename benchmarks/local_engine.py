@@ -83,7 +83,7 @@ def main() -> int:
     tokenizer = targets.load_tokenizer(TARGET)
     requests = make_requests(tokenizer)
     model = targets.load_target(TARGET)
-    stops = targets.stop_ids(model, tokenizer) | chat.stop_ids(tokenizer, model.generation_config)
+    stops = chat.stop_ids(tokenizer, model.generation_config, model.config.get_text_config())
     rates: dict[str, list[float]] = {"dllm": [], "generate": []}
     for turn in range(ROUNDS):
         mine, rate = timed(ours, model, tokenizer, stops, requests)

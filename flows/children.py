@@ -6,7 +6,6 @@ import contextlib
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -96,7 +95,7 @@ def gpu_slot() -> AbstractContextManager[None]:
 
     A taken slot is waited for. A lease that cannot be renewed for a moment does not stop the stage.
     """
-    if not _has_gpu():
+    if not process.has_gpu():
         return nullcontext()
     with get_client(sync_client=True) as client:
         try:
@@ -153,11 +152,3 @@ class _Relay:
                 return
             self._recorded = time.monotonic()
         self._logger.info("%s", line)
-
-
-def _has_gpu() -> bool:
-    try:
-        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return found.returncode == 0 and b"GPU" in found.stdout

@@ -8,11 +8,10 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from dllm.cli import generate, lm_eval, recipes
+from dllm.cli import data, generate, lm_eval, recipes
 from dllm.cli import regenerate as regenerate_verb
 from dllm.cli.options import Debug, Overrides, ParamsPath, Root
 from dllm.stages import STAGES
@@ -38,8 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(recipes.app, name="recipe")
-data = typer.Typer(help="Verify, show and merge folders of regenerated responses.", no_args_is_help=True)
-app.add_typer(data, name="data")
+app.add_typer(data.app, name="data")
 
 
 def _stage_verb(name: str) -> Callable[..., None]:
@@ -85,11 +83,13 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Start SGLang with the target, print its address once it has generated a token, and run until Ctrl-C."""
-    from dllm.cli import serve as server
     from dllm.config.load import load_params
+    from dllm.engines import sglang
 
     root = root.resolve()
-    server.run(load_params(root / params, overrides), root)
+    with sglang.launched(load_params(root / params, overrides), root) as server:
+        print(server.url, flush=True)
+        server.stay()
 
 
 @app.command()
@@ -98,47 +98,3 @@ def report(root: Root = Path(), debug: Debug = False) -> None:
     from dllm.cli import report as tables
 
     tables.print_report(root.resolve())
-
-
-Responses = Annotated[Path, typer.Argument(metavar="D", help="A folder of responses: shards and a manifest.")]
-
-
-@data.command("verify")
-def verify_data(
-    folder: Responses,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Check every hash, row and count against the manifest."""
-    from dllm.cli import data as verbs
-
-    verbs.verify(folder, as_json=as_json)
-
-
-@data.command("show")
-def show_data(
-    folder: Responses,
-    row: Annotated[int | None, typer.Option(min=0, help="Only this row, 0-based.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Rows of this prompt: its id, or a prefix of it.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Most rows to print.")] = 3,
-    tokens: Annotated[bool, typer.Option("--tokens", help="Token by token, with ids.")] = False,
-    max_length: Annotated[int | None, typer.Option(min=1, help="As train.max_length; longer rows are cut.")] = None,
-    model: Annotated[str | None, typer.Option(help="Use this model's tokenizer instead of the manifest's.")] = None,
-    debug: Debug = False,
-) -> None:
-    """Print rows, and mark the tokens that training supervises."""
-    from dllm.cli import data as verbs
-
-    verbs.show(folder, row=row, prompt=prompt, limit=limit, tokens=tokens, max_length=max_length, model=model)
-
-
-@data.command("merge")
-def merge_data(
-    folders: Annotated[list[Path], typer.Argument(metavar="D1 D2 ...", help="The parts, in any order.")],
-    output_dir: Annotated[Path, typer.Option("--output-dir", help="Output folder: new, or empty.")],
-    debug: Debug = False,
-) -> None:
-    """Merge all parts of a regeneration into one folder; rows are unchanged."""
-    from dllm.cli import data as verbs
-
-    verbs.merge(folders, output_dir)

@@ -1,92 +1,64 @@
-"""`data verify`, `data show` and `data merge`: what they print."""
-
-from __future__ import annotations
+"""The verbs `data verify`, `show` and `merge`; what imports pyarrow or torch is imported when a verb needs it."""
 
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated
 
-from dllm.errors import DataError, ModelError
-from dllm.responses import merge as parts
-from dllm.responses import shards
-from dllm.responses import verify as checks
+import typer
+from rich.console import Console
+from rich.table import Table
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from dllm.cli.options import Debug
+
+app = typer.Typer(help="Verify, show and merge folders of regenerated responses.", no_args_is_help=True)
+
+Responses = Annotated[Path, typer.Argument(metavar="D", help="A folder of responses: shards and a manifest.")]
 
 
-def verify(dir: Path, *, as_json: bool = False) -> None:
-    """Check a folder of responses and print the checks, as a table or one JSON object.
+@app.command("verify")
+def verify_data(
+    folder: Responses,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Check every hash, row and count against the manifest."""
+    from dllm.responses.verify import verify
 
-    Raises:
-        DataError: something does not hold.
-    """
-    found = checks.verify(dir)
+    found = verify(folder)
     if as_json:
-        print(json.dumps({"folder": str(dir), "whole": True, "checked": found}))
+        print(json.dumps({"folder": str(folder), "whole": True, "checked": found}))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{dir} is whole", show_header=False, title_justify="left")
+    table = Table(title=f"{folder} is whole", show_header=False, title_justify="left")
     for check, finding in found.items():
         table.add_row(check, finding)
     Console(soft_wrap=True).print(table)
 
 
-def show(
-    dir: Path,
-    *,
-    row: int | None = None,
-    prompt: str | None = None,
-    limit: int = 3,
-    tokens: bool = False,
-    max_length: int | None = None,
-    model: str | None = None,
+@app.command("show")
+def show_data(
+    folder: Responses,
+    row: Annotated[int | None, typer.Option(min=0, help="Only this row, 0-based.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Rows of this prompt: its id, or a prefix of it.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most rows to print.")] = 3,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Token by token, with ids.")] = False,
+    max_length: Annotated[int | None, typer.Option(min=1, help="As train.max_length; longer rows are cut.")] = None,
+    model: Annotated[str | None, typer.Option(help="Use this model's tokenizer instead of the manifest's.")] = None,
+    debug: Debug = False,
 ) -> None:
-    """Print rows with their supervised tokens highlighted; see `select` and `show` of `dllm.cli.show`.
+    """Print rows, and mark the tokens that training supervises."""
+    from dllm.cli.show import show_folder
 
-    Raises:
-        DataError: there is no such row, or the folder is damaged.
-        ModelError: the tokenizer cannot be loaded.
-    """
-    from rich.console import Console
-
-    from dllm.cli import show as picture
-    from dllm.config.params import Train
-
-    rows = list(picture.select(dir, row=row, prompt=prompt, limit=limit))
-    tokenizer = _tokenizer(dir, shards.read_manifest(dir), model)
-    picture.show(iter(rows), tokenizer, Console(), max_length=max_length or Train().max_length, tokens=tokens)
+    show_folder(folder, row=row, prompt=prompt, limit=limit, tokens=tokens, max_length=max_length, model=model)
 
 
-def merge(dirs: Sequence[Path], out: Path) -> None:
-    """Merge parts and print the totals.
+@app.command("merge")
+def merge_data(
+    folders: Annotated[list[Path], typer.Argument(metavar="D1 D2 ...", help="The parts, in any order.")],
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="Output folder: new, or empty.")],
+    debug: Debug = False,
+) -> None:
+    """Merge all parts of a regeneration into one folder; rows are unchanged."""
+    from dllm.responses.merge import merge
 
-    Raises:
-        DataError: the parts do not fit together, or the folder holds something else.
-    """
-    merged = parts.merge(dirs, out)
-    print(f"{out}: {merged['rows']} rows, {merged['tokens']} tokens of {len(dirs)} parts", flush=True)
-
-
-def _tokenizer(dir: Path, manifest: dict[str, Any], model: str | None) -> PreTrainedTokenizerBase:
-    from dllm.config.params import Target
-    from dllm.models import targets
-    from dllm.prompts import template as chat
-
-    target = manifest.get("target") or {}
-    name = model or target.get("model")
-    if not isinstance(name, str):
-        raise DataError("the manifest names no target", where=str(dir), hint="name a tokenizer with --model")
-    try:
-        tokenizer = targets.load_tokenizer(Target(model=name, revision=None if model else target.get("revision")))
-    except ModelError as error:
-        if model:
-            raise
-        raise ModelError(error.message, where=error.where, hint="name a tokenizer with --model") from None
-    if manifest.get("template") not in (None, chat.template_digest(tokenizer)):
-        print(f"note: {name} has another chat template than these responses were generated with", file=sys.stderr)
-    return tokenizer
+    merged = merge(folders, output_dir)
+    print(f"{output_dir}: {merged['rows']} rows, {merged['tokens']} tokens of {len(folders)} parts", flush=True)

@@ -1,4 +1,4 @@
-"""The verbs `recipe list`, `show` and `use`."""
+"""The verbs `recipe list`, `show` and `use`; what reads recipes imports pydantic, which --help does without."""
 
 from pathlib import Path
 from typing import Annotated

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dllm.errors import ConfigError
+from dllm.registry import ENGINES
 
 if TYPE_CHECKING:
     from dllm.regeneration.standalone import RegenerateArgs
@@ -165,7 +166,6 @@ def _parse(flags: dict[str, Any]) -> "RegenerateArgs":
     # Here and not above: torch and transformers come with it, and the help must not wait for them.
     from dllm.config.load import parse_as
     from dllm.regeneration.standalone import RegenerateArgs, Settings
-    from dllm.registry import ENGINES
 
     for name in ("output_dir", "model"):
         if flags[name] is None:

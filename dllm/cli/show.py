@@ -1,24 +1,27 @@
-"""Rows as training sees them: which tokens are context, which supervised, which truncated.
+"""`data show`: rows as training sees them: which tokens are context, which supervised, which truncated.
 
 The loss mask is the one that `make_examples` and `collate` make of the row.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from dllm.errors import DataError
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from dllm.config.params import Target, Train
+from dllm.errors import DataError, ModelError
+from dllm.models import targets
+from dllm.prompts import template as chat
 from dllm.responses import shards
 from dllm.responses.shards import Row
 from dllm.training.batches import collate, make_examples
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.text import Text
-    from transformers import PreTrainedTokenizerBase
 
 GIVEN, SUPERVISED, CUT = "given", "supervised", "cut"
 STYLES = {GIVEN: "dim", SUPERVISED: "bold green", CUT: "dim red strike"}
@@ -28,6 +31,27 @@ _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"
 """Control characters as symbols: a row must not move the terminal's cursor."""
 
 Part = tuple[str, list[int]]
+
+
+def show_folder(
+    dir: Path,
+    *,
+    row: int | None = None,
+    prompt: str | None = None,
+    limit: int = 3,
+    tokens: bool = False,
+    max_length: int | None = None,
+    model: str | None = None,
+) -> None:
+    """Print rows with their supervised tokens highlighted; see `select` and `show`.
+
+    Raises:
+        DataError: there is no such row, or the folder is damaged.
+        ModelError: the tokenizer cannot be loaded.
+    """
+    rows = list(select(dir, row=row, prompt=prompt, limit=limit))
+    tokenizer = _tokenizer(dir, shards.read_manifest(dir), model)
+    show(iter(rows), tokenizer, Console(), max_length=max_length or Train().max_length, tokens=tokens)
 
 
 def select(
@@ -108,9 +132,23 @@ def show(
         console.print()
 
 
-def _text(runs: list[Part], tokenizer: PreTrainedTokenizerBase, tokens: bool, coloured: bool) -> Text:
-    from rich.text import Text
+def _tokenizer(dir: Path, manifest: dict[str, Any], model: str | None) -> PreTrainedTokenizerBase:
+    target = manifest.get("target") or {}
+    name = model or target.get("model")
+    if not isinstance(name, str):
+        raise DataError("the manifest names no target", where=str(dir), hint="name a tokenizer with --model")
+    try:
+        tokenizer = targets.load_tokenizer(Target(model=name, revision=None if model else target.get("revision")))
+    except ModelError as error:
+        if model:
+            raise
+        raise ModelError(error.message, where=error.where, hint="name a tokenizer with --model") from None
+    if manifest.get("template") not in (None, chat.template_digest(tokenizer)):
+        print(f"note: {name} has another chat template than these responses were generated with", file=sys.stderr)
+    return tokenizer
 
+
+def _text(runs: list[Part], tokenizer: PreTrainedTokenizerBase, tokens: bool, coloured: bool) -> Text:
     text = Text()
     for kind, ids in runs:
         if tokens:

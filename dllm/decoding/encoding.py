@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from dllm.errors import DataError
 from dllm.prompts.template import prompt_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SPAN = re.compile(r"\[MASK(?::([1-9]\d*))?\]")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
+
+from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Target
 from dllm.decoding.encoding import check_room, checked
@@ -14,10 +16,7 @@ from dllm.decoding.speculative import Decoder, Round
 from dllm.models import targets
 from dllm.models.checkpoints import Checkpoint
 from dllm.models.drafts.checkpoint import load_draft
-from dllm.prompts.template import prompt_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from dllm.prompts import template as chat
 
 
 def generate(
@@ -41,10 +40,10 @@ def generate(
     """
     model, tokenizer = targets.load_target(target), targets.load_tokenizer(target)
     decoder = sampler.decoder(model, lambda: load_draft(checkpoint.path, model.config), settings)
-    stop_ids = targets.stop_ids(model, tokenizer)
+    stop_ids = chat.stop_ids(tokenizer, model.generation_config, model.config.get_text_config())
     encoded = []
     for number, text in enumerate(texts, 1):
-        ids = prompt_ids(tokenizer, [{"role": "user", "content": checked(text, number)}], target.enable_thinking)
+        ids = chat.prompt_ids(tokenizer, [{"role": "user", "content": checked(text, number)}], target.enable_thinking)
         check_room(len(ids), settings.max_new_tokens, decoder.limit, number)
         encoded.append((text, ids))
     for text, ids in encoded:

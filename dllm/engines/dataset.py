@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Params, Regenerate
 from dllm.engines.engine import EngineStats, Refusal, Request, RequestSource, Response
 from dllm.errors import ConfigError, DataError
 from dllm.prompts import template as chat
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class DatasetEngine:

@@ -12,14 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from transformers import PreTrainedTokenizerBase
+
+from dllm.config.params import Params, Regenerate
 from dllm.prompts.turns import Message
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from dllm.config.params import Params, Regenerate
+from dllm.registry import ENGINES
 
 
 @dataclass(frozen=True)
@@ -157,6 +156,21 @@ class EngineFactory(Protocol):
             ServerError: a server does not start.
         """
         ...
+
+
+def open_engine(
+    params: Params, tokenizer: PreTrainedTokenizerBase, root: Path, servers: Sequence[str] | None = None
+) -> AbstractContextManager[Engine]:
+    """Open `regenerate.engine`, as `EngineFactory.open` describes, after checking its settings.
+
+    Raises:
+        ConfigError: a setting is impossible with this engine, or a server or environment is missing.
+        ModelError: the target cannot be loaded.
+        ServerError: a server does not start.
+    """
+    factory: EngineFactory = ENGINES[params.regenerate.engine]
+    factory.check(params.regenerate)
+    return factory.open(params, tokenizer, root, servers)
 
 
 def request_key(prompt_id: str, sample: int, turn: int = 0) -> str:

@@ -76,7 +76,7 @@ class LocalEngine:
     @contextmanager
     def open(cls, params: Params, tokenizer: Any, root: Path, servers: Sequence[str] | None = None) -> Iterator[Any]:
         model = targets.load_target(params.target)
-        stop_ids = targets.stop_ids(model, tokenizer) | chat.stop_ids(tokenizer, model.generation_config)
+        stop_ids = chat.stop_ids(tokenizer, model.generation_config, model.config.get_text_config())
         yield cls(model, tokenizer, stop_ids, params.regenerate.batch_size)
 
     def describe(self) -> dict[str, Any]:

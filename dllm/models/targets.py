@@ -14,11 +14,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
 from dllm.config.params import Target
 from dllm.errors import ConfigError, ModelError
 from dllm.models import builtin
 from dllm.models.quiet import without_warnings
-from dllm.prompts import template as chat
 
 if TYPE_CHECKING:
     import torch
@@ -68,16 +77,6 @@ def hub_snapshot(repo: str, revision: str | None, patterns: list[str], where: st
     Raises:
         ModelError: the repository or revision does not exist, needs a login, or the hub is out of reach.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     where = f"{where}: {repo}"
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
@@ -97,6 +96,9 @@ def hub_snapshot(repo: str, revision: str | None, patterns: list[str], where: st
             where=where,
             hint="check the network, or name a directory or a built-in model",
         ) from None
+
+
+# torch and the model classes of transformers take 1 to 3 seconds to import: identity and location do without them.
 
 
 def load_tokenizer(target: Target) -> PreTrainedTokenizerBase:
@@ -236,17 +238,6 @@ def _file_digest(file: Path, size: int, mtime_ns: int) -> str:
         return blob
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return every id that ends a response: those of the configs, the tokenizer and the chat template's end of turn.
-
-    Raises:
-        DataError: the tokenizer has no chat template that renders an assistant turn.
-    """
-    found = chat.stop_ids(tokenizer, getattr(model, "generation_config", None))
-    ids = model.config.get_text_config().eos_token_id
-    return found if ids is None else found | {ids} if isinstance(ids, int) else found | set(ids)
 
 
 def _first_line(error: Exception) -> str:

@@ -10,6 +10,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 SEED = 20
 HIDDEN = 64
 LAYERS = 8
@@ -41,10 +46,6 @@ def make(
     folder: Path, *, hidden: int = HIDDEN, layers: int = LAYERS, inner: int = 192, heads: int = 4, kv_heads: int = 2
 ) -> None:
     """Write the tiny model's config, weights and tokenizer into `folder`; the same bytes every time."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     vocab, merges = _vocabulary()
     rows = -(-len(vocab) // 64) * 64
     config = LlamaConfig(
@@ -87,8 +88,6 @@ def make(
 
 def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Build special tokens, all bytes, and every prefix of the common words, with the merges that reach them."""
-    from tokenizers import pre_tokenizers
-
     tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = []
@@ -102,9 +101,6 @@ def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _save_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]], folder: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     bpe = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

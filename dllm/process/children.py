@@ -83,6 +83,15 @@ def run(
     return child.result()
 
 
+def has_gpu() -> bool:
+    """Return whether `nvidia-smi` lists a GPU of this machine."""
+    try:
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return found.returncode == 0 and b"GPU" in found.stdout
+
+
 class Background(Protocol):
     """A child that runs concurrently with its caller."""
 

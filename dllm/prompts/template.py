@@ -18,7 +18,7 @@ from dllm.errors import DataError
 from dllm.prompts.turns import Message, Tools
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 _PROBE = "Xyzzy answers plainly"
 
@@ -79,10 +79,17 @@ def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(_template(tokenizer).encode()).hexdigest()[:16]
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None) -> set[int]:
-    """Collect the ids that end a response: the tokenizer's, the generation config's and the template's end of turn."""
+def stop_ids(tokenizer: PreTrainedTokenizerBase, *configs: GenerationConfig | PreTrainedConfig | None) -> set[int]:
+    """Collect the ids that end a response: the tokenizer's, those of the configs and the template's end of turn.
+
+    Args:
+        configs: of the model, `generation_config` and `config.get_text_config()`; None where there is none.
+
+    Raises:
+        DataError: the tokenizer has no chat template that renders an assistant turn.
+    """
     found = {end_of_turn_id(tokenizer)}
-    for ids in (tokenizer.eos_token_id, getattr(generation_config, "eos_token_id", None)):
+    for ids in (tokenizer.eos_token_id, *(getattr(config, "eos_token_id", None) for config in configs)):
         if ids is not None:
             found.update([ids] if isinstance(ids, int) else ids)
     return found

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Regenerate, Sglang, Target
 from dllm.models import targets
 from dllm.prompts import template as chat
 from dllm.registry import ENGINES
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 THINKING = {None: "template default", True: "on", False: "off"}
 """`target.enable_thinking`, as written in a manifest."""

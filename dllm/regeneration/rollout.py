@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Regenerate, Target
 from dllm.engines.engine import Request, Response, request_key, request_seed
@@ -17,9 +19,6 @@ from dllm.prompts.table import Prompt
 from dllm.prompts.turns import Message
 from dllm.responses import flags
 from dllm.responses.shards import Row
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Calls = list[dict[str, Any]]
 

@@ -12,11 +12,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
 
 from dllm.config.load import params_digest
 from dllm.config.params import Params, Regenerate, Source, Target
 from dllm.config.section import Section
+from dllm.engines.engine import open_engine
 from dllm.errors import ConfigError, DataError
 from dllm.files import full_disk_in_one_line
 from dllm.models import targets
@@ -24,15 +27,12 @@ from dllm.process import signals
 from dllm.prompts import sources
 from dllm.prompts.stream import Tally, stream
 from dllm.prompts.table import Prompt
-from dllm.regeneration import core, engines, identity, output_folder
+from dllm.regeneration import core, identity, output_folder
 from dllm.regeneration.core import Job, Regenerated
 from dllm.regeneration.rollout import Rollout, RolloutConfig, num_samples
 from dllm.registry import ENGINES
 from dllm.responses import shards
 from dllm.workspace import Workspace, fingerprint_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 EXPERIMENT = "regenerate"
 
@@ -73,7 +73,7 @@ class RegenerateArgs:
 
     def open_engine(self) -> contextlib.AbstractContextManager[Any]:
         """Open the engine. Of params, engines read `target` and `regenerate`, which the settings have as well."""
-        return engines.opened(cast(Params, self.settings), self.tokenizer, self.root, self.servers or None)
+        return open_engine(cast(Params, self.settings), self.tokenizer, self.root, self.servers or None)
 
     def prompts(self, tally: Tally) -> Iterator[Prompt]:
         """Stream the prompts of the input."""

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dllm.config.params import Params
+from dllm.engines.engine import open_engine
 from dllm.errors import DataError
 from dllm.models import targets
 from dllm.prompts import table as prompts
-from dllm.regeneration import core, engines, identity
+from dllm.regeneration import core, identity
 from dllm.regeneration.core import Job, Regenerated
 from dllm.regeneration.rollout import RolloutConfig
 from dllm.responses import shards
@@ -46,7 +47,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
             prompts=lambda: inputs,
             turns=sum(core.num_turns(prompt, config) for prompt in inputs),
             work=stage.work,
-            open_engine=lambda: engines.opened(params, tokenizer, stage.root),
+            open_engine=lambda: open_engine(params, tokenizer, stage.root),
             tracker=stage.tracker,
             save_seconds=stage.save_seconds,
         )

@@ -24,6 +24,10 @@ from tests.flows.conftest import Project, copy_project, wait_until
 
 INFRA = Path(__file__).parents[2] / "infra"
 PASSWORD = "someone:geheim"
+SOCKETS = (
+    *("/api/events/in", "/api/events/out", "/api/logs/out", "/api/work_pools/x/workers/connect"),
+    "/api/task_runs/subscriptions/scheduled",
+)
 
 
 class Desk:
@@ -65,7 +69,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
         assert ui.poll() is None, log.read_text()
         yield Desk(project, log)
     finally:
-        tree = psutil.Process(ui.pid).children(recursive=True)
+        tree = psutil.Process(ui.pid).children(recursive=True) if ui.poll() is None else []
         for _ in range(3):
             ui.send_signal(signal.SIGTERM)
         ui.wait(timeout=60)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dllm.cli import generate as generation
+from dllm.cli import generation
 from dllm.config.params import Target
 from dllm.decoding.diffusion import GenerateOptions
 from dllm.decoding.streaming import StreamedResponse

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dllm.cli import generate as generation
+from dllm.cli import generation
+from dllm.cli.generation import read_prompts
 from dllm.decoding.diffusion import GenerateOptions, generate
 from dllm.decoding.encoding import span_ids
 from dllm.decoding.samplers import default_sampler
 from dllm.decoding.settings import Settings
 from dllm.errors import ConfigError, DataError, ModelError
 from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig, load_bidirectional
-from dllm.prompts.batch_file import read_prompts
 from dllm.registry import SAMPLERS
 from tests.models.small_models import TINY
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from dllm.cli import app as application
 from dllm.cli import generate as verb
-from dllm.cli import lm_eval, options
+from dllm.cli import generation, lm_eval, options
 from dllm.decoding.diffusion import GenerateOptions, generate
 from dllm.decoding.samplers import Llada, default_sampler, field_names
 from dllm.decoding.settings import CausalSettings, LengthSettings, Settings, setting
@@ -74,7 +74,7 @@ def test_a_sampler_from_outside_adds_its_flag_and_is_accepted_everywhere(toy) ->
     assert flags("generate")["--patience"].help == "Passes to wait."
     called = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verb, "generate", lambda **named: called.update(named))
+        patch.setattr(generation, "generate", lambda **named: called.update(named))
         said = CliRunner().invoke(
             application.app,
             ["generate", "--checkpoint", "x", "--prompt", "hi", "--sampler", "toy", "--patience", "5", "--top-p", "1"],

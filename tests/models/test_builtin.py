@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from dllm.config.params import Target
 from dllm.errors import ModelError, StageError
 from dllm.models import builtin, targets
+from dllm.prompts import template as chat
 
 CHAT = [{"role": "user", "content": "Natalia sold 48 clips. What is 12 + 35?"}]
 TINY = Target(model="builtin:tiny")
@@ -43,7 +44,9 @@ def test_tiny_is_small_tied_and_speaks_chat(cache: Path) -> None:
     assert text == "<|im_start|>user\n" + CHAT[0]["content"] + "<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text and len(ids) < len(text) / 1.4
-    assert targets.stop_ids(model, tokenizer) == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert chat.stop_ids(tokenizer, model.generation_config, model.config.get_text_config()) == {
+        tokenizer.convert_tokens_to_ids("<|im_end|>")
+    }
     strange = "naïve\t日本\n\n x=1"
     assert tokenizer.decode(tokenizer(strange)["input_ids"]) == strange
 

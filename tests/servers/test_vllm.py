@@ -18,7 +18,7 @@ from dllm.config.params import Params
 from dllm.decoding.acceptance import Acceptance
 from dllm.decoding.speculative import Decoder
 from dllm.engines.readiness import wait_until_ready
-from dllm.methods.dflash.build import initial_draft
+from dllm.methods.dflash.strategy import initial_draft
 from dllm.models import targets
 from dllm.models.drafts.checkpoint import load_draft, save_draft
 from dllm.models.packing import packed_linears
@@ -128,7 +128,7 @@ def decode(params: Params, checkpoint: Path, asked: Sequence[Prompt]) -> tuple[A
     model, tokenizer = targets.load_target(params.target), targets.load_tokenizer(params.target)
     draft = load_draft(checkpoint, model.config).to(model.device, model.dtype)
     decoder, found, texts = Decoder(model, draft), Acceptance(draft.config.block_size), []
-    stops = targets.stop_ids(model, tokenizer)
+    stops = chat.stop_ids(tokenizer, model.generation_config, model.config.get_text_config())
     with packed_linears(model, draft):
         for prompt in asked:
             ids = chat.prompt_ids(tokenizer, prompt.messages)

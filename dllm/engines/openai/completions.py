@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Target
 from dllm.engines.engine import Refusal, Request, Response
@@ -18,9 +20,6 @@ from dllm.engines.openai.client import Fault
 from dllm.engines.openai.servers import Server
 from dllm.errors import DataError, ServerError
 from dllm.prompts import template as chat
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ENDINGS = ("stop", "length", "tool_calls")
 

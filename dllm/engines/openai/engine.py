@@ -13,7 +13,9 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Params, Regenerate, Target
 from dllm.engines.engine import EngineStats, Refusal, Request, RequestSource, Response
@@ -23,9 +25,6 @@ from dllm.engines.openai.pool import FIRST_TRIES, Pool, pause_s
 from dllm.engines.openai.servers import Server, server_url, server_urls, without_credentials
 from dllm.errors import ConfigError, ServerError
 from dllm.process.signals import EventLoop
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TICK_S = 1.0
 START_TOGETHER = 16

@@ -29,8 +29,8 @@ from dllm.models import targets
 from dllm.models.drafts.checkpoint import load_draft
 from dllm.models.packing import packed_linears
 from dllm.progress import Progress
+from dllm.prompts import template as chat
 from dllm.prompts.table import HELDOUT, read_prompts
-from dllm.prompts.template import prompt_ids
 
 WARM_UP_TOKENS = 16
 
@@ -55,7 +55,8 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
     comparison = _load(ctx, params.target.dtype)
     speculative = comparison.speculative
     tokenizer = targets.load_tokenizer(params.target)
-    stop_ids = targets.stop_ids(speculative.model, tokenizer)
+    configs = (speculative.model.generation_config, speculative.model.config.get_text_config())
+    stop_ids = chat.stop_ids(tokenizer, *configs)
     questions, excluded = _questions(params, ctx.root, tokenizer, speculative.limit)
     draft, device = speculative.draft, speculative.model.device
     assert draft is not None
@@ -99,7 +100,7 @@ def _questions(params: Params, root: Path, tokenizer: Any, limit: int) -> tuple[
         if len(same_source) == params.evaluate.num_prompts:
             continue
         try:
-            ids = prompt_ids(tokenizer, prompt.messages, params.target.enable_thinking, tools=prompt.tools)
+            ids = chat.prompt_ids(tokenizer, prompt.messages, params.target.enable_thinking, tools=prompt.tools)
         except DataError as error:  # regenerate has excluded it, too
             refusal, excluded["prompts_refused"] = error, excluded["prompts_refused"] + 1
             continue

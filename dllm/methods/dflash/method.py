@@ -1,4 +1,7 @@
-"""The method `dflash`: a draft model for speculative decoding, trained on hidden states of the frozen target."""
+"""The method `dflash`: a draft model for speculative decoding, trained on hidden states of the frozen target.
+
+Checking a params file imports this module: what imports torch (1 second) is imported when a run needs it.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +39,8 @@ class DflashMethod:
             )
 
     def build(self, ctx: TrainContext[Dflash]) -> DflashStrategy:
-        from dllm.methods.dflash.build import initial_draft
         from dllm.methods.dflash.features import CachedFeatures, OnlineFeatures
-        from dllm.methods.dflash.strategy import DflashStrategy
+        from dllm.methods.dflash.strategy import DflashStrategy, initial_draft
         from dllm.models import targets
 
         settings, params = ctx.settings, ctx.params

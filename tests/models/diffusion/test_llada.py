@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dllm.cli import generate as generation
+from dllm.cli import generation
 from dllm.config.params import Target, Train
 from dllm.decoding.diffusion import GenerateOptions
 from dllm.decoding.settings import Settings
