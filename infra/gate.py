@@ -47,6 +47,7 @@ url = {url}
 user_and_password = {password}
 """
 )
+BACKLOG = 128
 GRACE_S = 3
 """Seconds that open requests have when the server stops."""
 POLICY_VIOLATION = 1008
@@ -241,7 +242,12 @@ def main(arguments: list[str]) -> None:
     """Run a server until a signal stops it; arguments: `prefect` or `mlflow`, port (0: a free one), client file."""
     what, wanted, *client_files = arguments
     password = os.environ[PASSWORD]
-    listener = socket.create_server((HOST, int(wanted)))
+    listener = socket.socket(
+        socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
+    )  # named, else asyncio delays packets
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((HOST, int(wanted)))
+    listener.listen(BACKLOG)
     port = listener.getsockname()[1]
     address = f"http://{HOST}:{port}"
     if what == "prefect":
