@@ -28,7 +28,8 @@ from dllm.config import recipe_book
 from dllm.config.load import parse_params
 from dllm.decoding.settings import Settings
 from dllm.methods.diffusion.responses import Generated, figures, generate_responses
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.models.diffusion.families import load_checkpoint
+from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.prompts.stream import collect
 from dllm.prompts.table import HELDOUT
 from dllm.prompts.template import prompt_ids
@@ -39,7 +40,7 @@ PLAIN = Settings(max_new_tokens=NEW_TOKENS)
 CACHES, BLOCKS, THRESHOLDS = ("dual", "prefix"), (32, 64, 256), (0.5, 0.7, 0.9, 0.95)
 
 
-def heldout_rows(model: BidirectionalLM) -> list[Row]:
+def heldout_rows(model: DiffusionLM) -> list[Row]:
     """Return the recipe's held-out pages, in order of id."""
     asked = parse_params(yaml.safe_load(recipe_book.text(RECIPE))).prepare
     found = []
@@ -51,7 +52,7 @@ def heldout_rows(model: BidirectionalLM) -> list[Row]:
     return found
 
 
-def measure(model: BidirectionalLM, rows: Sequence[Row], way: Settings, batch: int) -> dict[str, Any]:
+def measure(model: DiffusionLM, rows: Sequence[Row], way: Settings, batch: int) -> dict[str, Any]:
     """Write the rows' answers; return what `answering.figures` makes of them."""
     return figures(generate_responses(model, rows, SAMPLER, way, batch), set())
 
@@ -63,7 +64,7 @@ def candidates() -> Iterator[Settings]:
             yield replace(PLAIN, cache=cache, block_size=block, threshold=threshold)
 
 
-def choose(model: BidirectionalLM, rows: Sequence[Row], batch: int, plain: float) -> Settings:
+def choose(model: DiffusionLM, rows: Sequence[Row], batch: int, plain: float) -> Settings:
     """Return the fastest cached settings that lose at most half a point against the plain ones on these rows."""
     wanted = plain - POINT / 2
     tried = []
@@ -79,7 +80,7 @@ def choose(model: BidirectionalLM, rows: Sequence[Row], batch: int, plain: float
     return tried[0][2]
 
 
-def compare(model: BidirectionalLM, rows: Sequence[Row], way: Settings, batch: int, rounds: int) -> dict[str, Any]:
+def compare(model: DiffusionLM, rows: Sequence[Row], way: Settings, batch: int, rounds: int) -> dict[str, Any]:
     """Run both in turn, each round on other rows; return medians and ratios."""
     arms = {"plain": PLAIN, "cached": way}
     written: dict[str, list[Generated]] = {name: [] for name in arms}
@@ -127,7 +128,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = BidirectionalLM.from_directory(args.checkpoint).eval()
+    model = load_checkpoint(args.checkpoint).eval()
     rows = heldout_rows(model)
     if args.prompts % args.rounds or args.tuning_prompts + args.prompts > len(rows):
         parser.error(f"--prompts must be a multiple of --rounds, and with --tuning-prompts at most {len(rows)}")

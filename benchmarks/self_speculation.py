@@ -31,27 +31,28 @@ from dllm.config.load import parse_params
 from dllm.decoding.causal import decode_causally, speculate_on_itself
 from dllm.decoding.settings import Settings
 from dllm.decoding.unmasking import Generation, sample
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.models.diffusion.families import load_checkpoint
+from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.prompts.stream import collect
 from dllm.prompts.table import HELDOUT
 from dllm.prompts.template import prompt_ids
 
-Decode = Callable[[BidirectionalLM, Sequence[Sequence[int]], Settings], list[Generation]]
+Decode = Callable[[DiffusionLM, Sequence[Sequence[int]], Settings], list[Generation]]
 THRESHOLD = 0.9
 PAIRS = (("cached", "uncached"), ("self-spec", "ar"))
 """What is compared: the first's rate over the second's, at the second's ids."""
 
 
-def heldout(recipe: str, model: BidirectionalLM, number: int) -> list[list[int]]:
+def heldout(recipe: str, model: DiffusionLM, number: int) -> list[list[int]]:
     """Return held-out prompts of a recipe as ids, the first in order of id."""
     asked = parse_params(yaml.safe_load(recipe_book.text(recipe))).prepare
     found = [prompt for prompt in collect(asked, Path())[0] if prompt.split == HELDOUT]
     return [prompt_ids(model.tokenizer, prompt.messages) for prompt in found[:number]]
 
 
-def ways(model: BidirectionalLM, new_tokens: int) -> dict[str, tuple[Decode, Settings]]:
+def ways(model: DiffusionLM, new_tokens: int) -> dict[str, tuple[Decode, Settings]]:
     """Name what is measured."""
-    plain = Settings(max_new_tokens=new_tokens, block_size=model.note.block_size)
+    plain = Settings(max_new_tokens=new_tokens, block_size=model.config.block_size)
     blocks = replace(plain, threshold=THRESHOLD)
     return {
         "cached": (sample, replace(blocks, cache="block")),
@@ -61,7 +62,7 @@ def ways(model: BidirectionalLM, new_tokens: int) -> dict[str, tuple[Decode, Set
     }
 
 
-def timed(model: BidirectionalLM, decode: Decode, settings: Settings, prompts: Sequence[list[int]]) -> dict[str, Any]:
+def timed(model: DiffusionLM, decode: Decode, settings: Settings, prompts: Sequence[list[int]]) -> dict[str, Any]:
     """Generate from the prompts one at a time. Units: tokens per second, and tokens per forward pass."""
     began = time.perf_counter()
     answers = [decode(model, [prompt], settings)[0] for prompt in prompts]
@@ -74,7 +75,7 @@ def timed(model: BidirectionalLM, decode: Decode, settings: Settings, prompts: S
     }
 
 
-def compare(model: BidirectionalLM, prompts: Sequence[list[int]], new_tokens: int, rounds: int) -> dict[str, Any]:
+def compare(model: DiffusionLM, prompts: Sequence[list[int]], new_tokens: int, rounds: int) -> dict[str, Any]:
     """Run every way in turn, round by round, and print the table."""
     arms = ways(model, new_tokens)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
@@ -113,12 +114,14 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = BidirectionalLM.from_directory(args.checkpoint).eval()
-    if model.note.context != "causal":
+    model = load_checkpoint(args.checkpoint).eval()
+    if model.config.context != "causal":
         parser.error(f"{args.checkpoint} has no causal side: give a checkpoint of mode hybrid")
     prompts = heldout(args.recipe, model, args.prompts)
     timed(model, *ways(model, 8)["self-spec"], prompts[:1])  # warms up
-    print(f"{len(prompts)} held-out prompts, {args.new_tokens} new tokens, blocks of {model.note.block_size},", end=" ")
+    print(
+        f"{len(prompts)} held-out prompts, {args.new_tokens} new tokens, blocks of {model.config.block_size},", end=" "
+    )
     print(f"threshold {THRESHOLD}, float32, {args.threads} threads")
     result = compare(model, prompts, args.new_tokens, args.rounds)
     if args.json:

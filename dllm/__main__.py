@@ -22,6 +22,7 @@ from dllm.files import is_disk_full
 from dllm.process import signals
 from dllm.process.output import outlive_readers
 from dllm.process.parent import follow_parent
+from dllm.process.proxies import bypass_for_loopback
 
 if TYPE_CHECKING:
     import typer
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     with signals.handled(signal.SIGTERM, signal.SIGINT):
         follow_parent()
         outlive_readers()
+        bypass_for_loopback()
         secrets.install()
         if not is_debug:
             sys.excepthook = _report_bug

@@ -92,13 +92,13 @@ DRAFTS: Registry[Any] = Registry("drafts", {"dflash": "dllm.models.drafts.dflash
 DIFFUSION_LMS: Registry[Any] = Registry(
     "diffusion_lms",
     {
-        "transformers": "dllm.models.diffusion.bidirectional:BidirectionalLM",
-        "llada": "dllm.models.diffusion.llada_own_code:LLaDA",
+        "transformers": "dllm.models.diffusion.transformers_lm:TransformersLM",
+        "llada": "dllm.models.diffusion.llada:LLaDA",
         "llada2": "dllm.models.diffusion.llada2:LLaDA2",
         "nemotron": "dllm.models.diffusion.nemotron:NemotronLabsDiffusion",
     },
 )
-"""Families of diffusion LMs: subclasses of `dllm.models.diffusion.bidirectional.BidirectionalLM`."""
+"""Families of diffusion LMs: subclasses of `dllm.models.diffusion.protocol.DiffusionLM`."""
 
 OBJECTIVES: Registry[Any] = Registry(
     "objectives",

@@ -222,12 +222,12 @@ class Workspace:
         self.tracker.finish(status)
 
     def _describe(self, started: str) -> dict[str, Any]:
-        commit, dirty = provenance.git_state(self.root)
+        git = provenance.git_state(self.root)
         record = {
             **self.made_of,
             "fingerprint": self.fingerprint,
             "recipe": self.experiment,
-            "git": {"commit": commit, "dirty": dirty},
+            "git": git,
             "libraries": provenance.library_versions(),
             "mlflow_run_id": self.tracker.run_id,
             "mlflow_experiment_id": self.tracker.experiment_id,
@@ -241,12 +241,14 @@ class Workspace:
             "dllm.stage": self.name,
             "dllm.fingerprint": self.fingerprint,
             "dllm.params": str(record["params"]),
-            "dllm.git_dirty": str(dirty),
+            "dllm.git_dirty": str(git["dirty"]),
             **{f"dllm.input.{key}": value for key, value in self.digests.items()},
             **{f"dllm.identity.{key}": str(value) for key, value in flatten(record["identity"]).items()},
         }
-        if commit:
-            tags["mlflow.source.git.commit"] = commit
+        if git["commit"]:
+            tags["mlflow.source.git.commit"] = str(git["commit"])
+        else:
+            tags["dllm.no_git_commit"] = str(git["reason"])
         if flow_run := os.environ.get("DLLM_FLOW_RUN"):
             tags["dllm.flow_run"] = flow_run
         self.tracker.set_tags(tags)

@@ -25,7 +25,7 @@ from dllm.files import lock_folder
 from dllm.process import children as process
 from dllm.process.output import outlive_readers
 from dllm.stages import workspace as contract
-from flows.artifacts import ProgressBar
+from flows.artifacts import ProgressBar, share
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = f"gpu:{platform.node()}"
@@ -39,6 +39,8 @@ DVC_CHATTER = re.compile(
     r"|ERROR: .*it is being blocked by:|  \(PID \d+\): |If there are no processes with such PIDs"  # one line instead
 )
 HOLDER = re.compile(r"  \(PID (\d+)\): (.*)")
+PROGRESS = re.compile(r"^[\w :-]+: \d\S*( \w+( \(\d+%\))?)?  \S+ \w+/s\b|\d%\|")
+"""Lines of `dllm.progress.Progress`, and of tqdm, which libraries use."""
 COMPLAINT = re.compile(r"dllm( rank \d+)?: |ERROR: ")
 STAGE_CODE = re.compile(r"exited with (\d+)")
 
@@ -124,7 +126,6 @@ def _run(root: Path, stage: str, argv: Sequence[str]) -> None:
         "PYTHONUNBUFFERED": "1",
         "DLLM_FLOW_RUN": str(flow_run.id or ""),
     }
-    outlive_readers()
     relay = _Relay(stage)
     try:
         result = process.run(
@@ -141,6 +142,8 @@ def _run(root: Path, stage: str, argv: Sequence[str]) -> None:
     complaints = [line for line in result.tail if COMPLAINT.match(line)]
     codes = [int(match[1]) for line in result.tail if (match := STAGE_CODE.search(line))]  # dvc's own is always 255
     reason = COMPLAINT.sub("", complaints[0], count=1) if complaints else f"exit code {result.code}"
+    if "is not a git repository" in reason:
+        raise StageError("DVC looks for git here", where=str(root), hint="outside git: `dvc config core.no_scm true`")
     kind = ServerError if ServerError.exit_code in [result.code, *codes] else StageError
     raise kind(f"stage {stage} failed: {reason}", where=f"logs/{stage}.log")
 
@@ -154,9 +157,10 @@ def _report_holder(root: Path, lines: Sequence[str]) -> None:
 
 
 class _Relay:
-    """Shows every line; logs one every few seconds to the flow run, since each is a request to the server."""
+    """Shows every line and logs it to the flow run; of progress, one line every few seconds and the last."""
 
     def __init__(self, stage: str) -> None:
+        outlive_readers()  # the worker that reads this may be killed
         self.bar = ProgressBar(f"{stage}-progress")
         self._logger = get_run_logger()
         self._recorded = 0.0
@@ -167,6 +171,8 @@ class _Relay:
             return
         print(line, flush=True)
         self.bar.show(line)
-        if COMPLAINT.match(line) or time.monotonic() - self._recorded > RECORD_EVERY_S:
+        if PROGRESS.search(line) and share(line) != 1:
+            if time.monotonic() - self._recorded < RECORD_EVERY_S:
+                return
             self._recorded = time.monotonic()
-            self._logger.info(line)
+        self._logger.info("%s", line)

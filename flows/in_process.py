@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 import sys
 import threading
@@ -9,6 +11,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import prefect.context
 from prefect import Flow, get_client
 from prefect.settings import PREFECT_API_URL
 
@@ -16,6 +19,8 @@ from dllm.errors import DllmError, ServerError
 from dllm.process import children, signals
 from dllm.process.output import outlive_readers
 from dllm.process.parent import follow_parent
+from dllm.process.proxies import bypass_for_loopback, drop_unusable
+from infra.servers import PASSWORD, close_flow_runs, gated, new_password, recorded_api
 
 STOP_S = 5.0
 """How long Prefect may take, after a signal and when no child runs, to return; it may be waiting to retry."""
@@ -37,7 +42,7 @@ def run(flow: Flow[Any, Any], lock: AbstractContextManager[None] | None = None, 
         try:
             with lock or nullcontext():
                 pass
-            _check_server()
+            _find_server()
             _run_in_thread(flow, parameters)
         except DllmError as error:
             print(f"dllm: {error}", file=sys.stderr)
@@ -76,18 +81,30 @@ def _run_in_thread(flow: Flow[Any, Any], parameters: dict[str, Any]) -> None:
         raise raised[0]
 
 
-def _check_server() -> None:
-    address = PREFECT_API_URL.value()
-    try:
-        with get_client(sync_client=True) as client:
-            cause = client.api_healthcheck()
-    except RuntimeError as error:  # the temporary server did not start
-        cause = error
+def _find_server() -> None:
+    """Check the configured server, or start one for this process: on loopback, with a password, as `make serve` has."""
+    bypass_for_loopback()
+    for variable in drop_unusable():
+        print(f"warning: {variable} names a proxy that cannot be used here; going on without it", file=sys.stderr)
+    recorded_api()  # removes a prefect.toml that points to nothing
+    prefect.context.refresh_global_settings_context()
+    if address := PREFECT_API_URL.value():
+        _check_server(address)
+        return
+    password = new_password()
+    server = gated("prefect", 0, password)
+    atexit.register(server.stop)  # not before: Prefect sends its last logs when the interpreter ends
+    os.environ["PREFECT_UI_ENABLED"] = "0"
+    server.start()
+    api = f"{server.wait_ready()}/api"
+    close_flow_runs(api, password)
+    os.environ |= {"PREFECT_API_URL": api, PASSWORD: password}
+    prefect.context.refresh_global_settings_context()
+
+
+def _check_server(address: str) -> None:
+    with get_client(sync_client=True) as client:
+        cause = client.api_healthcheck()
     if cause is not None:
-        where = address or "a temporary one, its data in PREFECT_HOME"
-        hint = (
-            "start it, unset PREFECT_API_URL, or delete prefect.toml"
-            if address
-            else "run again; see PREFECT_HOME for its database"
-        )
-        raise ServerError(f"Prefect's server out of reach: {' '.join(str(cause).split())}", where=where, hint=hint)
+        message = f"Prefect's server out of reach: {' '.join(str(cause).split())}"
+        raise ServerError(message, where=address, hint="start it, unset PREFECT_API_URL, or delete prefect.toml")

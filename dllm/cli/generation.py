@@ -17,7 +17,8 @@ from dllm.decoding.diffusion import GenerateOptions
 from dllm.decoding.samplers import field_names, given
 from dllm.errors import ConfigError, DataError
 from dllm.models import checkpoints, targets
-from dllm.models.diffusion.bidirectional import DiffusionConfig, load_bidirectional
+from dllm.models.diffusion.config import DiffusionConfig
+from dllm.models.diffusion.families import load_diffusion_lm
 from dllm.registry import SAMPLERS
 
 
@@ -63,7 +64,7 @@ def generate(
         if found.kind == "diffusion":
             raise ConfigError("--mask-token-id: this model knows its own", where=str(found.path), hint="leave it out")
         if found.kind == "causal":  # trained with another tool
-            found = replace(found, kind="diffusion", note=DiffusionConfig("mdlm", mask_token_id))
+            found = replace(found, kind="diffusion", config=DiffusionConfig("mdlm", mask_token_id))
     options, stream = options or GenerateOptions(), stream or sys.stdout
     if found.kind == "diffusion":
         options = replace(options, enable_thinking=checkpoints.thinking(found.path, root))
@@ -149,6 +150,8 @@ def _with_target(
         raise ConfigError(f"{flag} is for diffusion models, and this is {found.noun}", where=str(found.path))
     settings = sampler.settings[found.kind](**named)
     causal = checkpoints.target_of(found.path, root, str(found.path) if found.kind == "causal" else target)
+    if found.kind == "draft":
+        checkpoints.require_same_revision(found.path, causal)
     records = []
     for record in streaming.generate(found, causal, prompts, sampler, settings, None if as_json else stream):
         if as_json:
@@ -193,7 +196,7 @@ def _with_diffusion(
     # On a CPU bfloat16 is no faster, and near ties would differ between batches.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     target = Target(model=str(found.path), trust_remote_code=trust_remote_code)
-    model = load_bidirectional(target, dtype, device, mask_token_id)
+    model = load_diffusion_lm(target, dtype, device, mask_token_id=mask_token_id)
     records = []
     canvas = sys.stderr if as_json else stream  # not between the JSON objects
     for record in diffusion.generate(model, prompts, options, canvas if show else None):

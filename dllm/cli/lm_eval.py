@@ -5,7 +5,10 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
+
+from rich.console import Console
+from rich.table import Table
 
 from dllm.cli.options import (
     DECODING,
@@ -19,12 +22,7 @@ from dllm.cli.options import (
     option,
     sampler_option,
 )
-from dllm.errors import ConfigError, ModelError
-
-if TYPE_CHECKING:
-    import torch
-
-    from dllm.lm_eval.models import Scored
+from dllm.errors import ConfigError
 
 KINDS = {
     "exact": "log-likelihoods are exact: token by token, with the causal mask",
@@ -87,6 +85,7 @@ def run(
         os.environ.setdefault(name, "1")
     from dllm.lm_eval import measuring
     from dllm.lm_eval.adapter import HarnessModel
+    from dllm.lm_eval.models import load_model
     from dllm.models import builtin, checkpoints
     from dllm.training.distributed import Join
 
@@ -99,8 +98,18 @@ def run(
             folder = builtin.directory(checkpoint)
         else:
             folder = checkpoints.find(checkpoint, root, trust_remote_code, revision)
+        scored = load_model(
+            folder,
+            ranks.device,
+            trust_remote_code=trust_remote_code,
+            sampler=sampler,
+            samples=samples,
+            batch_size=batch_size,
+            seed=seed,
+            check_greedy=checks,
+        )
         model = HarnessModel(
-            _model(folder, ranks.device, trust_remote_code, batch_size, samples, seed, checks, sampler),
+            scored,
             batch_size=batch_size,
             seed=seed,
             max_length=max_length,
@@ -120,46 +129,6 @@ def run(
             print(json.dumps(record)) if as_json else _show(record)
 
 
-def _model(
-    folder: Path,
-    device: "torch.device",
-    trust_remote_code: bool,
-    batch_size: int,
-    samples: int,
-    seed: int,
-    check_greedy: bool,
-    sampler: str | None,
-) -> "Scored":
-    """Load a diffusion model, or an ordinary causal one."""
-    import torch
-
-    from dllm.config.params import Target
-    from dllm.lm_eval.models import CausalScores, DiffusionScores
-    from dllm.models import checkpoints, targets
-    from dllm.models.diffusion.bidirectional import BidirectionalLM, load_bidirectional
-
-    target = Target(model=str(folder), trust_remote_code=trust_remote_code)
-    # On a CPU bfloat16 is no faster, and near ties would differ between batches.
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    found = checkpoints.identify(folder)
-    if found.kind == "draft":
-        raise ModelError("a draft has no likelihood of its own", where=str(folder), hint="name its target")
-    if found.note is None:
-        if sampler is not None:
-            raise ConfigError(f"sampler {sampler} is for diffusion models", where=str(folder))
-        model = targets.load_target(target, dtype, device)
-        return CausalScores(model, targets.load_tokenizer(target), batch_size=batch_size)
-    found.require_trust(trust_remote_code)
-    size = found.note.block_size
-
-    def load(to_score: bool) -> BidirectionalLM:
-        return load_bidirectional(target, dtype, device, paired=size if to_score else None)
-
-    return DiffusionScores(
-        load, samples=samples, batch_size=batch_size, seed=seed, check_greedy=check_greedy, sampler=sampler
-    )
-
-
 def _named(pairs: Sequence[str]) -> dict[str, Any]:
     from dllm.config.load import read_yaml
 
@@ -176,9 +145,6 @@ def _named(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _show(record: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(title=record["checkpoint"], title_justify="left")
     for column in ("task", "shots", "documents", "filter", "metric", "", "value", "± stderr"):
         table.add_column(column, justify="right" if column in ("shots", "documents", "value", "± stderr") else "left")

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from dllm.decoding.canvas import Canvas
 from dllm.decoding.settings import CacheKind
-from dllm.models.diffusion.bidirectional import BidirectionalLM, Context
 from dllm.models.diffusion.cache import CanvasCache
+from dllm.models.diffusion.config import Context
+from dllm.models.diffusion.layout import with_self
+from dllm.models.diffusion.protocol import DiffusionLM
 
 
 class Passes:
@@ -31,7 +33,7 @@ class Passes:
         cache: what is kept between passes.
     """
 
-    def __init__(self, model: BidirectionalLM, canvas: Canvas, context: Context, cache: CacheKind) -> None:
+    def __init__(self, model: DiffusionLM, canvas: Canvas, context: Context, cache: CacheKind) -> None:
         self.model, self.canvas, self.context, self.kind = model, canvas, context, cache
         self.cache = CanvasCache(canvas.position_ids_BK) if cache != "none" else None
         self.final = 0
@@ -67,10 +69,10 @@ class Passes:
         if self.cache is None:
             found = self.model.hidden(ids_BQ, allowed_BSS=visible_BQK, position_ids_BS=positions_BQ)
         else:
-            self.cache.write(first, last, seen, rows)
+            self.cache.next_pass(first, last, seen, rows)
             if visible_BQK is None:
                 visible_BQK = torch.ones(len(ids_BQ), last - first, seen, dtype=torch.bool, device=ids_BQ.device)
-            found = self.model.part(ids_BQ, positions_BQ, visible_BQK, self.cache)
+            found = self.model.cached_hidden(ids_BQ, positions_BQ, visible_BQK, self.cache)
             if self.fresh:
                 self.final = self.begin
         self.fresh = False
@@ -111,6 +113,4 @@ class Passes:
                 back_QK = column_K <= column_Q[:, None]
                 here_QK = (column_Q[:, None] >= self.begin) & (column_K >= self.begin)
                 visible_BQK = (back_QK | here_QK) & valid_BK[:, None]
-        # The softmax over nothing, as of padding, is NaN: each column attends to itself.
-        own_QK = torch.eye(last, seen, dtype=torch.bool, device=valid_BK.device)[first:]
-        return visible_BQK | own_QK
+        return with_self(visible_BQK, first)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Origin = Literal["sequence", "response"]
+from dllm.models.diffusion.config import Origin
+from dllm.models.diffusion.layout import number_blocks, positions
+
 PADDING_BLOCK = -(1 << 40)
 
 
@@ -103,10 +104,8 @@ def _blank(rows: int, width: int, start: int, mask_id: int) -> Canvas:
 
 
 def _number(canvas: Canvas, block_size: int, prompt_blocks: bool) -> None:
-    canvas.position_ids_BK = (canvas.valid_BK.long().cumsum(1) - 1).clamp_min(0)
-    block_K = torch.div(torch.arange(canvas.width) - canvas.start, block_size, rounding_mode="floor")
-    if not prompt_blocks:
-        block_K = block_K.clamp_min(-1)
+    canvas.position_ids_BK = positions(canvas.ids_BK, canvas.valid_BK)
+    block_K = number_blocks(canvas.width, canvas.start, block_size, prompt_blocks=prompt_blocks)
     canvas.block_BK = torch.where(canvas.valid_BK, block_K, PADDING_BLOCK)
 
 

@@ -18,13 +18,12 @@ from dllm.decoding.proposals import propose, row_generators
 from dllm.decoding.settings import CausalSettings, Remasking, SeededSettings, SelfSpeculationSettings, UnmaskingSettings
 from dllm.decoding.unmasking import Generation, Watch, check_prompts, trimmed
 from dllm.errors import ConfigError
-from dllm.models.diffusion.bidirectional import BidirectionalLM
-from dllm.models.diffusion.columns import columns_of
+from dllm.models.diffusion.protocol import DiffusionLM
 
 
 @torch.no_grad()
 def decode_causally(
-    model: BidirectionalLM,
+    model: DiffusionLM,
     prompts: Sequence[Sequence[int]],
     settings: CausalSettings,
     watch: Watch | None = None,
@@ -40,7 +39,7 @@ def decode_causally(
 
 @torch.no_grad()
 def decode_seeded(
-    model: BidirectionalLM,
+    model: DiffusionLM,
     prompts: Sequence[Sequence[int]],
     settings: UnmaskingSettings,
     watch: Watch | None = None,
@@ -60,7 +59,7 @@ def decode_seeded(
 
 @torch.no_grad()
 def speculate_on_itself(
-    model: BidirectionalLM,
+    model: DiffusionLM,
     prompts: Sequence[Sequence[int]],
     settings: SelfSpeculationSettings,
     watch: Watch | None = None,
@@ -84,8 +83,8 @@ def speculate_on_itself(
     return _each(model, prompts, settings, size, watch, copies, decode)
 
 
-def _block_size(model: BidirectionalLM, named: int | None) -> int:
-    return named or model.note.block_size or 32
+def _block_size(model: DiffusionLM, named: int | None) -> int:
+    return named or model.config.block_size or 32
 
 
 class _Row:
@@ -93,7 +92,7 @@ class _Row:
 
     def __init__(
         self,
-        model: BidirectionalLM,
+        model: DiffusionLM,
         prompt: Sequence[int],
         settings: SeededSettings,
         generator: torch.Generator,
@@ -104,7 +103,7 @@ class _Row:
         self.model, self.settings, self.generator, self.number, self.watch = model, settings, generator, number, watch
         self.device = model.head_VD.device
         self.start, self.generation = len(prompt), Generation()
-        self.columns = columns_of(model, len(prompt) + columns)
+        self.columns = model.columns(len(prompt) + columns)
         self.first_logits_V = self.run_causally(list(prompt), 0)
 
     def run_causally(self, ids: Sequence[int], begin: int) -> Tensor:
@@ -148,7 +147,7 @@ class _Row:
 
 
 def _each(
-    model: BidirectionalLM,
+    model: DiffusionLM,
     prompts: Sequence[Sequence[int]],
     settings: SeededSettings,
     size: int,

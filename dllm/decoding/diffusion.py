@@ -11,11 +11,10 @@ from typing import Any, TextIO
 from dllm.decoding.encoding import check_room, fill_spans, span_ids, text_ids
 from dllm.decoding.proposals import copies_of
 from dllm.decoding.replay import Replay
-from dllm.decoding.samplers import default_sampler
 from dllm.decoding.settings import Settings
 from dllm.decoding.unmasking import fill
 from dllm.errors import ConfigError, DataError
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.registry import SAMPLERS
 
 
@@ -37,7 +36,7 @@ class GenerateOptions:
 
 
 def generate(
-    model: BidirectionalLM, texts: Sequence[str], options: GenerateOptions, show: TextIO | None = None
+    model: DiffusionLM, texts: Sequence[str], options: GenerateOptions, show: TextIO | None = None
 ) -> Iterator[dict[str, Any]]:
     """Generate from each text; yield its record, in order.
 
@@ -52,7 +51,7 @@ def generate(
         ConfigError: the sampler does not fit the model, or the settings contradict each other.
         DataError: a text is empty, too long, or has no span to fill.
     """
-    sampler = SAMPLERS[options.sampler or default_sampler(model)]
+    sampler = SAMPLERS[options.sampler or model.default_sampler]
     settings = sampler.settle(model, options.settings, infill=options.infill)
     if show is not None and not sampler.reports_steps:
         raise ConfigError(f"sampler {sampler.name} does not report its steps", hint="leave out --show")
@@ -92,16 +91,14 @@ def generate(
             }
 
 
-def _canvas(
-    model: BidirectionalLM, ids: Sequence[int], options: GenerateOptions, settings: Settings
-) -> list[int | None]:
+def _canvas(model: DiffusionLM, ids: Sequence[int], options: GenerateOptions, settings: Settings) -> list[int | None]:
     """Return what is shown before the first step."""
     if not options.infill:
         return [None] * settings.max_new_tokens
     return [None if token == model.mask_token_id else token for token in ids]
 
 
-def _encode(model: BidirectionalLM, text: str, options: GenerateOptions, settings: Settings, number: int) -> list[int]:
+def _encode(model: DiffusionLM, text: str, options: GenerateOptions, settings: Settings, number: int) -> list[int]:
     if options.infill:
         ids, new = span_ids(model.tokenizer, text, options.raw, model.mask_token_id, model.max_length, number), 0
     else:

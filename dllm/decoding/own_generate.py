@@ -14,10 +14,10 @@ from dllm.decoding.settings import Settings
 from dllm.decoding.unmasking import Generation, check_prompts, trimmed
 from dllm.errors import ConfigError, ModelError
 from dllm.models.diffusion import older_code
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.models.diffusion.protocol import DiffusionLM
 
 
-def own_method(model: BidirectionalLM, method: str) -> Any:
+def own_method(model: DiffusionLM, method: str) -> Any:
     """Return a method of a model's own code.
 
     Raises:
@@ -31,7 +31,7 @@ def own_method(model: BidirectionalLM, method: str) -> Any:
     return found
 
 
-def unknown_to_own_code(model: BidirectionalLM, method: str, named: Mapping[str, Any]) -> list[str]:
+def unknown_to_own_code(model: DiffusionLM, method: str, named: Mapping[str, Any]) -> list[str]:
     """List the settings that differ from their defaults and that a model's own code has no argument for.
 
     Raises:
@@ -46,7 +46,7 @@ def unknown_to_own_code(model: BidirectionalLM, method: str, named: Mapping[str,
 
 @torch.no_grad()
 def generate_with_own_code(
-    model: BidirectionalLM,
+    model: DiffusionLM,
     prompts: Sequence[Sequence[int]],
     settings: Settings,
     method: str = "generate",

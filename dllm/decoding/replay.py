@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from dllm.models.diffusion.bidirectional import BidirectionalLM
+    from dllm.models.diffusion.protocol import DiffusionLM
 
 BLANK, END = "░", "■"
 """How masks and end tokens are shown."""
@@ -34,7 +34,7 @@ class Replay:
         stream: where to show it.
     """
 
-    def __init__(self, model: BidirectionalLM, canvas: list[int | None], stream: TextIO) -> None:
+    def __init__(self, model: DiffusionLM, canvas: list[int | None], stream: TextIO) -> None:
         self.tokenizer, self.eos_ids = model.tokenizer, model.eos_ids
         self.canvas, self.stream = canvas, stream
         self.seconds = 0.0

@@ -25,19 +25,20 @@ from dllm.errors import ConfigError
 if TYPE_CHECKING:  # these import torch
     from dllm.decoding.speculative import Decoder
     from dllm.decoding.unmasking import Generation, Watch
-    from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig
+    from dllm.models.diffusion.config import DiffusionConfig
+    from dllm.models.diffusion.protocol import DiffusionLM
 
 
 class Decodable(Protocol):
     """What a sampler must know of a diffusion model, loaded (`DiffusionLM`) or not (`checkpoints.Checkpoint`)."""
 
     @property
-    def note(self) -> DiffusionConfig:
+    def config(self) -> DiffusionConfig:
         """Return how the model was trained."""
 
     @property
     def sets_own_masks(self) -> bool:
-        """Tell whether its code sets its attention masks, so that none of ours applies."""
+        """Return whether its code sets its attention masks, so that none of ours applies."""
 
 
 def given(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,12 +67,15 @@ class Sampler:
     """Whether it can fill masks inside a text."""
     reports_steps: bool = True
     """Whether it calls `watch`, as `--show` requires."""
+    evaluated: bool = False
+    """Whether `evaluate` decodes with it too, beside a model's default sampler, where attention before a block is
+    causal."""
     needs_causal: bool = False
     """Whether a diffusion model must have learned to predict the next token as well."""
 
     def decode(
         self,
-        model: BidirectionalLM,
+        model: DiffusionLM,
         prompts: Sequence[Sequence[int]],
         settings: Any,
         watch: Watch | None = None,
@@ -112,10 +116,10 @@ class Sampler:
         Raises:
             ConfigError: it cannot.
         """
-        if self.needs_causal and not model.note.learned_causally:
+        if self.needs_causal and not model.config.predicts_next:
             raise ConfigError(
                 f"sampler {self.name} needs a model that also learned causal prediction, and this one's mode is "
-                f"{model.note.mode}",
+                f"{model.config.mode}",
                 hint="take llada, or llada2 if it is block-causal",
             )
 
@@ -152,7 +156,7 @@ class Sampler:
 
     def defaults_for(self, model: Any) -> dict[str, Any]:
         """Return what replaces the defaults of the settings for a diffusion model."""
-        own = {} if model.note.block_size is None else {"block_size": model.note.block_size}
+        own = {} if model.config.block_size is None else {"block_size": model.config.block_size}
         return {**self.defaults, **own}
 
     def _takes(self, name: str) -> bool:
@@ -174,7 +178,7 @@ class DFlash(Sampler):
 class Ar(Sampler):
     """One token per pass: a draft's target or a plain causal model, greedily; or a diffusion model's causal side."""
 
-    name, needs_causal = "ar", True
+    name, needs_causal, evaluated = "ar", True, True
     settings: ClassVar = {"draft": LengthSettings, "causal": LengthSettings, "diffusion": CausalSettings}
     implementation = "dllm.decoding.causal:decode_causally"
 
@@ -188,7 +192,7 @@ class Ar(Sampler):
 class SelfSpeculation(Sampler):
     """Draft a block with attention both ways, and verify it causally; greedy, the text is `ar`'s."""
 
-    name, needs_causal = "self-spec", True
+    name, needs_causal, evaluated = "self-spec", True, True
     settings, defaults = {"diffusion": SelfSpeculationSettings}, {"block_size": 32}
     implementation = "dllm.decoding.causal:speculate_on_itself"
 
@@ -240,7 +244,7 @@ class Llada2(Llada):
 
     @override
     def check(self, model: Decodable) -> None:
-        if model.note.context == "full":
+        if model.config.context == "full":
             raise ConfigError(
                 "sampler llada2 is for block-causal models, and this one's attention is full", hint="take llada"
             )
@@ -261,13 +265,13 @@ class Own(Unmasking):
 
     @override
     def defaults_for(self, model: Any) -> dict[str, Any]:
-        seeded = {"threshold": Nemotron.defaults["threshold"]} if model.note.context == "causal" else {}
+        seeded = {"threshold": Nemotron.defaults["threshold"]} if model.config.context == "causal" else {}
         return {**super().defaults_for(model), **seeded}
 
     @override
     def decode(
         self,
-        model: BidirectionalLM,
+        model: DiffusionLM,
         prompts: Sequence[Sequence[int]],
         settings: Any,
         watch: Watch | None = None,
@@ -300,10 +304,3 @@ class OwnSelfSpeculation(Own):
 
 DFLASH, AR, OWN, OWN_AR, OWN_SELF_SPECULATION = DFlash(), Ar(), Own(), OwnAr(), OwnSelfSpeculation()
 LLADA, LLADA2, NEMOTRON, SELF_SPECULATION = Llada(), Llada2(), Nemotron(), SelfSpeculation()
-
-
-def default_sampler(model: Decodable) -> str:
-    """Name the sampler that shows a diffusion model its text as training did."""
-    if model.note.context == "causal":
-        return OWN.name if model.sets_own_masks else NEMOTRON.name
-    return LLADA.name

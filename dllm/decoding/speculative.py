@@ -15,18 +15,16 @@ import copy
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from dllm.decoding.acceptance import RoundCounts
 from dllm.errors import DataError, ModelError
 from dllm.models.drafts.protocol import Draft, TargetIO
 from dllm.models.taps import capture
-
-if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -147,8 +145,6 @@ class Decoding:
     """Tapped features of the positions that the draft has not read yet."""
 
     def __post_init__(self) -> None:
-        from transformers import DynamicCache
-
         room = self.decoder.limit - len(self.prompt_ids)
         if not self.prompt_ids or room < 1:
             raise DataError(

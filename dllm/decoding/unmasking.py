@@ -16,11 +16,12 @@ from torch import Tensor
 
 from dllm.decoding import rules
 from dllm.decoding.cache_passes import Passes
-from dllm.decoding.canvas import Canvas, Origin, for_filling, for_responses
+from dllm.decoding.canvas import Canvas, for_filling, for_responses
 from dllm.decoding.proposals import propose, row_generators
 from dllm.decoding.settings import CacheKind, Settings
-from dllm.errors import ConfigError, DataError
-from dllm.models.diffusion.bidirectional import BidirectionalLM, Context
+from dllm.errors import ConfigError, DataError, ModelError
+from dllm.models.diffusion.config import Origin
+from dllm.models.diffusion.protocol import DiffusionLM
 
 
 @dataclass
@@ -43,41 +44,38 @@ Watch = Callable[[int, list[tuple[int, int]]], None]
 
 @torch.no_grad()
 def sample(
-    model: BidirectionalLM,
+    model: DiffusionLM,
     prompts: Sequence[Sequence[int]],
     settings: Settings,
     watch: Watch | None = None,
-    context: Context | None = None,
     copies: Sequence[int] | None = None,
 ) -> list[Generation]:
     """Generate from prompts, all in one batch.
 
     Args:
-        context: by default the model's own: see `DiffusionConfig.context`.
         copies: which of equal prompts each is, over all batches: see `row_generators`.
 
     Raises:
         ConfigError: the settings do not fit the model.
+        ModelError: it supports no cache.
         DataError: a prompt is empty, or holds the mask token.
     """
     check_prompts(model, prompts, masks=False)
-    context = context or model.note.context
-    _check_cache(settings.cache, context)
-    block_size = settings.block_size or model.note.block_size or settings.max_new_tokens
-    origin: Origin = "sequence" if context == "block" else "response"
+    _check_cache(model, settings.cache)
+    block_size = settings.block_size or model.config.block_size or settings.max_new_tokens
+    origin: Origin = "sequence" if model.config.context == "block" else "response"
     device = model.head_VD.device
     canvas = for_responses(
         prompts, settings.max_new_tokens, block_size, model.mask_token_id, origin, model.prompt_blocks, device
     )
-    generations = _Loop(
-        model, canvas, settings, context, row_generators(prompts, settings.seed, copies, device), watch
-    ).run(block_size)
+    generators = row_generators(prompts, settings.seed, copies, device)
+    generations = _Loop(model, canvas, settings, generators, watch).run(block_size)
     return [trimmed(each, model.eos_ids) for each in generations]
 
 
 @torch.no_grad()
 def fill(
-    model: BidirectionalLM,
+    model: DiffusionLM,
     texts: Sequence[Sequence[int]],
     settings: Settings,
     watch: Watch | None = None,
@@ -92,18 +90,18 @@ def fill(
         DataError: a text is empty.
     """
     check_prompts(model, texts, masks=True)
-    if model.note.context != "full":
+    if model.config.context != "full":
         raise ConfigError(
             "this model is block-causal: it cannot see what follows a mask", hint="infill needs full attention"
         )
-    _check_cache(settings.cache, "full")
+    _check_cache(model, settings.cache)
     canvas = for_filling(texts, settings.block_size, model.mask_token_id, model.head_VD.device)
     generators = row_generators(texts, settings.seed, copies, model.head_VD.device)
-    loop = _Loop(model, canvas, settings, "full", generators, watch, stop=False)
+    loop = _Loop(model, canvas, settings, generators, watch, stop=False)
     return loop.run(settings.block_size or canvas.width)
 
 
-def check_prompts(model: BidirectionalLM, prompts: Sequence[Sequence[int]], masks: bool) -> None:
+def check_prompts(model: DiffusionLM, prompts: Sequence[Sequence[int]], masks: bool) -> None:
     """Refuse empty prompts, and unless `masks` those with the mask token.
 
     Raises:
@@ -126,18 +124,23 @@ def trimmed(generation: Generation, eos_ids: set[int]) -> Generation:
     return generation
 
 
-def _check_cache(cache: CacheKind, context: Context) -> None:
-    """Refuse a cache for another kind of attention.
+def _check_cache(model: DiffusionLM, cache: CacheKind) -> None:
+    """Refuse a cache that the model does not support.
 
     Raises:
-        ConfigError: it is one.
+        ConfigError: it is for another kind of attention.
+        ModelError: there is none for this model.
     """
+    if cache in model.caches:
+        return
+    context = model.config.context
     if cache == "block" and context == "full":
         raise ConfigError(
             "cache block is for block-causal models, and this one's attention is full", hint="take prefix or dual"
         )
     if cache in ("prefix", "dual") and context != "full":
         raise ConfigError(f"cache {cache} is for full attention, and this model is block-causal", hint="take block")
+    raise ModelError("no cache of ours with this model", where=model.model_config.model_type, hint="--cache none")
 
 
 class _Loop:
@@ -145,10 +148,9 @@ class _Loop:
 
     def __init__(
         self,
-        model: BidirectionalLM,
+        model: DiffusionLM,
         canvas: Canvas,
         settings: Settings,
-        context: Context,
         generators: Sequence[torch.Generator],
         watch: Watch | None,
         stop: bool = True,
@@ -158,9 +160,8 @@ class _Loop:
         special = set() if stop else {*model.eos_ids, *model.tokenizer.all_special_ids}
         self.never = torch.tensor(sorted({model.mask_token_id, *special}), device=canvas.ids_BK.device)
         self.eos_M = torch.tensor(sorted(model.eos_ids), dtype=torch.int64, device=canvas.ids_BK.device)
-        self.passes = [Passes(model, canvas, context, settings.cache)]
-        if settings.cfg_scale:
-            self.passes.append(Passes(model, canvas, context, settings.cache))
+        context, runs = model.config.context, 2 if settings.cfg_scale else 1
+        self.passes = [Passes(model, canvas, context, settings.cache) for _ in range(runs)]
         self.generations = [Generation() for _ in canvas.row_of_B]
         # Where responses begin; for texts with masks inside, where the text does.
         fixed_BK = canvas.given_BK if stop else torch.zeros_like(canvas.given_BK)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 from lm_eval.api.model import LM
 
 from dllm.errors import DataError
@@ -59,8 +60,8 @@ class HarnessModel(LM):
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.batch_size, self.seed = model, model.tokenizer, batch_size, seed
-        spare = max(0, model.room - max_length) if max_length is not None else 0
-        self.longest, self.room = model.longest - spare, model.room - spare
+        spare = max(0, model.max_length - max_length) if max_length is not None else 0
+        self.max_length, self.max_scored_length = model.max_length - spare, model.max_scored_length - spare
         self.enable_thinking = enable_thinking
         if ranks is not None:
             self._rank, self._world_size = ranks.rank, ranks.world
@@ -101,7 +102,7 @@ class HarnessModel(LM):
         rows, owners = [], []
         for owner, request in enumerate(requests):
             ids = texts.encode(self.tokenizer, request.args[0])
-            for number, pair in enumerate(texts.windows(ids, self.prefix, self.longest)):
+            for number, pair in enumerate(texts.windows(ids, self.prefix, self.max_scored_length)):
                 rows.append(self._row(f"{_item(request)}-{number}", *pair))
                 owners.append(owner)
         left = Counter(owners)
@@ -149,8 +150,6 @@ class HarnessModel(LM):
         Raises:
             DataError: there is no template, or it refuses these turns.
         """
-        from jinja2 import TemplateError
-
         options: dict[str, Any] = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
         try:
             rendered = self.tokenizer.apply_chat_template(
@@ -212,10 +211,10 @@ class HarnessModel(LM):
         return found
 
     def _row(self, item: str, given: list[int], scored: list[int]) -> Example:
-        left = self.longest - len(scored)
+        left = self.max_scored_length - len(scored)
         if left < 1:
             raise DataError(
-                f"a continuation of {len(scored)} tokens; the model takes {self.longest}",
+                f"a continuation of {len(scored)} tokens; the model takes {self.max_scored_length}",
                 where=self._begin(scored),
             )
         given = given[-left:]
@@ -227,10 +226,10 @@ class HarnessModel(LM):
         return repr(str(self.tokenizer.decode(ids[:12])))
 
     def _prompt(self, context: str, max_new_tokens: int) -> list[int]:
-        left = self.room - max_new_tokens
+        left = self.max_length - max_new_tokens
         if left < 1:
             raise DataError(
-                f"a response of {max_new_tokens} tokens leaves no room for its prompt in the model's {self.room}",
+                f"a response of {max_new_tokens} tokens leaves no room for its prompt in the model's {self.max_length}",
                 hint="lower max_gen_toks",
             )
         return (texts.encode(self.tokenizer, context) or [self.prefix])[-left:]

@@ -10,6 +10,13 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+from datasets.exceptions import DatasetsError
+from datasets.utils.logging import disable_progress_bar
+from jinja2 import TemplateError
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+
 import dllm
 from dllm.errors import ConfigError
 from dllm.lm_eval.generation_arguments import override
@@ -44,12 +51,6 @@ def load_tasks(
     Raises:
         ConfigError: there is no such task, or it cannot be loaded.
     """
-    import yaml
-    from datasets.exceptions import DatasetsError
-    from datasets.utils.logging import disable_progress_bar
-    from jinja2 import TemplateError
-    from lm_eval.tasks import TaskManager
-
     disable_progress_bar()
     if include_path is not None and not include_path.is_dir():
         raise ConfigError("no such folder of task files", where=str(include_path))
@@ -115,8 +116,6 @@ def measure(
     Raises:
         ConfigError: a task cannot be run as it is.
     """
-    from lm_eval.evaluator import evaluate
-
     with contextlib.redirect_stdout(sys.stderr):  # the harness prints; stdout is for results only
         try:
             found = evaluate(

@@ -11,15 +11,21 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from transformers import GenerationConfig
 
-from dllm.decoding.samplers import default_sampler
+from dllm.config.params import Target
 from dllm.decoding.settings import CausalSettings, LengthSettings, Settings
 from dllm.decoding.unmasking import sample
+from dllm.errors import ConfigError, ModelError
 from dllm.methods.diffusion import likelihood
-from dllm.methods.diffusion.passes import batch_of
+from dllm.methods.diffusion.noise import batch_of
+from dllm.models import checkpoints, targets
+from dllm.models.diffusion.families import load_diffusion_lm
+from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.registry import SAMPLERS
 from dllm.training.batches import Example
 from dllm.training.cross_entropy import nll_and_hits
@@ -27,8 +33,6 @@ from dllm.training.order import derive_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from dllm.models.diffusion.bidirectional import BidirectionalLM
 
 CHUNK = 512
 """Positions whose logits exist at one time."""
@@ -49,10 +53,10 @@ class Scored(Protocol):
     tokenizer: PreTrainedTokenizerBase
     kind: str
     """What its log-likelihoods are: `exact`, `bound` or `block bound`."""
-    longest: int
-    """Most ids a scored text may have, prompt included."""
-    room: int
-    """Most ids a prompt and its response may have together."""
+    max_length: int
+    """Most tokens of a prompt and its response together."""
+    max_scored_length: int
+    """Most tokens of a scored text, its context included."""
     settings: type[LengthSettings]
     """What its sampler takes."""
     eos_ids: set[int]
@@ -70,7 +74,7 @@ class DiffusionScores:
     """A diffusion model.
 
     Args:
-        load: loads the model; with true in the form in which it can be scored, where that is another one.
+        model: the model.
         samples: masks per continuation; where it has no more, each is taken once and the bound is exact.
         batch_size: rows per pass.
         check_greedy: decode too, to tell whether continuations are greedy; it costs one pass per token.
@@ -79,7 +83,7 @@ class DiffusionScores:
 
     def __init__(
         self,
-        load: Callable[[bool], BidirectionalLM],
+        model: DiffusionLM,
         *,
         samples: int = 128,
         batch_size: int = 8,
@@ -87,34 +91,26 @@ class DiffusionScores:
         check_greedy: bool = False,
         sampler: str | None = None,
     ) -> None:
-        self.model = load(False)
-        self._load, self._scorer = load, None if self.model.sets_own_masks else self.model
+        self.model, self._scorer = model, model.for_likelihood()
         self.samples, self.batch_size, self.seed, self.check_greedy = samples, batch_size, seed, check_greedy
-        causal = self.model.note.learned_causally
-        self.sampler = SAMPLERS[sampler or default_sampler(self.model)]
-        self.sampler.check(self.model)
+        causal = model.config.predicts_next
+        self.sampler = SAMPLERS[sampler or model.default_sampler]
+        self.sampler.check(model)
         self.settings: type[LengthSettings] = self.sampler.settings["diffusion"]
-        self.kind = "exact" if causal else "bound" if self.model.note.context == "full" else "block bound"
-        self.tokenizer, self.eos_ids = self.model.tokenizer, self.model.eos_ids
-        self.mask_token_id: int | None = self.model.mask_token_id
-        self.room = self.model.max_length
-        self.longest = self.room + causal  # the last token is scored, not fed
-        self.device = self.model.head_VD.device
-
-    @property
-    def scorer(self) -> BidirectionalLM:
-        """Return the model in the form in which it can be scored."""
-        if self._scorer is None:
-            self._scorer = self._load(True)
-        return self._scorer
+        self.kind = "exact" if causal else "bound" if model.config.context == "full" else "block bound"
+        self.tokenizer, self.eos_ids = model.tokenizer, model.eos_ids
+        self.mask_token_id: int | None = model.mask_token_id
+        self.max_length = model.max_length
+        self.max_scored_length = self.max_length + causal  # the last token is scored, not fed
+        self.device = model.head_VD.device
 
     def score(self, examples: Sequence[Example], advance: Callable[[int], object]) -> list[Score]:
         if self.kind == "exact":
-            scores = likelihood.causal_scores(self.scorer, examples, batch_size=self.batch_size, chunk=CHUNK)
+            scores = likelihood.causal_scores(self._scorer, examples, batch_size=self.batch_size, chunk=CHUNK)
             advance(len(examples))
             return [Score(-nll, 0.0, greedy) for nll, greedy in scores]
         found = likelihood.bound(
-            self.scorer,
+            self._scorer,
             examples,
             samples=self.samples,
             batch_size=self.batch_size,
@@ -140,7 +136,7 @@ class DiffusionScores:
         for prompt, continuation in pairs:
             by_length.setdefault(len(continuation), {})[prompt] = []
         for length, prompts in by_length.items():
-            settings = Settings(max_new_tokens=length, block_size=self.model.note.block_size)
+            settings = Settings(max_new_tokens=length, block_size=self.model.config.block_size)
             rows = list(prompts)
             for begin in range(0, len(rows), self.batch_size):
                 part = rows[begin : begin + self.batch_size]
@@ -159,8 +155,8 @@ class CausalScores:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 8) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.config = model.config.get_text_config()
-        self.room = int(getattr(self.config, "max_position_embeddings", 1 << 30))
-        self.longest = self.room + 1
+        self.max_length = int(getattr(self.config, "max_position_embeddings", 1 << 30))
+        self.max_scored_length = self.max_length + 1
         ids: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
         ids = tokenizer.eos_token_id if ids is None else ids
         self.eos_ids = {ids} if isinstance(ids, int) else set(ids or ())
@@ -182,22 +178,20 @@ class CausalScores:
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], named: dict[str, Any], repeat: int) -> list[list[int]]:
-        from transformers import GenerationConfig  # sets environment variables when imported
-
-        asked: dict[str, Any] = {"max_new_tokens": named["max_new_tokens"], "do_sample": named["temperature"] > 0}
-        if asked["do_sample"]:
-            asked |= {"temperature": named["temperature"], "top_p": named.get("top_p", 1.0), "top_k": 0}
+        options: dict[str, Any] = {"max_new_tokens": named["max_new_tokens"], "do_sample": named["temperature"] > 0}
+        if options["do_sample"]:
+            options |= {"temperature": named["temperature"], "top_p": named.get("top_p", 1.0), "top_k": 0}
         ends = sorted(self.eos_ids) or None
-        settings = GenerationConfig(**asked, eos_token_id=ends, pad_token_id=ends[0] if ends else 0)
-        answers = []
+        settings = GenerationConfig(**options, eos_token_id=ends, pad_token_id=ends[0] if ends else 0)
+        responses = []
         for prompt in prompts:  # one by one: each has its own random state, and no padding
             ids_BS = torch.tensor([prompt], device=self.device)
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(derive_seed(named["seed"], "harness", prompt, repeat))
                 model: Any = self.model
                 found = model.generate(ids_BS, attention_mask=torch.ones_like(ids_BS), generation_config=settings)
-            answers.append(found[0, len(prompt) :].tolist())
-        return answers
+            responses.append(found[0, len(prompt) :].tolist())
+        return responses
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         head: Any = self.model.get_output_embeddings()
@@ -209,3 +203,45 @@ class CausalScores:
 def example(id: str, given: Sequence[int], scored: Sequence[int]) -> Example:
     """Join context and continuation."""
     return Example(id, array("i", [*given, *scored]), len(given))
+
+
+def load_model(
+    directory: Path,
+    device: torch.device,
+    *,
+    trust_remote_code: bool = False,
+    sampler: str | None = None,
+    samples: int = 128,
+    batch_size: int = 8,
+    seed: int = 0,
+    check_greedy: bool = False,
+) -> Scored:
+    """Load a diffusion LM or an ordinary causal one to score texts and generate responses.
+
+    Args:
+        directory: from `dllm.models.checkpoints.find`.
+        device: where to.
+        trust_remote_code: run the code that lies in the directory.
+        sampler: for a diffusion LM, by default the one that fits it.
+        samples: as in `DiffusionScores`, like the rest.
+
+    Raises:
+        ModelError: the directory holds a draft, or cannot be read.
+        ConfigError: the model needs its own code, or the sampler does not fit.
+    """
+    target = Target(model=str(directory), trust_remote_code=trust_remote_code)
+    # On a CPU bfloat16 is no faster, and near ties would differ between batches.
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    found = checkpoints.identify(directory)
+    if found.kind == "draft":
+        raise ModelError("a draft has no likelihood of its own", where=str(directory), hint="name its target")
+    if found.kind == "causal":
+        if sampler is not None:
+            raise ConfigError(f"sampler {sampler} is for diffusion models", where=str(directory))
+        causal = targets.load_target(target, dtype, device)
+        return CausalScores(causal, targets.load_tokenizer(target), batch_size=batch_size)
+    found.require_trust(trust_remote_code)
+    model = load_diffusion_lm(target, dtype, device)
+    return DiffusionScores(
+        model, samples=samples, batch_size=batch_size, seed=seed, check_greedy=check_greedy, sampler=sampler
+    )

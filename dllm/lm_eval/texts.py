@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -37,14 +39,12 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: 
     return given, encode(tokenizer, scored_text)
 
 
-def windows(ids: Sequence[int], prefix: int, longest: int) -> list[Pair]:
-    """Cut a long text so that each token is scored once, in windows of at most `longest` ids.
+def windows(ids: Sequence[int], prefix: int, max_length: int) -> list[Pair]:
+    """Cut a long text so that each token is scored once, in windows of at most `max_length` ids.
 
     A window begins with one context token, the first one with `prefix`; the last window has as much context as fits.
     """
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-    pairs = get_rolling_token_windows(list(ids), prefix, max_seq_len=longest - 1, context_len=1)
+    pairs = get_rolling_token_windows(list(ids), prefix, max_seq_len=max_length - 1, context_len=1)
     return [make_disjoint_window(pair) for pair in pairs]
 
 

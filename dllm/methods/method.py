@@ -110,6 +110,13 @@ class Method(Protocol[Settings]):
     def check(self, params: Params) -> None:
         """Raise ValueError where settings of several sections conflict under this method."""
 
+    def check_models(self, params: Params) -> None:
+        """Check by their configs that the models can be trained so, before anything is generated; read no weights.
+
+        Raises:
+            ConfigError, ModelError: one cannot; the line says why.
+        """
+
     def build(self, ctx: TrainContext[Settings]) -> Strategy:
         """Load the models and data that are trained; all ranks call it."""
 

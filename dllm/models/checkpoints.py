@@ -13,9 +13,9 @@ from typing import Any, Literal
 from dllm.config.load import load_params
 from dllm.config.params import Target
 from dllm.errors import ConfigError, ModelError
-from dllm.models import targets
-from dllm.models.diffusion.bidirectional import DiffusionConfig, read_note
-from dllm.models.diffusion.families import config_at, family_at
+from dllm.models import builtin, targets
+from dllm.models.diffusion.config import DiffusionConfig, config_at, read_config
+from dllm.models.diffusion.families import family_at
 from dllm.models.drafts.checkpoint import family_of, foreign_family
 from dllm.tracking.runs import REGISTERED
 
@@ -33,8 +33,8 @@ class Checkpoint:
     path: Path
     kind: Literal["draft", "diffusion", "causal"]
     """A draft model; a diffusion LM; any other causal LM."""
-    note: DiffusionConfig | None = None
-    """How a diffusion LM is decoded: mode, mask token, block size."""
+    config: DiffusionConfig | None = None
+    """How a diffusion LM was trained: mode, mask token, block size."""
     sets_own_masks: bool = False
     """Whether a diffusion LM's code sets its attention masks."""
     needs_own_code: bool = False
@@ -66,13 +66,12 @@ def identify(path: Path) -> Checkpoint:
     Raises:
         ModelError: its dllm.json is broken.
     """
-    note, family = read_note(path), family_at(path)
-    if family.published is not None:
+    config, family = read_config(path), family_at(path)
+    if config is None and family.published is not None:
         mask_token_id = int(family.mask_token_id_in(config_at(path)) or family.published.mask_token_id)
-        note = note or replace(family.published, mask_token_id=mask_token_id)
-        return Checkpoint(path, "diffusion", note, family.sets_own_masks, not family.can_run_without_code)
-    if note is not None:
-        return Checkpoint(path, "diffusion", note)
+        config = replace(family.published, mask_token_id=mask_token_id)
+    if config is not None:
+        return Checkpoint(path, "diffusion", config, family.sets_own_masks, not family.can_run_without_code)
     return Checkpoint(path, "draft" if is_draft(path) else "causal")
 
 
@@ -119,7 +118,7 @@ def resolve(name: str | Path, root: Path) -> Path:
     """
     given = Path(name).expanduser()
     for path in dict.fromkeys((given, root / given)):
-        if path.is_dir():
+        if _is_folder(path):
             if (found := _inside(path)) is not None:
                 return found
             if any((step / ADAPTER).is_file() for step in _steps(path)):
@@ -157,28 +156,48 @@ def trained_for(checkpoint: Path) -> dict[str, Any] | None:
 def target_of(checkpoint: Path, root: Path, explicit: str | None = None) -> Target:
     """Choose the target: the given one, else the one in the record of the checkpoint's stage, else params.yaml's.
 
+    Only the model's name is taken from the record, which came with the checkpoint: what is to be trusted, at which
+    commit, stands in params.yaml alone.
+
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or the record names a directory.
     """
     path = root / "params.yaml"
     configured = load_params(path).target if path.is_file() else None
     recorded = trained_for(checkpoint) if explicit is None else None
-    if explicit is not None:
-        target = Target(model=explicit)
-    elif recorded is not None:
-        target = Target(model=recorded["model"], revision=recorded.get("revision"))
-    elif configured is not None:
-        return configured
-    else:
+    name = explicit if recorded is None else str(recorded["model"])
+    if configured is not None and name in (None, configured.model):
+        return configured  # it knows more of the same target: its revision, dtype and thinking mode, and whom to trust
+    if name is None:
         raise ModelError(
             "nothing says which target this checkpoint was trained for",
             where=str(checkpoint),
             hint="name it by --target",
         )
-    # params.yaml knows more of the same target: its dtype, its thinking mode, whether its code is trusted.
-    if configured is not None and configured.model == target.model:
-        return configured.model_copy(update={"revision": target.revision or configured.revision})
-    return target
+    if recorded is not None and not name.startswith(builtin.PREFIX) and not targets.looks_like_hub_id(name):
+        raise ModelError(
+            f"its run.json names a directory as its target, {name!r}, and a record is not followed to a path",
+            where=str(checkpoint),
+            hint="name the target by --target, or in params.yaml",
+        )
+    return Target(model=name)
+
+
+def require_same_revision(checkpoint: Path, target: Target) -> None:
+    """Refuse a target from the Hugging Face hub at another commit than the one a checkpoint was trained for.
+
+    Raises:
+        ModelError: with the recorded commit.
+    """
+    recorded = trained_for(checkpoint)
+    if recorded is None or recorded["model"] != target.model or not recorded.get("revision"):
+        return
+    if (found := targets.locate(target).name) != recorded["revision"]:
+        raise ModelError(
+            f"trained for commit {str(recorded['revision'])[:40]} of {target.model}, and {found} was found",
+            where=str(checkpoint),
+            hint="if you trust that commit, set it as target.revision in params.yaml",
+        )
 
 
 def thinking(checkpoint: Path, root: Path) -> bool | None:
@@ -204,14 +223,28 @@ def _steps(path: Path) -> list[Path]:
     return [path, *(step for step in pointed if step is not None)]
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that is too long, or has a null byte
+        return False
+
+
 def _follow(pointer: Path) -> Path | None:
-    if pointer.is_dir():
+    if _is_folder(pointer):
         return pointer
-    return pointer.parent / pointer.read_text().strip() if pointer.is_file() else None
+    if not pointer.is_file():
+        return None
+    name = pointer.read_text(errors="replace").strip()
+    step = pointer.parent / name
+    return step if name == Path(name).name and _is_folder(step) else None  # a step beside it, never a path
 
 
 def _holds_weights(path: Path) -> bool:
-    return (path / CONFIG).is_file() and any(path.glob(WEIGHTS))
+    try:
+        return (path / CONFIG).is_file() and any(path.glob(WEIGHTS))
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def _refuse(name: str | Path, message: str, hint: str | None = None) -> Path:

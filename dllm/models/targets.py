@@ -28,16 +28,23 @@ from dllm.config.params import Target
 from dllm.errors import ConfigError, ModelError
 from dllm.models import builtin
 from dllm.models.quiet import without_warnings
+from dllm.models.target_config import check_config
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+HUB_FILES = [*CONFIG_FILES, "*.safetensors"]
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def locate(target: Target) -> Path:
+def locate(target: Target, *, weights: bool = True) -> Path:
     """Return the target's directory, created or downloaded on first use.
+
+    Args:
+        target: its name, revision and trust.
+        weights: download them too.
 
     Raises:
         ModelError: there is no such built-in, directory or hub repository, or the hub is out of reach.
@@ -54,9 +61,9 @@ def locate(target: Target) -> Path:
         return path
     if not looks_like_hub_id(target.model):
         raise ModelError("no such model directory", where=f"target.model: {target.model}")
-    patterns = HUB_FILES
+    patterns = HUB_FILES if weights else CONFIG_FILES
     if target.trust_remote_code:
-        patterns = [*HUB_FILES, "*.py"]
+        patterns = [*patterns, "*.py"]
         if re.fullmatch("[0-9a-f]{40}", target.revision or "") is None:
             raise ConfigError(
                 "code from the hub is run only at a pinned commit, and a branch or tag may move",
@@ -102,14 +109,14 @@ def hub_snapshot(repo: str, revision: str | None, patterns: list[str], where: st
 
 
 def load_tokenizer(target: Target) -> PreTrainedTokenizerBase:
-    """Load the target's tokenizer.
+    """Load the target's tokenizer; no weights are downloaded.
 
     Raises:
         ModelError: the target has no tokenizer that can be read.
     """
     from transformers import AutoTokenizer
 
-    path = locate(target)
+    path = locate(target, weights=False)
     try:
         with without_warnings():  # of a config whose model has code of its own
             return AutoTokenizer.from_pretrained(path, trust_remote_code=target.trust_remote_code)
@@ -121,12 +128,8 @@ def load_target(
     target: Target,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
-    values: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load the target frozen and in evaluation mode, in `dtype` (else `target.dtype`) on `device` (else the best one).
-
-    Args:
-        values: entries of its config to be replaced, for a model whose code is built otherwise by them.
 
     Raises:
         ModelError: the directory holds no causal model that can be read, or its own code does not load here.
@@ -146,16 +149,13 @@ def load_target(
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     read: Any = AutoModelForCausalLM.from_pretrained
-    asked: dict[str, Any] = {"dtype": dtype, "trust_remote_code": target.trust_remote_code}
+    asked: dict[str, Any] = {"dtype": dtype, "trust_remote_code": target.trust_remote_code, "use_safetensors": True}
     own: dict[str, str] = {}
+    check_config(target, path)
     try:
         if target.trust_remote_code:
             config = AutoConfig.from_pretrained(path, trust_remote_code=True)
             own = getattr(config, "auto_map", None) or {}
-            if values:
-                for name, value in values.items():
-                    setattr(config, name, value)
-                asked["config"] = config
         if not target.trust_remote_code and llada.is_llada(path):
             model, report = llada.load(path, asked["dtype"])
             return _ready(model, report, path, device)
@@ -177,6 +177,28 @@ def load_target(
             f"the model's own code fails with transformers {transformers.__version__} ({told})", where=str(path)
         ) from error
     return _ready(model, report, path, device)
+
+
+def empty_target(target: Target) -> PreTrainedModel:
+    """Build the target on the meta device: its modules and shapes, from its config alone.
+
+    Raises:
+        ModelError: transformers knows no such causal model, or its config has a key that is not supported.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = locate(target, weights=False)
+    check_config(target, path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=target.trust_remote_code)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=target.trust_remote_code
+            )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise ModelError(f"cannot build the target: {_first_line(error)}", where=str(path)) from None
+    return model
 
 
 def _ready(model: Any, report: Mapping[str, Any], path: Path, device: torch.device | str | None) -> PreTrainedModel:
@@ -217,9 +239,12 @@ def weights_digest(directory: Path) -> str:
     Raises:
         ModelError: the directory holds no weights.
     """
-    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
+    files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise ModelError("no weights (*.safetensors)", where=str(directory))
+        hint = None
+        if any(any(directory.glob(f"*{suffix}")) for suffix in PICKLES):
+            hint = "pickled weights are not read, since they can run code; save the model as safetensors"
+        raise ModelError("no weights (*.safetensors)", where=str(directory), hint=hint)
     parts = [hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()]
     for file in files:
         stat = file.stat()

@@ -12,6 +12,7 @@ from typing import Any
 from dllm.config.params import Params
 from dllm.prompts import references, sources, stream
 from dllm.prompts import table as prompts
+from dllm.stages import preflight
 from dllm.stages.workspace import open_stage
 
 
@@ -20,7 +21,9 @@ def run(params: Params, root: Path) -> dict[str, Any]:
 
     Raises:
         DataError: a source cannot be read, or a split would be empty.
+        ConfigError, ModelError: a later stage would refuse the target, the draft, the template or the engine.
     """
+    preflight.check(params)
     section = params.prepare
     files = {
         f"{sources.label(source)}/{name}": path

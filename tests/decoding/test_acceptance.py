@@ -27,7 +27,7 @@ def test_runs_of_3_2_1_0_make_a_mean_of_two_and_a_half_tokens() -> None:
     assert found.tau_micro == 1 + sum(filter(None, found.unconditional))
 
 
-def test_micro_and_macro_differ_by_how_answers_weigh() -> None:
+def test_micro_and_macro_differ_by_how_responses_weigh() -> None:
     long, short = [rejected_after(0, 4)] * 9, [rejected_after(3, 4)]
     found = counted(4, long, short)
     assert found.tau_micro == pytest.approx(13 / 10)

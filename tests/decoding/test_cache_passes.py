@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dllm.decoding.cache_passes import Passes
 from dllm.decoding.canvas import Canvas, for_responses
-from dllm.models.diffusion.bidirectional import DiffusionConfig
+from dllm.models.diffusion.config import DiffusionConfig
 from tests.models.small_models import MASK, small_model
 
 MODEL = {
@@ -29,7 +29,7 @@ def blocks(canvas: Canvas, size: int):
 
 
 def write(canvas: Canvas, begin: int, end: int, generator: torch.Generator, share: float) -> None:
-    """Write any tokens at a share of the places of a block that are still masks."""
+    """Write any tokens at a share of the positions of a block that are still masks."""
     here_BC = (canvas.ids_BK == MASK) & canvas.valid_BK
     here_BC[:, :begin] = here_BC[:, end:] = False
     chosen_BC = here_BC & (torch.rand(here_BC.shape, generator=generator) < share)
@@ -45,7 +45,7 @@ def own(canvas: Canvas, begin: int, end: int) -> torch.Tensor:
 @torch.no_grad()
 def test_a_block_cache_changes_no_hidden_state_and_no_finished_key(lengths, size, context, seed) -> None:
     """Law: block-causal: cached equals uncached within 1e-5; keys and values of finished blocks never change."""
-    model, generator = small_model(note=MODEL[context], scale=0.2), torch.Generator().manual_seed(seed)
+    model, generator = small_model(config=MODEL[context], scale=0.2), torch.Generator().manual_seed(seed)
     canvas = canvas_of(lengths, size, context)
     plain, cached = Passes(model, canvas, context, "none"), Passes(model, canvas, context, "block")
     finished: dict[int, list[torch.Tensor]] = {}
@@ -88,7 +88,7 @@ def test_stale_caches_are_exact_where_each_step_renews_them(lengths, size, kind,
 @torch.no_grad()
 def test_later_blocks_show_where_attention_is_full_and_nowhere_else(context) -> None:
     """Law: tokens of a later block alter no earlier block of a block-causal model, and do alter a bidirectional one."""
-    model, canvas = small_model(note=MODEL[context]), canvas_of([5, 2], 4, context, new=12)
+    model, canvas = small_model(config=MODEL[context]), canvas_of([5, 2], 4, context, new=12)
     passes, begin = Passes(model, canvas, context, "none"), canvas.start
     passes.enter(begin, begin + 4)
     mine_BC = own(canvas, begin, begin + 4)

@@ -8,21 +8,22 @@ from hypothesis import strategies as st
 from dllm.decoding.causal import decode_causally, decode_seeded, speculate_on_itself
 from dllm.decoding.settings import Settings
 from dllm.errors import ConfigError
-from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig
 from dllm.models.diffusion.cache import CanvasCache
+from dllm.models.diffusion.config import DiffusionConfig
+from dllm.models.diffusion.protocol import DiffusionLM
 from tests.models.small_models import FAMILIES, MASK, small_model
 
 PROMPTS = [[21, 22, 23, 24, 25], [40, 41], [60, 61, 62, 63, 64, 65, 66, 67, 68]]
 WISH = Settings(max_new_tokens=11, block_size=4)
 
 
-def hybrid(family: str = "Llama", window: int | None = None, ends: bool = False) -> BidirectionalLM:
+def hybrid(family: str = "Llama", window: int | None = None, ends: bool = False) -> DiffusionLM:
     model = small_model(family, window, DiffusionConfig("hybrid", MASK, 4))
     model.eos_ids = set(range(0, 640, 12)) if ends else set()
     return model
 
 
-def repeats_itself(model: BidirectionalLM) -> None:
+def repeats_itself(model: DiffusionLM) -> None:
     """Make every pass predict token 7: a perfect draft of a dull text."""
     model.logits = (
         lambda hidden: torch.nn.functional.one_hot(  # type: ignore[method-assign]
@@ -47,7 +48,7 @@ def test_self_speculation_writes_what_greedy_decoding_writes(family: str, window
 def test_causal_decoding_is_transformers_greedy_decoding() -> None:
     model = hybrid()
     (answer,) = decode_causally(model, PROMPTS[:1], WISH)
-    model.config.is_causal = True
+    model.model_config.is_causal = True
     ids = model.model.generate(
         torch.tensor(PROMPTS[:1]), max_new_tokens=11, do_sample=False, eos_token_id=None, pad_token_id=0,
         suppress_tokens=[MASK],
@@ -76,7 +77,7 @@ def test_a_draft_is_taken_back_up_to_what_was_accepted(prompt, new, size, perfec
     if perfect:
         repeats_itself(model)
     with pytest.MonkeyPatch.context() as patch:
-        write = CanvasCache.write
+        write = CanvasCache.next_pass
         patch.setattr(CanvasCache, "write", lambda cache, *given: written.append(given) or write(cache, *given))
         (answer,) = speculate_on_itself(model, [prompt], Settings(max_new_tokens=new, block_size=size))
     expected, so_far = [], 0
@@ -90,7 +91,7 @@ def test_a_draft_is_taken_back_up_to_what_was_accepted(prompt, new, size, perfec
 
 
 @pytest.mark.parametrize("wish", [{}, {"threshold": 0.1}, {"factor": 1.5}, {"steps": 6}, {"temperature": 0.7}], ids=str)
-def test_seeded_blocks_fill_every_place_once(wish) -> None:
+def test_seeded_blocks_fill_every_position_once(wish) -> None:
     model, asked = hybrid(), Settings(max_new_tokens=11, block_size=4, **wish)
     for prompt, answer in zip(PROMPTS, decode_seeded(model, PROMPTS, asked), strict=True):
         assert MASK not in answer.token_ids

@@ -32,7 +32,7 @@ def test_times_are_summed_before_they_are_divided() -> None:
     assert found["tau_micro"] == pytest.approx(20 / 6)
 
 
-def test_answers_of_one_token_leave_no_figure_rather_than_a_division_by_zero() -> None:
+def test_responses_of_one_token_leave_no_figure_rather_than_a_division_by_zero() -> None:
     empty = pair(ar_tokens=0, ar_s=0.0, spec_tokens=0, spec_s=0.0, same_prefix=1, rounds=())
     found = figures([empty], block_size=4)
     assert found["speedup"] is None and found["tau_micro"] is None and found["tokens_per_s_ar"] is None

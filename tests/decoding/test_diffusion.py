@@ -12,10 +12,11 @@ from dllm.cli import generation
 from dllm.cli.generation import read_prompts
 from dllm.decoding.diffusion import GenerateOptions, generate
 from dllm.decoding.encoding import span_ids
-from dllm.decoding.samplers import default_sampler
 from dllm.decoding.settings import Settings
 from dllm.errors import ConfigError, DataError, ModelError
-from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig, load_bidirectional
+from dllm.models.diffusion.config import DiffusionConfig
+from dllm.models.diffusion.families import load_diffusion_lm
+from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.registry import SAMPLERS
 from tests.models.small_models import TINY
 
@@ -23,22 +24,22 @@ TEXTS = ["How many hours?", "Why?", "A man sells three books and then one more."
 
 
 @pytest.fixture(scope="module")
-def model() -> BidirectionalLM:
-    return load_bidirectional(TINY)
+def model() -> DiffusionLM:
+    return load_diffusion_lm(TINY)
 
 
 @pytest.fixture
-def hybrid(model: BidirectionalLM):
-    model.note = DiffusionConfig("hybrid", model.mask_token_id, 4)
+def hybrid(model: DiffusionLM):
+    model.config = DiffusionConfig("hybrid", model.mask_token_id, 4)
     yield model
-    model.note = DiffusionConfig("mdlm", model.mask_token_id)
+    model.config = DiffusionConfig("mdlm", model.mask_token_id)
 
 
 def short(**settings) -> dict:
     return {"max_new_tokens": 8, "block_size": 4, **settings}
 
 
-def test_a_record_says_what_was_written_and_at_what_cost(model: BidirectionalLM) -> None:
+def test_a_record_says_what_was_written_and_at_what_cost(model: DiffusionLM) -> None:
     records = list(generate(model, TEXTS, GenerateOptions(batch_size=2, settings=short())))
     assert [r["prompt"] for r in records] == TEXTS
     for record in records:
@@ -51,21 +52,21 @@ def test_a_record_says_what_was_written_and_at_what_cost(model: BidirectionalLM)
 
 
 @pytest.mark.parametrize("sampler", ["llada", "llada2", "nemotron", "self-spec", "ar"])
-def test_every_sampler_writes_with_a_hybrid(hybrid: BidirectionalLM, sampler) -> None:
+def test_every_sampler_writes_with_a_hybrid(hybrid: DiffusionLM, sampler) -> None:
     asked = {"max_new_tokens": 8} if sampler == "ar" else short()
     (record,) = generate(hybrid, TEXTS[:1], GenerateOptions(sampler=sampler, settings=asked))
     assert record["sampler"] == sampler
     assert record["tokens"] >= 1
 
 
-def test_self_speculation_says_what_ar_says(hybrid: BidirectionalLM) -> None:
+def test_self_speculation_says_what_ar_says(hybrid: DiffusionLM) -> None:
     spec = list(generate(hybrid, TEXTS, GenerateOptions(sampler="self-spec", settings=short())))
     plain = list(generate(hybrid, TEXTS, GenerateOptions(sampler="ar", settings={"max_new_tokens": 8})))
     assert [r["token_ids"] for r in spec] == [r["token_ids"] for r in plain]
 
 
 @pytest.mark.parametrize("raw", [True, False])
-def test_infilling_keeps_the_text_around_its_spans(model: BidirectionalLM, raw: bool) -> None:
+def test_infilling_keeps_the_text_around_its_spans(model: DiffusionLM, raw: bool) -> None:
     text = "He sells [MASK:3] and [MASK][MASK:2] more."
     (record,) = generate(model, [text], GenerateOptions(raw=raw, infill=True))
     assert record["tokens"] == 6
@@ -75,7 +76,7 @@ def test_infilling_keeps_the_text_around_its_spans(model: BidirectionalLM, raw: 
     assert [first, second] == [model.tokenizer.decode(part, skip_special_tokens=True) for part in (new[:3], new[3:])]
 
 
-def _spans(model: BidirectionalLM, text: str, raw: bool) -> list[int | None]:
+def _spans(model: DiffusionLM, text: str, raw: bool) -> list[int | None]:
     """Encode text with a None for each token of its spans."""
     ids = span_ids(model.tokenizer, text, raw, model.mask_token_id, model.max_length, 1)
     return [None if id == model.mask_token_id else id for id in ids]
@@ -87,7 +88,7 @@ def refused(model, options: GenerateOptions, message: str, text: str = TEXTS[0],
     assert "\n" not in str(caught.value)
 
 
-def test_what_does_not_go_together_is_refused(model: BidirectionalLM) -> None:
+def test_what_does_not_go_together_is_refused(model: DiffusionLM) -> None:
     for options, message in [
         (GenerateOptions(sampler="llada2"), "block-causal"),
         (GenerateOptions(sampler="ar", infill=True), "sampler ar cannot infill"),
@@ -116,7 +117,7 @@ def test_what_does_not_go_together_is_refused(model: BidirectionalLM) -> None:
         refused(model, options, message)
 
 
-def test_texts_that_cannot_be_answered_are_refused_before_any_is(model: BidirectionalLM) -> None:
+def test_texts_that_cannot_be_answered_are_refused_before_any_is(model: DiffusionLM) -> None:
     fill, raw = GenerateOptions(infill=True, raw=True), GenerateOptions(raw=True)
     refused(model, fill, "nothing to fill", kind=DataError)
     refused(model, fill, r"\[MASK:0\] is no span", "a [MASK] and [MASK:0]", DataError)
@@ -132,31 +133,31 @@ def test_texts_that_cannot_be_answered_are_refused_before_any_is(model: Bidirect
         next(answers)
 
 
-def test_without_a_chat_template_text_is_taken_raw_only(model: BidirectionalLM, monkeypatch) -> None:
+def test_without_a_chat_template_text_is_taken_raw_only(model: DiffusionLM, monkeypatch) -> None:
     monkeypatch.setattr(model.tokenizer, "chat_template", None)
     for options, text in ((GenerateOptions(), "Why?"), (GenerateOptions(infill=True), "Why [MASK]?")):
         refused(model, options, "no chat template; give --raw", text, DataError)
     assert len(list(generate(model, ["Why?"], GenerateOptions(raw=True, settings=short())))) == 1
 
 
-def test_a_sampler_is_taken_that_shows_text_as_training_did(model: BidirectionalLM, monkeypatch) -> None:
-    for note, sampler in [
+def test_a_sampler_is_taken_that_shows_text_as_training_did(model: DiffusionLM, monkeypatch) -> None:
+    for config, sampler in [
         (DiffusionConfig("mdlm", model.mask_token_id), "llada"),
         (DiffusionConfig("mdlm", model.mask_token_id, 4), "llada"),
         (DiffusionConfig("hybrid", model.mask_token_id, 4), "nemotron"),
         (DiffusionConfig("hybrid", model.mask_token_id), "llada"),  # its blocks were never seen behind causal text
     ]:
-        monkeypatch.setattr(model, "note", note)
-        assert default_sampler(model) == sampler
+        monkeypatch.setattr(model, "config", config)
+        assert model.default_sampler == sampler
 
 
-def test_a_default_threshold_gives_way_to_an_order_without_probabilities(hybrid: BidirectionalLM) -> None:
+def test_a_default_threshold_gives_way_to_an_order_without_probabilities(hybrid: DiffusionLM) -> None:
     for sampler in ("llada2", "nemotron"):
         assert SAMPLERS[sampler].settle(hybrid, {"remasking": "entropy"}).threshold is None
         assert SAMPLERS[sampler].settle(hybrid, {"remasking": "margin"}).threshold is not None
 
 
-def test_defaults_give_way_to_the_model_and_both_to_what_is_named(hybrid: BidirectionalLM) -> None:
+def test_defaults_give_way_to_the_model_and_both_to_what_is_named(hybrid: DiffusionLM) -> None:
     assert SAMPLERS["nemotron"].settle(hybrid, {}).block_size == 4
     assert SAMPLERS["nemotron"].settle(hybrid, {}).threshold == 0.9
     assert SAMPLERS["nemotron"].settle(hybrid, {"factor": 1.0}).threshold is None
@@ -167,7 +168,7 @@ def test_defaults_give_way_to_the_model_and_both_to_what_is_named(hybrid: Bidire
     assert SAMPLERS["llada2"].settle(hybrid, {}).cache == "block"
 
 
-def test_the_replay_ends_with_the_text(model: BidirectionalLM) -> None:
+def test_the_replay_ends_with_the_text(model: DiffusionLM) -> None:
     stream = io.StringIO()
     first, second = generate(model, TEXTS[:2], GenerateOptions(raw=True, settings=short()), show=stream)
     lines = stream.getvalue().splitlines()
@@ -178,7 +179,7 @@ def test_the_replay_ends_with_the_text(model: BidirectionalLM) -> None:
     assert repr(written)[1:-1] in lines[-1]
 
 
-def test_generate_reads_a_saved_checkpoint_and_a_batch_file(model: BidirectionalLM, tmp_path) -> None:
+def test_generate_reads_a_saved_checkpoint_and_a_batch_file(model: DiffusionLM, tmp_path) -> None:
     model.save(tmp_path / "out" / "train" / "checkpoint")
     batch = tmp_path / "prompts.jsonl"
     batch.write_text("\n".join(json.dumps({"prompt": text}) for text in TEXTS) + "\n")
@@ -226,7 +227,7 @@ def test_prompts_come_from_the_input_too(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("infill", [False, True])
-def test_equal_prompts_get_different_answers_whatever_the_batch(model: BidirectionalLM, infill) -> None:
+def test_equal_prompts_get_different_responses_whatever_the_batch(model: DiffusionLM, infill) -> None:
     text = "A [MASK:4] man" if infill else "Why?"
     size = {} if infill else {"max_new_tokens": 6}
     found = [
@@ -241,7 +242,7 @@ def test_equal_prompts_get_different_answers_whatever_the_batch(model: Bidirecti
     assert len({tuple(ids) for ids in found[0]}) == 6
 
 
-def test_spans_are_filled_with_text_alone(model: BidirectionalLM, monkeypatch) -> None:
+def test_spans_are_filled_with_text_alone(model: DiffusionLM, monkeypatch) -> None:
     """End tokens and their like are not written inside a text, however likely they are."""
     ends = sorted({*model.eos_ids, *model.tokenizer.all_special_ids} - {model.mask_token_id})
     plain = model.logits
@@ -252,7 +253,7 @@ def test_spans_are_filled_with_text_alone(model: BidirectionalLM, monkeypatch) -
     assert set(answer["token_ids"]) <= set(ends)
 
 
-def test_weights_that_have_diverged_are_one_line(model: BidirectionalLM, monkeypatch) -> None:
+def test_weights_that_have_diverged_are_one_line(model: DiffusionLM, monkeypatch) -> None:
     monkeypatch.setattr(model, "logits", lambda hidden: torch.full((*hidden.shape[:-1], 1400), torch.nan))
     with pytest.raises(ModelError, match="logits are not numbers"):
         list(generate(model, ["A man"], GenerateOptions(raw=True, settings={"max_new_tokens": 4})))
@@ -278,6 +279,6 @@ def test_what_would_be_ignored_or_break_is_refused(named, said) -> None:
 
 @pytest.mark.parametrize("text", [" \n", "\udce9"])
 @pytest.mark.parametrize("infill", [False, True])
-def test_what_is_no_text_is_refused(model: BidirectionalLM, text, infill) -> None:
+def test_what_is_no_text_is_refused(model: DiffusionLM, text, infill) -> None:
     with pytest.raises(DataError, match="prompt 1"):
         list(generate(model, [text], GenerateOptions(raw=True, infill=infill)))

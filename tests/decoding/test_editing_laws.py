@@ -24,7 +24,7 @@ def written(watched: Watched, asked: Settings) -> tuple[Generation, list[torch.T
 
 @torch.no_grad()
 def said(watched: Watched, ids_K: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Say how sure the model is of its best token at each place of the last block, and which that is.
+    """Say how sure the model is of its best token at each position of the last block, and which that is.
 
     Shapes: returns chance_C and token_C.
     """
@@ -71,7 +71,7 @@ def test_a_pass_edits_where_another_token_is_surer_than_its_threshold(tau, tau_e
 @settings(max_examples=15, deadline=None)
 @given(st.floats(0, 0.4), st.integers(0, 4), st.integers(0, 20))
 def test_a_pass_shows_what_the_passes_before_have_left(tau_edit, post, seed) -> None:
-    """Laws: the prompt stays; each canvas is the one before with the step's tokens; so is the answer after the last."""
+    """Laws: the prompt stays; each canvas is the last one with the step's tokens; so is the response."""
     watched = Watched("block", seed=seed)
     asked = Settings(max_new_tokens=NEW, block_size=4, editing_threshold=tau_edit, max_post_steps=post)
     answer, shown = written(watched, asked)
@@ -84,7 +84,7 @@ def test_a_pass_shows_what_the_passes_before_have_left(tau_edit, post, seed) -> 
 
 
 def test_edits_end_where_a_pass_finds_nothing_to_edit() -> None:
-    """Law: without a mask and without an edit a step is a fixed point, and the last, and was shown the answer."""
+    """Law: without a mask and without an edit a step is a fixed point, and the last, and was shown the response."""
     watched = Watched("block", scale=0.3)
     asked = Settings(max_new_tokens=NEW, block_size=NEW, threshold=0.3, editing_threshold=0.1, max_post_steps=16)
     answer, shown = written(watched, asked)

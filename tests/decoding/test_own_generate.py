@@ -8,29 +8,29 @@ import torch
 
 from dllm.decoding.diffusion import GenerateOptions, generate
 from dllm.decoding.own_generate import generate_with_own_code
-from dllm.decoding.samplers import default_sampler
 from dllm.decoding.settings import Settings
 from dllm.errors import ConfigError, ModelError
-from dllm.models.diffusion.bidirectional import BidirectionalLM, load_bidirectional
+from dllm.models.diffusion.families import load_diffusion_lm
+from dllm.models.diffusion.protocol import DiffusionLM
 from tests.models.diffusion.remote_code import checkpoint
 
 SIZE = {"max_new_tokens": 6, "block_size": 4}
 
 
-def generated(model: BidirectionalLM, sampler="own", show=None, **named) -> list[dict]:
+def generated(model: DiffusionLM, sampler="own", show=None, **named) -> list[dict]:
     size = {**SIZE, "block_size": None} if sampler in ("ar", "own-ar") else SIZE
     options = GenerateOptions(sampler, settings={**size, **named})
     return list(generate(model, ["Why?", "How?"], options, show))
 
 
 @pytest.fixture
-def llada2(tmp_path: Path) -> BidirectionalLM:
-    return load_bidirectional(checkpoint(tmp_path, "llada2_moe"))
+def llada2(tmp_path: Path) -> DiffusionLM:
+    return load_diffusion_lm(checkpoint(tmp_path, "llada2_moe"))
 
 
 @pytest.fixture
-def nemotron(tmp_path: Path) -> BidirectionalLM:
-    return load_bidirectional(checkpoint(tmp_path, "nemotron_labs_diffusion", every_word=True))
+def nemotron(tmp_path: Path) -> DiffusionLM:
+    return load_diffusion_lm(checkpoint(tmp_path, "nemotron_labs_diffusion", every_word=True))
 
 
 def test_a_record_says_that_the_models_own_code_wrote(llada2, nemotron) -> None:
@@ -83,7 +83,7 @@ def test_own_code_that_fails_is_one_line(nemotron, monkeypatch) -> None:
 def test_only_nemotrons_blocks_are_decoded_by_its_own_code_by_default(nemotron, llada2) -> None:
     for sampler, by in [(None, "own"), *((name, name) for name in ("nemotron", "self-spec", "own-self-spec", "ar"))]:
         assert [record["sampler"] for record in generated(nemotron, sampler)] == [by, by]
-    assert default_sampler(llada2) == "llada"
+    assert llada2.default_sampler == "llada"
     ids = [[r["token_ids"] for r in generated(nemotron, sampler)] for sampler in ("ar", "own-ar")]
     assert ids[0] == ids[1]
 

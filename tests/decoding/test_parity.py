@@ -9,15 +9,17 @@ import torch
 from dllm.decoding.causal import decode_causally, decode_seeded
 from dllm.decoding.settings import Settings
 from dllm.decoding.unmasking import sample
-from dllm.methods.diffusion.passes import batch_of, grid_of, masked_pass, origin_of
-from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig, load_bidirectional
+from dllm.methods.diffusion.noise import batch_of
+from dllm.models.diffusion.config import DiffusionConfig
+from dllm.models.diffusion.families import load_diffusion_lm
+from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.training.batches import Example
 from tests.models.diffusion.remote_code import checkpoint
 from tests.models.small_models import MASK, small_model
 
 PROMPTS = [[21, 22, 23, 24, 25], [40, 41], [60, 61, 62, 63, 64, 65, 66, 67, 68], [80, 81, 82, 83]]
 NEW, SIZE = 11, 4
-NOTES = {
+CONFIGS = {
     "full": DiffusionConfig("mdlm", MASK),
     "block": DiffusionConfig("mdlm", MASK, SIZE),
     "prompt blocks": DiffusionConfig("mdlm", MASK, SIZE),
@@ -26,29 +28,29 @@ NOTES = {
 }
 
 
-def model_of(kind: str, folder: Path) -> BidirectionalLM:
+def model_of(kind: str, folder: Path) -> DiffusionLM:
     if kind == "llada2":  # with code of its own; it reads its prompts by blocks
-        model = load_bidirectional(checkpoint(folder, "llada2_moe"))
-        model.note = DiffusionConfig("mdlm", model.mask_token_id, SIZE)
+        model = load_diffusion_lm(checkpoint(folder, "llada2_moe"))
+        model.config = DiffusionConfig("mdlm", model.mask_token_id, SIZE)
     else:
-        model = small_model(note=NOTES[kind])
+        model = small_model(config=CONFIGS[kind])
         model.prompt_blocks = kind == "prompt blocks"
     model.eos_ids = set()
     return model
 
 
-def said_in_training(model: BidirectionalLM, prompt: list[int], answer, states: list[set[int]]) -> torch.Tensor:
-    """Run training's pass over one answer, with each set of places of it masked; return the best ids, or 0 elsewhere.
+def said_in_training(model: DiffusionLM, prompt: list[int], answer, states: list[set[int]]) -> torch.Tensor:
+    """Run training's pass over one response, each set of its positions masked; return the best ids, 0 elsewhere.
 
     Shapes: returns best_NS over the states and the answer's places.
     """
     example = Example("a-0", array("i", [*prompt, *answer]), len(prompt))
     ids_BS, _, valid_BS = batch_of([example] * len(states))
-    block_BS = grid_of(model, example, model.note.block_size).expand(len(states), -1)
+    block_BS = model.blocks(len(example), example.prompt_length, model.config.block_size).expand(len(states), -1)
     masked_BS = torch.zeros_like(valid_BS)
     for row, places in enumerate(states):
         masked_BS[row, [len(prompt) + place for place in places]] = True
-    hidden_MD, _ = masked_pass(model, ids_BS, valid_BS, block_BS, masked_BS, model.note.context)
+    hidden_MD, _ = model.masked_hidden(ids_BS, valid_BS, block_BS, masked_BS, model.config.context)
     logits_MV = model.logits(hidden_MD)
     logits_MV[:, model.mask_token_id] = -torch.inf
     best_BS = torch.zeros_like(ids_BS)
@@ -56,14 +58,14 @@ def said_in_training(model: BidirectionalLM, prompt: list[int], answer, states: 
     return best_BS[:, len(prompt) :]
 
 
-def block_of(model: BidirectionalLM, prompt: list[int], place: int) -> int:
-    """Count in which block an answer's place lies, the first being 0."""
-    tail = len(prompt) % SIZE if origin_of(model) == "sequence" else 0
-    return 0 if model.note.block_size is None else (place + tail) // SIZE
+def block_of(model: DiffusionLM, prompt: list[int], place: int) -> int:
+    """Count in which block a response's position lies, the first being 0."""
+    tail = len(prompt) % SIZE if model.block_origin == "sequence" else 0
+    return 0 if model.config.block_size is None else (place + tail) // SIZE
 
 
-def check(model: BidirectionalLM, prompt: list[int], answer, is_seed=lambda place: False) -> None:
-    """Hold every step of an answer against training's pass over the block as it stood then.
+def check(model: DiffusionLM, prompt: list[int], answer, is_seed=lambda place: False) -> None:
+    """Hold every step of a response against training's pass over the block as it stood then.
 
     Blocks before are clean, as training has them on their clean side; blocks after are not seen.
     """
@@ -87,7 +89,7 @@ def check(model: BidirectionalLM, prompt: list[int], answer, is_seed=lambda plac
 def test_what_a_step_commits_is_what_trainings_pass_says(kind, threshold, tmp_path: Path) -> None:
     """Law: block k of the pass over [x_t | x_0] is the inference pass of that noisy block after the clean ones."""
     model = model_of(kind, tmp_path)
-    asked = Settings(max_new_tokens=NEW, threshold=threshold)  # the block size is the note's
+    asked = Settings(max_new_tokens=NEW, threshold=threshold)  # the block size is the config's
     for prompt, answer in zip(PROMPTS, sample(model, PROMPTS, asked), strict=True):
         check(model, prompt, answer)
 
@@ -113,7 +115,9 @@ def test_causal_decoding_says_what_the_next_token_loss_is_taken_of(tmp_path: Pat
     for prompt, answer in zip(PROMPTS, decode_causally(model, PROMPTS, Settings(max_new_tokens=NEW)), strict=True):
         example = Example("a-0", array("i", [*prompt, *answer.token_ids]), len(prompt))
         ids_BS, masked_BS, valid_BS = batch_of([example])
-        _, clean_BSD = masked_pass(model, ids_BS, valid_BS, grid_of(model, example, SIZE)[None], masked_BS, "causal")
+        _, clean_BSD = model.masked_hidden(
+            ids_BS, valid_BS, model.blocks(len(example), example.prompt_length, SIZE)[None], masked_BS, "causal"
+        )
         logits_SV = model.logits(clean_BSD[0])
         logits_SV[:, MASK] = -torch.inf
         assert logits_SV[len(prompt) - 1 : -1].argmax(-1).tolist() == answer.token_ids

@@ -1,4 +1,4 @@
-"""What is proposed at masked places: frequencies, scores, and what has no say in either."""
+"""What is proposed at masked positions: frequencies, scores, and what affects neither."""
 
 import math
 
@@ -90,7 +90,7 @@ def test_a_draw_of_zero_is_no_infinite_wish(monkeypatch) -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**20), st.floats(0, 2), st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(2, 20))
 def test_permuted_logits_leave_a_random_order_as_it_is(seed, temperature, counts, words) -> None:
-    """Law: the same seed and permuted logits give the same scores, and so the same places, row by row."""
+    """Law: the same seed and permuted logits give the same scores, and so the same positions, row by row."""
     generator = torch.Generator().manual_seed(seed)
     logits_MV = torch.randn(sum(counts), words, generator=generator)
     order_V, order_M = (torch.randperm(n, generator=generator) for n in (words, sum(counts)))
@@ -102,7 +102,7 @@ def test_permuted_logits_leave_a_random_order_as_it_is(seed, temperature, counts
 
 
 def test_a_random_order_looks_at_no_logit() -> None:
-    """Law: random remasking orders places alike whatever the model says."""
+    """Law: random remasking orders positions alike whatever the model says."""
     one, other = (torch.randn(40, 7, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
     for temperature in (0.0, 1.0):
         scores = [proposed(x, 5, temperature=temperature, remasking="random")[1] for x in (one, other, one.flip(0))]

@@ -9,18 +9,18 @@ import pytest
 
 from dllm.decoding import replay
 from dllm.decoding.replay import BLANK, END, Replay
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.models.diffusion.protocol import DiffusionLM
 from tests.models.small_models import small_model
 
 WIDTH, HEIGHT = 40, 10
 
 
 @pytest.fixture(scope="module")
-def model() -> BidirectionalLM:
+def model() -> DiffusionLM:
     return small_model()
 
 
-def ids(model: BidirectionalLM, text: str) -> list[int]:
+def ids(model: DiffusionLM, text: str) -> list[int]:
     return list(model.tokenizer(text)["input_ids"])
 
 

@@ -1,4 +1,4 @@
-"""Laws of how many tokens a pass commits, in whole answers: of plans, thresholds and entropy bounds."""
+"""Laws of how many tokens a pass commits, in whole responses: of plans, thresholds and entropy bounds."""
 
 import dataclasses
 
@@ -20,13 +20,13 @@ CONTEXT = st.sampled_from(["full", "block", "causal"])
 
 
 def blocks_of(prompt: list[int], new: int, size: int, context: str) -> int:
-    """Count the blocks of an answer; block-causal grids begin with the prompt."""
+    """Count the blocks of a response; block-causal grids begin with the prompt."""
     return -(-(new + (len(prompt) % size if context == "block" else 0)) // size)
 
 
 @torch.no_grad()
 def masked_logits(watched: Watched, number: int, width: int) -> torch.Tensor:
-    """Say what a pass over a whole canvas made of its masked places. Shapes: returns logits_MV."""
+    """Say what a pass over a whole canvas made of its masked positions. Shapes: returns logits_MV."""
     ids_SK = watched.shown[number]
     assert ids_SK.shape == (1, width)
     logits_MV = watched.model.logits(watched.model.hidden(ids_SK)[ids_SK == MASK])
@@ -94,7 +94,7 @@ def test_a_threshold_beside_a_plan_commits_the_larger_number(prompt, new, steps,
 @settings(max_examples=15, deadline=None)
 @given(PROMPT, NEW, st.floats(0, 25))
 def test_an_entropy_bound_commits_those_of_least_entropy(prompt, new, bound) -> None:
-    """Law: of each pass the places of least entropy, as many as the bound allows."""
+    """Law: of each pass the positions of least entropy, as many as the bound allows."""
     watched = Watched()
     asked = Settings(max_new_tokens=new, block_size=new, remasking="entropy", entropy_bound=bound)
     (answer,) = sample(watched.model, [prompt], asked)

@@ -79,12 +79,12 @@ def test_a_lower_threshold_commits_more(scores: list[float], one: float, other: 
 
 
 def chosen(score: torch.Tensor, count: torch.Tensor) -> set[int]:
-    """Say which places of the only row are committed."""
+    """Say which positions of the only row are committed."""
     return set(best(score, count)[0].nonzero()[:, 0].tolist())
 
 
 @given(SCORES, st.floats(-1, 1), st.floats(-1, 1), st.floats(0.01, 20), st.floats(0.01, 20))
-def test_from_the_same_state_a_laxer_rule_commits_the_same_places_and_more(
+def test_from_the_same_state_a_laxer_rule_commits_the_same_positions_and_more(
     scores: list[float], one: float, other: float, narrow: float, wide: float
 ) -> None:
     """Law: the accepted set, not only its size, grows as the threshold falls, and as the factor rises."""
@@ -97,7 +97,7 @@ def test_from_the_same_state_a_laxer_rule_commits_the_same_places_and_more(
 
 @given(SCORES, st.integers(0, 3), st.floats(-1, 1, width=32), st.integers(1, 15))
 def test_a_threshold_with_a_least_commits_no_fewer(scores: list[float], written: int, tau: float, k: int) -> None:
-    """Law: top-k fallback: max(number above the threshold, k), of m masked places at most m, so at least min(k, m)."""
+    """Law: top-k fallback: max(number above the threshold, k), of m masks at most m, so at least min(k, m)."""
     score = torch.tensor([[*scores, *[float("-inf")] * written]])
     found = chosen(score, threshold_counts(score, tau, torch.tensor([k])))
     masked = len(scores)
@@ -137,7 +137,7 @@ def test_the_factor_rule_takes_the_longest_prefix_that_passes(scores: list[float
 
 
 def marginal(joint: torch.Tensor, places: list[int]) -> torch.Tensor:
-    """Sum a joint over all but some places."""
+    """Sum a joint over all but some positions."""
     rest = [place for place in range(joint.dim()) if place not in places]
     return joint.sum(rest) if rest else joint
 
@@ -145,7 +145,7 @@ def marginal(joint: torch.Tensor, places: list[int]) -> torch.Tensor:
 @settings(max_examples=100, deadline=None)
 @given(st.integers(2, 3), st.integers(0, 2**31), st.floats(1, 40), st.floats(0.05, 1))
 def test_what_the_factor_rule_takes_together_is_the_joints_own_choice(places, seed, sharpness, factor) -> None:
-    """Law: factor guarantee, Fast-dLLM theorem 1: at most 1, the best of each place are the best of all together."""
+    """Law: factor guarantee, Fast-dLLM theorem 1: at most 1, the best of each position are the best of all together."""
     generator = torch.Generator().manual_seed(seed)
     joint = torch.rand((3,) * places, generator=generator, dtype=torch.float64) ** sharpness
     joint /= joint.sum()
@@ -159,8 +159,8 @@ def test_what_the_factor_rule_takes_together_is_the_joints_own_choice(places, se
     assert together[tuple(int(best_of_each[place].indices) for place in taken)] == together.max()
 
 
-def test_beyond_the_guarantee_the_best_of_each_place_may_not_be_the_best_together() -> None:
-    """A joint over two places whose likeliest pair is (1, 1), while place by place 0 is likelier at the first."""
+def test_beyond_the_guarantee_the_best_of_each_position_may_not_be_the_best_together() -> None:
+    """A joint over two positions whose likeliest pair is (1, 1), while 0 is likelier at the first position."""
     joint = torch.tensor([[0.3, 0.3], [0.0, 0.4]], dtype=torch.float64)
     scores = torch.stack([marginal(joint, [place]).max(0).values for place in (0, 1)])[None]  # .6 and .7
     assert factor_counts(scores, 1.0).tolist() == [1]

@@ -1,4 +1,4 @@
-"""Laws of unmasking, looked at from where the model stands: what each pass is shown."""
+"""Laws of unmasking, checked on the input of each pass."""
 
 import dataclasses
 from itertools import pairwise
@@ -12,6 +12,7 @@ from dllm.decoding import unmasking as sampler
 from dllm.decoding.causal import decode_causally, decode_seeded, speculate_on_itself
 from dllm.decoding.settings import Settings
 from dllm.decoding.unmasking import fill, sample
+from dllm.models.diffusion import transformers_lm
 from tests.decoding.watched import PROMPT, Watched, wishes
 from tests.models.small_models import MASK
 
@@ -62,7 +63,7 @@ def test_a_threshold_beside_a_plan_commits_at_least_the_plan(context, write) -> 
 
 
 def test_in_one_block_any_order_is_allowed() -> None:
-    """Law: a block as long as the answer leaves the order to confidence."""
+    """Law: a block as long as the response leaves the order to confidence."""
     (answer,) = sample(Watched().model, [[21, 22, 23]], Settings(max_new_tokens=12, block_size=12))
     assert [place for ((place, _),) in answer.steps] != list(range(12))
 
@@ -70,7 +71,7 @@ def test_in_one_block_any_order_is_allowed() -> None:
 @settings(max_examples=10, deadline=None)
 @given(PROMPT, st.sampled_from([None, 0.0, 0.3]), st.integers(0, 4))
 def test_edits_touch_neither_prompt_nor_what_the_same_step_wrote(prompt, threshold, post) -> None:
-    """Laws: the prompt is never edited; no place is unmasked and edited at once; edits come to an end."""
+    """Laws: the prompt is never edited; no position is unmasked and edited at once; edits come to an end."""
     watched = Watched("block")
     asked = Settings(max_new_tokens=9, block_size=4, threshold=threshold, editing_threshold=0.05, max_post_steps=post)
     (answer,) = sample(watched.model, [prompt], asked)
@@ -154,7 +155,7 @@ def test_guidance_by_nothing_is_none() -> None:
 
 
 def test_a_random_order_is_the_same_for_another_model() -> None:
-    """Law: random remasking looks at no logit: same seed, other weights, same places."""
+    """Law: random remasking looks at no logit: same seed, other weights, same positions."""
     asked = Settings(max_new_tokens=12, block_size=12, remasking="random", seed=3)
     orders = []
     for seed in (7, 8):
@@ -168,7 +169,7 @@ def test_a_random_order_is_the_same_for_another_model() -> None:
 @settings(max_examples=6, deadline=None)
 @given(PROMPT, st.sampled_from([3, 12, 40]), st.integers(1, 6))
 def test_what_comes_after_the_end_never_shows(prompt, every, size) -> None:
-    """Law: an answer is what was written up to the first end token; stopping early changes no text."""
+    """Law: a response is what was written up to the first end token; stopping early changes no text."""
     for context, write in (
         ("full", sample),
         ("block", sample),
@@ -203,16 +204,14 @@ def test_self_speculation_counts_its_passes(prompt, size, new) -> None:
 @pytest.mark.parametrize("write", [decode_seeded, speculate_on_itself, decode_causally])
 def test_keys_and_values_of_finished_text_are_a_plain_causal_pass(write, monkeypatch) -> None:
     """Law: what the cache holds of finished columns is what a pass over the finished text would leave there."""
-    from dllm.models.diffusion import columns
-
-    caches, made = [], columns.CanvasCache
-    monkeypatch.setattr(columns, "CanvasCache", lambda places: caches.append(made(places)) or caches[-1])
+    caches, made = [], transformers_lm.CanvasCache
+    monkeypatch.setattr(transformers_lm, "CanvasCache", lambda places: caches.append(made(places)) or caches[-1])
     model, prompt = Watched("causal").model, [21, 22, 23, 24, 25]
     (answer,) = write(model, [prompt], Settings(max_new_tokens=12, block_size=4, early_stop=False))
     finished = len(prompt) + 8  # the last block is never run again
     fresh = made(torch.arange(finished)[None])
     with torch.no_grad():
-        model.part(
+        model.cached_hidden(
             torch.tensor([[*prompt, *answer.token_ids[:8]]]),
             torch.arange(finished)[None],
             torch.ones(1, finished, finished, dtype=torch.bool).tril(),

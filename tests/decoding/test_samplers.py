@@ -15,12 +15,13 @@ from dllm.cli import app as application
 from dllm.cli import generate as verb
 from dllm.cli import generation, lm_eval, options
 from dllm.decoding.diffusion import GenerateOptions, generate
-from dllm.decoding.samplers import Llada, default_sampler, field_names
+from dllm.decoding.samplers import Llada, field_names
 from dllm.decoding.settings import CausalSettings, LengthSettings, Settings, setting
 from dllm.errors import ConfigError
 from dllm.lm_eval.generation_arguments import read
-from dllm.models.diffusion.bidirectional import DiffusionConfig, load_bidirectional
-from dllm.registry import SAMPLERS
+from dllm.models.diffusion.config import DiffusionConfig
+from dllm.models.diffusion.families import load_diffusion_lm
+from dllm.registry import DIFFUSION_LMS, SAMPLERS
 from tests.models.small_models import TINY
 
 
@@ -81,7 +82,7 @@ def test_a_sampler_from_outside_adds_its_flag_and_is_accepted_everywhere(toy) ->
         )
     assert said.exit_code == 0, said.output
     assert called["options"] == GenerateOptions("toy", settings={"patience": 5, "top_p": 1.0})
-    model = load_bidirectional(TINY)
+    model = load_diffusion_lm(TINY)
     (record,) = generate(model, ["Why?"], GenerateOptions("toy", settings={"max_new_tokens": 6, "patience": 2}))
     (plain,) = generate(model, ["Why?"], GenerateOptions("llada", settings={"max_new_tokens": 6, "block_size": 4}))
     assert (record["sampler"], record["token_ids"]) == ("toy", plain["token_ids"])
@@ -112,20 +113,21 @@ def test_every_sampler_says_what_it_takes_and_its_defaults_are_among_them() -> N
 
 
 def test_the_default_sampler_fits_the_model() -> None:
-    for note, own_masks, name in [
-        (DiffusionConfig("mdlm", 3), False, "llada"),
-        (DiffusionConfig("mdlm", 3, 4), False, "llada"),
-        (DiffusionConfig("hybrid", 3), False, "llada"),
-        (DiffusionConfig("hybrid", 3, 4), False, "nemotron"),
-        (DiffusionConfig("hybrid", 3, 4), True, "own"),
+    for config, family, name in [
+        (DiffusionConfig("mdlm", 3), "transformers", "llada"),
+        (DiffusionConfig("mdlm", 3, 4), "transformers", "llada"),
+        (DiffusionConfig("hybrid", 3), "transformers", "llada"),
+        (DiffusionConfig("hybrid", 3, 4), "transformers", "nemotron"),
+        (DiffusionConfig("hybrid", 3, 4), "nemotron", "own"),
     ]:
-        known = type("Known", (), {"note": note, "sets_own_masks": own_masks})()
-        assert default_sampler(known) == name
+        known = type("Known", (), {"config": config})()
+        assert DIFFUSION_LMS[family].default_sampler.fget(known) == name
+        assert name in SAMPLERS
 
 
 def test_a_block_size_of_0_is_the_models_own() -> None:
-    model = load_bidirectional(TINY)
-    model.note = DiffusionConfig("mdlm", model.mask_token_id, 4)
+    model = load_diffusion_lm(TINY)
+    model.config = DiffusionConfig("mdlm", model.mask_token_id, 4)
     found = [SAMPLERS["llada"].settle(model, {"block_size": size}).block_size for size in (0, None, 8)]
     assert found == [4, 4, 8]
     stream = io.StringIO()

@@ -1,4 +1,4 @@
-"""Greedy speculative decoding says what the target alone says, whatever the draft proposes (conformance 1 to 11)."""
+"""Greedy speculative decoding generates what the target alone generates, whatever the draft (conformance 1 to 11)."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def truth(model) -> list[int]:
-    """The plainest greedy decoding there is: the whole sequence again for every token, no cache."""
+    """Greedy decoding without a cache: the whole sequence again for every token."""
     ids = list(PROMPT)
     with torch.inference_mode():
         for _ in range(LONGEST + 16):
@@ -197,13 +197,13 @@ def test_a_round_that_a_stop_id_ends_counts_up_to_it(model, truth: list[int]) ->
     assert [(r.tokens, r.counts) for r in answer.rounds] == [(tuple(truth[1:6]), (5, 4, 4))]
 
 
-def test_the_limit_cuts_the_answer_but_not_the_count(model, truth: list[int]) -> None:
+def test_the_limit_cuts_the_response_but_not_the_count(model, truth: list[int]) -> None:
     answer = speculate(model, oracle(model, PROMPT, truth, 8), 4)
     assert answer.token_ids == truth[:4]
     assert [(r.tokens, r.counts.num_emitted) for r in answer.rounds] == [(tuple(truth[1:4]), 8)]
 
 
-def test_the_mask_id_may_be_an_answer(model, truth: list[int]) -> None:
+def test_the_mask_id_may_be_a_response(model, truth: list[int]) -> None:
     draft = oracle(model, PROMPT, truth, 4, mask=truth[5])
     answer = speculate(model, draft, 12)
     assert answer.token_ids == truth[:12] and truth[5] in answer.token_ids

@@ -9,7 +9,8 @@ import torch
 from dllm.decoding.settings import Settings
 from dllm.decoding.unmasking import fill, sample
 from dllm.errors import ConfigError, DataError
-from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig
+from dllm.models.diffusion.config import DiffusionConfig
+from dllm.models.diffusion.protocol import DiffusionLM
 from tests.models.small_models import FAMILIES, MASK, small_model
 
 PROMPTS = [[21, 22, 23, 24, 25], [40, 41], [60, 61, 62, 63, 64, 65, 66, 67, 68], [80]]
@@ -18,7 +19,7 @@ PLAIN = Settings(max_new_tokens=12, block_size=4)
 
 
 @pytest.fixture(scope="module")
-def model() -> BidirectionalLM:
+def model() -> DiffusionLM:
     return small_model()
 
 
@@ -26,7 +27,7 @@ def ids(answers) -> list[list[int]]:
     return [answer.token_ids for answer in answers]
 
 
-def endless(model: BidirectionalLM) -> BidirectionalLM:
+def endless(model: DiffusionLM) -> DiffusionLM:
     model.eos_ids = set()
     return model
 
@@ -52,7 +53,7 @@ def endless(model: BidirectionalLM) -> BidirectionalLM:
     ids=str,
 )
 def test_a_ragged_batch_equals_single_runs_and_leaves_no_mask(wish, context) -> None:
-    model = endless(small_model(note={"full": None, "block": BLOCKY, "causal": CAUSAL}[context]))
+    model = endless(small_model(config={"full": None, "block": BLOCKY, "causal": CAUSAL}[context]))
     settings = dataclasses.replace(PLAIN, **wish)
     together = sample(model, PROMPTS, settings)
     for prompt, answer in zip(PROMPTS, together, strict=True):
@@ -68,13 +69,13 @@ def test_a_ragged_batch_equals_single_runs_and_leaves_no_mask(wish, context) -> 
 
 
 @pytest.mark.parametrize(("family", "window"), FAMILIES)
-def test_every_family_writes_ragged_batches(family: str, window: int | None) -> None:
+def test_every_family_decodes_ragged_batches(family: str, window: int | None) -> None:
     model = endless(small_model(family, window))
     together = ids(sample(model, PROMPTS, PLAIN))
     assert together == [ids(sample(model, [prompt], PLAIN))[0] for prompt in PROMPTS]
 
 
-def test_permuted_prompts_get_permuted_answers(model) -> None:
+def test_permuted_prompts_get_permuted_responses(model) -> None:
     hot = dataclasses.replace(PLAIN, temperature=1.0)
     assert ids(sample(model, PROMPTS[::-1], hot)) == ids(sample(model, PROMPTS, hot))[::-1]
 
@@ -86,7 +87,7 @@ def test_steps_are_passes_and_blocks_go_from_left_to_right() -> None:
 
 
 def test_blocks_of_one_under_causal_attention_are_greedy_decoding() -> None:
-    model = endless(small_model(note=DiffusionConfig("hybrid", MASK, 1)))
+    model = endless(small_model(config=DiffusionConfig("hybrid", MASK, 1)))
     (answer,) = sample(model, PROMPTS[:1], dataclasses.replace(PLAIN, block_size=1))
     text = list(PROMPTS[0])
     for token in answer.token_ids:
@@ -99,7 +100,7 @@ def test_blocks_of_one_under_causal_attention_are_greedy_decoding() -> None:
         text.append(token)
 
 
-def test_a_negative_threshold_takes_a_block_a_pass_and_1_a_token_a_pass() -> None:
+def test_a_negative_threshold_takes_a_block_per_pass_and_1_a_token() -> None:
     model = endless(small_model(scale=2.0))
     (fast,) = sample(model, PROMPTS[:1], dataclasses.replace(PLAIN, threshold=0.0))
     (slow,) = sample(model, PROMPTS[:1], dataclasses.replace(PLAIN, threshold=1.0))
@@ -110,7 +111,7 @@ def test_a_negative_threshold_takes_a_block_a_pass_and_1_a_token_a_pass() -> Non
 
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 @pytest.mark.parametrize("wish", [{"threshold": 0.0}, {"steps": 3}, {"steps": 3, "cfg_scale": 0.7}], ids=str)
-def test_stale_caches_are_exact_at_one_step_a_block(cache, wish) -> None:
+def test_stale_caches_are_exact_at_one_step_per_block(cache, wish) -> None:
     model = endless(small_model())
     settings = dataclasses.replace(PLAIN, **wish)
     assert sample(model, PROMPTS, dataclasses.replace(settings, cache=cache)) == sample(model, PROMPTS, settings)
@@ -138,11 +139,11 @@ def test_cached_batches_equal_cached_single_runs(cache, wish) -> None:
     assert any(answer.stopped for answer in together)
 
 
-@pytest.mark.parametrize("note", [BLOCKY, CAUSAL], ids=["block", "causal"])
+@pytest.mark.parametrize("config", [BLOCKY, CAUSAL], ids=["block", "causal"])
 @pytest.mark.parametrize("wish", [{}, {"threshold": 0.1}, {"steps": 5}, {"cfg_scale": 0.5}], ids=str)
 @pytest.mark.parametrize("ends", [set(), set(range(0, 640, 12))], ids=["endless", "ending"])
-def test_block_caches_change_neither_ids_nor_passes(note, wish, ends) -> None:
-    model = small_model(note=note)
+def test_block_caches_change_neither_ids_nor_passes(config, wish, ends) -> None:
+    model = small_model(config=config)
     model.eos_ids = ends
     settings = dataclasses.replace(PLAIN, **wish)
     assert sample(model, PROMPTS, dataclasses.replace(settings, cache="block")) == sample(model, PROMPTS, settings)
@@ -188,8 +189,8 @@ def test_infilling_changes_masks_and_nothing_else(model, wish) -> None:
     assert answers[2].passes == 0
 
 
-def test_what_cannot_be_is_refused(model) -> None:
-    blocky = small_model(note=BLOCKY)
+def test_settings_that_do_not_fit_are_refused(model) -> None:
+    blocky = small_model(config=BLOCKY)
     with pytest.raises(ConfigError, match="cannot see what follows"):
         fill(blocky, TEXTS, PLAIN)
     with pytest.raises(ConfigError, match="take block"):
@@ -208,7 +209,7 @@ def test_what_cannot_be_is_refused(model) -> None:
 
 @pytest.mark.parametrize("cache", ["none", "block"])
 def test_editing_that_never_passes_is_threshold_decoding(cache) -> None:
-    model = endless(small_model(note=BLOCKY))
+    model = endless(small_model(config=BLOCKY))
     settings = dataclasses.replace(PLAIN, threshold=0.1, cache=cache)
     assert sample(model, PROMPTS, dataclasses.replace(settings, editing_threshold=1.0)) == sample(
         model, PROMPTS, settings
@@ -217,7 +218,7 @@ def test_editing_that_never_passes_is_threshold_decoding(cache) -> None:
 
 @pytest.mark.parametrize("post", [0, 3])
 def test_edits_stay_inside_the_block_and_end(post) -> None:
-    model = endless(small_model(note=BLOCKY))
+    model = endless(small_model(config=BLOCKY))
     settings = dataclasses.replace(PLAIN, threshold=0.1, editing_threshold=0.0, max_post_steps=post)
     together = sample(model, PROMPTS, settings)
     for prompt, answer in zip(PROMPTS, together, strict=True):

@@ -1,13 +1,14 @@
-"""A model whose passes can be looked at, and the wishes that laws of unmasking are drawn over."""
+"""A model that records its passes, and strategies that draw settings of unmasking."""
 
 import torch
 from hypothesis import strategies as st
 
 from dllm.decoding.settings import Settings
-from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig
+from dllm.models.diffusion.config import DiffusionConfig
+from dllm.models.diffusion.protocol import DiffusionLM
 from tests.models.small_models import MASK, small_model
 
-NOTES = {
+CONFIGS = {
     "full": DiffusionConfig("mdlm", MASK),
     "block": DiffusionConfig("mdlm", MASK, 4),
     "causal": DiffusionConfig("hybrid", MASK, 4),
@@ -19,7 +20,7 @@ class Watched:
     """A model without end tokens, and the ids that each of its passes was shown."""
 
     def __init__(self, context: str = "full", seed: int = 7, scale: float = 0.4) -> None:
-        self.model: BidirectionalLM = small_model(note=NOTES[context], seed=seed, scale=scale)
+        self.model: DiffusionLM = small_model(config=CONFIGS[context], seed=seed, scale=scale)
         self.model.eos_ids = set()
         self.shown: list[torch.Tensor] = []
         embedding = self.model.model.get_input_embeddings()

@@ -10,13 +10,18 @@ import torch
 import yaml
 
 from dllm.config.load import parse_params
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.decoding.settings import Settings
+from dllm.decoding.unmasking import sample
+from dllm.errors import ModelError
+from dllm.models import builtin
+from dllm.models.diffusion.families import load_checkpoint, load_diffusion_lm
 from dllm.models.drafts.protocol import TargetIO
 from dllm.responses import shards
 from tests.arch.source_tree import ROOT
 from tests.extending.pages import Shell, blocks, install
+from tests.models.small_models import TINY
 
-PAGES = ("method", "draft", "objective", "sampler", "source", "engine")
+PAGES = ("method", "draft", "objective", "model-family", "sampler", "source", "engine")
 SMALL = (
     "prepare.sources=[{name: gsm8k, limit: 24}]",
     "regenerate.max_new_tokens=8",
@@ -79,11 +84,44 @@ def test_the_draft_proposes_what_it_was_trained_to_predict(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_sampler_generates_with_a_diffusion_model(tmp_path: Path) -> None:
-    from dllm.models.diffusion.bidirectional import load_bidirectional
-    from tests.models.small_models import TINY
+def test_a_model_family_trains_is_evaluated_and_generates(tmp_path: Path) -> None:
+    package, target = tmp_path / "package", tmp_path / "target"
+    package.mkdir()
+    install("model-family", package)
+    shutil.copytree(builtin.directory("builtin:tiny"), target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"shifted_logits": True}))
+    shell = Shell(tmp_path, package)
+    shell.dllm("recipe", "use", "tiny-mdlm")
+    chosen = [
+        f"target.model={target}",
+        "prepare.sources=[{name: arithmetic, limit: 24}]",
+        "prepare.heldout_fraction=0.2",
+        *("train.nproc=1", "train.epochs=1", "train.mdlm.init=target", "train.mdlm.eos_padding=0"),
+        *("evaluate.num_prompts=1", "evaluate.max_new_tokens=8", "evaluate.diffusion.likelihood_answers=2"),
+        *("evaluate.diffusion.likelihood_samples=2", "evaluate.diffusion.thresholds=[0.9]"),
+        *("evaluate.diffusion.steps=[null]", "evaluate.diffusion.cache=none"),
+    ]
+    for stage in ("prepare", "regenerate", "train", "evaluate"):
+        shell.dllm(stage, *(word for value in chosen for word in ("--set", value)))
+    assert json.loads((tmp_path / "out/evaluate/metrics.json").read_text())["nelbo"] > 0
+    words = ["--checkpoint", "out/train", "--prompt", "7 7", "--raw", "--max-new-tokens", "8", "--json"]
+    found = json.loads(shell.dllm("generate", *words))
 
-    model: BidirectionalLM = load_bidirectional(TINY)
+    plain = load_checkpoint(tmp_path / "out/train/checkpoint")
+    family = runpy.run_path(str(package / "toy_family.py"))["ShiftedLM"]
+    shifted = family(plain.model, plain.tokenizer, plain.mask_token_id)
+    ids = torch.tensor([plain.tokenizer("7 7")["input_ids"]])
+    assert torch.equal(shifted.hidden(ids)[:, 1:], plain.hidden(ids)[:, :-1])
+    settings = Settings(max_new_tokens=8, block_size=32)
+    assert found["token_ids"] == sample(shifted, ids.tolist(), settings)[0].token_ids
+    with pytest.raises(ModelError, match="no cache of ours with this model"):
+        sample(shifted, ids.tolist(), Settings(max_new_tokens=8, cache="dual"))
+
+
+@pytest.mark.slow
+def test_a_sampler_generates_with_a_diffusion_model(tmp_path: Path) -> None:
+    model = load_diffusion_lm(TINY)
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     model.save(checkpoint)

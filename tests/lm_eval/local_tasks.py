@@ -1,4 +1,4 @@
-"""Models whose every figure is known, and tasks in local files to ask them."""
+"""Models whose results are known, and tasks in local files."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import yaml
 
-from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig
+from dllm.models.diffusion.config import DiffusionConfig
+from dllm.models.diffusion.protocol import DiffusionLM
 from tests.models.small_models import small_model
 
 VOCABULARY = 1408
@@ -19,13 +20,13 @@ BLOCKS = DiffusionConfig("mdlm", 500, 3)
 
 
 def request(*args: Any, doc: object = None) -> Any:
-    """Make what the harness hands over, or as much of it as is looked at."""
+    """Make a request of the harness, as far as the adapter reads it."""
     return SimpleNamespace(args=args, doc=doc or {"text": args[0]})
 
 
-def whole_model(note: DiffusionConfig | None = None, scale: float = 0.4) -> BidirectionalLM:
+def whole_model(config: DiffusionConfig | None = None, scale: float = 0.4) -> DiffusionLM:
     """Make a random model that knows all tokens of its tokenizer."""
-    model = small_model(note=note, scale=scale)
+    model = small_model(config=config, scale=scale)
     model.model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -34,12 +35,12 @@ def whole_model(note: DiffusionConfig | None = None, scale: float = 0.4) -> Bidi
     return model
 
 
-def of_one_word(log_odds: dict[str, float], note: DiffusionConfig | None = None) -> BidirectionalLM:
-    """Make a model that gives each token the same chance everywhere: some tokens these log-odds, all others 0.
+def of_one_word(log_odds: dict[str, float], config: DiffusionConfig | None = None) -> DiffusionLM:
+    """Make a model that gives each token the same probability everywhere: some tokens these log-odds, all others 0.
 
     All embeddings are alike and nothing is added to them on the way, so that its logits are the head's rows' sums.
     """
-    model = whole_model(note)
+    model = whole_model(config)
     odds = torch.zeros(model.head_VD.shape[0])
     for word, value in log_odds.items():
         for id in model.tokenizer(word)["input_ids"]:
@@ -56,7 +57,7 @@ def of_one_word(log_odds: dict[str, float], note: DiffusionConfig | None = None)
 
 
 def write_task(folder: Path, name: str, documents: Sequence[dict[str, Any]], **values: Any) -> None:
-    """Write a task and its documents as a person would, the cache of the data beside them."""
+    """Write a task and its documents, with the cache of the data beside them."""
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(document) + "\n" for document in documents))
     task = {

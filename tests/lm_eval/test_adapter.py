@@ -1,4 +1,4 @@
-"""The harness's three questions, put to models whose answers are known."""
+"""The three requests of the harness, on models whose results are known."""
 
 import math
 from collections.abc import Callable
@@ -10,29 +10,29 @@ from dllm.errors import ConfigError, DataError
 from dllm.lm_eval import texts
 from dllm.lm_eval.adapter import HarnessModel
 from dllm.lm_eval.models import CausalScores, DiffusionScores
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.models.diffusion.protocol import DiffusionLM
 from tests.lm_eval.local_tasks import BLOCKS, HYBRID, VOCABULARY, of_one_word, request, whole_model
 
-NOTES = [None, BLOCKS, HYBRID]
+CONFIGS = [None, BLOCKS, HYBRID]
 IDS = ["full", "blocks", "hybrid"]
 TEXT = "How many hours does it take to read a long page of another book by hand?"
 FIVE = ["one water", " two", " many words that were found there", " a page of letters for them all to read at home", ""]
 
 
-def asked(model: BidirectionalLM, batch_size: int = 4, max_length: int | None = None, **options) -> HarnessModel:
-    scores = DiffusionScores(lambda to_score: model, batch_size=batch_size, **{"samples": 8, **options})
+def asked(model: DiffusionLM, batch_size: int = 4, max_length: int | None = None, **options) -> HarnessModel:
+    scores = DiffusionScores(model, batch_size=batch_size, **{"samples": 8, **options})
     return HarnessModel(scores, batch_size=batch_size, max_length=max_length)
 
 
-def plain(model: BidirectionalLM) -> HarnessModel:
-    model.config.is_causal = True
+def plain(model: DiffusionLM) -> HarnessModel:
+    model.model_config.is_causal = True
     return HarnessModel(CausalScores(model.model, model.tokenizer))
 
 
-@pytest.mark.parametrize("note", NOTES, ids=IDS)
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 @pytest.mark.parametrize("max_length", [None, 9])
-def test_a_uniform_model_gives_every_token_the_same(note, max_length) -> None:
-    model = of_one_word({}, note)
+def test_a_uniform_model_gives_every_token_the_same(config, max_length) -> None:
+    model = of_one_word({}, config)
     tokens = len(texts.encode(model.tokenizer, TEXT))
     assert tokens > 2 * 9
     found = asked(model, max_length=max_length).loglikelihood_rolling([request(TEXT), request(""), request("hours")])
@@ -40,9 +40,9 @@ def test_a_uniform_model_gives_every_token_the_same(note, max_length) -> None:
     assert found[1] == 0
 
 
-@pytest.mark.parametrize("note", NOTES, ids=IDS)
-def test_known_chances_add_up_exactly_where_all_masks_can_be_taken(note) -> None:
-    model = of_one_word({" water": 6.0, " where": 4.0}, note)
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_known_probabilities_add_up_exactly_where_all_masks_are_enumerated(config) -> None:
+    model = of_one_word({" water": 6.0, " where": 4.0}, config)
     adapter = asked(model, samples=7)  # three tokens have seven masks
     total = math.log(VOCABULARY - 2 + math.exp(6) + math.exp(4))
     pairs = [("How?", " water where hours"), ("How?", " where"), ("", " water"), ("How?", "")]
@@ -50,7 +50,7 @@ def test_known_chances_add_up_exactly_where_all_masks_can_be_taken(note) -> None
     wanted = [10 - 3 * total, 4 - total, 6 - total, 0]
     assert [value for value, _ in found] == pytest.approx(wanted, abs=1e-4)
     assert adapter.errors == [0, 0, 0]
-    assert adapter.report()["kind"] == {None: "bound", BLOCKS: "block bound", HYBRID: "exact"}[note]
+    assert adapter.report()["kind"] == {None: "bound", BLOCKS: "block bound", HYBRID: "exact"}[config]
 
 
 def test_more_masks_than_samples_leave_an_error_that_is_reported() -> None:
@@ -61,9 +61,9 @@ def test_more_masks_than_samples_leave_an_error_that_is_reported() -> None:
     assert report["mean_error"] == pytest.approx(sum(adapter.errors) / 2) and report["mean_error"] > 0
 
 
-@pytest.mark.parametrize("note", NOTES, ids=IDS)
-def test_neither_batch_size_nor_order_has_a_say(note) -> None:
-    model = whole_model(note=note)
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_results_depend_on_neither_batch_size_nor_order(config) -> None:
+    model = whole_model(config=config)
     requests = [request("How many", text, doc={"number": n // 2}) for n, text in enumerate(FIVE)]
     rolling = [request(TEXT), request("Why?"), request(TEXT[20:])]
     few, many = asked(model, batch_size=1).loglikelihood(requests), asked(model, batch_size=5)
@@ -74,7 +74,7 @@ def test_neither_batch_size_nor_order_has_a_say(note) -> None:
 
 
 def test_choices_of_one_document_share_masks_where_they_are_as_long() -> None:
-    """Two texts whose tokens have the same chances place by place differ in nothing but their masks."""
+    """Two texts whose tokens have the same probabilities position by position differ in nothing but their masks."""
     adapter = asked(of_one_word({" water": 5.0}), samples=4)
     ends = [" water where hours take help days", " water take hours help where only"]
     pairs = [(end, number) for number in range(6) for end in ends]
@@ -84,13 +84,13 @@ def test_choices_of_one_document_share_masks_where_they_are_as_long() -> None:
     assert max(found) - min(found) > 1
 
 
-@pytest.mark.parametrize("note", NOTES, ids=IDS)
-def test_whether_an_answer_is_the_greedy_one_is_found_out_on_demand(note) -> None:
-    model = of_one_word({" water": 3.0}, note)
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_greedy_continuations_are_checked_on_demand(config) -> None:
+    model = of_one_word({" water": 3.0}, config)
     requests = [request("How?", text) for text in (" water water", " water", " water where")]
     assert [same for _, same in asked(model, check_greedy=True).loglikelihood(requests)] == [True, True, False]
     free = [same for _, same in asked(model).loglikelihood(requests)]
-    assert free == ([True, True, False] if note is HYBRID else [False] * 3)
+    assert free == ([True, True, False] if config is HYBRID else [False] * 3)
 
 
 def test_a_long_context_loses_its_beginning() -> None:
@@ -120,7 +120,7 @@ MAKERS: list[Callable[..., HarnessModel]] = [asked, plain]
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_answers_stop_where_the_task_says(make) -> None:
+def test_responses_stop_at_the_stop_strings_of_the_task(make) -> None:
     adapter = make(of_one_word({" water": 30.0}))
     ways = [
         {"max_gen_toks": 3},
@@ -188,10 +188,10 @@ def test_chats_are_rendered_by_the_models_template() -> None:
         adapter.apply_chat_template(chat)
 
 
-def test_it_is_one_of_the_ranks_it_is_told_of() -> None:
+def test_it_takes_its_rank_from_the_process_group() -> None:
     from dllm.training.distributed import Ranks
 
-    scores = DiffusionScores(lambda to_score: whole_model())
+    scores = DiffusionScores(whole_model())
     adapter = HarnessModel(scores, ranks=Ranks(1, 4, torch.device("cpu")))
     assert (adapter.rank, adapter.world_size) == (1, 4)
     alone = HarnessModel(scores)

@@ -1,4 +1,4 @@
-"""What ranks tell each other arrives as it was."""
+"""Values gathered over ranks arrive unchanged."""
 
 import multiprocessing
 import os
@@ -20,7 +20,7 @@ def test_any_mixture_comes_back() -> None:
     assert isinstance(found["task"]["bits", "x"][0], tuple)
 
 
-def test_one_rank_hears_itself() -> None:
+def test_one_rank_gathers_its_own_value() -> None:
     assert values(SAID, 1, torch.device("cpu")) == [SAID]
     assert tensors(torch.tensor([3]), 1).tolist() == [3]
 
@@ -36,7 +36,7 @@ def speak(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.ranks
-def test_two_ranks_hear_both_whatever_their_length(tmp_path: Path) -> None:
+def test_two_ranks_gather_values_of_any_length(tmp_path: Path) -> None:
     ranks = [multiprocessing.get_context("fork").Process(target=speak, args=(rank, tmp_path)) for rank in (0, 1)]
     for rank in ranks:
         rank.start()

@@ -1,4 +1,4 @@
-"""generation_kwargs: each is honoured or refused."""
+"""generation_kwargs: each is applied or refused."""
 
 import pytest
 
@@ -17,7 +17,7 @@ from dllm.lm_eval.generation_arguments import read
         ({"do_sample": None, "temperature": None}, 0.0),
     ],
 )
-def test_sampling_is_what_do_sample_and_the_temperature_say(given, temperature) -> None:
+def test_do_sample_and_temperature_decide_about_sampling(given, temperature) -> None:
     assert read(given, 0).named["temperature"] == temperature
 
 
@@ -41,7 +41,7 @@ def test_stop_strings_seeds_and_settings_of_samplers_go_through() -> None:
     assert read({}, 2).named["seed"] == 2
 
 
-def test_arguments_that_make_no_difference_are_no_fault() -> None:
+def test_arguments_without_effect_are_accepted() -> None:
     assert read({"num_beams": 1, "top_k": 40, "repetition_penalty": 1.0}, 0) == read({}, 0)
 
 

@@ -1,11 +1,11 @@
-"""A causal model says what lm-evaluation-harness's own class for causal models says of it."""
+"""Causal models: the same results as by lm-evaluation-harness's own class."""
 
 import pytest
 
 from dllm.config.params import Target
 from dllm.lm_eval.adapter import HarnessModel
 from dllm.lm_eval.models import CausalScores, DiffusionScores
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.models.diffusion.transformers_lm import TransformersLM
 from dllm.models.targets import load_target, load_tokenizer
 from tests.lm_eval.local_tasks import HYBRID, request
 
@@ -49,9 +49,9 @@ def test_greedy_answers_are_the_same(both) -> None:
 def test_a_hybrid_model_is_scored_by_its_causal_side(both) -> None:
     ours, _ = both
     tokenizer = load_tokenizer(TINY)
-    model = BidirectionalLM(load_target(TINY, device="cpu"), tokenizer, 500)
-    model.note = HYBRID
-    hybrid = HarnessModel(DiffusionScores(lambda to_score: model, batch_size=3), max_length=20)
+    model = TransformersLM(load_target(TINY, device="cpu"), tokenizer, 500)
+    model.config = HYBRID
+    hybrid = HarnessModel(DiffusionScores(model, batch_size=3), max_length=20)
     requests = [request(*pair) for pair in PAIRS]
     found, wanted = hybrid.loglikelihood(requests), ours.loglikelihood(requests)
     assert [x for x, _ in found] == pytest.approx([x for x, _ in wanted], rel=1e-4)

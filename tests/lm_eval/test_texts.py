@@ -30,12 +30,12 @@ def test_an_empty_context_is_one_token(tokenizer, context) -> None:
     assert tokenizer.decode(scored) == context + "water"
 
 
-def test_a_continuation_that_begins_with_the_prefix_brings_its_own(tokenizer) -> None:
+def test_a_continuation_that_begins_with_the_prefix_needs_no_other(tokenizer) -> None:
     first = tokenizer.convert_ids_to_tokens(PREFIX)
     assert encode_pair(tokenizer, "", first + "water", PREFIX) == ([PREFIX], encode(tokenizer, "water"))
 
 
-def test_a_token_that_would_bridge_both_texts_loses_nothing(tokenizer) -> None:
+def test_a_token_that_would_span_both_texts_loses_nothing(tokenizer) -> None:
     whole = encode(tokenizer, "water")
     assert len(whole) == 1
     given, scored = encode_pair(tokenizer, "wat", "er", PREFIX)
@@ -56,7 +56,7 @@ def test_each_token_is_scored_once(number, longest) -> None:
         assert len(before) >= 1 and len(before) + len(scored) <= longest
 
 
-def test_the_first_stop_string_by_place_ends_the_text(tokenizer) -> None:
+def test_the_first_stop_string_by_position_ends_the_text(tokenizer) -> None:
     ids = encode(tokenizer, "one two three four")
     assert cut(tokenizer, ids, ["three", "two"]) == "one "
     assert cut(tokenizer, ids, ["five", "", "two"]) == "one "

@@ -3,7 +3,9 @@
 import torch
 
 from dllm.config.params import Target
-from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig
+from dllm.models.diffusion.config import DiffusionConfig
+from dllm.models.diffusion.protocol import DiffusionLM
+from dllm.models.diffusion.transformers_lm import TransformersLM
 from dllm.models.targets import load_tokenizer
 
 TINY = Target(model="builtin:tiny", dtype="float32")
@@ -15,11 +17,11 @@ FAMILIES = [("Llama", None), ("Qwen2", None), ("Qwen3", None), ("Gemma3", 4), ("
 def small_model(
     family: str = "Llama",
     window: int | None = None,
-    note: DiffusionConfig | None = None,
+    config: DiffusionConfig | None = None,
     seed: int = 7,
     scale: float = 0.4,
     tied: bool | None = None,
-) -> BidirectionalLM:
+) -> DiffusionLM:
     """Make a random model of a family; larger scales make it surer of itself."""
     import transformers
 
@@ -33,13 +35,15 @@ def small_model(
     if window is not None:
         values |= {"sliding_window": window}
         if family != "Mistral":
-            values |= {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True}
-    config = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")(**values)
-    model = getattr(transformers, f"{family}ForCausalLM")._from_config(config, dtype=torch.float32).eval()
+            values |= {"layer_types": ["sliding_attention", "full_attention"]}
+        if family.startswith("Qwen"):
+            values |= {"use_sliding_window": True}
+    shape = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")(**values)
+    model = getattr(transformers, f"{family}ForCausalLM")._from_config(shape, dtype=torch.float32).eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 2:
                 weight.normal_(0, scale)
-    found = BidirectionalLM(model, load_tokenizer(TINY), MASK)
-    found.note = note or found.note
+    found = TransformersLM(model, load_tokenizer(TINY), MASK)
+    found.config = config or found.config
     return found

@@ -116,7 +116,7 @@ def test_the_stages_record_names_the_target(tmp_path: Path) -> None:
 
 
 def test_identify_tells_drafts_diffusion_models_and_others_apart(tmp_path: Path) -> None:
-    for name, config, note, expected in [
+    for name, config, saved, expected in [
         ("draft", {"dflash_config": {}}, None, ("draft", None, False, False)),
         ("plain", {"model_type": "llama"}, None, ("causal", None, False, False)),
         ("ours", {"model_type": "llama"}, ("mdlm", 3, 4), ("diffusion", ("mdlm", 3, 4), False, False)),
@@ -131,14 +131,14 @@ def test_identify_tells_drafts_diffusion_models_and_others_apart(tmp_path: Path)
     ]:
         folder = a_checkpoint(tmp_path / name)
         (folder / "config.json").write_text(json.dumps(config))
-        if note is not None:
-            written = dict(zip(("mode", "mask_token_id", "block_size"), note, strict=True))
+        if saved is not None:
+            written = dict(zip(("mode", "mask_token_id", "block_size"), saved, strict=True))
             (folder / "dllm.json").write_text(json.dumps(written))
         found = checkpoints.identify(folder)
         kind, said, own_masks, own_code = expected
         assert (found.kind, found.sets_own_masks) == (kind, own_masks)
-        assert found.note is None or (found.note.mode, found.note.mask_token_id, found.note.block_size) == said
-        assert (found.note is None) == (said is None)
+        assert found.config is None or (found.config.mode, found.config.mask_token_id, found.config.block_size) == said
+        assert (found.config is None) == (said is None)
         assert own_code is None or found.needs_own_code == own_code
     (tmp_path / "ours" / "dllm.json").write_text("{")
     with pytest.raises(ModelError, match=r"dllm\.json"):

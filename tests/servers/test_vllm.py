@@ -18,7 +18,7 @@ from dllm.config.params import Params
 from dllm.decoding.acceptance import Acceptance
 from dllm.decoding.speculative import Decoder
 from dllm.engines.readiness import wait_until_ready
-from dllm.methods.dflash.strategy import initial_draft
+from dllm.methods.dflash.build import initial_draft
 from dllm.models import targets
 from dllm.models.drafts.checkpoint import load_draft, save_draft
 from dllm.models.packing import packed_linears

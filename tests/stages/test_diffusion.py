@@ -13,7 +13,8 @@ from dllm.config.load import load_params, params_digest, parse_params
 from dllm.config.params import Params
 from dllm.methods.diffusion.evaluate import most_parallel
 from dllm.methods.figures import DASH
-from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig
+from dllm.models.diffusion.config import DiffusionConfig
+from dllm.models.diffusion.families import load_checkpoint
 from dllm.registry import METHODS
 from dllm.stages import evaluate, prepare, regenerate, register, train
 from dllm.stages.records import read_records, trained_method
@@ -61,9 +62,9 @@ def test_from_prompts_to_the_registry(tmp_path, monkeypatch, mlflow_store, recip
     assert answers["rows"] == 40
     trained = train.run(asked, tmp_path)
     assert trained["steps"] >= 4 and trained["masked_tokens"] > 0 and trained["val_nelbo"] > 0
-    model = BidirectionalLM.from_directory(tmp_path / "out" / "train" / "checkpoint")
+    model = load_checkpoint(tmp_path / "out" / "train" / "checkpoint")
     block = asked.train.method_settings.block_size if asked.train.mode == "hybrid" else None
-    assert model.note == DiffusionConfig(asked.train.mode, model.mask_token_id, block)
+    assert model.config == DiffusionConfig(asked.train.mode, model.mask_token_id, block)
     found = evaluate.run(asked, tmp_path)
     assert found["nelbo"] > 0 and found["nelbo_se"] > 0
     assert found["score"] == (found["words_exact"] if recipe == "tiny-mdlm" else -found["nelbo"])

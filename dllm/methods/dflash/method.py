@@ -38,9 +38,15 @@ class DflashMethod:
                 "a draft cannot be decoded with larger blocks than it was trained on"
             )
 
+    def check_models(self, params: Params) -> None:
+        from dllm.methods.dflash.build import check_models
+
+        check_models(cast(Dflash, params.train.method_settings), params.target)
+
     def build(self, ctx: TrainContext[Dflash]) -> DflashStrategy:
+        from dllm.methods.dflash.build import initial_draft
         from dllm.methods.dflash.features import CachedFeatures, OnlineFeatures
-        from dllm.methods.dflash.strategy import DflashStrategy, initial_draft
+        from dllm.methods.dflash.strategy import DflashStrategy
         from dllm.models import targets
 
         settings, params = ctx.settings, ctx.params

@@ -11,14 +11,14 @@ from dllm.config.params import Target, Train
 from dllm.errors import ConfigError, ModelError
 from dllm.methods.diffusion.settings import Masking
 from dllm.models import targets
-from dllm.models.diffusion import families
-from dllm.models.diffusion.bidirectional import BidirectionalLM, load_bidirectional
+from dllm.models.diffusion.families import family_to_run, load_diffusion_lm
 from dllm.models.diffusion.lora import Adapter
+from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.models.sharding import mesh_of_ranks, recompute_layers, shard
 from dllm.training.distributed import one_rank_at_a_time
 
 
-def initial_model(target: Target, settings: Train, device: torch.device | str) -> BidirectionalLM:
+def initial_model(target: Target, settings: Train, device: torch.device | str) -> DiffusionLM:
     """Load the model to train, with float32 weights that may move, or frozen ones beside float32 adapters.
 
     With `fsdp` each rank keeps its piece of the weights, and all ranks must call this; the main memory of a machine
@@ -40,14 +40,15 @@ def initial_model(target: Target, settings: Train, device: torch.device | str) -
     return model
 
 
-def _whole_model(target: Target, settings: Train, device: torch.device | str) -> BidirectionalLM:
+def _whole_model(target: Target, settings: Train, device: torch.device | str) -> DiffusionLM:
     masking = _masking(settings)
     check_family(target, settings)
     dtype = torch.float32 if masking.lora is None else getattr(torch, settings.compute_dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)  # an added mask row is drawn at random
-        model = load_bidirectional(target, dtype, device, masking.mask_token_id, paired=masking.block_size)
-    if getattr(model.config, "final_logit_softcapping", None) is not None:
+        model = load_diffusion_lm(target, dtype, device, mask_token_id=masking.mask_token_id)
+        model = model.for_likelihood(masking.block_size)
+    if getattr(model.model_config, "final_logit_softcapping", None) is not None:
         raise ModelError("soft-capped logits cannot be trained here", where=f"target.model: {target.model}")
     if masking.init == "random":
         with torch.random.fork_rng(devices=[]):
@@ -68,15 +69,14 @@ def check_family(target: Target, settings: Train) -> None:
     Raises:
         ConfigError: with the way that it can be trained.
     """
-    family = families.family_to_run(targets.locate(target), target.trust_remote_code)
+    family = family_to_run(targets.locate(target, weights=False), target.trust_remote_code)
     masking = _masking(settings)
-    by_block = masking.attention == "block"
-    if family.runs_own_code and masking.activation_checkpointing and not masking.fsdp:
-        raise ConfigError(
-            "activation_checkpointing of a model with code of its own needs fsdp",
-            where=f"target.model: {target.model}",
-        )
-    if conflict := family.training_conflict(predicts_next=masking.predicts_next, by_block=by_block):
+    conflict = family.training_conflict(
+        predicts_next=masking.predicts_next,
+        by_block=masking.attention == "block",
+        recomputes=masking.activation_checkpointing and not masking.fsdp,
+    )
+    if conflict:
         raise ConfigError(conflict, where=f"target.model: {target.model}")
 
 

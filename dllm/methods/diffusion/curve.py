@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
 
 def draw(metrics: Mapping[str, Any], path: Path) -> None:
     """Draw accuracy by noise level, and correct words by tokens per forward pass, as a PNG."""
-    from matplotlib.figure import Figure  # no pyplot: no global state, no display
-
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     levels = [level for level in metrics["by_noise_level"] if level["accuracy"] is not None]
@@ -37,9 +37,10 @@ def draw(metrics: Mapping[str, Any], path: Path) -> None:
 def _lines(metrics: Mapping[str, Any]) -> dict[str, dict[tuple[float, float], list[str]]]:
     """Group the ways of decoding by kind, and by position those whose points coincide."""
     lines: dict[str, dict[tuple[float, float], list[str]]] = {}
+    default = metrics["decodings"][0]["sampler"]
     for way in metrics["decodings"]:
-        kind = "threshold" if way["threshold"] is not None else way["sampler"]
-        line = lines.setdefault(kind if kind in ("threshold", "ar", "self-spec") else "number of passes", {})
+        by_number = "number of passes" if way["sampler"] == default else way["sampler"]
+        line = lines.setdefault("threshold" if way["threshold"] is not None else by_number, {})
         number = way["threshold"] or way["steps"]
         name = way["way"] if number is None else f"{number:g}"
         line.setdefault((way["tokens_per_pass"], way["words_exact"] or 0.0), []).append(name)

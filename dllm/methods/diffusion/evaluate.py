@@ -13,10 +13,11 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from dllm.config.params import Evaluate, Params
-from dllm.decoding.samplers import default_sampler
 from dllm.decoding.settings import Settings
 from dllm.errors import DataError
 from dllm.methods.diffusion import curve, likelihood
@@ -24,7 +25,8 @@ from dllm.methods.diffusion.responses import figures, generate_responses
 from dllm.methods.diffusion.settings import DiffusionEvaluation
 from dllm.methods.method import EvaluateContext, Evaluation
 from dllm.models import targets
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.models.diffusion.families import load_checkpoint
+from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.progress import Progress
 from dllm.prompts import references
 from dllm.registry import SAMPLERS
@@ -84,11 +86,12 @@ def evaluate(ctx: EvaluateContext, data: Path, settings: DiffusionEvaluation, pr
     measured = list(islice(_from_each_source_in_turn(heldout), settings.likelihood_answers))
     where: dict[str, Any] = {"dtype": params.target.dtype, "device": targets.best_device()}
     trusted = params.target.trust_remote_code
-    model = BidirectionalLM.from_directory(ctx.checkpoint, **where, trust_remote_code=trusted, paired=True).eval()
-    examples = make_examples(measured, model.longest).kept
+    model = load_checkpoint(ctx.checkpoint, **where, trust_remote_code=trusted)
+    scorer = model.for_likelihood()
+    examples = make_examples(measured, model.max_length).kept
     with Progress("evaluate: likelihood", len(examples), "responses") as progress:
         bound = likelihood.bound(
-            model,
+            scorer,
             examples,
             samples=settings.likelihood_samples,
             batch_size=settings.batch_size,
@@ -96,10 +99,8 @@ def evaluate(ctx: EvaluateContext, data: Path, settings: DiffusionEvaluation, pr
             advance=progress.update,
         ).figures()
     if predicts_next:
-        bound["ar_nll"] = likelihood.causal_nll(model, examples, batch_size=settings.batch_size)
-    if model.sets_own_masks:  # such code is built one way for likelihood and another for generation
-        model = BidirectionalLM.from_directory(ctx.checkpoint, **where, trust_remote_code=trusted).eval()
-    rows, too_long = _prompts(heldout, params.evaluate, model.longest)
+        bound["ar_nll"] = likelihood.causal_nll(scorer, examples, batch_size=settings.batch_size)
+    rows, too_long = _prompts(heldout, params.evaluate, model.max_length)
     known = references.read_references(ctx.root / "out" / "prepare")
     seen = set(json.loads((data / KNOWN_WORDS).read_text()))
     decodings, responses = _decode(params, settings, model, rows, seen, known)
@@ -115,8 +116,8 @@ def evaluate(ctx: EvaluateContext, data: Path, settings: DiffusionEvaluation, pr
         "score": scores[settings.score],
         "score_is": settings.score,
         "heldout_digest": _digest(params, settings, examples, rows, known),
-        "mode": model.note.mode,
-        "block_size": model.note.block_size,
+        "mode": model.config.mode,
+        "block_size": model.config.block_size,
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": params.target.dtype,
         "device": str(model.head_VD.device),
@@ -163,7 +164,7 @@ def _prompts(rows: Sequence[Row], settings: Evaluate, max_length: int) -> tuple[
 def _decode(
     params: Params,
     settings: DiffusionEvaluation,
-    model: BidirectionalLM,
+    model: DiffusionLM,
     rows: Sequence[Row],
     seen: set[str],
     known: Mapping[str, str],
@@ -172,12 +173,13 @@ def _decode(
         "max_new_tokens": params.evaluate.max_new_tokens,
         "block_size": params.evaluate.block_size or None,
     }
-    default = default_sampler(model)
+    default = model.default_sampler
     ways = [(default, Settings(**common, steps=steps)) for steps in settings.steps]
-    cache = settings.cache if default == "llada" else "none"  # the others have a cache of their own
+    has_own_cache = bool(SAMPLERS[default].unused(model, {"cache": settings.cache}))
+    cache = "none" if has_own_cache else settings.cache
     ways += [(default, Settings(**common, threshold=threshold, cache=cache)) for threshold in settings.thresholds]
-    if model.note.context == "causal":
-        ways += [(sampler, Settings(**common)) for sampler in ("ar", "self-spec")]
+    if model.config.context == "causal":
+        ways += [(name, Settings(**common)) for name, sampler in SAMPLERS.items() if sampler.evaluated]
     columns = ("prompt_id", "way", "wanted", "reference", "written", "passes")
     table: dict[str, list[Any]] = {name: [] for name in columns}
     found = []
@@ -223,9 +225,6 @@ def _digest(
 
 
 def _write(ctx: EvaluateContext, table: dict[str, list[Any]], metrics: dict[str, Any]) -> Evaluation:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rows, picture = ctx.work / "answers.parquet", ctx.work / "evaluation.png"
     with rows.open("wb") as file:
         pq.write_table(pa.table(table), file)

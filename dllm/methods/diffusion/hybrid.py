@@ -18,7 +18,7 @@ from dllm.config.params import Train
 from dllm.methods.diffusion.masked import Corrupted, MaskedStrategy
 from dllm.methods.diffusion.noise import Noise, exact_count_noise
 from dllm.methods.diffusion.settings import Hybrid
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.training.batches import Example
 from dllm.training.cross_entropy import weighted_cross_entropy
 from dllm.training.strategy import Split
@@ -30,7 +30,7 @@ class HybridStrategy(MaskedStrategy):
     mode = "hybrid"
     shown = ("loss", "diffusion_loss", "ar_loss", "masked_acc", "val_loss")
 
-    def __init__(self, model: BidirectionalLM, splits: Mapping[Split, Sequence[Example]], settings: Train) -> None:
+    def __init__(self, model: DiffusionLM, splits: Mapping[Split, Sequence[Example]], settings: Train) -> None:
         super().__init__(model, splits, settings)
         self.hybrid = cast(Hybrid, settings.method_settings)
         self.counts |= {"ar_nll": 1, "ar_correct": 1}

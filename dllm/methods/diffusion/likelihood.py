@@ -14,16 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm.methods.diffusion.noise import exact_number_noise, noise_generator
-from dllm.methods.diffusion.passes import batch_of, grid_of, masked_pass, padded
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.methods.diffusion.noise import batch_of, exact_number_noise, noise_generator, padded
+from dllm.methods.diffusion.settings import LEVELS
+from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.training.batches import Example
 from dllm.training.cross_entropy import nll_and_hits
 
-LEVELS = 10
-
 Mask = tuple[Tensor, Tensor, Tensor]
-"""masked_S bool, chance_S float32 (what the cross-entropy of a position is divided by), block_S int64."""
+"""masked_S bool, prob_S float32 (what the cross-entropy of a position is divided by), block_S int64."""
 
 
 @dataclass
@@ -79,7 +77,7 @@ def mean_and_error(estimates: Sequence[float]) -> tuple[float, float]:
 
 @torch.no_grad()
 def bound(
-    model: BidirectionalLM,
+    model: DiffusionLM,
     examples: Sequence[Example],
     *,
     samples: int,
@@ -119,7 +117,7 @@ def bound(
 
 @torch.no_grad()
 def causal_scores(
-    model: BidirectionalLM, examples: Sequence[Example], *, batch_size: int, chunk: int = 512
+    model: DiffusionLM, examples: Sequence[Example], *, batch_size: int, chunk: int = 512
 ) -> list[tuple[float, bool]]:
     """Return the negative log-likelihood of each response under the causal mask, and whether greedy decoding gives it.
 
@@ -137,7 +135,7 @@ def causal_scores(
     return found
 
 
-def causal_nll(model: BidirectionalLM, examples: Sequence[Example], *, batch_size: int, chunk: int = 512) -> float:
+def causal_nll(model: DiffusionLM, examples: Sequence[Example], *, batch_size: int, chunk: int = 512) -> float:
     """Return the mean negative log-likelihood of response tokens under the causal mask.
 
     Units: nats per token.
@@ -165,10 +163,10 @@ class _Plan:
     is_exact: bool
 
 
-def _plan(model: BidirectionalLM, example: Example, samples: int, seed: int, count_out: bool) -> _Plan:
-    block_S = grid_of(model, example, model.note.block_size)
-    answer_S = torch.arange(len(example)) >= example.prompt_length
-    blocks = [answer_S & (block_S == block) for block in range(int(block_S.max()) + 1)]
+def _plan(model: DiffusionLM, example: Example, samples: int, seed: int, count_out: bool) -> _Plan:
+    block_S = model.blocks(len(example), example.prompt_length, model.config.block_size)
+    response_S = torch.arange(len(example)) >= example.prompt_length
+    blocks = [response_S & (block_S == block) for block in range(int(block_S.max()) + 1)]
     number = 2 ** max(int(here.sum()) for here in blocks) - 1
     if count_out and number <= samples:
         return _Plan(example, _all_masks(blocks, block_S, number), number, True)
@@ -180,14 +178,14 @@ def _masks(example: Example, blocks: Sequence[Tensor], block_S: Tensor, samples:
     generator = noise_generator(seed, "likelihood", 0, example.id)
     first = [int(torch.randint(int(here.sum()), (), generator=generator)) for here in blocks]
     for sample in range(samples):
-        masked_S, chance_S = torch.zeros(len(example), dtype=torch.bool), torch.ones(len(example))
+        masked_S, prob_S = torch.zeros(len(example), dtype=torch.bool), torch.ones(len(example))
         for here, begin in zip(blocks, first, strict=True):
             number = int(here.sum())
             # Evenly spaced, and each one uniform on 1 .. number, since `begin` is.
             count = (begin + sample * number // samples) % number + 1
             masked_S |= exact_number_noise(here, count, generator).masked_S
-            chance_S[here] = count / number
-        yield masked_S, chance_S, block_S
+            prob_S[here] = count / number
+        yield masked_S, prob_S, block_S
 
 
 def _all_masks(blocks: Sequence[Tensor], block_S: Tensor, number: int) -> Iterator[Mask]:
@@ -199,27 +197,27 @@ def _all_masks(blocks: Sequence[Tensor], block_S: Tensor, number: int) -> Iterat
     places = [here.nonzero()[:, 0].tolist() for here in blocks]
     subsets = [[c for k in range(1, len(own) + 1) for c in combinations(own, k)] for own in places]
     for index in range(number):
-        masked_S, chance_S = torch.zeros(len(block_S), dtype=torch.bool), torch.ones(len(block_S))
+        masked_S, prob_S = torch.zeros(len(block_S), dtype=torch.bool), torch.ones(len(block_S))
         for own, masks in zip(places, subsets, strict=True):
             if index < len(masks):
                 masked_S[list(masks[index])] = True
                 k = len(masks[index])
-                chance_S[list(masks[index])] = k * math.comb(len(own), k) / number
-        yield masked_S, chance_S, block_S
+                prob_S[list(masks[index])] = k * math.comb(len(own), k) / number
+        yield masked_S, prob_S, block_S
 
 
-def _estimates(model: BidirectionalLM, part: Sequence[tuple[Example, Mask]], found: Bound, chunk: int) -> list[float]:
+def _estimates(model: DiffusionLM, part: Sequence[tuple[Example, Mask]], found: Bound, chunk: int) -> list[float]:
     device = model.head_VD.device
     ids_BS, _, valid_BS = (x.to(device) for x in batch_of([example for example, _ in part]))
-    masked_BS, chance_BS, block_BS = (
+    masked_BS, prob_BS, block_BS = (
         padded([mask[i] for _, mask in part], fill).to(device) for i, fill in enumerate((False, 1.0, -1))
     )
-    hidden_MD, _ = masked_pass(model, ids_BS, valid_BS, block_BS, masked_BS, model.note.context)
+    hidden_MD, _ = model.masked_hidden(ids_BS, valid_BS, block_BS, masked_BS)
     nll_M, hit_M = nll_and_hits(model.logits, hidden_MD, ids_BS[masked_BS], chunk)
-    chance_M = chance_BS[masked_BS].cpu()
-    level_M = (chance_M * LEVELS).ceil().long().sub(1).clamp(0, LEVELS - 1)
+    prob_M = prob_BS[masked_BS].cpu()
+    level_M = (prob_M * LEVELS).ceil().long().sub(1).clamp(0, LEVELS - 1)
     for level, hit, nll in zip(level_M.tolist(), hit_M.tolist(), nll_M.tolist(), strict=True):
         found.masked[level] += 1
         found.correct[level] += hit
         found.nll[level] += nll
-    return [total for total, _ in by_row(masked_BS.cpu(), nll_M / chance_M, hit_M)]
+    return [total for total, _ in by_row(masked_BS.cpu(), nll_M / prob_M, hit_M)]

@@ -18,18 +18,16 @@ import torch
 from torch import Tensor
 
 from dllm.config.params import Train
-from dllm.methods.diffusion.noise import Noise, Times, noise_generator, uniform_noise
-from dllm.methods.diffusion.passes import batch_of, grid_of, masked_pass, origin_of, padded
-from dllm.methods.diffusion.settings import Masking
-from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig
+from dllm.methods.diffusion.noise import Noise, Times, batch_of, noise_generator, padded, uniform_noise
+from dllm.methods.diffusion.settings import LEVELS, Masking
+from dllm.models.diffusion.config import DiffusionConfig
+from dllm.models.diffusion.families import load_checkpoint
+from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.models.sharding import is_sharded, shard_like
 from dllm.training.batches import Example
 from dllm.training.cross_entropy import weighted_cross_entropy
 from dllm.training.distributed import one_rank_at_a_time
 from dllm.training.strategy import LossSums, Rows, Split
-
-LEVELS = 10
-"""Bins of the noise level for accuracies."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +63,15 @@ class MaskedStrategy:
     diffusion_weight = 1.0
     """Weight of the diffusion term in the loss."""
 
-    def __init__(self, model: BidirectionalLM, splits: Mapping[Split, Sequence[Example]], settings: Train) -> None:
+    def __init__(self, model: DiffusionLM, splits: Mapping[Split, Sequence[Example]], settings: Train) -> None:
         self.model, self.settings = model, settings
         self.noise = cast(Masking, settings.method_settings)
         block_size = self.noise.block_size if self.noise.attention == "block" else None
-        model.note = DiffusionConfig(self.mode, model.mask_token_id, block_size)
+        model.config = DiffusionConfig(self.mode, model.mask_token_id, block_size)
         self.dtype, self.device = getattr(torch, settings.compute_dtype), next(model.parameters()).device
         fill = self.noise.eos_padding
         # Where blocks are counted from the first column of the row, the row is padded to whole blocks.
-        whole = self.noise.attention == "block" and origin_of(model) == "sequence"
+        whole = self.noise.attention == "block" and model.block_origin == "sequence"
         self.splits: dict[Split, list[Example]] = {
             name: [padded_with_eos(example, fill, model.eos_ids, settings.max_length, whole) for example in examples]
             for name, examples in splits.items()
@@ -98,7 +96,7 @@ class MaskedStrategy:
         for index, (row, example) in enumerate(zip(rows, examples, strict=True)):
             # Drawn at the length of the row itself: masks do not depend on the padding of the batch.
             maskable_S = maskable_BS[index, : len(example)]
-            blocks.append(grid_of(self.model, example, self._block_size))
+            blocks.append(self.model.blocks(len(example), example.prompt_length, self._block_size))
             for side, view in zip(sides, self._draw(split, row, epoch, blocks[-1], maskable_S), strict=True):
                 side.append(view)
         to = self.device
@@ -202,9 +200,9 @@ class MaskedStrategy:
         self.model.adapter = None
         self.model.to(dtype).save(directory)
 
-    def _read(self, directory: Path, dtype: torch.dtype) -> BidirectionalLM:
+    def _read(self, directory: Path, dtype: torch.dtype) -> DiffusionLM:
         # The code in a checkpoint is that of the target, which the recipe has allowed to run.
-        return BidirectionalLM.from_directory(directory, dtype, trust_remote_code=self.model.runs_own_code)
+        return load_checkpoint(directory, dtype, trust_remote_code=self.model.runs_own_code)
 
     @property
     def _block_size(self) -> int | None:
@@ -238,9 +236,7 @@ class MaskedStrategy:
     def _hidden(self, batch: Corrupted, masked_BS: Tensor) -> tuple[Tensor, Tensor | None]:
         """Run the model; return the hidden states of masked positions, and those that `_score_clean` scores."""
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            masked_MD, clean_BSD = masked_pass(
-                self.model, batch.ids_BS, batch.valid_BS, batch.block_BS, masked_BS, self.model.note.context
-            )
+            masked_MD, clean_BSD = self.model.masked_hidden(batch.ids_BS, batch.valid_BS, batch.block_BS, masked_BS)
             clean_MD = self._clean_hidden(batch, clean_BSD)
         return masked_MD.to(self.dtype), clean_MD
 
@@ -264,13 +260,13 @@ class MaskedStrategy:
         return self._flops_per_token * tokens + (6 if head_VD.requires_grad else 4) * head_VD.numel() * predictions
 
 
-def _flops_per_token(model: BidirectionalLM) -> float:
+def _flops_per_token(model: DiffusionLM) -> float:
     """Count 6 operations per weight, 4 if it is frozen, and of experts only the fraction that a token is routed to.
 
     The head is excluded. Source: Kaplan et al. 2020, section 2.
     """
-    experts = getattr(model.config, "num_experts", None)
-    share = model.config.num_experts_per_tok / experts if experts else 1.0
+    experts = getattr(model.model_config, "num_experts", None)
+    share = model.model_config.num_experts_per_tok / experts if experts else 1.0
     head_VD = model.head_VD
     return sum(
         (6 if p.requires_grad else 4) * p.numel() * (share if ".experts." in name else 1.0)

@@ -14,7 +14,7 @@ from dllm.config.params import Train
 from dllm.methods.diffusion.masked import MaskedStrategy
 from dllm.methods.diffusion.noise import Noise, uniform_noise
 from dllm.methods.diffusion.settings import Mdlm
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.training.batches import Example
 from dllm.training.strategy import Split
 
@@ -24,7 +24,7 @@ class MdlmStrategy(MaskedStrategy):
 
     mode = "mdlm"
 
-    def __init__(self, model: BidirectionalLM, splits: Mapping[Split, Sequence[Example]], settings: Train) -> None:
+    def __init__(self, model: DiffusionLM, splits: Mapping[Split, Sequence[Example]], settings: Train) -> None:
         super().__init__(model, splits, settings)
         self.mdlm = cast(Mdlm, settings.method_settings)
         self.views = 2 if self.mdlm.complementary else 1

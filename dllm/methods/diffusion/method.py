@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from dllm.config.section import Section
-from dllm.methods.diffusion.settings import DiffusionEvaluation, Hybrid, Masking, Mdlm
+from dllm.methods.diffusion.settings import LEVELS, DiffusionEvaluation, Hybrid, Masking, Mdlm
 from dllm.methods.figures import Records, Row, Table, count, number
 from dllm.methods.method import EvaluateContext, Evaluation, Method, Publication, Score, TrainContext
 
 if TYPE_CHECKING:
     from dllm.config.params import Params, Train
     from dllm.methods.diffusion.masked import MaskedStrategy
-    from dllm.models.diffusion.bidirectional import BidirectionalLM
+    from dllm.models.diffusion.protocol import DiffusionLM
     from dllm.training.batches import Example
     from dllm.training.loop import Outcome
     from dllm.training.strategy import Split
@@ -37,8 +37,16 @@ class MaskedMethod(Generic[Settings]):
     def check(self, params: Params) -> None:
         """Accept all settings."""
 
+    def check_models(self, params: Params) -> None:
+        from dllm.methods.diffusion.build import check_family
+        from dllm.models.target_config import check_config
+        from dllm.models.targets import locate
+
+        check_family(params.target, params.train)
+        check_config(params.target, locate(params.target, weights=False))
+
     def strategy(
-        self, model: BidirectionalLM, splits: Mapping[Split, Sequence[Example]], settings: Train
+        self, model: DiffusionLM, splits: Mapping[Split, Sequence[Example]], settings: Train
     ) -> MaskedStrategy:
         """Join model and data for the training loop."""
         raise NotImplementedError
@@ -53,12 +61,10 @@ class MaskedMethod(Generic[Settings]):
         model = strategy.model
         size = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return {"params": size, "trained_params": trained, "block_size": model.note.block_size}
+        return {"params": size, "trained_params": trained, "block_size": model.config.block_size}
 
     def panels(self) -> list[list[str]]:
         """Return the panels of curves.png."""
-        from dllm.methods.diffusion.masked import LEVELS
-
         levels = [f"masked_acc_p{100 * (level + 1) // LEVELS}" for level in range(LEVELS)]
         return [["loss"], ["nelbo", "masked_ce"], ["masked_acc"], levels]
 
@@ -128,7 +134,7 @@ class MdlmMethod(MaskedMethod[Mdlm]):
     settings = Mdlm
 
     def strategy(
-        self, model: BidirectionalLM, splits: Mapping[Split, Sequence[Example]], settings: Train
+        self, model: DiffusionLM, splits: Mapping[Split, Sequence[Example]], settings: Train
     ) -> MaskedStrategy:
         """Join model and data for the training loop."""
         from dllm.methods.diffusion.mdlm import MdlmStrategy
@@ -150,7 +156,7 @@ class HybridMethod(MaskedMethod[Hybrid]):
             )
 
     def strategy(
-        self, model: BidirectionalLM, splits: Mapping[Split, Sequence[Example]], settings: Train
+        self, model: DiffusionLM, splits: Mapping[Split, Sequence[Example]], settings: Train
     ) -> MaskedStrategy:
         """Join model and data for the training loop."""
         from dllm.methods.diffusion.hybrid import HybridStrategy

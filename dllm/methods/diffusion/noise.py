@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from dllm.training.batches import Example, collate
 from dllm.training.order import derive_seed
 
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -25,14 +25,15 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 class Noise:
     """One row's masks.
 
-    Shapes: masked_S bool; prob_S float32, the chance each place had of being masked (1 where it had none).
+    Shapes: masked_S bool; prob_S float32, the probability with which each position was masked (1 where it could not
+        be).
     """
 
     masked_S: Tensor
     prob_S: Tensor
 
     def complement(self, maskable_S: Tensor) -> Noise:
-        """Mask exactly what this one leaves clean. Source: LLaDA2.0, section on complementary masking."""
+        """Mask the maskable positions that this one leaves clean. Source: LLaDA2.0, on complementary masking."""
         return Noise(maskable_S & ~self.masked_S, torch.where(maskable_S, 1 - self.prob_S, 1.0))
 
 
@@ -40,7 +41,7 @@ class Times:
     """The noise levels t of a split's rows, uniform on [0, 1).
 
     With `low_discrepancy` the rows of an epoch, in the order in which they are visited, are spread evenly over [0, 1),
-    so that each stretch of training sees all levels alike. Source: MDLM (Sahoo et al. 2024), appendix C, made
+    so that every part of an epoch covers all levels. Source: MDLM (Sahoo et al. 2024), appendix C, made
     independent of batches.
     """
 
@@ -57,8 +58,8 @@ class Times:
             return torch.rand(number, generator=generator, dtype=torch.float64)
         offset = derive_seed(self.seed, "times", self.split, epoch) / 2**63
         first = offset + GOLDEN * self._rank(row, epoch)
-        places_K = torch.randperm(number, generator=generator).double() / number
-        return first % 1 / number + places_K
+        order_K = torch.randperm(number, generator=generator).double() / number
+        return first % 1 / number + order_K
 
     def _rank(self, row: int, epoch: int) -> int:
         if epoch != self._epoch:
@@ -70,19 +71,22 @@ class Times:
 
 
 def noise_generator(seed: int, split: str, epoch: int, id: str) -> torch.Generator:
-    """Seed a row's own source of random numbers."""
+    """Return the random generator of a row."""
     return torch.Generator().manual_seed(derive_seed(seed, "noise", split, epoch, id))
 
 
 def uniform_noise(
     maskable_S: Tensor, block_S: Tensor, t_K: Tensor, generator: torch.Generator, *, eps: float, at_least_one: bool
 ) -> Noise:
-    """Mask each maskable place of block k independently with probability p = (1 - eps) t_k + eps.
+    """Mask each maskable position of block k independently with probability p = (1 - eps) t_k + eps.
 
-    at_least_one: draw from those masks only that mask something in each block that has maskable places. A place's
-    chance is then p / (1 - (1 - p)^n), and with that as its weight's denominator the loss stays unbiased.
-    Shapes: maskable_S bool, block_S int64 (below 0 before the answer), t_K float64.
-    Source: LLaDA (Nie et al. 2025), equation 3 and appendix A; the conditional chance follows from Bayes.
+    Args:
+        at_least_one: draw only from masks that mask something in each block with maskable positions. A position's
+            probability is then p / (1 - (1 - p)^n), and dividing its weight by that keeps the loss
+            unbiased.
+
+    Shapes: maskable_S bool, block_S int64 (below 0 before the response), t_K float64.
+    Source: LLaDA (Nie et al. 2025), equation 3 and appendix A; the conditional probability follows from Bayes.
     """
     p_K = (1 - eps) * t_K + eps
     home_S = block_S.clamp_min(0)
@@ -91,7 +95,7 @@ def uniform_noise(
     if at_least_one:
         number_K, index_S = _counts(maskable_S, home_S, len(t_K))
         some_K = -torch.expm1(number_K * torch.log1p(-p_K.clamp_max(1 - 1e-12)))  # 1 - (1 - p)^n
-        # The first masked place of a block follows a truncated geometric law; those after it are free.
+        # The first masked position of a block is truncated geometric; those after it are independent.
         u_K = torch.rand(len(t_K), generator=generator, dtype=torch.float64)
         first_K = (torch.log1p(-u_K * some_K) / torch.log1p(-p_K.clamp_max(1 - 1e-12))).floor()
         first_S = first_K.clamp(min=0).minimum((number_K - 1).clamp_min(0).double())[home_S]
@@ -113,12 +117,12 @@ def exact_count_noise(
     half_life_ratio: float,
     at_least_one: bool,
 ) -> Noise:
-    """Mask round(r n) of the n maskable places of each block, r = (1 - eps) t + eps, later places sooner.
+    """Mask round(r n) of the n maskable positions of each block, r = (1 - eps) t + eps, later ones more often.
 
-    Place i of a block has log-weight ln 2 (1 - r) i / (half_life_ratio block_size) in a draw without replacement
-    (Gumbel-top-k). The chance is the block's k / n for all its places: their weights add up to n exactly, and late
-    places weigh more by as much as they are masked more often.
-    Source: Nemotron-Labs-Diffusion (arXiv 2607.05722), block-wise corruption; k and i count supervised places only.
+    Position i of a block has log-weight ln 2 (1 - r) i / (half_life_ratio block_size) in a draw without replacement
+    (Gumbel-top-k). `prob_S` is the block's k / n for all its positions: their weights sum to n exactly, and late
+    positions weigh more by as much as they are masked more often.
+    Source: Nemotron-Labs-Diffusion (arXiv 2607.05722), block-wise corruption; k and i count supervised positions only.
     """
     home_S = block_S.clamp_min(0)
     number_K, index_S = _counts(maskable_S, home_S, len(t_K))
@@ -135,43 +139,33 @@ def exact_count_noise(
     size_K = torch.bincount(home_S, minlength=len(t_K))
     rank_S = place_S - (size_K.cumsum(0) - size_K)[home_S]
     masked_S = maskable_S & (rank_S < k_K[home_S])
-    chance_S = (k_K / number_K.clamp_min(1))[home_S]
-    return Noise(masked_S, torch.where(maskable_S & (chance_S > 0), chance_S, 1.0).float())
+    prob_S = (k_K / number_K.clamp_min(1))[home_S]
+    return Noise(masked_S, torch.where(maskable_S & (prob_S > 0), prob_S, 1.0).float())
 
 
 def exact_number_noise(maskable_S: Tensor, number: int, generator: torch.Generator) -> Noise:
-    """Mask exactly `number` maskable places, every choice as likely. Source: LLaDA, equation 6."""
+    """Mask exactly `number` maskable positions, uniformly at random. Source: LLaDA, equation 6."""
     score_S = torch.rand(len(maskable_S), generator=generator, dtype=torch.float64).masked_fill(~maskable_S, 2.0)
     masked_S = torch.zeros_like(maskable_S)
     masked_S[score_S.argsort()[:number]] = True
-    chance = number / max(1, int(maskable_S.sum()))
-    return Noise(masked_S & maskable_S, torch.where(maskable_S, chance, 1.0).float())
+    prob = number / max(1, int(maskable_S.sum()))
+    return Noise(masked_S & maskable_S, torch.where(maskable_S, prob, 1.0).float())
 
 
-def blocks_of(
-    length: int,
-    prompt_length: int,
-    block_size: int | None,
-    origin: Literal["sequence", "answer"],
-    prompt_blocks: bool = False,
-) -> Tensor:
-    """Number the blocks of a row: the one that holds the first answer token is 0, all before it is block -1.
+def batch_of(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
+    """Collate examples. Shapes: returns ids_BS int64, maskable_BS bool (responses), valid_BS bool (no padding)."""
+    ids_BS, maskable_BS = collate(examples)
+    lengths_B = torch.tensor([len(example) for example in examples])
+    return ids_BS, maskable_BS, torch.arange(ids_BS.shape[1]) < lengths_B[:, None]
 
-    The grid begins with the row (`sequence`, as LLaDA2 and BD3-LM have it: the first block may hold the prompt's
-    tail) or with the answer (`answer`, as Nemotron has it). Without a block size the whole row is block 0.
-    prompt_blocks: number the prompt's own blocks too (-1, -2, ...), for models that see by blocks even there.
 
-    Shapes: returns block_S int64.
-    """
-    if block_size is None:
-        return torch.zeros(length, dtype=torch.int64)
-    begin = prompt_length if origin == "answer" else prompt_length // block_size * block_size
-    block_S = torch.div(torch.arange(length) - begin, block_size, rounding_mode="floor")
-    return block_S if prompt_blocks else block_S.clamp_min(-1)
+def padded(values: Sequence[Tensor], fill: float) -> Tensor:
+    """Stack rows of different lengths, filled on the right."""
+    return torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True, padding_value=fill)
 
 
 def _counts(maskable_S: Tensor, home_S: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """Count each block's maskable places, and number every place among them."""
+    """Count the maskable positions of each block, and number every position among them."""
     number_K = torch.zeros(blocks, dtype=torch.int64).index_add_(0, home_S, maskable_S.long())
     index_S = maskable_S.long().cumsum(0) - 1 - (number_K.cumsum(0) - number_K)[home_S]
     return number_K, index_S

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dllm.decoding.settings import Settings
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.prompts.references import is_right
 from dllm.registry import SAMPLERS
 from dllm.responses.shards import Row
@@ -33,7 +33,7 @@ class Generated:
 
 
 def generate_responses(
-    model: BidirectionalLM,
+    model: DiffusionLM,
     rows: Sequence[Row],
     sampler: str,
     settings: Settings,
@@ -51,18 +51,18 @@ def generate_responses(
     for begin in range(0, len(rows), batch_size):
         part = rows[begin : begin + batch_size]
         clock = time.perf_counter()
-        answers = SAMPLERS[sampler].decode(model, [row.prompt_ids for row in part], settings)
+        generations = SAMPLERS[sampler].decode(model, [row.prompt_ids for row in part], settings)
         seconds = (time.perf_counter() - clock) / len(part)
-        for row, answer in zip(part, answers, strict=True):
-            text = str(model.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+        for row, each in zip(part, generations, strict=True):
+            text = str(model.tokenizer.decode(each.token_ids, skip_special_tokens=True))
             expected = str(row.messages[-1]["content"])
-            costs = (len(answer.token_ids), answer.passes, seconds)
+            costs = (len(each.token_ids), each.passes, seconds)
             found.append(Generated(row.prompt_id, text, expected, *costs, (known or {}).get(row.prompt_id)))
         advance(len(part))
     return found
 
 
-def figures(answers: Sequence[Generated], seen: AbstractSet[str]) -> dict[str, Any]:
+def figures(responses: Sequence[Generated], seen: AbstractSet[str]) -> dict[str, Any]:
     """Return the fractions of exact responses and words, and the cost of generation.
 
     Words are compared by position: the third word of a response with the third of the expected one. Unseen words are
@@ -70,23 +70,23 @@ def figures(answers: Sequence[Generated], seen: AbstractSet[str]) -> dict[str, A
     `answers_right` is the fraction of correct final answers, among responses whose source has a reference.
 
     Args:
-        answers: generated responses.
+        responses: generated ones.
         seen: the words of all training responses; those that are expected nowhere may be left out.
     """
     words = right = unseen = unseen_right = 0
-    for answer in answers:
-        got, expected = answer.text.split(), answer.expected.split()
+    for each in responses:
+        got, expected = each.text.split(), each.expected.split()
         for place, word in enumerate(expected):
             hit = place < len(got) and got[place] == word
             words, right = words + 1, right + hit
             if word not in seen:
                 unseen, unseen_right = unseen + 1, unseen_right + hit
-    tokens, seconds = sum(a.tokens for a in answers), sum(a.seconds for a in answers)
-    exact = sum(a.text.strip() == a.expected.strip() for a in answers)
-    checked = [is_right(a.text, a.reference) for a in answers if a.reference is not None]
+    tokens, seconds = sum(a.tokens for a in responses), sum(a.seconds for a in responses)
+    exact = sum(a.text.strip() == a.expected.strip() for a in responses)
+    checked = [is_right(a.text, a.reference) for a in responses if a.reference is not None]
     return {
-        "answers": len(answers),
-        "answers_exact": exact / len(answers) if answers else None,
+        "answers": len(responses),
+        "answers_exact": exact / len(responses) if responses else None,
         "answers_checked": len(checked),
         "answers_right": sum(checked) / len(checked) if checked else None,
         "words": words,
@@ -94,6 +94,6 @@ def figures(answers: Sequence[Generated], seen: AbstractSet[str]) -> dict[str, A
         "words_unseen": unseen,
         "words_unseen_exact": unseen_right / unseen if unseen else None,
         "tokens": tokens,
-        "tokens_per_pass": tokens / max(1, sum(a.passes for a in answers)),
+        "tokens_per_pass": tokens / max(1, sum(a.passes for a in responses)),
         "tokens_per_s": tokens / seconds if seconds else None,
     }

@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from dllm.config.lora import Lora
 from dllm.config.section import NonNegativeInt, PositiveInt, Section, Size, TokenCount
 
+LEVELS = 10
+"""Bins of the noise level, in which accuracies are measured."""
+
 
 class Masking(Section):
     """What `mdlm` and `hybrid` share: how responses are masked, and how the model is built."""

@@ -1,7 +1,7 @@
-"""Keys and values of a canvas of fixed columns, any stretch of which can be written anew.
+"""Keys and values of a canvas of fixed columns, any range of which a pass can replace.
 
-One cache serves prefix, dual and block caching: they differ only in which columns are written when, and how far
-attention may look.
+One cache serves prefix, dual and block caching, which differ only in the columns that a pass replaces and in those that
+it attends to.
 
 Shape suffixes: B batch, K columns, G key/value heads, E head dim.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class CanvasCache:
-    """What transformers' attention layers update and read, as if it were their own cache.
+    """A cache for the attention layers of transformers, in place of their own.
 
     Args:
         position_ids_BK: the canvas's positions.
@@ -26,12 +26,12 @@ class CanvasCache:
         self._all_position_ids_BK = position_ids_BK
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
-        self.write(0, position_ids_BK.shape[1])
+        self.next_pass(0, position_ids_BK.shape[1])
 
-    def write(self, begin: int, end: int, seen: int | None = None, rows: Tensor | None = None) -> CanvasCache:
-        """Say which columns the next pass brings, that it looks at columns before `seen`, and of which rows it is.
+    def next_pass(self, begin: int, end: int, seen: int | None = None, rows: Tensor | None = None) -> CanvasCache:
+        """Set the columns and rows that the next pass replaces, and that it attends to columns before `seen`.
 
-        By default it looks at all columns and is of all rows. Shapes: rows int64, ascending.
+        By default it attends to all columns and is of all rows. Shapes: rows int64, ascending.
         """
         self.begin, self.end, self.rows = begin, end, rows
         self.seen = self._all_position_ids_BK.shape[1] if seen is None else seen
@@ -39,12 +39,12 @@ class CanvasCache:
 
     @property
     def position_ids_BK(self) -> Tensor:
-        """Return the positions of the columns that the next pass looks at."""
+        """Return the positions of the columns that the next pass attends to."""
         positions_BK = self._all_position_ids_BK[:, : self.seen]
         return positions_BK if self.rows is None else positions_BK[self.rows]
 
     def update(self, key_BGQE: Tensor, value_BGQE: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Take in a layer's new keys and values; return those of all columns that are looked at."""
+        """Replace keys and values of a layer; return those of all columns that the pass attends to."""
         if layer_idx not in self._keys:
             _rows, heads, _columns, size = key_BGQE.shape
             batch, columns = self._all_position_ids_BK.shape
@@ -68,5 +68,5 @@ class CanvasCache:
         return self._keys[index], self._values[index]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tell how many columns come before those of the next pass."""
+        """Return how many columns come before those of the next pass."""
         return self.begin

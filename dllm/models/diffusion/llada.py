@@ -1,22 +1,28 @@
-"""LLaDA's weights in transformers' Llama: the same arithmetic under other names, without code from elsewhere.
+"""LLaDA: by its own code, or read as transformers' Llama, with the same arithmetic under other names.
 
-LLaDA-8B and LLaDA-1.5 are Llama without a causal mask. Read so they run no code of their own, heed every attention
-mask, and can have caches, which their own code refuses.
+LLaDA-8B and LLaDA-1.5 are Llama without a causal mask. Read as a Llama they run no code of their own, follow every
+attention mask, and support caches, which their own code refuses.
+
+Shape suffixes: B batch, S sequence, R rows of equal length, D hidden.
 Source: Nie et al. 2025, LLaDA, section 2.4; the model's configuration and forward pass.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from typing_extensions import override
 
 from dllm.errors import ModelError
+from dllm.models.diffusion.config import DiffusionConfig, config_at
+from dllm.models.diffusion.own_code import OwnCodeLM, accepted, check_width, in_one_dtype, without_head
 from dllm.models.quiet import without_warnings
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
+from dllm.models.sharding import is_sharded, most
 
 NAMES = {
     r"^model\.transformer\.wte\.": "model.embed_tokens.",
@@ -32,7 +38,7 @@ NAMES = {
     r"^model\.transformer\.blocks\.(\d+)\.up_proj\.": r"model.layers.\1.mlp.up_proj.",
     r"^model\.transformer\.blocks\.(\d+)\.ff_out\.": r"model.layers.\1.mlp.down_proj.",
 }
-"""What its weights are called, and what Llama's are."""
+"""Names of its weights, and of Llama's."""
 
 MUST_BE: dict[str, tuple[Any, ...]] = {
     "block_type": ("llama",),
@@ -47,12 +53,82 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "bias_for_layer_norm": (False, None),
     "block_group_size": (1, None),
 }
-"""Switches of its configuration, and the values at which it is a Llama. What is absent has another default there."""
+"""Switches of its configuration, and the values at which it is a Llama. An absent one has another default there."""
+
+
+class LLaDA(OwnCodeLM):
+    """LLaDA by its own code, whose attention masks cannot be relied on.
+
+    Source: the model's config and generation code; older code ignores padding masks (its issues 89 and 105).
+    """
+
+    model_type = "llada"
+    published = DiffusionConfig("mdlm", 126336)
+    can_run_without_code = True
+
+    @classmethod
+    @override
+    def training_conflict(cls, *, predicts_next: bool, by_block: bool, recomputes: bool) -> str | None:
+        if predicts_next or by_block:
+            return (
+                "this model's code takes no attention mask: mode mdlm with attention full is all it can be trained with"
+            )
+        return super().training_conflict(predicts_next=predicts_next, by_block=by_block, recomputes=recomputes)
+
+    @override
+    def _hidden(
+        self, ids_BS: Tensor, valid_BS: Tensor | None, allowed_BSS: Tensor | None, position_ids_BS: Tensor
+    ) -> Tensor:
+        if allowed_BSS is not None:
+            raise ModelError("this model's code takes no attention mask", where=self.model_type)
+        options = accepted(self.model, use_cache=False, return_dict=True)
+        _, call = in_one_dtype(self.model, ids_BS.device.type)
+        with without_head(self.model) as width:
+            sharded = is_sharded(self.model)
+            if not sharded and (valid_BS is None or bool(valid_BS.all())):
+                return check_width(call(ids_BS, **options).logits, width)
+            return _by_length(call, ids_BS, valid_BS, options, width, in_step=sharded)
+
+
+def _by_length(
+    call: Callable[..., Any],
+    ids_BS: Tensor,
+    valid_BS: Tensor | None,
+    options: dict[str, Any],
+    width: int,
+    *,
+    in_step: bool,
+) -> Tensor:
+    """Run rows of equal length together, without padding; return hidden_BSD, 0 on padding.
+
+    Nothing is lost: the cost of models of this size is arithmetic, and padding would only add to it.
+
+    Args:
+        in_step: make as many passes as the rank that needs the most, as sharded weights require.
+    """
+    if valid_BS is None:
+        valid_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+    groups: dict[int, list[int]] = {}
+    for row, length in enumerate(valid_BS.sum(1).tolist()):
+        groups.setdefault(length, []).append(row)
+    idle = most(len(groups), ids_BS.device) - len(groups) if in_step else 0
+    hidden_BSD: Tensor | None = None
+    for length, rows in groups.items():
+        group_BS = torch.zeros_like(valid_BS)
+        group_BS[rows] = valid_BS[rows]
+        hidden_RSD = check_width(call(ids_BS[group_BS].view(len(rows), length), **options).logits, width)
+        if hidden_BSD is None:
+            hidden_BSD = hidden_RSD.new_zeros(*ids_BS.shape, width)
+        hidden_BSD[group_BS] = hidden_RSD.flatten(0, 1)
+    assert hidden_BSD is not None
+    for _ in range(idle):
+        hidden_BSD = hidden_BSD + 0 * call(ids_BS[:1, :1], **options).logits.sum()
+    return hidden_BSD
 
 
 def is_llada(directory: Path) -> bool:
-    """Tell whether a directory holds LLaDA as it was published."""
-    return _config(directory).get("model_type") == "llada"
+    """Return whether a directory holds LLaDA as it was published."""
+    return LLaDA.recognises(config_at(directory))
 
 
 def load(directory: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
@@ -62,9 +138,7 @@ def load(directory: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
         ModelError: it is a variant whose arithmetic is not Llama's.
         OSError, ValueError: its files cannot be read.
     """
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-
-    own = _config(directory)
+    own = config_at(directory)
     for name, allowed in MUST_BE.items():
         if own.get(name) not in allowed:
             raise ModelError(
@@ -95,11 +169,3 @@ def load(directory: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model, report
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

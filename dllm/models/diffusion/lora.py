@@ -1,22 +1,22 @@
-"""LoRA: small matrices beside a model's own, which alone are trained and kept in float32.
+"""LoRA adapters: low-rank matrices beside frozen weights, trained in float32.
 
-Owns how they are put in, kept on disk as peft reads them, and folded into the weights at the end.
+Owns how they are inserted, saved in peft's format, and merged into the weights.
 Source: LoRA (Hu et al. 2021), section 4.1.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from dllm.config.lora import Lora
 from dllm.errors import ConfigError, ModelError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
 FILES = ("adapter_config.json", WEIGHTS)
@@ -26,11 +26,11 @@ _NAME = "default"
 
 
 class Adapter:
-    """The matrices that were put beside some of a model's linear maps.
+    """The adapters of some linear layers of a model.
 
     Args:
         model: its weights are frozen; modules inside it are replaced by adapted ones.
-        settings: rank, scale and place.
+        settings: rank, scale and target modules.
         base: what the adapter belongs to, for those who load it elsewhere.
         revision: commit of `base`.
 
@@ -48,7 +48,7 @@ class Adapter:
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         named = {name for name, module in model.named_modules() if module in ends}
         if any(f".{name}".endswith(f".{target}") for name in named for target in settings.target_modules):
-            # The loss multiplies by the head's own matrix, a chunk of places at a time.
+            # The loss multiplies by the head's own matrix, a chunk of positions at a time.
             raise ConfigError("the embedding and the head take no adapter", where="train: lora.target_modules")
         about = LoraConfig(
             r=settings.rank,
@@ -74,22 +74,17 @@ class Adapter:
             parameter.data = parameter.data.float()
 
     def save(self, directory: Path) -> None:
-        """Write the matrices and what they belong to, as peft reads them."""
-        from safetensors.torch import save_file
-
+        """Write the adapter in peft's format."""
         tensors = {_public(name): p.detach().contiguous() for name, p in self._tensors().items()}
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
         self._about.save_pretrained(str(directory))
 
     def load(self, directory: Path) -> None:
-        """Take back what `save` wrote, exactly.
+        """Load what `save` wrote, exactly.
 
         Raises:
-            ModelError: it is not there, or is of another rank or place.
+            ModelError: it is missing, or of another rank or for other modules.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         path = directory / WEIGHTS
         try:
             tensors = load_file(path)
@@ -97,13 +92,13 @@ class Adapter:
             raise ModelError(f"cannot read the adapter: {error}", where=str(path)) from None
         own = {_public(name): parameter for name, parameter in self._tensors().items()}
         if {name: t.shape for name, t in tensors.items()} != {name: p.shape for name, p in own.items()}:
-            raise ModelError("the adapter is of another rank or place", where=str(path))
+            raise ModelError("the adapter is of another rank or for other modules", where=str(path))
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
 
     def merge(self) -> None:
-        """Fold the matrices into the weights; the model is an ordinary one again."""
+        """Merge the adapter into the weights; the model is an ordinary one again."""
         self._tuner.merge_and_unload()
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -1,9 +1,9 @@
-"""Code of published models that was written for transformers 4, made to load with transformers 5.
+"""Patches that let published models' code for transformers 4 load with transformers 5.
 
-Owns the places in which such code is known to fail: a `tie_weights` that takes no arguments and a constructor that
-never calls `post_init` (LLaDA); a plain list of tied weights, and plain rotary frequencies, whose formula transformers
-5 no longer lists and which it leaves unset after loading (LLaDA2); a cache that is cut to a length (Nemotron), where
-transformers 5 has it told how much to cut off.
+Known failures: a `tie_weights` that takes no arguments and a constructor that never calls `post_init` (LLaDA); a plain
+list of tied weights, and plain rotary frequencies, whose formula transformers 5 no longer lists and which it leaves
+unset after loading (LLaDA2); a cache that is cropped to a length (Nemotron), where transformers 5 takes the number of
+tokens to remove.
 """
 
 from __future__ import annotations
@@ -12,24 +12,21 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 def prepare(reference: str, directory: Path) -> None:
-    """Adjust a class of a model's own code before it is made; its files are left alone.
+    """Patch a class of a model's own code before it is instantiated; its files are not changed.
 
     Args:
         reference: the class as `auto_map` names it, `module.Class`.
         directory: where the model and its code lie.
     """
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     ROPE_INIT_FUNCTIONS.setdefault("default", plain_rope)
     made: Any = get_class_from_dynamic_module(reference.split("--")[-1], str(directory))
     own_tie, own_init = made.__dict__.get("tie_weights"), made.__init__
@@ -40,7 +37,7 @@ def prepare(reference: str, directory: Path) -> None:
 
         made.tie_weights = tie_weights
     if isinstance(made._tied_weights_keys, list):
-        made._tied_weights_keys = None  # it may not say what they are tied to; none of these models ties any
+        made._tied_weights_keys = None  # a list does not name what they are tied to; none of these models ties any
     if getattr(own_init, "completes", False):
         return
 
@@ -54,7 +51,7 @@ def prepare(reference: str, directory: Path) -> None:
 
 
 def settle(model: PreTrainedModel) -> None:
-    """Compute anew the rotary frequencies that no checkpoint holds, in place."""
+    """Recompute in place the rotary frequencies that no checkpoint holds."""
     for module in model.modules():
         compute: Any = getattr(module, "rope_init_fn", None)
         if compute is not None and "inv_freq" in module._non_persistent_buffers_set:
@@ -65,9 +62,7 @@ def settle(model: PreTrainedModel) -> None:
 
 @contextmanager
 def cut_to_length() -> Iterator[None]:
-    """Let `DynamicCache.crop` take a positive number as the length that is to be left."""
-    from transformers import DynamicCache
-
+    """Let `DynamicCache.crop` take a positive number as the length to keep."""
     patched: Any = DynamicCache
     crop = patched.crop
 
@@ -88,5 +83,5 @@ def plain_rope(config: Any, device: Any = None, *_: Any, **__: Any) -> tuple[tor
     share = float(named.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = int(head * share)
-    places = torch.arange(0, size, 2, dtype=torch.int64, device=device).float()
-    return 1.0 / (base ** (places / size)), 1.0
+    even = torch.arange(0, size, 2, dtype=torch.int64, device=device).float()
+    return 1.0 / (base ** (even / size)), 1.0

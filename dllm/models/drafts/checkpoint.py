@@ -75,11 +75,7 @@ def load_draft(source: str | Path, target_config: Any = None) -> Draft:
     Raises:
         ModelError: the draft is missing, incomplete, unreadable, of no known family, or made for another target.
     """
-    directory = Path(source)
-    if not directory.is_dir():
-        if not looks_like_hub_id(str(source)):
-            raise ModelError("no such draft directory", where=str(source))
-        directory = hub_snapshot(str(source), None, ["*.json", "*.safetensors"], where="draft")
+    directory = draft_directory(source, weights=True)
     family, config = read_config(directory)
     if target_config is not None:
         check_fit(config, target_config, str(directory))
@@ -90,6 +86,20 @@ def load_draft(source: str | Path, target_config: Any = None) -> Draft:
     draft = family(config)
     draft.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return draft
+
+
+def draft_directory(source: str | Path, *, weights: bool = False) -> Path:
+    """Return a draft's directory, downloaded from the Hugging Face hub on first use.
+
+    Raises:
+        ModelError: there is none.
+    """
+    directory = Path(source).expanduser()
+    if directory.is_dir():
+        return directory
+    if not looks_like_hub_id(str(source)):
+        raise ModelError("no such draft directory", where=str(source))
+    return hub_snapshot(str(source), None, ["*.json", *(["*.safetensors"] if weights else [])], where="draft")
 
 
 def family_of(raw: Mapping[str, Any]) -> type[Draft] | None:

@@ -7,9 +7,10 @@ import torch
 
 from dllm.config.params import Target, Train
 from dllm.methods.dflash.anchors import Anchors
+from dllm.methods.dflash.build import initial_draft
 from dllm.methods.dflash.features import CachedFeatures, OnlineFeatures
 from dllm.methods.dflash.objective import Batch, block_labels, teacher_hidden
-from dllm.methods.dflash.strategy import DflashStrategy, initial_draft
+from dllm.methods.dflash.strategy import DflashStrategy
 from dllm.models import targets
 from dllm.training.batches import Example
 from dllm.training.distributed import Ranks

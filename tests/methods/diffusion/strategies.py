@@ -6,14 +6,14 @@ from dllm.config.params import Train
 from dllm.methods.diffusion.hybrid import HybridStrategy
 from dllm.methods.diffusion.masked import MaskedStrategy
 from dllm.methods.diffusion.mdlm import MdlmStrategy
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.training.batches import Example
 
 KINDS = {kind.mode: kind for kind in (MdlmStrategy, HybridStrategy)}
 
 
 def strategy_of(
-    model: BidirectionalLM, splits: Mapping[str, Sequence[Example]], settings: Train, mixin: type = object
+    model: DiffusionLM, splits: Mapping[str, Sequence[Example]], settings: Train, mixin: type = object
 ) -> MaskedStrategy:
     """Build the strategy of the mode that trains."""
     kind = KINDS[settings.mode]

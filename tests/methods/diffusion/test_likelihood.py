@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from dllm.config.params import Target, Train
 from dllm.methods.diffusion.build import initial_model
 from dllm.methods.diffusion.likelihood import Bound, bound, causal_nll
-from dllm.models.diffusion.bidirectional import DiffusionConfig
+from dllm.models.diffusion.config import DiffusionConfig
 from dllm.training.batches import Example
 
 TARGET = Target(model="builtin:tiny", dtype="float32")
@@ -24,7 +24,7 @@ def model():
 
 @torch.no_grad()
 def exact(model, example: Example) -> float:
-    """Sum over all numbers k of masks, and all choices of k places, of cross-entropy times n / k."""
+    """Sum over all numbers k of masks, and all choices of k positions, of cross-entropy times n / k."""
     ids = torch.tensor([list(example.input_ids)])
     places = range(example.prompt_length, len(example))
     n, total = len(places), 0.0
@@ -46,14 +46,14 @@ def test_the_estimate_is_within_its_own_error_of_the_exact_bound(model) -> None:
     assert abs(found["nelbo"] - sum(exact(model, a) for a in ANSWERS) / tokens) < 4 * found["nelbo_se"]
 
 
-def test_an_answer_of_one_token_leaves_nothing_to_chance(model) -> None:
+def test_the_bound_of_a_response_of_one_token_is_exact(model) -> None:
     found = bound(model, [ANSWERS[0]], samples=4, batch_size=3, seed=0).figures()
     assert len(ANSWERS[0]) - ANSWERS[0].prompt_length == 1
     assert found["nelbo_se"] == pytest.approx(0, abs=1e-6)
     assert found["nelbo"] == pytest.approx(exact(model, ANSWERS[0]), rel=1e-5)
 
 
-def test_neither_batch_nor_order_has_a_say(model) -> None:
+def test_the_bound_depends_on_neither_batch_nor_order(model) -> None:
     one = bound(model, ANSWERS, samples=6, batch_size=64, seed=1)
     two = bound(model, ANSWERS[::-1], samples=6, batch_size=4, seed=1)
     for ours, theirs in zip(one.estimates, two.estimates[::-1], strict=True):
@@ -77,7 +77,7 @@ def test_counts_are_uniform_over_one_to_n(model, samples) -> None:
 
 def test_blocks_of_one_token_give_the_likelihood_itself(model) -> None:
     """Noisy blocks of one masked token look at clean text only: every mask gives the same sum."""
-    model.note = DiffusionConfig("mdlm", model.mask_token_id, 1)
+    model.config = DiffusionConfig("mdlm", model.mask_token_id, 1)
     found = bound(model, ANSWERS, samples=3, batch_size=8, seed=0).figures()
     assert found["nelbo_se"] == pytest.approx(0, abs=1e-6)
     assert found["by_noise_level"][-1]["tokens"] == 3 * found["likelihood_tokens"]
@@ -96,8 +96,8 @@ def test_the_causal_likelihood_is_transformers_own(model) -> None:
     assert found == pytest.approx(total / tokens, rel=1e-5)
 
 
-def test_errors_of_answers_add_up_as_independent_ones_do() -> None:
-    """Three answers of 10 tokens: their standard errors are 1, 2 and 0 nats."""
+def test_errors_of_responses_add_up_as_independent_ones_do() -> None:
+    """Three responses of 10 tokens: their standard errors are 1, 2 and 0 nats."""
     found = Bound(tokens=10, estimates=[[1.0, 3.0], [2.0, 6.0], [5.0]]).figures()
     assert found["nelbo"] == pytest.approx((2 + 4 + 5) / 10)
     assert found["nelbo_se"] == pytest.approx(5**0.5 / 10)

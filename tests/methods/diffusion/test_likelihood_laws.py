@@ -1,4 +1,4 @@
-"""What the bound is, where it can be known: from a table, from every order of writing, from every mask."""
+"""What the bound is, where it can be known: from a table, from every order of generation, from every mask."""
 
 import math
 from array import array
@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dllm.methods.diffusion.likelihood import bound, causal_scores, mean_and_error
-from dllm.models.diffusion.bidirectional import DiffusionConfig
+from dllm.models.diffusion.config import DiffusionConfig
 from dllm.training.batches import Example
 from tests.decoding.table_model import PLACES, TableModel
 from tests.models.small_models import MASK, small_model
@@ -20,7 +20,7 @@ ROWS = [Example(str(n), array("i", [0, *text]), 1) for n, text in enumerate(TEXT
 
 
 def counted_out(model, rows=ROWS) -> list[float]:
-    """Bound each answer with every mask taken once."""
+    """Bound each response with every mask taken once."""
     found = bound(model, rows, samples=15, batch_size=7, seed=0, count_out=True)
     assert [len(own) for own in found.estimates] == [1] * len(rows)
     return [own[0] for own in found.estimates]
@@ -42,7 +42,7 @@ def test_conditionals_of_one_table_make_the_bound_its_likelihood(seed) -> None:
 @given(SEEDS, st.just(1.0) | st.floats(0.5, 0.8) | st.floats(1.3, 2.0))
 @example(2, 0.6)
 @example(2, 1.7)
-def test_the_bound_is_the_average_over_all_orders_of_writing(seed, sharpness) -> None:
+def test_the_bound_is_the_average_over_all_orders_of_generation(seed, sharpness) -> None:
     """Law: the mean over orders; by Jensen no less than the likelihood of their average."""
     model = TableModel(seed=seed, sharpness=sharpness)
     for found, text in zip(counted_out(model), TEXTS, strict=True):
@@ -128,7 +128,7 @@ def drawn(length: int, prompt: int, seed: int) -> Example:
 @given(st.sampled_from(["mdlm", "hybrid"]), st.integers(1, 5), st.integers(1, 6), SEEDS)
 def test_blocks_of_one_token_are_the_chain_rule(mode, prompt, answer, seed) -> None:
     """Law: B = 1: every mask gives the autoregressive likelihood."""
-    model, row = small_model(note=DiffusionConfig(mode, MASK, 1), seed=seed), drawn(prompt + answer, prompt, seed)
+    model, row = small_model(config=DiffusionConfig(mode, MASK, 1), seed=seed), drawn(prompt + answer, prompt, seed)
     ids, start, total = list(row.input_ids), prompt, 0.0
     for place in range(start, len(ids)):
         shown = [*ids[:place], MASK]
@@ -143,8 +143,8 @@ def test_blocks_of_one_token_are_the_chain_rule(mode, prompt, answer, seed) -> N
 
 
 def test_the_bound_of_blocks_is_the_sum_of_theirs() -> None:
-    """Each block bounded by itself, as the only answer after clean text, adds up to the whole."""
-    model = small_model(note=DiffusionConfig("mdlm", MASK, 3))
+    """Each block bounded by itself, as the only response after clean text, adds up to the whole."""
+    model = small_model(config=DiffusionConfig("mdlm", MASK, 3))
     ids = ANSWER.input_ids
     whole = counted_out(model, [ANSWER])[0]
     first = counted_out(model, [Example("6", ids[:6], 3)])[0]
@@ -158,8 +158,8 @@ def test_the_bound_of_blocks_is_the_sum_of_theirs() -> None:
 @FEW
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 5), SEEDS)
 def test_the_bound_of_any_blocks_is_the_sum_of_theirs(size, blocks, prompt, seed) -> None:
-    """Law: each block's bound, as the only answer after the clean text before it, adds up to the whole."""
-    model = small_model(note=DiffusionConfig("mdlm", MASK, size), seed=seed)
+    """Law: each block's bound, as the only response after the clean text before it, adds up to the whole."""
+    model = small_model(config=DiffusionConfig("mdlm", MASK, size), seed=seed)
     model.prompt_blocks = True  # so that what is now an answer's block is seen the same as a prompt's
     begin = size * (prompt // size + 1)
     ids = drawn(begin + size * blocks, begin, seed).input_ids
@@ -171,7 +171,7 @@ def test_the_bound_of_any_blocks_is_the_sum_of_theirs(size, blocks, prompt, seed
 @given(st.integers(1, 4), st.integers(3, 10), SEEDS, st.data())
 def test_likelihoods_of_causal_models_add_up_at_any_cut(prompt, answer, seed, data) -> None:
     """Law: log p(context + continuation) - log p(context) = log p(continuation | context)."""
-    model, length = small_model(note=DiffusionConfig("hybrid", MASK, 4), seed=seed), prompt + answer
+    model, length = small_model(config=DiffusionConfig("hybrid", MASK, 4), seed=seed), prompt + answer
     ids = drawn(length, prompt, seed).input_ids
     cut = data.draw(st.integers(prompt + 1, length - 1))
     parts = [Example("x", ids, prompt), Example("x", ids[:cut], prompt), Example("x", ids, cut)]
@@ -183,7 +183,7 @@ def test_likelihoods_of_causal_models_add_up_at_any_cut(prompt, answer, seed, da
 @given(st.integers(1, 3), st.integers(2, 3), SEEDS, st.data())
 def test_bounds_by_blocks_add_up_where_a_cut_lies_between_blocks(size, blocks, seed, data) -> None:
     """Law: the same of block bounds, at cuts that are aligned; whole bounds and other cuts have nothing like it."""
-    model = small_model(note=DiffusionConfig("mdlm", MASK, size), seed=seed)
+    model = small_model(config=DiffusionConfig("mdlm", MASK, size), seed=seed)
     model.prompt_blocks = True
     ids = drawn(size * (blocks + 1), size, seed).input_ids
     cut = size * data.draw(st.integers(2, blocks))
@@ -194,7 +194,7 @@ def test_bounds_by_blocks_add_up_where_a_cut_lies_between_blocks(size, blocks, s
 
 
 def whole_block(model, ids: list[int], answer: range = range(3, 6)) -> float:
-    """Bound the last three tokens of a text of which the answer's earlier blocks are known."""
+    """Bound the last three tokens of a text of which the response's earlier blocks are known."""
     places = list(answer)[-3:]
     block = [-1 if i < answer[0] else (i - answer[0]) // 3 for i in range(len(ids))]
     total = 0.0
@@ -210,7 +210,7 @@ def whole_block(model, ids: list[int], answer: range = range(3, 6)) -> float:
 def test_capped_logits_are_scored_as_they_are_sampled() -> None:
     model = small_model()
     before = causal_scores(model, [ANSWER], batch_size=1)[0][0]
-    model.config.final_logit_softcapping = 0.01  # next to uniform
+    model.model_config.final_logit_softcapping = 0.01  # next to uniform
     flat = (len(ANSWER) - ANSWER.prompt_length) * math.log(len(model.head_VD))
     assert causal_scores(model, [ANSWER], batch_size=1)[0][0] == pytest.approx(flat, rel=1e-2)
     assert counted_out(model, [Example("x", ANSWER.input_ids[:6], 3)])[0] == pytest.approx(flat / 2, rel=1e-2)

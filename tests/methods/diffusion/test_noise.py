@@ -10,22 +10,22 @@ from hypothesis import strategies as st
 
 from dllm.methods.diffusion.noise import (
     Times,
-    blocks_of,
     exact_count_noise,
     exact_number_noise,
     noise_generator,
     uniform_noise,
 )
+from dllm.models.diffusion.layout import blocks_of
 
 QUICK = examples(max_examples=25, deadline=None)
 
 
 @st.composite
 def rows(draw):
-    """A prompt, an answer, a grid and the block's levels."""
+    """A prompt, a response, a grid and the block's levels."""
     prompt, answer = draw(st.integers(0, 9)), draw(st.integers(1, 30))
     size = draw(st.sampled_from([None, 1, 4, 7]))
-    block_S = blocks_of(prompt + answer, prompt, size, draw(st.sampled_from(["sequence", "answer"])))
+    block_S = blocks_of(prompt + answer, prompt, size, draw(st.sampled_from(["sequence", "response"])))
     maskable_S = torch.arange(prompt + answer) >= prompt
     seed = draw(st.integers(0, 2**20))
     generator = torch.Generator().manual_seed(seed)
@@ -35,7 +35,7 @@ def rows(draw):
 
 @QUICK
 @given(rows(), st.booleans())
-def test_masks_lie_among_the_maskable_and_chances_between_eps_and_one(row, at_least_one) -> None:
+def test_masks_lie_among_the_maskable_and_probabilities_between_eps_and_one(row, at_least_one) -> None:
     maskable_S, block_S, t_K, generator = row
     noise = uniform_noise(maskable_S, block_S, t_K, generator, eps=1e-3, at_least_one=at_least_one)
     assert not (noise.masked_S & ~maskable_S).any()
@@ -67,7 +67,7 @@ def test_exact_counts_are_exact_and_their_weights_add_up(row, at_least_one) -> N
 
 @pytest.mark.parametrize("at_least_one", [False, True])
 @pytest.mark.parametrize("t", [0.0, 0.02, 0.3, 0.9])
-def test_a_place_is_masked_as_often_as_its_chance_says(t, at_least_one) -> None:
+def test_a_position_is_masked_as_often_as_its_probability_says(t, at_least_one) -> None:
     maskable_S = torch.tensor([False, True, True, True, False, True])
     generator, draws = torch.Generator().manual_seed(1), 1500
     total, n = torch.zeros(6, dtype=torch.float64), 4
@@ -98,7 +98,7 @@ def test_given_that_something_is_masked_pairs_come_as_in_the_plain_kind() -> Non
         assert found[code] / draws == pytest.approx(expected, abs=5 * math.sqrt(0.25 / draws))
 
 
-def test_a_pair_covers_every_place_once() -> None:
+def test_a_pair_covers_every_position_once() -> None:
     maskable_S = torch.arange(40) > 5
     t_K = torch.tensor([0.4]).double()
     noise = uniform_noise(
@@ -112,8 +112,8 @@ def test_a_pair_covers_every_place_once() -> None:
 
 @QUICK
 @given(rows())
-def test_a_pair_covers_every_place_of_any_row_once(row) -> None:
-    """Law: the masks of a pair are disjoint and together all maskable places; so are their chances 1."""
+def test_a_pair_covers_every_position_of_any_row_once(row) -> None:
+    """Law: the masks of a pair are disjoint and together all maskable positions; so are their probabilities 1."""
     maskable_S, block_S, t_K, generator = row
     noise = uniform_noise(maskable_S, block_S, t_K, generator, eps=1e-3, at_least_one=False)
     other = noise.complement(maskable_S)
@@ -123,7 +123,7 @@ def test_a_pair_covers_every_place_of_any_row_once(row) -> None:
     assert (other.prob_S[~maskable_S] == 1).all()
 
 
-def test_late_places_are_masked_sooner() -> None:
+def test_late_positions_are_masked_sooner() -> None:
     maskable_S, block_S = torch.ones(8, dtype=torch.bool), torch.zeros(8, dtype=torch.int64)
     generator, total = torch.Generator().manual_seed(3), torch.zeros(8)
     for _ in range(600):
@@ -136,8 +136,8 @@ def test_late_places_are_masked_sooner() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.25, 1.0])
-def test_the_odds_of_two_places_are_those_of_the_half_life(ratio) -> None:
-    """The law of choice itself, one mask a block: place i is 2^((1 - r) i / (ratio B)) times as likely as place 0."""
+def test_the_odds_of_two_positions_are_those_of_the_half_life(ratio) -> None:
+    """Law of choice, one mask per block: position i is 2^((1 - r) i / (ratio B)) times as likely as position 0."""
     size, blocks, t, eps = 8, 40_000, 0.125, 1e-3
     noise = exact_count_noise(
         torch.ones(size * blocks, dtype=torch.bool), torch.arange(size * blocks) // size,
@@ -194,8 +194,8 @@ def test_noise_levels_are_uniform(low_discrepancy) -> None:
         assert torch.equal((per_block * 4).floor().sort(1).values, torch.arange(4.0).double().expand(400, 4))
 
 
-def test_a_block_grid_begins_with_the_row_or_the_answer() -> None:
+def test_a_block_grid_begins_with_the_row_or_the_response() -> None:
     assert blocks_of(9, 5, 4, "sequence").tolist() == [-1, -1, -1, -1, 0, 0, 0, 0, 1]
-    assert blocks_of(9, 5, 4, "answer").tolist() == [-1, -1, -1, -1, -1, 0, 0, 0, 0]
-    assert blocks_of(9, 5, 4, "answer", prompt_blocks=True).tolist() == [-2, -1, -1, -1, -1, 0, 0, 0, 0]
+    assert blocks_of(9, 5, 4, "response").tolist() == [-1, -1, -1, -1, -1, 0, 0, 0, 0]
+    assert blocks_of(9, 5, 4, "response", prompt_blocks=True).tolist() == [-2, -1, -1, -1, -1, 0, 0, 0, 0]
     assert blocks_of(3, 1, None, "sequence").tolist() == [0, 0, 0]

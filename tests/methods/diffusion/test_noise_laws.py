@@ -11,7 +11,7 @@ from dllm.training.cross_entropy import weighted_cross_entropy
 PLACES = 6
 MASKABLE_S, BLOCK_S = torch.ones(PLACES, dtype=torch.bool), torch.zeros(PLACES, dtype=torch.int64)
 COST_S = torch.tensor([0.3, 2.0, 1.1, 0.7, 1.6, 0.2], dtype=torch.float64)
-"""A cross-entropy of each place, for losses that depend on nothing else."""
+"""A cross-entropy of each position, for losses that depend on nothing else."""
 
 
 def drawn(t: float, generator: torch.Generator, eps: float = 1e-3, at_least_one: bool = False):
@@ -25,8 +25,8 @@ def estimate(noise, cost_S: torch.Tensor = COST_S) -> float:
 
 
 @pytest.mark.parametrize("at_least_one", [False, True])
-def test_all_masked_each_place_weighs_one(at_least_one) -> None:
-    """Law: at t = 1 the loss is the mean cross-entropy of all places."""
+def test_all_masked_each_position_weighs_one(at_least_one) -> None:
+    """Law: at t = 1 the loss is the mean cross-entropy of all positions."""
     noise = drawn(1.0, torch.Generator().manual_seed(0), at_least_one=at_least_one)
     assert noise.masked_S.all()
     assert torch.equal(noise.prob_S, torch.ones(PLACES))
@@ -38,7 +38,7 @@ def test_all_masked_each_place_weighs_one(at_least_one) -> None:
 
 
 @pytest.mark.parametrize("at_least_one", [False, True])
-def test_even_logits_cost_ln_v_a_place_on_average(at_least_one) -> None:
+def test_even_logits_cost_ln_v_a_position_on_average(at_least_one) -> None:
     """Law: uniform logits give E[sum of CE / p] / n = ln V at every noise level, and so for the spread of levels."""
     generator, found = torch.Generator().manual_seed(5), []
     for draw in range(1500):

@@ -13,10 +13,10 @@ from dllm.errors import ConfigError
 from dllm.methods.diffusion import likelihood
 from dllm.methods.diffusion.build import initial_model
 from dllm.methods.diffusion.masked import MaskedStrategy
-from dllm.models.diffusion.bidirectional import load_bidirectional
+from dllm.models.diffusion.families import load_diffusion_lm
 from dllm.training.batches import Example
 from tests.methods.diffusion.strategies import strategy_of
-from tests.models.diffusion.remote_code import checkpoint
+from tests.models.diffusion.remote_code import checkpoint, without_code
 from tests.models.small_models import small_model
 
 
@@ -45,8 +45,12 @@ def kind(request) -> str:
 
 
 @pytest.fixture
-def strategy(tmp_path: Path, kind: str) -> MaskedStrategy:
-    target = checkpoint(tmp_path / "published", kind)
+def target(tmp_path: Path, kind: str) -> Target:
+    return checkpoint(tmp_path / "published", kind)
+
+
+@pytest.fixture
+def strategy(target: Target, kind: str) -> MaskedStrategy:
     return strategy_of(initial_model(target, train(kind), "cpu"), SPLITS, train(kind))
 
 
@@ -71,9 +75,11 @@ def test_gradients_reach_every_weight_in_training(strategy: MaskedStrategy, dtyp
 
 
 @pytest.mark.parametrize("kind", ["llada", "llada2_moe"], indirect=True)
-def test_the_loss_is_that_of_the_same_weights_without_own_code(strategy: MaskedStrategy, kind: str) -> None:
-    plain = small_model()
-    plain.mask_token_id, plain.prompt_blocks = strategy.model.mask_token_id, strategy.model.prompt_blocks
+def test_the_loss_is_that_of_the_same_weights_without_own_code(
+    strategy: MaskedStrategy, target: Target, kind: str
+) -> None:
+    plain = without_code(target, kind)
+    plain.prompt_blocks = strategy.model.prompt_blocks
     ours = strategy_of(plain, SPLITS, train(kind))
     with torch.no_grad():
         for epoch in range(3):
@@ -128,9 +134,10 @@ def test_a_checkpoint_comes_back_and_is_published_with_its_code(
     assert all(torch.equal(before[name], value) for name, value in strategy.model.state_dict().items())
     strategy.export(step, export, torch.bfloat16)
     shutil.rmtree(tmp_path / "published")
-    again = load_bidirectional(Target(model=str(export), dtype="float32", trust_remote_code=True))
-    assert again.note == strategy.model.note
-    assert torch.equal(again.head_VD, before["model.lm_head.weight"].bfloat16().float())
+    again = load_diffusion_lm(Target(model=str(export), dtype="float32", trust_remote_code=True))
+    assert again.config == strategy.model.config
+    name = "model.model.transformer.ff_out.weight" if kind == "llada" else "model.lm_head.weight"
+    assert torch.equal(again.head_VD, before[name].bfloat16().float())
 
 
 @pytest.mark.parametrize("kind", ["llada2_moe", "nemotron_labs_diffusion"], indirect=True)

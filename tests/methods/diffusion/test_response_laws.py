@@ -1,4 +1,4 @@
-"""Laws of whole answers, however they are written: what they never hold, where they end, and who has a say in them."""
+"""Laws of whole responses, whatever the sampler: what they never hold, where they end, and what they depend on."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from dllm.decoding.causal import decode_causally, decode_seeded, speculate_on_it
 from dllm.decoding.settings import Settings
 from dllm.decoding.unmasking import fill, sample
 from dllm.methods.diffusion.responses import Generated, figures
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.models.diffusion.protocol import DiffusionLM
 from tests.decoding.watched import PROMPT, Watched, wishes
 from tests.models.small_models import MASK
 
@@ -37,7 +37,7 @@ def fitted(asked: Settings, write, edits: float | None = None) -> Settings:
     return dataclasses.replace(asked, editing_threshold=edits if write is sample else None)
 
 
-def wants_masks(model: BidirectionalLM) -> None:
+def wants_masks(model: DiffusionLM) -> None:
     """Make the mask token the likeliest of all everywhere."""
     plain = model.logits
     model.logits = lambda hidden: plain(hidden).index_fill(-1, torch.tensor([MASK]), 1e3)  # type: ignore[method-assign]
@@ -45,8 +45,8 @@ def wants_masks(model: BidirectionalLM) -> None:
 
 @settings(max_examples=8, deadline=None)
 @given(PROMPT, wishes(), EDITS)
-def test_no_answer_holds_the_mask_token_however_likely_it_is(prompt, asked, edits) -> None:
-    """Law: the mask is never proposed, and an answer without end tokens has all of its length."""
+def test_no_response_holds_the_mask_token_however_likely_it_is(prompt, asked, edits) -> None:
+    """Law: the mask is never proposed, and a response without end tokens has all of its length."""
     for context, write in WAYS:
         watched = Watched(context)
         wants_masks(watched.model)
@@ -69,7 +69,7 @@ def test_nothing_is_filled_by_the_mask_token_however_likely_it_is(text, asked) -
 @given(PROMPT, wishes(), EDITS, st.sampled_from([2, 5, 12, 40]), st.sampled_from(WAYS))
 @example([20, 21], PLAIN, None, 2, WAYS[0])  # an end token is written before what is to come before it
 @example([21, 22], PLAIN, 0.05, 2, WAYS[1])  # an end token is written, and taken back by an edit
-def test_an_answer_is_what_would_be_written_up_to_the_first_end_token(prompt, asked, edits, every, way) -> None:
+def test_a_response_is_what_would_be_written_up_to_the_first_end_token(prompt, asked, edits, every, way) -> None:
     """Law: the same model without end tokens writes the same and goes on; what follows never shows."""
     (context, write), ends = way, set(range(0, 640, every))
     model, wish = Watched(context).model, fitted(asked, write, edits)
@@ -102,7 +102,7 @@ def test_texts_are_filled_together_as_each_alone(texts, asked, cache) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(st.data(), st.lists(PROMPT, min_size=2, max_size=4, unique_by=tuple), wishes(temperatures=(0.9,)), CONTEXT)
-def test_permuted_prompts_get_permuted_answers(data, prompts, asked, context) -> None:
+def test_permuted_prompts_get_permuted_responses(data, prompts, asked, context) -> None:
     """Law: rows keep their own random numbers wherever they stand."""
     model = Watched(context).model
     order = data.draw(st.permutations(range(len(prompts))))
@@ -112,8 +112,8 @@ def test_permuted_prompts_get_permuted_answers(data, prompts, asked, context) ->
 
 @settings(max_examples=6, deadline=None)
 @given(PROMPT, wishes(temperatures=(0.0,)), st.integers(0, 10**6))
-def test_greedy_answers_follow_no_seed_and_drawn_ones_theirs(prompt, asked, seed) -> None:
-    """Law: T = 0: no seed has a say, unless the order is random; T > 0: the same seed gives the same answer."""
+def test_greedy_responses_follow_no_seed_and_drawn_ones_theirs(prompt, asked, seed) -> None:
+    """Law: T = 0: no seed matters, unless the order is random; T > 0: the same seed gives the same response."""
     for context, write in WAYS:
         model = Watched(context).model
         wish, other = (fitted(dataclasses.replace(asked, seed=s), write) for s in (asked.seed, seed))
@@ -127,7 +127,7 @@ def test_greedy_answers_follow_no_seed_and_drawn_ones_theirs(prompt, asked, seed
 @settings(max_examples=15, deadline=None)
 @given(PROMPT, st.integers(1, 12), st.integers(1, 6), st.integers(0, 10**6), st.integers(0, 10**6))
 def test_a_random_order_is_the_same_for_any_model(prompt, new, size, seed, weights) -> None:
-    """Law: random remasking looks at no logit: same seed, other weights, same places."""
+    """Law: random remasking looks at no logit: same seed, other weights, same positions."""
     asked = Settings(max_new_tokens=new, block_size=size, remasking="random", seed=seed)
     answers = [sample(Watched(seed=other).model, [prompt], asked)[0] for other in (7, weights)]
     one, other = ([[place for place, _ in step] for step in answer.steps] for answer in answers)

@@ -81,7 +81,7 @@ def test_noise_is_the_rows_own_whatever_the_batch(model, kind) -> None:
     assert not torch.equal(whole.views[0][0], other.views[0][0])
 
 
-def test_the_loss_is_cross_entropy_over_chance_at_masked_places_and_nowhere_else(model) -> None:
+def test_the_loss_is_cross_entropy_over_probability_at_masked_positions_and_nowhere_else(model) -> None:
     made = strategy(model, "mdlm")
     batch = made.corrupt("train", [0, 2], 0)
     masked, prob = batch.views[0]
@@ -96,7 +96,7 @@ def test_the_loss_is_cross_entropy_over_chance_at_masked_places_and_nowhere_else
 
 
 def test_normalisers_differ_in_nothing_but_the_share_of_rows(model) -> None:
-    """Rows of equal answers: by token, by sequence and by batch are the same loss up to the answer's length."""
+    """Rows of equal responses: by token, by sequence and by batch are the same loss up to the response's length."""
     equal = [row(f"e{i}-0", 14, 4, 90 + i) for i in range(3)]
     found = {}
     for normaliser in ("token", "sequence", "batch"):
@@ -143,8 +143,8 @@ def test_the_autoregressive_term_is_that_of_the_causal_model(model, kind) -> Non
 
 def test_blocks_of_one_token_are_autoregressive_in_form(model) -> None:
     """All masked, block size 1: what is said of token i depends on clean tokens before i alone."""
-    from dllm.methods.diffusion.noise import blocks_of
-    from dllm.methods.diffusion.passes import masked_pass
+
+    from dllm.models.diffusion.layout import blocks_of
 
     example = SPLITS["train"][1]
     ids = torch.tensor([list(example.input_ids)])
@@ -154,14 +154,14 @@ def test_blocks_of_one_token_are_autoregressive_in_form(model) -> None:
     changed[0, example.prompt_length + 5] += 1
     with torch.no_grad():
         valid = torch.ones_like(masked)
-        before, after = (masked_pass(model, x, valid, block, masked, "block")[0] for x in (ids, changed))
+        before, after = (model.masked_hidden(x, valid, block, masked, "block")[0] for x in (ids, changed))
     assert torch.equal(before[:6], after[:6])
     assert (before[6:] != after[6:]).any(-1).all()
 
 
 def test_one_block_is_the_plain_bidirectional_pass(model) -> None:
-    from dllm.methods.diffusion.noise import blocks_of
-    from dllm.methods.diffusion.passes import masked_pass
+
+    from dllm.models.diffusion.layout import blocks_of
 
     example = row("x", 12, 0, 3)
     ids = torch.tensor([list(example.input_ids)])
@@ -169,14 +169,14 @@ def test_one_block_is_the_plain_bidirectional_pass(model) -> None:
     valid = torch.ones_like(masked)
     with torch.no_grad():
         block = blocks_of(len(example), example.prompt_length, 12, "sequence")[None]
-        paired = masked_pass(model, ids, valid, block, masked, "block")[0]
-        plain = masked_pass(model, ids, valid, torch.zeros_like(ids), masked, "full")[0]
+        paired = model.masked_hidden(ids, valid, block, masked, "block")[0]
+        plain = model.masked_hidden(ids, valid, torch.zeros_like(ids), masked, "full")[0]
     torch.testing.assert_close(paired, plain, atol=1e-4, rtol=1e-4)
 
 
-def test_a_later_answer_block_never_leaks_into_an_earlier_one(model) -> None:
-    from dllm.methods.diffusion.noise import blocks_of
-    from dllm.methods.diffusion.passes import masked_pass
+def test_a_later_response_block_never_leaks_into_an_earlier_one(model) -> None:
+
+    from dllm.models.diffusion.layout import blocks_of
 
     example = row("x", 16, 4, 3)
     ids = torch.tensor([list(example.input_ids)])
@@ -186,7 +186,7 @@ def test_a_later_answer_block_never_leaks_into_an_earlier_one(model) -> None:
         changed = ids.clone()
         changed[0, begin:] = 7
         with torch.no_grad():
-            before, after = (masked_pass(model, x, valid, block, masked, "block")[0] for x in (ids, changed))
+            before, after = (model.masked_hidden(x, valid, block, masked, "block")[0] for x in (ids, changed))
         assert torch.equal(before[:begin], after[:begin])  # blocks up to the changed one: 4 prompt columns earlier
 
 
@@ -226,7 +226,7 @@ def test_the_lower_held_out_loss_is_the_better(model) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mdlm", "exact counts"])
-def test_a_noise_level_counts_tokens_by_their_chance(model, kind) -> None:
+def test_a_noise_level_counts_tokens_by_their_probability(model, kind) -> None:
     made = strategy(model, kind)
     rows = range(len(SPLITS["train"]))
     with torch.no_grad():
@@ -244,7 +244,7 @@ def test_a_noise_level_counts_tokens_by_their_chance(model, kind) -> None:
 
 
 def test_exact_counts_estimate_no_likelihood(model) -> None:
-    """Places of a block have no equal chances then: what is logged is the loss, and no bound."""
+    """Places of a block have no equal probabilities then: what is logged is the loss, and no bound."""
     for kind in ("hybrid", "exact counts"):
         made = strategy(model, kind)
         with torch.no_grad():

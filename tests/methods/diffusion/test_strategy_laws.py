@@ -67,8 +67,8 @@ def supervised(lengths) -> list[int]:
 
 @QUICK
 @given(ROWS, SEEDS, EPOCHS, st.sampled_from([{}, BLOCKS]))
-def test_places_that_are_not_masked_get_no_gradient(lengths, seed, epoch, section) -> None:
-    """Law: the diffusion loss has zero gradient at the outputs of unmasked places, and some at all others."""
+def test_positions_that_are_not_masked_get_no_gradient(lengths, seed, epoch, section) -> None:
+    """Law: the diffusion loss has zero gradient at the outputs of unmasked positions, and some at all others."""
     made, outputs = strategy(settings(section=section, seed=seed), lengths=lengths), []
     made.model.model.base_model.norm.register_forward_hook(lambda module, given, found: outputs.append(found))
     every = list(range(len(lengths)))
@@ -101,7 +101,7 @@ def test_without_a_masked_token_the_diffusion_loss_is_0(mode, section) -> None:
 @QUICK
 @given(ROWS, SEEDS, EPOCHS, st.sampled_from(KINDS))
 def test_the_clean_text_and_the_prompt_stay_as_they_are(lengths, seed, epoch, kind) -> None:
-    """Law: masks lie among the answer's tokens; ids and labels are not touched, nor are prompts and padding."""
+    """Law: masks lie among the response's tokens; ids and labels are not touched, nor are prompts and padding."""
     made = strategy(settings(*kind, seed=seed), lengths=lengths)
     batch = made.corrupt("train", range(len(lengths)), epoch)
     for number, (length, prompt) in enumerate(lengths):
@@ -121,7 +121,7 @@ def test_a_rows_masks_are_its_own_whatever_the_batch(lengths, seed, epoch, kind,
     order = data.draw(st.permutations(range(len(lengths))))
     cut = data.draw(st.integers(1, len(lengths)))
     state = torch.get_rng_state()
-    made.corrupt("train", order, epoch + 1)  # what was drawn before has no say
+    made.corrupt("train", order, epoch + 1)  # what was drawn before does not matter
     whole = made.corrupt("train", range(len(lengths)), epoch)
     for part in (order[:cut], order[cut:]):
         if not part:
@@ -136,8 +136,8 @@ def test_a_rows_masks_are_its_own_whatever_the_batch(lengths, seed, epoch, kind,
 
 @QUICK
 @given(ROWS, SEEDS, EPOCHS, st.booleans())
-def test_a_pair_scores_each_token_of_an_answer_once(lengths, seed, epoch, blocky) -> None:
-    """Law: complementary masks: as many predictions as supervised tokens, and each place is masked in one view."""
+def test_a_pair_scores_each_token_of_a_response_once(lengths, seed, epoch, blocky) -> None:
+    """Law: complementary masks: as many predictions as supervised tokens, and each position is masked in one view."""
     made = strategy(settings(section={"complementary": True, **(BLOCKS if blocky else {})}, seed=seed), lengths=lengths)
     every = list(range(len(lengths)))
     batch = made.corrupt("train", every, epoch)
@@ -150,7 +150,7 @@ def test_a_pair_scores_each_token_of_an_answer_once(lengths, seed, epoch, blocky
 
 
 @pytest.mark.parametrize("complementary", [False, True])
-def test_chances_are_uniform_from_eps(complementary) -> None:
+def test_probabilities_are_uniform_from_eps(complementary) -> None:
     """Law: p = (1 - eps) t + eps lies in [eps, 1] and has mean (1 + eps) / 2; in pairs in [eps, 1 - eps], mean 1/2."""
     eps, epochs = 0.2, 200
     section = {"eps": eps, "at_least_one": False, "time_sampling": "independent", "complementary": complementary}
@@ -195,7 +195,7 @@ def test_normalisers_share_out_one_sum(lengths, seed, epoch) -> None:
 @QUICK
 @given(ROWS, SEEDS, EPOCHS, st.integers(2, 9))
 def test_an_end_token_more_counts_in_its_own_row_alone(lengths, seed, epoch, multiple) -> None:
-    """Law: padding one answer by its end token adds to its supervised tokens, and other rows' terms stay."""
+    """Law: padding one response by its end token adds to its supervised tokens, and other rows' terms stay."""
     plain, filled = (
         strategy(settings(section={"normaliser": "sequence", "eos_padding": m}, seed=seed), eos=7, lengths=lengths)
         for m in (0, multiple)

@@ -1,4 +1,7 @@
-"""LLaDA's architecture under its own names, written anew after its description, as code that comes with a model."""
+"""A small LLaDA: its architecture under its own names, in code with the quirks of the published one.
+
+The code was made for transformers 4: `tie_weights` takes no arguments, and the constructor never calls `post_init`.
+"""
 
 import json
 from pathlib import Path
@@ -51,7 +54,7 @@ class Block(nn.Module):
         angle = torch.arange(x.shape[-2]).float()[:, None] / self.c.rope_theta ** (torch.arange(half).float() / half)
         one, other = x[..., :half], x[..., half:]
         cos, sin = angle.cos(), angle.sin()
-        return torch.cat([one * cos - other * sin, other * cos + one * sin], -1)
+        return torch.cat([one * cos - other * sin, other * cos + one * sin], -1).to(x.dtype)
 
     def forward(self, x):
         seen = self.attn_norm(x)
@@ -82,7 +85,6 @@ class Model(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.model = Inner(config)
-        self.post_init()
 
     def _init_weights(self, module):
         pass
@@ -92,6 +94,10 @@ class Model(PreTrainedModel):
 
     def get_output_embeddings(self):
         return self.model.transformer["ff_out"]
+
+    def tie_weights(self):
+        if self.config.weight_tying:
+            self.model.transformer["ff_out"].weight = self.model.transformer["wte"].weight
 
     def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None, attention_bias=None,
                 past_key_values=None, labels=None, use_cache=None, output_attentions=None, output_hidden_states=None,
@@ -103,7 +109,7 @@ class Model(PreTrainedModel):
         return CausalLMOutputWithPast(logits=self.model.transformer["ff_out"](self.model.transformer["ln_f"](x)))
 """
 
-SIZE = {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "n_layers": 3, "mlp_hidden_size": 48, "max_sequence_length": 256}
+SIZE = {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "n_layers": 2, "mlp_hidden_size": 48, "max_sequence_length": 256}
 SWITCHES = {
     "block_type": "llama", "layer_norm_type": "rms", "activation_type": "silu", "rope": True, "alibi": False,
     "attention_layer_norm": False, "input_emb_norm": False, "include_bias": False, "include_qkv_bias": False,

@@ -1,13 +1,15 @@
-"""Small checkpoints that carry code of their own, with the signatures and the habits of the published models."""
+"""Small checkpoints that carry code of their own, with the signatures and quirks of the published models."""
 
 import json
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from dllm.config.params import Target
+from dllm.models.diffusion.families import load_diffusion_lm
+from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.models.targets import load_tokenizer
+from tests.models.diffusion import llada_code
 from tests.models.small_models import TINY, small_model
 
 MASK = "<|reserved_0|>"
@@ -16,11 +18,23 @@ LLADA2 = """
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 
 class Config(LlamaConfig):
     model_type = "llada2_moe"
+
+
+class Rotary(nn.Module):  # made for transformers 4, which listed the formula and computed it after loading
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.rope_init_fn = config, ROPE_INIT_FUNCTIONS["default"]
+        self.register_buffer("inv_freq", self.rope_init_fn(config, None)[0], persistent=False)
+
+    def forward(self, x, position_ids):
+        angle = (position_ids[:, :, None].float() * self.inv_freq).repeat(1, 1, 2)
+        return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
 
 class Experts(nn.Module):
@@ -42,6 +56,7 @@ class Model(LlamaForCausalLM):
 
     def __init__(self, config):
         super().__init__(config)
+        self.model.rotary_emb = Rotary(config)
         for layer in self.model.layers:
             layer.mlp = Experts(config)
 
@@ -57,27 +72,6 @@ class Model(LlamaForCausalLM):
                  eos_early_stop=False, minimal_topk=1, eos_id=156892, mask_id=156895):
         assert block_length == 4 and gen_length == 6
         return torch.full((1, gen_length), 9)
-"""
-
-LLADA = """
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-
-class Config(LlamaConfig):
-    model_type = "llada"
-
-
-class Model(LlamaForCausalLM):
-    config_class = Config
-
-    def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None, attention_bias=None,
-                past_key_values=None, labels=None, use_cache=None, output_attentions=None, output_hidden_states=None,
-                return_dict=None, cache_position=None):
-        assert use_cache is False and return_dict is True
-        batch, length = input_ids.shape  # padding masks are ignored, as by the older published code
-        everything = torch.ones(batch, 1, length, length, dtype=torch.bool)
-        return super().forward(input_ids, attention_mask=everything, use_cache=False)
 """
 
 NEMOTRON = """
@@ -187,69 +181,17 @@ def pairs(length, size, paradigm):
 PARADIGMS = '"bidirectional", "autoregressive", "block_diff"'
 OLDER_PARADIGMS = PARADIGMS + ', "sbd_block_diff"'
 
-OLDER = """
-import torch
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-
-class Config(PretrainedConfig):
-    model_type = "llada"
-
-    def __init__(self, hidden_size=16, vocab_size=20, weight_tying=False, rope_theta=10000.0, **more):
-        self.hidden_size, self.vocab_size, self.weight_tying = hidden_size, vocab_size, weight_tying
-        self.rope_theta, self.num_attention_heads = rope_theta, 2
-        super().__init__(**more)
-
-
-class Rotary(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config, self.rope_init_fn = config, ROPE_INIT_FUNCTIONS["default"]
-        self.register_buffer("inv_freq", self.rope_init_fn(config, None)[0], persistent=False)
-
-
-class Inner(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        parts = {"wte": nn.Embedding(config.vocab_size, config.hidden_size, device="cpu"), "rotary": Rotary(config)}
-        self.transformer = nn.ModuleDict(parts)
-        self.transformer.update({"ff_out": nn.Linear(config.hidden_size, config.vocab_size, bias=False, device="cpu")})
-
-
-class Model(PreTrainedModel):
-    config_class = Config
-    base_model_prefix = "model"
-
-    def __init__(self, config):  # and no post_init
-        super().__init__(config)
-        self.model = Inner(config)
-
-    def _init_weights(self, module):
-        pass
-
-    def forward(self, input_ids=None, use_cache=None, return_dict=None):
-        found = self.model.transformer.ff_out(self.model.transformer.wte(input_ids))
-        return CausalLMOutputWithPast(logits=found)
-
-    def get_input_embeddings(self):
-        return self.model.transformer.wte
-
-    def get_output_embeddings(self):
-        return self.model.transformer.ff_out
-
-    def tie_weights(self):
-        if self.config.weight_tying:
-            self.model.transformer.ff_out = self.model.transformer.wte
-"""
-
-CODES = {"llada": LLADA, "llada2_moe": LLADA2, "nemotron_labs_diffusion": NEMOTRON}
+CODES = {"llada": llada_code.CODE, "llada2_moe": LLADA2, "nemotron_labs_diffusion": NEMOTRON}
 
 
 def checkpoint(folder: Path, kind: str, every_word: bool = False) -> Target:
-    """Write a small model with its code; the weights are those of `small_model`, which does not know every word."""
+    """Write a small model with its code: LLaDA's, or with the weights of `small_model`.
+
+    Args:
+        every_word: let the embedding of `small_model` cover the whole tokenizer.
+    """
+    if kind == "llada":
+        return llada_code.published(folder)
     model, tokenizer = small_model().model, load_tokenizer(TINY)
     tokenizer.add_special_tokens({"mask_token": MASK})
     if every_word:
@@ -274,13 +216,10 @@ def checkpoint(folder: Path, kind: str, every_word: bool = False) -> Target:
     return Target(model=str(folder), dtype="float32", trust_remote_code=True)
 
 
-def older_checkpoint(folder: Path) -> tuple[Target, torch.Tensor]:
-    """Write a model whose code was made for transformers 4, and return its head too."""
-    auto = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
-    values = {"model_type": "llada", "auto_map": auto, "tie_word_embeddings": False, "architectures": ["Model"]}
-    (folder / "config.json").write_text(json.dumps(values))
-    (folder / "modeling.py").write_text(OLDER)
-    head = torch.randn(20, 16)
-    weights = {"model.transformer.wte.weight": torch.randn(20, 16), "model.transformer.ff_out.weight": head}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return Target(model=str(folder), dtype="float32", trust_remote_code=True), head
+def without_code(target: Target, kind: str) -> DiffusionLM:
+    """Load the same weights as an ordinary model of transformers."""
+    if kind == "llada":
+        return load_diffusion_lm(target.model_copy(update={"trust_remote_code": False}))
+    model = small_model()
+    model.mask_token_id = load_diffusion_lm(target).mask_token_id
+    return model

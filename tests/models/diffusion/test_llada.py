@@ -13,7 +13,8 @@ from dllm.decoding.settings import Settings
 from dllm.decoding.unmasking import sample
 from dllm.errors import ConfigError, ModelError
 from dllm.methods.diffusion.build import initial_model
-from dllm.models.diffusion.bidirectional import BidirectionalLM, load_bidirectional
+from dllm.models.diffusion.families import load_checkpoint, load_diffusion_lm
+from dllm.models.diffusion.protocol import DiffusionLM
 from tests.models.diffusion.llada_code import published
 
 
@@ -24,16 +25,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def read(folder: Path, own_code: bool) -> BidirectionalLM:
-    return load_bidirectional(Target(model=str(folder), dtype="float32", trust_remote_code=own_code))
+def read(folder: Path, own_code: bool) -> DiffusionLM:
+    return load_diffusion_lm(Target(model=str(folder), dtype="float32", trust_remote_code=own_code))
 
 
 @torch.no_grad()
 def test_logits_are_those_of_its_own_code(folder: Path) -> None:
     by_its_code, as_llama = read(folder, True), read(folder, False)
     assert by_its_code.runs_own_code and not as_llama.runs_own_code
-    assert as_llama.mask_token_id == by_its_code.mask_token_id and as_llama.note == by_its_code.note
-    assert as_llama.eos_ids == by_its_code.eos_ids and as_llama.longest == by_its_code.longest == 256
+    assert as_llama.mask_token_id == by_its_code.mask_token_id and as_llama.config == by_its_code.config
+    assert as_llama.eos_ids == by_its_code.eos_ids and as_llama.max_length == by_its_code.max_length == 256
     ids_BS = torch.randint(10, 400, (2, 37), generator=torch.Generator().manual_seed(2))
     ids_BS[0, 5:20] = as_llama.mask_token_id
     wanted, found = (model.logits(model.hidden(ids_BS)) for model in (by_its_code, as_llama))
@@ -41,8 +42,8 @@ def test_logits_are_those_of_its_own_code(folder: Path) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_answers_are_those_of_its_own_code_and_caches_speed_them_up(folder: Path) -> None:
-    """Its code asserts that there is no cache; as a Llama it has Fast-dLLM's, exact at one pass a block."""
+def test_responses_are_those_of_its_own_code_and_caches_speed_them_up(folder: Path) -> None:
+    """Its code asserts that there is no cache; as a Llama it has Fast-dLLM's, exact at one pass per block."""
     by_its_code, as_llama = read(folder, True), read(folder, False)
     prompts, asked = [[20, 21, 22], [30, 31, 32, 33, 34]], {"max_new_tokens": 12, "block_size": 4}
     assert sample(as_llama, prompts, Settings(**asked)) == sample(by_its_code, prompts, Settings(**asked))
@@ -53,7 +54,7 @@ def test_answers_are_those_of_its_own_code_and_caches_speed_them_up(folder: Path
             sample(by_its_code, prompts, Settings(**asked, cache=cache))
 
 
-def test_generate_asks_for_no_trust_and_gives_a_cache(folder: Path, tmp_path: Path) -> None:
+def test_generate_needs_no_trust_and_supports_a_cache(folder: Path, tmp_path: Path) -> None:
     options = GenerateOptions(raw=True, settings={"max_new_tokens": 8, "threshold": 0.5, "cache": "dual"})
     (record,) = generation.generate(
         checkpoint=str(folder), prompts=["Why?"], root=tmp_path, stream=io.StringIO(), options=options
@@ -69,8 +70,8 @@ def test_it_is_trained_by_blocks_too_and_saved_as_a_llama(folder: Path, tmp_path
     with pytest.raises(ConfigError, match="takes no attention mask"):  # but not through its own code
         initial_model(target.model_copy(update={"trust_remote_code": True}), Train.model_validate(way), "cpu")
     model.save(tmp_path / "saved")
-    again = BidirectionalLM.from_directory(tmp_path / "saved")
-    assert again.config.model_type == "llama" and again.mask_token_id == model.mask_token_id
+    again = load_checkpoint(tmp_path / "saved")
+    assert again.model_config.model_type == "llama" and again.mask_token_id == model.mask_token_id
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
@@ -83,6 +84,6 @@ def test_a_variant_that_is_no_llama_is_one_line(tmp_path: Path, name: str) -> No
 
 
 def test_a_missing_tensor_is_one_line(folder: Path, tmp_path: Path) -> None:
-    published(tmp_path, n_layers=4)
+    published(tmp_path, n_layers=3)
     with pytest.raises(ModelError, match="lacks 9 tensors, model"):
         read(tmp_path, False)

@@ -1,4 +1,4 @@
-"""Adapters: they alone move, in float32; merged they say the same; a killed run goes on bitwise."""
+"""Adapters: they alone are trained, in float32; merging keeps the logits; a killed run resumes bitwise."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from dllm.errors import ConfigError, ModelError
 from dllm.methods.diffusion.build import initial_model
 from dllm.methods.diffusion.masked import MaskedStrategy
 from dllm.methods.diffusion.settings import Mdlm
-from dllm.models.diffusion.bidirectional import BidirectionalLM
+from dllm.models.diffusion.families import load_checkpoint
 from dllm.models.diffusion.lora import FILES
 from dllm.tracking.runs import NullTracker
 from dllm.training.batches import Example
@@ -55,7 +55,7 @@ def run(made: MaskedStrategy, work: Path):
     return Loop(made, made.settings, ALONE, work=work, tracker=NullTracker()).run()
 
 
-def test_adapters_alone_move_and_the_rest_stays_in_the_compute_dtype(tmp_path: Path) -> None:
+def test_only_adapters_are_trained_and_the_rest_stays_in_the_compute_dtype(tmp_path: Path) -> None:
     made = strategy(compute_dtype="bfloat16")
     before = {name: value.clone() for name, value in made.model.state_dict().items()}
     run(made, tmp_path)
@@ -68,7 +68,7 @@ def test_adapters_alone_move_and_the_rest_stays_in_the_compute_dtype(tmp_path: P
     assert not (tmp_path / LAST / "model.safetensors").exists()
 
 
-def test_merged_the_model_says_what_it_said_adapted(tmp_path: Path) -> None:
+def test_the_merged_model_has_the_logits_of_the_adapted_one(tmp_path: Path) -> None:
     made = strategy()
     outcome = run(made, tmp_path)
     made.load(outcome.checkpoint)
@@ -76,7 +76,7 @@ def test_merged_the_model_says_what_it_said_adapted(tmp_path: Path) -> None:
     with torch.no_grad():
         adapted = model.logits(model.hidden(ids))
         made.export(outcome.checkpoint, tmp_path / "export", torch.float32)
-        merged = BidirectionalLM.from_directory(tmp_path / "export")
+        merged = load_checkpoint(tmp_path / "export")
         torch.testing.assert_close(merged.logits(merged.hidden(ids)), adapted, atol=1e-4, rtol=1e-4)
         base = initial_model(TINY, settings(mdlm={}), "cpu")
         assert (base.logits(base.hidden(ids)) - adapted).abs().max() > 1e-2
@@ -84,7 +84,7 @@ def test_merged_the_model_says_what_it_said_adapted(tmp_path: Path) -> None:
 
 
 class Stopped:
-    """Is told to end in its fourth step, between two checkpoints."""
+    """Receives SIGTERM in its fourth step, between two checkpoints."""
 
     steps = 0
 
@@ -95,7 +95,7 @@ class Stopped:
         return super().terms(split, rows, epoch)
 
 
-def test_a_stopped_run_goes_on_bitwise(tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_bitwise(tmp_path: Path) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     run(strategy(), straight)
     with pytest.raises(SystemExit):
@@ -142,8 +142,8 @@ def test_published_models_are_adapted_through_their_own_code(tmp_path: Path, kin
     assert all(grad.abs().sum() > 0 for name, grad in moving.items() if "lora_B" in name) and len(moving) == 8
     made.save(tmp_path)
     made.export(tmp_path, tmp_path / "export", torch.float32)
-    again = BidirectionalLM.from_directory(tmp_path / "export", trust_remote_code=True)
-    assert again.note == made.model.note
+    again = load_checkpoint(tmp_path / "export", trust_remote_code=True)
+    assert again.config == made.model.config
 
 
 REFUSED = [
@@ -154,7 +154,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("changes", "said"), REFUSED, ids=str)
-def test_an_adapter_without_a_place_is_refused(changes: dict, said: str) -> None:
+def test_an_adapter_without_a_module_is_refused(changes: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         strategy(mdlm={"lora": {**LORA, **changes}})
 
@@ -165,7 +165,7 @@ def test_another_ranks_adapter_is_refused(tmp_path: Path) -> None:
         strategy(mdlm={"lora": {**LORA, "rank": 2}}).load(tmp_path)
 
 
-def test_settings_without_an_adapter_are_what_they_were() -> None:
+def test_settings_without_an_adapter_do_not_mention_it() -> None:
     plain, adapted = (made.mdlm.model_dump(exclude_none=True) for made in (settings(mdlm={}), settings()))
     assert "lora" not in plain and "lora" in adapted
     with pytest.raises(ValueError, match="set init to target"):

@@ -8,14 +8,15 @@ import torch
 
 from dllm.config.params import Target
 from dllm.errors import ConfigError
-from dllm.models.diffusion.bidirectional import BidirectionalLM, DiffusionConfig, load_bidirectional
 from dllm.models.diffusion.cache import CanvasCache
+from dllm.models.diffusion.config import DiffusionConfig
+from dllm.models.diffusion.families import load_checkpoint, load_diffusion_lm
 from dllm.models.targets import load_tokenizer
 from tests.models.small_models import FAMILIES, TINY, small_model
 
 
 @pytest.mark.parametrize(("family", "window"), FAMILIES)
-def test_every_place_sees_every_other_and_causal_ones_only_those_before(family: str, window: int | None) -> None:
+def test_hidden_attends_to_everything_and_causal_hidden_causally(family: str, window: int | None) -> None:
     model = small_model(family, window)
     ids = torch.randint(0, 500, (2, 7))
     changed = ids.clone()
@@ -55,7 +56,7 @@ def test_padding_on_either_side_changes_nothing(family: str, window: int | None,
         )
 
 
-def test_an_allowed_mask_says_who_sees_whom() -> None:
+def test_an_allowed_mask_restricts_attention() -> None:
     model = small_model("Llama")
     ids = torch.randint(0, 500, (2, 8))
     causal = torch.ones(8, 8, dtype=torch.bool).tril().expand(2, -1, -1)
@@ -65,7 +66,7 @@ def test_an_allowed_mask_says_who_sees_whom() -> None:
 
 
 @pytest.mark.parametrize(("family", "window"), FAMILIES)
-def test_a_part_over_a_fresh_cache_equals_the_whole(family: str, window: int | None) -> None:
+def test_columns_over_a_fresh_cache_equal_the_whole_pass(family: str, window: int | None) -> None:
     model = small_model(family, window)
     ids = torch.randint(0, 500, (2, 10))
     positions = torch.arange(10).expand(2, -1)
@@ -73,24 +74,24 @@ def test_a_part_over_a_fresh_cache_equals_the_whole(family: str, window: int | N
     seen = torch.ones(2, 10, 10, dtype=torch.bool)
     with torch.no_grad():
         whole = model.hidden(ids)
-        torch.testing.assert_close(model.part(ids, positions, seen, cache), whole, atol=1e-4, rtol=1e-4)
-        again = model.part(ids[:, 4:7], positions[:, 4:7], seen[:, 4:7], cache.write(4, 7))
+        torch.testing.assert_close(model.cached_hidden(ids, positions, seen, cache), whole, atol=1e-4, rtol=1e-4)
+        again = model.cached_hidden(ids[:, 4:7], positions[:, 4:7], seen[:, 4:7], cache.next_pass(4, 7))
     torch.testing.assert_close(again, whole[:, 4:7], atol=1e-4, rtol=1e-4)
 
 
 def test_the_mask_token_is_added_to_a_tokenizer_without_one_and_saved() -> None:
-    model = load_bidirectional(TINY)
+    model = load_diffusion_lm(TINY)
     assert model.tokenizer.mask_token_id == model.mask_token_id
     assert model.mask_token_id < model.head_VD.shape[0]
     assert model.mask_token_id not in model.eos_ids
 
 
 def test_saved_and_read_back_it_is_the_same_model(tmp_path) -> None:
-    model = load_bidirectional(TINY)
-    model.note = DiffusionConfig("mdlm", model.mask_token_id, 8)
+    model = load_diffusion_lm(TINY)
+    model.config = DiffusionConfig("mdlm", model.mask_token_id, 8)
     model.save(tmp_path)
-    again = BidirectionalLM.from_directory(tmp_path)
-    assert again.note == DiffusionConfig("mdlm", model.mask_token_id, 8)
+    again = load_checkpoint(tmp_path)
+    assert again.config == DiffusionConfig("mdlm", model.mask_token_id, 8)
     assert again.mask_token_id == model.mask_token_id
     assert "is_causal" not in json.loads((tmp_path / "config.json").read_text())
     ids = torch.arange(20, 30)[None]
@@ -104,9 +105,9 @@ def test_each_family_is_saved_and_read_back_bidirectional(
 ) -> None:
     model = small_model(family, window, tied=tied)
     assert (model.head_VD is model.model.get_input_embeddings().weight) == tied
-    model.note = DiffusionConfig("mdlm", model.mask_token_id)
+    model.config = DiffusionConfig("mdlm", model.mask_token_id)
     model.save(tmp_path)
-    again = BidirectionalLM.from_directory(tmp_path)
+    again = load_checkpoint(tmp_path)
     assert (again.head_VD is again.model.get_input_embeddings().weight) == tied
     ids = torch.randint(0, 500, (2, 7))  # longer than any window, and as far as two layers of it reach
     changed = ids.clone()
@@ -132,12 +133,12 @@ def test_an_embedding_without_a_spare_row_grows_by_one(tmp_path) -> None:
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=size, tie_word_embeddings=True, **shape)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model = load_bidirectional(Target(model=str(tmp_path), dtype="float32"))
+    model = load_diffusion_lm(Target(model=str(tmp_path), dtype="float32"))
     assert model.mask_token_id == size
     assert model.head_VD.shape[0] == model.model.get_input_embeddings().weight.shape[0] == size + 1
 
 
 @pytest.mark.parametrize(("id", "message"), [(10**6, "outside"), (2, "frames")])
-def test_a_mask_id_that_cannot_be_is_refused(id: int, message: str) -> None:
+def test_an_invalid_mask_id_is_refused(id: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_bidirectional(TINY, mask_token_id=id)
+        load_diffusion_lm(TINY, mask_token_id=id)

@@ -1,11 +1,10 @@
-"""The pair [x_t | x_0]: counted, and looked through."""
+"""Blocks, and the pair [x_t | x_0]: which columns attend to which."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm.methods.diffusion.layout import paired_layout
-from dllm.methods.diffusion.noise import blocks_of
+from dllm.models.diffusion.layout import blocks_of, paired_layout
 
 
 def layout(length: int, prompt: int, size: int, clean_half="block", origin="sequence"):
@@ -16,7 +15,7 @@ def layout(length: int, prompt: int, size: int, clean_half="block", origin="sequ
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 8))
-def test_as_many_pairs_may_look_as_the_papers_say(size, blocks) -> None:
+def test_as_many_pairs_attend_as_the_papers_count(size, blocks) -> None:
     """Law: L = B K: L^2 + L B pairs, by quarter."""
     length = size * blocks
     allowed = layout(length, 0, size).allowed_BXX[0]
@@ -31,7 +30,7 @@ def test_as_many_pairs_may_look_as_the_papers_say(size, blocks) -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(2, 20), st.integers(1, 8), st.data())
 def test_a_causal_clean_half_is_causal(length, size, data) -> None:
-    pair = layout(length, data.draw(st.integers(0, length - 1)), size, "causal", "answer")
+    pair = layout(length, data.draw(st.integers(0, length - 1)), size, "causal", "response")
     clean = pair.allowed_BXX[0, pair.noisy :, pair.noisy :]
     assert torch.equal(clean, torch.ones(length, length).tril().bool())
 
@@ -46,7 +45,7 @@ def test_the_noisy_half_leaves_out_what_no_row_needs() -> None:
     assert pair.allowed_BXX[0, 4].nonzero()[:, 0].tolist() == [4, 5, *range(6, 14)]
 
 
-def test_padding_is_seen_by_itself_alone() -> None:
+def test_padding_attends_to_itself_alone() -> None:
     ids = torch.arange(6)[None].expand(2, -1)
     valid = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
     block = torch.stack([blocks_of(6, 2, 2, "sequence"), blocks_of(6, 2, 2, "sequence")])

@@ -1,0 +1,84 @@
+"""The draft a training run starts from: new, with random weights, or a published one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import DynamicCache
+
+from dllm.config.params import Target
+from dllm.errors import ModelError
+from dllm.methods.dflash.settings import Dflash
+from dllm.models.drafts.checkpoint import check_fit, draft_directory, load_draft, read_config
+from dllm.models.drafts.protocol import Draft, DraftConfig
+from dllm.models.mask_token import draft_mask_id
+from dllm.models.targets import empty_target, load_tokenizer
+from dllm.prompts.template import stop_ids
+from dllm.registry import DRAFTS
+
+
+def check_models(settings: Dflash, target: Target) -> None:
+    """Check by their configs that the target can be tapped, and that the draft fits it; no weights are read.
+
+    Raises:
+        ConfigError, ModelError: what `initial_draft` would refuse, or the decoding of such a target.
+    """
+    model: Any = empty_target(target)
+    where = f"target.model: {target.model}"
+    if not DynamicCache(config=model.config).is_croppable:
+        raise ModelError(
+            "this target keeps a recurrent state, and speculative decoding has to take back rejected tokens",
+            where=where,
+        )
+    if not hasattr(model.get_decoder(), "layers") or model.get_output_embeddings() is None:
+        raise ModelError(f"a target of type {model.config.model_type!r} has no decoder layers to tap", where=where)
+    tokenizer = load_tokenizer(target)
+    if settings.draft.init == "random":
+        new_config(settings, model, tokenizer)
+    else:
+        check_fit(read_config(draft_directory(settings.draft.init))[1], model.config, settings.draft.init)
+
+
+def new_config(settings: Dflash, target: Any, tokenizer: Any) -> DraftConfig:
+    """Size a new draft by its target, and choose its mask id; raises as `initial_draft` does."""
+    rows = target.get_input_embeddings().weight.shape[0]
+    mask_id = draft_mask_id(settings.mask_token_id, tokenizer, rows, _stops(target, tokenizer))
+    family: type[Draft] = DRAFTS[settings.draft.architecture]
+    return family.config_for(target.config, settings.draft, block_size=settings.block_size, mask_token_id=mask_id)
+
+
+def initial_draft(settings: Dflash, target: Any, tokenizer: Any, seed: int) -> Draft:
+    """Create or load the draft, with its block size and mask id set and checked against the target.
+
+    Args:
+        settings: the dflash section.
+        target: a transformers causal model.
+        tokenizer: its tokenizer.
+        seed: of random weights.
+
+    Raises:
+        ConfigError: the mask id is no row of the target's embedding, or text uses it.
+        ModelError: a published draft is missing, of another architecture, or does not fit the target.
+    """
+    family: type[Draft] = DRAFTS[settings.draft.architecture]
+    if settings.draft.init != "random":
+        draft = family.start_from(load_draft(settings.draft.init, target.config))
+        trained_id = draft.config.mask_token_id
+        if settings.mask_token_id not in (None, trained_id):
+            raise ModelError(
+                f"the draft was trained with mask id {trained_id}, params say {settings.mask_token_id}",
+                where="train.dflash.mask_token_id",
+                hint="leave it null to take the draft's",
+            )
+        rows = target.get_input_embeddings().weight.shape[0]
+        draft_mask_id(trained_id, tokenizer, rows, _stops(target, tokenizer))
+        if settings.block_size:
+            draft.config = draft.config.with_block_size(settings.block_size)
+        return draft
+    draft = family(new_config(settings, target, tokenizer))
+    draft.reset_parameters(seed)
+    return draft
+
+
+def _stops(target: Any, tokenizer: Any) -> set[int]:
+    return stop_ids(tokenizer, target.generation_config, target.config.get_text_config())

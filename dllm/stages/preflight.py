@@ -1,0 +1,22 @@
+"""What is checked before the first prompt is read and the first token is generated: models, chat template, engine."""
+
+from __future__ import annotations
+
+from dllm.config.params import Params
+from dllm.models.targets import load_tokenizer
+from dllm.prompts.template import prompt_ids
+from dllm.registry import ENGINES, METHODS
+
+
+def check(params: Params) -> None:
+    """Refuse what a later stage would refuse, as far as configs say; no weights are read.
+
+    Raises:
+        ConfigError: the engine's settings are impossible, or the mask token is.
+        ModelError: the target or the draft is not supported, or not there.
+        DataError: the tokenizer has no chat template that renders a question.
+    """
+    ENGINES[params.regenerate.engine].check(params.regenerate)
+    METHODS[params.train.mode].check_models(params)
+    tokenizer = load_tokenizer(params.target)
+    prompt_ids(tokenizer, [{"role": "user", "content": "Hello"}], params.target.enable_thinking)
