@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import prefect.context
@@ -27,12 +27,12 @@ STOP_S = 5.0
 POLL_INTERVAL_S = 0.2
 
 
-def run(flow: Flow[Any, Any], lock: AbstractContextManager[None] | None = None, **parameters: Any) -> int:
+def run(flow: Flow[Any, Any], check: Callable[[], object] | None = None, **parameters: Any) -> int:
     """Run the flow on the configured Prefect server, or else a temporary one, and return its exit code.
 
     Args:
         flow: the flow.
-        lock: what it takes first; tried before a server is started.
+        check: raises what is wrong before a server is started.
         parameters: of the flow.
     """
     began = time.monotonic()
@@ -40,8 +40,8 @@ def run(flow: Flow[Any, Any], lock: AbstractContextManager[None] | None = None, 
         follow_parent()
         outlive_readers()
         try:
-            with lock or nullcontext():
-                pass
+            if check is not None:
+                check()
             _find_server()
             _run_in_thread(flow, parameters)
         except DllmError as error:

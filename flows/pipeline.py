@@ -11,6 +11,7 @@ import sys
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
+from dllm.config.load import load_params
 from dllm.stages import DVC_STAGES
 from dllm.stages import workspace as contract
 from flows import artifacts
@@ -57,6 +58,7 @@ def pipeline(force: bool = False) -> None:
     Args:
         force: run every stage again, from scratch.
     """
+    load_params(ROOT / "params.yaml")  # before DVC, which would delete what a refused stage has published
     with alone(ROOT):
         if force:
             for stage in DVC_STAGES:
@@ -69,7 +71,13 @@ def pipeline(force: bool = False) -> None:
         artifacts.publish(ROOT)
 
 
+def _check() -> None:
+    load_params(ROOT / "params.yaml")
+    with alone(ROOT):
+        pass
+
+
 if __name__ == "__main__":
     from flows.in_process import run
 
-    sys.exit(run(pipeline, alone(ROOT), force="--force" in sys.argv[1:]))
+    sys.exit(run(pipeline, _check, force="--force" in sys.argv[1:]))
