@@ -20,7 +20,8 @@ from tests.flows.conftest import Project, copy_project, wait_until
 
 pytestmark = [pytest.mark.flows, pytest.mark.slow, pytest.mark.kill]
 
-IN_TIME_S = 20.0
+IN_TIME_S = 60.0
+"""20 on a machine that does nothing else."""
 MAKEFILE = "run:\n\t@DLLM_PARENT=$$PPID exec python -m flows.pipeline\n"
 
 
