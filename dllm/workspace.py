@@ -190,9 +190,8 @@ class Workspace:
             if self.experiment is not None:
                 from dllm.tracking.mlflow_runs import MlflowTracker  # 2 seconds, which other ranks need not wait
 
-                self.tracker = MlflowTracker(
-                    self.root, self.experiment, self.run_name or self.name, before.get("mlflow_run_id")
-                )
+                name, run_id = self.run_name or self.name, before.get("mlflow_run_id")
+                self.tracker = MlflowTracker(self.root, self.experiment, name, run_id, self.work)
             run_id = self.tracker.run_id
             self._before = {"mlflow_run_id": run_id, "started": started, "seconds": before.get("seconds", 0.0)}
             write_json(sidecar, self._before)
@@ -208,8 +207,10 @@ class Workspace:
             self._stop("KILLED" if is_killed else "FAILED", bystanders)
             raise
         with signals.uninterrupted():  # what is published reads FINISHED
-            sidecar.unlink()  # done: a forced rerun is a new MLflow run
-            self.tracker.finish("FINISHED")
+            try:
+                self.tracker.finish("FINISHED")
+            finally:  # after the end is on disk: killed in between, the next call ends the same run
+                sidecar.unlink(missing_ok=True)  # a forced rerun is a new MLflow run
 
     def _stop(self, status: Status, bystanders: set[Process]) -> None:
         """Close what is unfinished, so that the next call resumes it."""
@@ -253,12 +254,6 @@ class Workspace:
             tags["dllm.flow_run"] = flow_run
         self.tracker.set_tags(tags)
         return record
-
-
-def open_run(work: Path) -> str | None:
-    """Return the MLflow run of an unfinished work folder, where it has one."""
-    run_id: str | None = _read_json(work / SIDECAR).get("mlflow_run_id")
-    return run_id
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import prefect.context
@@ -15,23 +16,32 @@ from prefect import Flow, get_client
 from prefect.settings import PREFECT_API_URL
 
 from dllm.errors import DllmError, ServerError
-from dllm.process import signals
+from dllm.process import children, signals
 from dllm.process.output import outlive_readers
 from dllm.process.parent import follow_parent
 from dllm.process.proxies import bypass_for_loopback, drop_unusable
 from infra.servers import PASSWORD, close_flow_runs, gated, new_password, recorded_api
 
-STOP_S = 60.0
-"""From a signal to the end of the process, if Prefect does not return; a stage takes at most half of it."""
+STOP_S = 5.0
+"""How long Prefect may take, after a signal and when no child runs, to return; it may be waiting to retry."""
+POLL_INTERVAL_S = 0.2
 
 
-def run(flow: Flow[Any, Any], **parameters: Any) -> int:
-    """Run the flow on the configured Prefect server, or else a temporary one, and return its exit code."""
+def run(flow: Flow[Any, Any], check: Callable[[], object] | None = None, **parameters: Any) -> int:
+    """Run the flow on the configured Prefect server, or else a temporary one, and return its exit code.
+
+    Args:
+        flow: the flow.
+        check: raises what is wrong before a server is started.
+        parameters: of the flow.
+    """
     began = time.monotonic()
     with signals.handled(signal.SIGTERM, signal.SIGINT):
         follow_parent()
         outlive_readers()
         try:
+            if check is not None:
+                check()
             _find_server()
             _run_in_thread(flow, parameters)
         except DllmError as error:
@@ -57,10 +67,16 @@ def _run_in_thread(flow: Flow[Any, Any], parameters: dict[str, Any]) -> None:
         except BaseException as error:
             raised.append(error)
 
-    with signals.Interrupt(STOP_S):
-        thread = threading.Thread(target=work, name=flow.name, daemon=True)
+    thread = threading.Thread(target=work, name=flow.name, daemon=True)
+    with signals.Interrupt():
         thread.start()
-        thread.join()
+        idle_since = time.monotonic()
+        while thread.is_alive() and time.monotonic() - idle_since < STOP_S:
+            thread.join(POLL_INTERVAL_S)
+            if signals.received() is None or children.is_running():
+                idle_since = time.monotonic()
+    if (number := signals.received()) is not None:
+        raise SystemExit(128 + number)
     if raised:
         raise raised[0]
 

@@ -31,7 +31,7 @@ from dllm.process import children as process
 from dllm.process import signals
 from dllm.process.output import outlive_readers
 from dllm.process.proxies import bypass_for_loopback, drop_unusable
-from dllm.tracking.runs import is_local, tracking_uri
+from dllm.tracking.address import is_local, tracking_uri
 
 MLFLOW_TOML = ROOT / "mlflow.toml"
 POOLS = {"local": 1, "parts": 2}

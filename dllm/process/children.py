@@ -75,7 +75,7 @@ def run(
         StageError: the program cannot be found, or the deadline has passed.
         SystemExit: a signal has come, and the handlers from before have raised nothing else.
     """
-    with Interrupt() as interrupt, contextlib.ExitStack() as stack:
+    with Interrupt() as interrupt, _running, contextlib.ExitStack() as stack:
         child = _start(stack, argv, env, cwd, log, log_file, grace_s)
         child.read_lines(deadline_s, lambda: interrupt.received is not None)
         if not child.ended and interrupt.received is None:
@@ -90,6 +90,29 @@ def has_gpu() -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     return found.returncode == 0 and b"GPU" in found.stdout
+
+
+def is_running() -> bool:
+    """Return whether `run` is under way in some thread."""
+    return _running.count > 0
+
+
+class _Count:
+    """How many threads are in a block."""
+
+    def __init__(self) -> None:
+        self.count, self._lock = 0, threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.count -= 1
+
+
+_running = _Count()
 
 
 class Background(Protocol):

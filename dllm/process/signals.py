@@ -83,12 +83,15 @@ def check() -> None:
 
 
 def sleep(seconds: float) -> None:
-    """Sleep in the main thread; exits as `check` does when a signal comes."""
+    """Sleep, in any thread, until the time is over or a signal comes.
+
+    Raises:
+        SystemExit: 128 + the signal's number.
+    """
     end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
-        check()
-        time.sleep(min(left, POLL_INTERVAL_S))
-    check()
+    with Interrupt() as interrupt:
+        while (left := end - time.monotonic()) > 0 and interrupt.received is None:
+            time.sleep(min(left, POLL_INTERVAL_S))
 
 
 @contextlib.contextmanager

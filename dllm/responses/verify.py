@@ -13,7 +13,7 @@ from typing import Any
 from dllm.errors import DataError
 from dllm.responses import shards
 from dllm.responses.counts import ManifestCounts
-from dllm.responses.flags import FLAGS, LENGTH, TOOL_MISMATCH, flags_of
+from dllm.responses.flags import FLAGS, GIVEN, LENGTH, flags_of
 from dllm.responses.shards import MANIFEST, REJECTED, Row
 
 ENDS = ("stop", "length", "tool_calls")
@@ -125,7 +125,7 @@ def _check_row(row: Row, where: str) -> None:
         raise _broken("the row has no context or no response", where)
     response = row.messages[-1]
     due = flags_of(row.answer_ids, row.finish_reason, response["content"], response.get("tool_calls", ()))
-    if row.flags != [flag for flag in FLAGS if flag in due or (flag == TOOL_MISMATCH and flag in row.flags)]:
+    if row.flags != [flag for flag in FLAGS if flag in due or (flag in GIVEN and flag in row.flags)]:
         raise _broken(f"flags are {row.flags}, though the response has {due}", where)
 
 
