@@ -71,8 +71,8 @@ def verify(root: Path, console: Console | None = None) -> None:
             state = "DAMAGED"
         table.add_row(item.name, str(len(files)), f"{size / 1e6:.1f}", state)
     console.print(table)
-    for error in errors:
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    for found in errors:
+        console.print(str(found), markup=False, highlight=False, soft_wrap=True)
     if errors:
         first = errors[0]
         raise type(first)(f"{len(errors)} of {count} are damaged, first: {first.message}", where=first.where)

@@ -27,7 +27,7 @@ from dllm.stages import evaluate, prepare, regenerate, register, train
 from dllm.training.checkpoints import Checkpoints
 from tests.stages.test_train import RECIPE
 
-FLIPS = 4
+FLIPS = 3
 """Damages tried on each file."""
 
 
@@ -37,7 +37,7 @@ def damaged(path: Path, seed: int) -> Iterator[None]:
     before = path.read_bytes()
     draw = random.Random(f"{path.name} {seed}")
     after = bytearray(before)
-    for _ in range(draw.choice((1, 1, 3, 50))):
+    for _ in range(draw.choice((1, 1, 3, 50)) if before else 0):
         after[draw.randrange(len(after))] ^= 1 << draw.randrange(8)
     path.write_bytes(bytes(after) if bytes(after) != before else before + b"\0")
     try:
@@ -52,6 +52,9 @@ def refused(door: Callable[[], Any], name: str) -> bool:
         door()
     except DllmError as error:
         return name in str(error) and len(str(error)) < 500
+    except Exception as error:
+        print(f"{name}: {type(error).__name__}: {error}")
+        return False
     return False
 
 
@@ -126,10 +129,10 @@ def test_no_damaged_file_is_used(project: Project) -> None:
             with damaged(path, seed):
                 tried += 1
                 if not refused(door, path.name):
-                    used.append((path.relative_to(path.anchor), seed))
-                if not refused(lambda: verb.verify(project.root), path.name):
-                    used.append((path, f"verify {seed}"))
-    assert not used, f"{len(used)} of {tried} used: {used[:5]}"
+                    used.append((path, str(seed)))
+                if seed == 0 and not refused(lambda: verb.verify(project.root), path.name):
+                    used.append((path, "verify"))
+    assert not used, f"{len(used)} of {tried} used: {used[:40]}"
     assert tried > 100
     verb.verify(project.root)
 
