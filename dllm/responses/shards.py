@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, TypedDict
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dllm.digests import sealed, unsealed
 from dllm.errors import DataError
 from dllm.files import atomic_write
 from dllm.prompts.columns import chat_fields, from_columns, to_columns
@@ -101,10 +101,9 @@ def write_shard(rows: Sequence[Row], path: Path) -> ShardEntry:
 
 
 def write_manifest(dir: Path, manifest: Mapping[str, Any]) -> Path:
-    """Write the manifest, without secrets; it says that every shard it lists is complete, so call this last."""
+    """Write the manifest, sealed and without secrets; it says that its shards are complete, so call this last."""
     path = dir / MANIFEST
-    text = json.dumps(hide_in(manifest), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    atomic_write(path, text.encode())
+    atomic_write(path, sealed(hide_in(manifest)))
     return path
 
 
@@ -116,7 +115,7 @@ def read_manifest(dir: Path) -> dict[str, Any]:
     """
     path = dir / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = unsealed(path.read_bytes())
         complete = isinstance(manifest["shards"], list)
     except FileNotFoundError:
         raise DataError("no finished responses", where=str(path), hint="run `python -m dllm regenerate`") from None
