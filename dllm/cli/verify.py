@@ -21,6 +21,7 @@ from dllm.errors import DataError, DllmError, ModelError, ServerError
 from dllm.methods.dflash.features import check_part
 from dllm.methods.dflash.method import FEATURES
 from dllm.models import builtin
+from dllm.models.checkpoints import check_bytes
 from dllm.regeneration.journal import count_damaged
 from dllm.responses import shards
 from dllm.stages import STAGES
@@ -152,19 +153,17 @@ def _registered(kept: Path) -> str:
         "restore it by `dvc checkout --force out/train` at the commit that trained it, then `python -m dllm register`; "
         "its tag dllm.git_commit names the commit"
     )
+    try:
+        check_bytes(kept)  # names the file
+    except ModelError as error:
+        raise ModelError(error.message, where=error.where, hint=hint) from None
     if provenance.digest(kept)[:16] != kept.name:
         raise ModelError("a registered checkpoint has other bytes than its digest", where=str(kept), hint=hint)
-    record = kept / RUN
-    try:
-        if record.is_file():
-            unsealed(record.read_bytes())
-    except ValueError as error:
-        raise ModelError(f"damaged: {error}", where=str(record), hint=hint) from None
     return OK
 
 
 def _target(place: Path) -> str:
-    return OK if builtin.check(place) else UNKNOWN
+    return OK if builtin.check(place) else "weights only"
 
 
 def _database(store: Path) -> str:
