@@ -65,6 +65,8 @@ _SHAPES = tuple(
         (r"\b((?:password|passwd|pwd|api_?key|secret_?key)=)[^\s&;,'\")]+", rf"\1{HIDDEN}"),
     )
 )
+_OPTION = re.compile(r"^--?(?:[\w-]+-)?(?:api-key|password|token|secret)$", re.IGNORECASE)
+"""An option of a command line whose value is the next text of a list."""
 _KNOWN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[oprsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
     r"|(?:AKIA|ASIA)[A-Z0-9]{16}|dapi[0-9a-f]{32}|pn[ub]_[A-Za-z0-9]{20,}|xox[abprs]-[\w-]{10,})"
@@ -82,6 +84,13 @@ def hide(text: str) -> str:
     for shape, instead in _SHAPES:
         text = shape.sub(instead, text)
     return _without_start(_KNOWN.sub(HIDDEN, text), values.raw)
+
+
+def holds_secret(text: str) -> bool:
+    """Return whether a text holds a secret, whole."""
+    values = _values(tuple(os.environ.items()), frozenset(_remembered))
+    found = [_KNOWN, _OPTION, *(shape for shape, _ in _SHAPES), *([values.whole] if values.whole else [])]
+    return any(shape.search(text) for shape in found)
 
 
 def hide_in(record: Any) -> Any:

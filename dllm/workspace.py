@@ -185,9 +185,8 @@ class Workspace:
         if self.experiment is not None:
             from dllm.tracking.mlflow_runs import MlflowTracker  # 2 seconds, which other ranks need not wait
 
-            self.tracker = MlflowTracker(
-                self.root, self.experiment, self.run_name or self.name, before.get("mlflow_run_id")
-            )
+            name, run_id = self.run_name or self.name, before.get("mlflow_run_id")
+            self.tracker = MlflowTracker(self.root, self.experiment, name, run_id, self.work)
         run_id = self.tracker.run_id
         self._before = {"mlflow_run_id": run_id, "started": started, "seconds": before.get("seconds", 0.0)}
         status: Status = "FAILED"
@@ -195,10 +194,9 @@ class Workspace:
             write_json(sidecar, self._before)
             self.record = self._describe(started)
             yield
-            sidecar.unlink()  # done: a forced rerun is a new MLflow run
             status = "FINISHED"
         except (SystemExit, KeyboardInterrupt) as stopped:
-            if isinstance(stopped, KeyboardInterrupt) or stopped.code in (130, 143):
+            if isinstance(stopped, KeyboardInterrupt) or (isinstance(stopped.code, int) and stopped.code > 128):
                 status = "KILLED"
                 hint = self.resume_hint or f"the next call resumes from {self.work}"
                 print(f"{self.name}: stopped; {hint}", file=sys.stderr, flush=True)
@@ -208,7 +206,11 @@ class Workspace:
                 process.stop_children(spare=bystanders)
                 with contextlib.suppress(OSError):  # a full disk costs the time's record, never the status
                     self.save_seconds()
-            self.tracker.finish(status)
+            try:
+                self.tracker.finish(status)
+            finally:  # after the end is on disk: killed in between, the next call ends the same run
+                if status == "FINISHED":
+                    sidecar.unlink(missing_ok=True)  # a forced rerun is a new MLflow run
 
     def _describe(self, started: str) -> dict[str, Any]:
         commit, dirty = provenance.git_state(self.root)
@@ -240,12 +242,6 @@ class Workspace:
             tags["dllm.flow_run"] = flow_run
         self.tracker.set_tags(tags)
         return record
-
-
-def open_run(work: Path) -> str | None:
-    """Return the MLflow run of an unfinished work folder, where it has one."""
-    run_id: str | None = _read_json(work / SIDECAR).get("mlflow_run_id")
-    return run_id
 
 
 def _read_json(path: Path) -> dict[str, Any]:

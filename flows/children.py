@@ -115,7 +115,7 @@ def _run(root: Path, stage: str, argv: Sequence[str]) -> None:
         )
     finally:  # after SIGKILL (cancelled, out of memory) the MLflow run of the stage is still open
         with contextlib.suppress(ServerError):
-            contract.close(root, stage)
+            contract.close(root)
     relay.bar.catch_up()
     get_run_logger().info("%s: exit code %d after %.1f s", stage, result.code, result.seconds)
     if result.code == 0:

@@ -21,7 +21,7 @@ from pathlib import Path
 from dllm.errors import DllmError, ServerError, StageError
 from dllm.process import children as process
 from dllm.process.signals import exit_on
-from dllm.tracking.runs import is_local, tracking_uri
+from dllm.tracking.address import is_local, tracking_uri
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"

@@ -110,7 +110,7 @@ class Regenerate(Section):
     seed: Seed = 0
     turns: Literal["all", "last"] = "all"
     """`all`: every assistant turn is answered anew, each after the new ones; `last`: only the last, the others stay."""
-    drop: list[Literal["length", "empty", "repetition", "tool_mismatch"]] = Field(default=[])
+    drop: list[Literal["length", "empty", "repetition", "tool_mismatch", "overlong"]] = Field(default=[])
     """Flags whose rows are left out of the shards; they are counted all the same."""
     timeout_s: Seconds = 600.0
     """Patience with one request, and with the absence of all servers, in seconds."""
@@ -239,18 +239,40 @@ else:
     )
 
 
+def _model_name(name: str) -> str:
+    """Check a name by MLflow's rules for registered models, which it would apply after hours of work."""
+    if any(mark in name for mark in "/:") or ("'" in name and '"' in name):
+        raise ValueError("a registered model's name has no / or :, and quotes of one kind only")
+    return _name(name, 250)
+
+
+def _recipe_name(name: str) -> str:
+    """Check that a name is one of a folder, and stays inside the one it lies in."""
+    if any(mark in name for mark in "/\\"):
+        raise ValueError("a recipe's name has no / or \\")
+    return _name(name, 120)
+
+
+def _name(name: str, longest: int) -> str:
+    if not name or name != name.strip() or name in (".", ".."):
+        raise ValueError("not a name: it is empty, . or .., or has blanks at an end")
+    if (size := len(name.encode(errors="replace"))) > longest:
+        raise ValueError(f"a name of {size} bytes; at most {longest} are allowed")
+    return name
+
+
 class Register(Section):
     """The checkpoint as a version of an MLflow registered model."""
 
-    model_name: str
+    model_name: Annotated[str, AfterValidator(_model_name)]
     """Registered model the checkpoint becomes a version of."""
 
 
 class Params(Section):
     """params.yaml, whole."""
 
-    recipe: str
-    """Name of the recipe these values came from."""
+    recipe: Annotated[str, AfterValidator(_recipe_name)]
+    """Name of the recipe these values came from; the MLflow experiment, and the folder of its files, bear it."""
     target: Target
     prepare: Prepare
     regenerate: Regenerate = Regenerate()

@@ -10,7 +10,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -156,6 +156,20 @@ class EngineFactory(Protocol):
             ServerError: a server does not start.
         """
         ...
+
+
+def fit(request: Request, positions: int | None) -> Request | Refusal:
+    """Keep a request within the positions that a model has for prompt and response together.
+
+    The response may then be shorter than `max_new_tokens`; a prompt that leaves no room for one is refused.
+    """
+    if positions is None:
+        return request
+    length, room = len(request.prompt_ids), positions - len(request.prompt_ids)
+    if room < 1:
+        reason = f"the prompt has {length} tokens, and the model {positions} positions for prompt and response"
+        return Refusal(request.key, reason)
+    return request if request.max_new_tokens <= room else replace(request, max_new_tokens=room)
 
 
 def open_engine(

@@ -11,7 +11,8 @@ import json
 import sys
 import time
 
-from dllm.engines.openai.client import Client, Fault, Refused
+from dllm.engines.openai.client import Client
+from dllm.engines.openai.faults import Fault, Refused
 from dllm.engines.openai.servers import Server
 from dllm.errors import ServerError
 from dllm.process.children import Background
@@ -53,7 +54,7 @@ class _Wait:
     async def run(self, path: str | None) -> None:
         try:
             async with asyncio.timeout(self._timeout_s), Client(self._timeout_s) as client:
-                while not self._child.ended and await client.get(self._server, "/health") is None:
+                while not self._child.ended and not await client.is_healthy(self._server):
                     await self._pause()
                 if self._child.ended:
                     return

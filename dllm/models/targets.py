@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -122,6 +123,21 @@ def load_tokenizer(target: Target) -> PreTrainedTokenizerBase:
             return AutoTokenizer.from_pretrained(path, trust_remote_code=target.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read the tokenizer: {_first_line(error)}", where=str(path)) from None
+
+
+def max_positions(target: Target) -> int | None:
+    """Read how many positions the target has, for prompt and response together; None where its config does not say."""
+    try:
+        config = json.loads((locate(target) / "config.json").read_bytes())
+        config = config.get("text_config") or config
+        named = (config.get(name) for name in ("max_position_embeddings", "n_positions", "max_sequence_length"))
+        positions = next((int(value) for value in named if value), None)
+        scaling = config.get("rope_scaling") or {}
+        if positions and (scaling.get("rope_type") or scaling.get("type")) == "yarn":
+            positions = max(positions, int(scaling["original_max_position_embeddings"] * scaling["factor"]))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return positions
 
 
 def load_target(

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from dllm.engines.defects import defect
 from dllm.engines.engine import Response
 
 SYNC_EVERY_S = 5.0
@@ -72,6 +73,10 @@ class ResponseJournal:
         start, length = self._places[key]
         return _parse(os.pread(self._file, length, start))
 
+    def forget(self, key: str) -> None:
+        """Take the response to a key for missing: another may be written."""
+        del self._places[key]
+
     def _index(self, key: str, length: int) -> None:
         self._places[key] = (self._end, length)
         self._end += length
@@ -85,7 +90,7 @@ class ResponseJournal:
                     break
                 try:
                     response = _parse(line)
-                except (ValueError, TypeError):
+                except (ValueError, TypeError, RecursionError):
                     damaged += 1
                     self._end += len(line)
                     continue
@@ -99,5 +104,13 @@ class ResponseJournal:
 
 
 def _parse(line: bytes) -> Response:
+    """Read one line.
+
+    Raises:
+        ValueError: it holds no response, or one with a defect.
+    """
     key, token_ids, text, finish_reason, *calls = json.loads(line)
-    return Response(key, tuple(token_ids), text, finish_reason, *map(tuple, calls))
+    response = Response(key, tuple(token_ids), text, finish_reason, *map(tuple, calls))
+    if (reason := defect(response)) is not None:
+        raise ValueError(reason)
+    return response

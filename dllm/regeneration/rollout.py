@@ -5,6 +5,7 @@ Decides which turns are regenerated and in which context. It uses no engine and 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from array import array
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Regenerate, Target
-from dllm.engines.engine import Request, Response, request_key, request_seed
+from dllm.engines.engine import Refusal, Request, Response, fit, request_key, request_seed
 from dllm.errors import DataError
+from dllm.models import targets
 from dllm.prompts import template as chat
 from dllm.prompts.table import Prompt
 from dllm.prompts.tools import calls_in_text
 from dllm.prompts.turns import Message
+from dllm.registry import ENGINES
 from dllm.responses import flags
 from dllm.responses.shards import Row
 
@@ -34,6 +37,7 @@ class _Generated:
     prompt_ids: array[int]
     response_ids: array[int]
     finish_reason: str
+    is_overlong: bool
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class RolloutConfig:
     settings: Regenerate
     target: Target
     tokenizer: PreTrainedTokenizerBase
+
+    @functools.cached_property
+    def positions(self) -> int | None:
+        """Positions that the target has for prompt and response; None leaves the limit to servers that run already."""
+        return None if ENGINES[self.settings.engine].is_external else targets.max_positions(self.target)
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,8 @@ class Rollout:
     def next_request(self) -> Request | None:
         """Make the request for the next turn; None when the rollout is over.
 
-        A chat that the template refuses ends the rollout with a rejection.
+        A chat that the template refuses, or that is longer than the target's positions, ends the rollout with a
+        rejection.
         """
         if not self._left:
             return None
@@ -157,7 +167,7 @@ class Rollout:
             self.is_unfit = True
             self.reject(key, error.message)
             return None
-        return Request(
+        request = Request(
             key=key,
             prompt_ids=tuple(ids),
             messages=list(self._messages),
@@ -168,6 +178,11 @@ class Rollout:
             tools=self.prompt.tools,
             response=self.prompt.given if len(self._left) == 1 else None,
         )
+        fitted = fit(request, self._config.positions)
+        if isinstance(fitted, Refusal):
+            self.reject(key, fitted.reason)
+            return None
+        return fitted
 
     def accept(self, request: Request, response: Response) -> None:
         """Add the response to the last request; the rollout continues or ends."""
@@ -179,7 +194,8 @@ class Rollout:
                 {**call, "id": _call_id(old, index, turn.number)} for index, call in enumerate(response.tool_calls)
             ]
         ids = array("i", request.prompt_ids), array("i", response.token_ids)
-        self._generated.append(_Generated(turn.number, len(self._messages), *ids, response.finish_reason))
+        is_overlong = len(response.token_ids) > request.max_new_tokens
+        self._generated.append(_Generated(turn.number, len(self._messages), *ids, response.finish_reason, is_overlong))
         self._messages.append(message)
         if turn.old_calls is not None and len(old) != len(response.tool_calls):
             self._mismatch = True
@@ -200,6 +216,8 @@ class Rollout:
         found = flags.flags_of(ids, generated.finish_reason, message["content"], message.get("tool_calls", ()))
         if self._mismatch and generated is self._generated[-1]:
             found.append(flags.TOOL_MISMATCH)
+        if generated.is_overlong:
+            found.append(flags.OVERLONG)
         return Row(
             prompt_id=self.prompt.id,
             sample=self.sample,

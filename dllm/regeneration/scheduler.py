@@ -11,6 +11,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 
+from dllm.engines.defects import defect
 from dllm.engines.engine import Refusal, Request, Response
 from dllm.errors import DataError
 from dllm.prompts.table import Prompt
@@ -84,6 +85,8 @@ class Scheduler:
         """
         request, rollout, shard = self._requested.pop(outcome.key)
         before = rollout.turns_left
+        if isinstance(outcome, Response) and (reason := defect(outcome, request)) is not None:
+            outcome = Refusal(outcome.key, reason, is_transient=True)
         if isinstance(outcome, Response):
             shard.journal.append(outcome)
             rollout.accept(request, outcome)
@@ -123,7 +126,11 @@ class Scheduler:
     def _continue(self, rollout: Rollout, shard: OpenShard) -> None:
         """Replay what the journal holds, then make the next request or close the rollout."""
         while (request := rollout.next_request()) is not None and request.key in shard.journal:
-            rollout.accept(request, shard.journal.read(request.key))
+            response = shard.journal.read(request.key)
+            if defect(response, request) is not None:
+                shard.journal.forget(request.key)
+                break
+            rollout.accept(request, response)
             self.replayed += 1
         if request is not None:
             self._requested[request.key] = (request, rollout, shard)

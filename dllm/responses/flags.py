@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 LENGTH, EMPTY, REPETITION, TOOL_MISMATCH = "length", "empty", "repetition", "tool_mismatch"
-FLAGS = (LENGTH, EMPTY, REPETITION, TOOL_MISMATCH)
+OVERLONG = "overlong"
+FLAGS = (LENGTH, EMPTY, REPETITION, TOOL_MISMATCH, OVERLONG)
+GIVEN = (TOOL_MISMATCH, OVERLONG)
 """`length`: cut at max_new_tokens; `empty`: no text and no call; `repetition`: it ends in a loop; `tool_mismatch`: the
-results that follow do not match its calls."""
+results that follow do not match its calls; `overlong`: more tokens than max_new_tokens. Those of `GIVEN` cannot be
+detected from the row alone."""
 
 MAX_PERIOD = 64
 """Longest loop that counts as a repetition, in tokens."""
@@ -22,7 +25,7 @@ MIN_TURNS, MIN_TOKENS = 4, 32
 def flags_of(
     answer_ids: Sequence[int], finish_reason: str, text: str, tool_calls: Sequence[Mapping[str, Any]] = ()
 ) -> list[str]:
-    """Return the flags of a response, all but `tool_mismatch`, in the order of FLAGS.
+    """Return the flags of a response, all but those of `GIVEN`, in the order of FLAGS.
 
     Args:
         answer_ids: the response, with the stop id at its end unless it was cut.

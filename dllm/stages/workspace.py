@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,13 +14,13 @@ from pydantic import BaseModel
 
 from dllm.config.load import params_digest
 from dllm.config.params import Params
-from dllm.errors import StageError
 from dllm.files import full_disk_in_one_line, lock_folder
 from dllm.process import children as process
 from dllm.process.signals import signals_exit
 from dllm.stages.schema import SCHEMA
 from dllm.tracking.provenance import digest
-from dllm.workspace import SIDECAR, Workspace, open_run
+from dllm.tracking.run_journal import is_behind
+from dllm.workspace import Workspace
 
 __all__ = ["Stage", "Workspace", "close", "digest", "forget", "open_stage"]
 
@@ -88,19 +87,18 @@ def forget(root: Path, name: str) -> None:
             shutil.rmtree(work)
 
 
-def close(root: Path, name: str) -> list[str]:
-    """Mark as KILLED the MLflow runs of a stage whose processes were killed outright, and return their ids.
+def close(root: Path) -> list[str]:
+    """Send what a project's MLflow runs have missed; mark as KILLED those whose processes were killed outright.
+
+    Returns:
+        The ids of the runs that were marked.
 
     Raises:
         ServerError: MLflow is out of reach.
     """
-    open_runs = []
-    for sidecar in (root.absolute() / "work" / name).glob(f"*/{SIDECAR}"):
-        with contextlib.suppress(StageError), lock_folder(sidecar.parent):  # locked: its stage lives
-            if run_id := open_run(sidecar.parent):
-                open_runs.append(run_id)
-    if not open_runs:
+    root = root.absolute()
+    if not is_behind(root):
         return []
-    from dllm.tracking.mlflow_runs import close_left_open  # MLflow takes 2 seconds to import
+    from dllm.tracking.delivery import synchronize  # MLflow takes 2 seconds to import
 
-    return close_left_open(root, open_runs)
+    return synchronize(root).closed

@@ -1,23 +1,21 @@
-"""HTTP to OpenAI-compatible servers: one pool of connections, and every failure as a `Fault`.
+"""HTTP to OpenAI-compatible servers: one pool of connections, bounded replies, and every failure as a `Fault`.
 
-What is sent and how a reply is read belongs to `completions`; which server a request goes to, to `pool`.
+What is sent, and how a completion is read, belongs to `completions`; which server a request goes to, to `pool`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import math
-import time
+import zlib
 from collections.abc import Iterator
-from email.utils import parsedate_to_datetime
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import aiohttp
 
-from dllm.engines.openai.servers import KEY_VARIABLE, Server
+from dllm.engines.openai.faults import Fault, Refused, one_line, read_reply
+from dllm.engines.openai.servers import Server
 from dllm.errors import ServerError
 
 CONNECT_TIMEOUT_S = 10.0
@@ -25,37 +23,14 @@ INFO_TIMEOUT_S = 5.0
 KEEPALIVE_S = 4.0
 """Idle connections are closed after this time, before the 5 s after which common servers close theirs: a request sent
 on a connection that is being closed is lost."""
-MAX_REPLY_BYTES = 64 << 20
-BUSY = (408, 409, 425, 429)
+MAX_REPLY_BYTES, MAX_INFO_BYTES = 64 << 20, 4 << 20
+FREE_BYTES, TOKEN_BYTES = 64 << 10, 128
+"""A reply may have so many bytes, and so many more for each token asked for: blanks are the longest tokens."""
+MAX_HELD_BYTES = 256 << 20
+"""Bytes of all replies in flight; a reply that has no more than its share of them is always read."""
 NO_PROTOCOL = "give the address of an OpenAI-compatible server, which ends in /v1"
 FACTS = ("version", "model_path", "revision", "weight_version", "dtype", "quantization")
 """What is kept of a server's description of itself; other parts may be secret."""
-
-FaultKind = Literal["unreachable", "outage", "timeout", "busy", "unusable", "not_found", "wrong_model"]
-"""`unreachable`: nothing was sent; `outage`: the server broke down; `timeout`: it took too long; `busy`: it asks to
-retry later; `unusable`: the reply cannot be used; `not_found`: it does not know the path or the model; `wrong_model`:
-another model replied."""
-
-
-class Fault(Exception):
-    """A failed try of a request; another try, or another server, may succeed.
-
-    Args:
-        reason: one line.
-        kind: see `FaultKind`.
-        retry_after_s: the pause that the server asks for, in seconds.
-        status: the HTTP status of the reply; None where there was no reply.
-    """
-
-    def __init__(
-        self, reason: str, kind: FaultKind, retry_after_s: float | None = None, status: int | None = None
-    ) -> None:
-        super().__init__(reason)
-        self.reason, self.kind, self.retry_after_s, self.status = reason, kind, retry_after_s, status
-
-
-class Refused(Exception):
-    """The server refuses this request, and would refuse it again; the text is the reason, in one line."""
 
 
 class Client:
@@ -67,12 +42,14 @@ class Client:
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
+        self._held_bytes = self._num_reading = 0
         self._session = aiohttp.ClientSession(
             # No limit here: the engine keeps to its concurrency, and probes must get through beside it.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
             timeout=aiohttp.ClientTimeout(total=None, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"Accept-Encoding": "identity"},
+            auto_decompress=False,  # a small reply may unpack to gigabytes: `_read` bounds what it unpacks
         )
 
     async def __aenter__(self) -> Client:
@@ -84,17 +61,22 @@ class Client:
         await self._session.close()
         await asyncio.sleep(0)  # sockets close in the loop's next iteration
 
-    async def chat(self, server: Server, body: bytes) -> Any:
+    async def chat(self, server: Server, body: bytes, max_new_tokens: int | None = None) -> Any:
         """Post one chat completion; return the reply's JSON.
+
+        Args:
+            max_new_tokens: what the request asks for; a reply far beyond it is not read to its end.
 
         Raises:
             Fault: no complete reply came.
-            Refused: the server refuses this request.
+            Refused: the server refuses this request, or replies far beyond it.
             ServerError: it denies access.
         """
-        status, headers, data = await self._exchange(server, f"{server.url}/chat/completions", self._timeout_s, body)
-        _check_status(server, status, headers.get("Retry-After"), data)
-        return _json(data)
+        max_bytes = MAX_REPLY_BYTES
+        if max_new_tokens is not None:
+            max_bytes = min(max_bytes, FREE_BYTES + TOKEN_BYTES * max_new_tokens)
+        url = f"{server.url}/chat/completions"
+        return read_reply(server, *await self._exchange(server, url, self._timeout_s, max_bytes, body))
 
     async def models(self, server: Server) -> list[dict[str, Any]]:
         """List what a server serves.
@@ -103,17 +85,19 @@ class Client:
             Fault: it does not reply.
             ServerError: it denies access, or speaks another protocol.
         """
-        status, _, data = await self._exchange(server, f"{server.url}/models", CONNECT_TIMEOUT_S)
+        status, headers, data = await self._exchange(server, f"{server.url}/models", CONNECT_TIMEOUT_S)
         try:
-            _check_status(server, status, None, data)
-            models = _json(data)["data"] or []
+            models = read_reply(server, status, headers, data)["data"] or []
             return [{**model, "id": str(model["id"])} for model in models if isinstance(model, dict)]
         except Fault as fault:
-            if fault.kind != "not_found" and status != 200:
+            if fault.kind in ("busy", "outage") and fault.status != 200:
                 raise
-        except (Refused, TypeError, KeyError):
-            pass
-        message = f"the reply to the list of models ({status}) is not the OpenAI protocol"
+            reason = fault.reason
+        except Refused as refused:
+            reason = str(refused)
+        except (TypeError, KeyError):
+            reason = one_line(data[:400].decode(errors="replace"), 200)
+        message = f"the reply to the list of models ({status}) is not the OpenAI protocol: {reason}"
         raise ServerError(message, where=server.url, hint=NO_PROTOCOL)
 
     async def facts(self, server: Server) -> dict[str, Any]:
@@ -122,22 +106,22 @@ class Client:
         for path in ("/model_info", "/server_info", "/get_server_info", "/version"):
             if path != "/model_info" and "version" in found:
                 break
-            data = await self.get(server, path)
-            with contextlib.suppress(Fault):
-                said = None if data is None else _json(data)
+            with contextlib.suppress(Fault, Refused, ServerError):
+                url = server.url.removesuffix("/v1") + path
+                said = read_reply(server, *await self._exchange(server, url, INFO_TIMEOUT_S))
                 if isinstance(said, dict):
-                    found |= {name: said[name] for name in FACTS if isinstance(said.get(name), str | int | float)}
+                    found |= {name: plain(said[name]) for name in FACTS if isinstance(said.get(name), str | int)}
         return found
 
-    async def get(self, server: Server, path: str) -> bytes | None:
-        """Fetch a path outside the API; None where there is no reply with status 200."""
-        with contextlib.suppress(Fault):
-            status, _, data = await self._exchange(server, server.url.removesuffix("/v1") + path, INFO_TIMEOUT_S)
-            return data if status == 200 else None
-        return None
+    async def is_healthy(self, server: Server) -> bool:
+        """Return whether a server says at /health that it is."""
+        with contextlib.suppress(Fault, Refused):
+            url = server.url.removesuffix("/v1") + "/health"
+            return (await self._exchange(server, url, INFO_TIMEOUT_S))[0] == 200
+        return False
 
     async def _exchange(
-        self, server: Server, url: str, timeout_s: float, body: bytes | None = None
+        self, server: Server, url: str, timeout_s: float, max_bytes: int = MAX_INFO_BYTES, body: bytes | None = None
     ) -> tuple[int, Any, bytes]:
         method = "GET" if body is None else "POST"
         with _faults(server, timeout_s):
@@ -147,19 +131,41 @@ class Client:
                     async with self._session.request(
                         method, url, data=body, headers=server.headers, proxy=server.proxy, allow_redirects=False
                     ) as reply:
-                        return reply.status, reply.headers, await _read(reply)
+                        return reply.status, reply.headers, await self._read(reply, max_bytes)
                 finally:
                     server.deadlines.discard(deadline)
 
+    async def _read(self, reply: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+        """Read and unpack a reply, within its own bounds and those of all replies in flight."""
+        packed = reply.headers.get("Content-Encoding", "identity").strip().lower()
+        if packed not in ("identity", "gzip", "deflate"):
+            raise Fault(f"the reply is packed as {one_line(packed, 40)}, which was not asked for", "unusable")
+        unpacker = None if packed == "identity" else zlib.decompressobj(zlib.MAX_WBITS | 32)
+        data = bytearray()
+        self._num_reading += 1
+        try:
+            async for chunk in reply.content.iter_any():
+                # One byte more than allowed, to see that there is more.
+                piece = unpacker.decompress(chunk, max_bytes + 1 - len(data)) if unpacker else chunk
+                data += piece
+                self._held_bytes += len(piece)
+                if len(data) > max_bytes:
+                    raise Refused(f"the reply is longer than {_size(max_bytes)}, which nobody asked for", True)
+                if self._held_bytes > MAX_HELD_BYTES and len(data) > MAX_HELD_BYTES // self._num_reading:
+                    raise Fault(f"the replies in flight are together longer than {_size(MAX_HELD_BYTES)}", "busy")
+            return bytes(data)
+        finally:
+            self._num_reading -= 1
+            self._held_bytes -= len(data)
 
-async def _read(reply: aiohttp.ClientResponse) -> bytes:
-    chunks, size = [], 0
-    async for chunk in reply.content.iter_any():
-        size += len(chunk)
-        if size > MAX_REPLY_BYTES:
-            raise Fault(f"the reply is longer than {MAX_REPLY_BYTES >> 20} MiB", "outage")
-        chunks.append(chunk)
-    return b"".join(chunks)
+
+def plain(value: Any) -> Any:
+    """Return a server's word about itself as one that can be printed and stored."""
+    return one_line(value, 200) if isinstance(value, str) else value
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes >> 20} MiB" if num_bytes >= 1 << 20 else f"{num_bytes >> 10} KiB"
 
 
 @contextlib.contextmanager
@@ -170,61 +176,10 @@ def _faults(server: Server, timeout_s: float) -> Iterator[None]:
         raise Fault("no connection in time", "unreachable") from None
     except aiohttp.ClientConnectorError as error:
         raise Fault(f"cannot connect: {error.os_error.strerror or error.os_error}", "unreachable") from None
-    except aiohttp.ClientError as error:
-        raise Fault(f"the connection broke: {_line(str(error)) or type(error).__name__}", "outage") from None
+    except (aiohttp.ClientError, zlib.error, ValueError) as error:
+        # ValueError: of an address, or a proxy's, that no host can have.
+        raise Fault(f"the connection broke: {one_line(str(error)) or type(error).__name__}", "outage") from None
     except TimeoutError:
         if server.state == "down":
             raise Fault("the server went down", "outage") from None
         raise Fault(f"no response within {timeout_s:g} s", "timeout") from None
-
-
-def _check_status(server: Server, status: int, retry_after: str | None, data: bytes) -> None:
-    if status == 200:
-        return
-    what = f"the server answered {status}: {_detail(data)}"
-    if status in (401, 403):
-        raise ServerError(what, where=server.url, hint=f"set {KEY_VARIABLE}")
-    if status in (404, 405) or status < 400:
-        raise Fault(what, "not_found", status=status)
-    if status in BUSY or status >= 500:
-        # A server that names a time works, and is only overloaded.
-        kind: FaultKind = "busy" if status in BUSY or (status == 503 and retry_after) else "outage"
-        raise Fault(what, kind, retry_after_s(retry_after), status)
-    raise Refused(what)
-
-
-def retry_after_s(header: str | None) -> float | None:
-    """Parse a Retry-After header, seconds or an HTTP date; None where it is absent or invalid. Units: seconds."""
-    if header is None:
-        return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(header).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None
-
-
-def _json(data: bytes) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        reason = f"the reply is not JSON: {_line(data[:80].decode(errors='replace'))!r}"
-        raise Fault(reason, "outage", status=200) from None
-
-
-def _detail(data: bytes) -> str:
-    """Extract an error message from any of the forms that servers use."""
-    text: Any = data[:2000].decode(errors="replace")
-    with contextlib.suppress(ValueError, RecursionError):
-        said = json.loads(data)
-        while isinstance(said, dict):
-            said = next((said[name] for name in ("error", "message", "detail") if said.get(name)), None)
-        text = said or text
-    return _line(str(text))
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())[:300]

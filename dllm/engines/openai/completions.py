@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Target
+from dllm.engines.defects import ENDINGS, defect
 from dllm.engines.engine import Refusal, Request, Response
-from dllm.engines.openai.client import Fault
+from dllm.engines.openai.faults import Fault, one_line
 from dllm.engines.openai.servers import Server
 from dllm.errors import DataError, ServerError
 from dllm.prompts import template as chat
 
-ENDINGS = ("stop", "length", "tool_calls")
+LEAST_DIFFERENCE = 32
+"""Differences of fewer tokens mean nothing: a text may be split otherwise than it was generated."""
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +36,8 @@ class Reply:
     finish_reason: str
     tool_calls: tuple[dict[str, Any], ...]
     prompt_tokens: int | None
-    """As counted by the server."""
+    """As counted by the server, like `tokens`; None where it does not say."""
+    tokens: int | None
     url: str
 
 
@@ -51,7 +54,7 @@ class Completions:
         self._model, self._tokenizer = model, tokenizer
         self._thinking = target.enable_thinking
         self._stop_id = chat.end_of_turn_id(tokenizer)
-        self._warned = False
+        self._warned: set[str] = set()
 
     def body(self, request: Request) -> bytes:
         """Encode a request as the JSON to post."""
@@ -83,13 +86,11 @@ class Completions:
             message, reason = choice["message"], choice["finish_reason"]
             text, calls = message.get("content") or "", message.get("tool_calls") or []
             tool_calls = tuple(_call(call) for call in calls)
-            is_read = isinstance(text, str)
-        except (TypeError, KeyError, IndexError, AttributeError):
-            is_read = False
-        if not is_read:
-            raise Fault("the reply is not a chat completion", "outage")
-        if (model := reply.get("model")) not in (None, self._model):
-            raise Fault(f"the server answered as {str(model)[:200]!r}, not as {self._model!r}", "wrong_model")
+        except (TypeError, KeyError, IndexError, AttributeError, ValueError, RecursionError):
+            raise Fault("the reply is not a chat completion", "outage") from None
+        if not isinstance(text, str):
+            raise Fault(f"the reply is not a chat completion: its content is a {type(text).__name__}", "outage")
+        self._check_model(server, reply.get("model"))
         if message.get("reasoning_content") or message.get("reasoning"):
             raise ServerError(
                 "the server separates the reasoning from the response",
@@ -99,41 +100,71 @@ class Completions:
         if reason == "stop" and tool_calls:
             reason = "tool_calls"  # some servers say `stop` where tool_choice names the tool
         if reason not in ENDINGS or (reason == "tool_calls" and not tool_calls):
-            raise Fault(
-                f"the response ended with finish_reason {reason!r} and {len(tool_calls)} tool calls", "unusable"
-            )
-        usage = reply.get("usage")
-        counted = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-        return Reply(text, reason, tool_calls, counted, server.url)
+            shown = one_line(repr(reason), 80)
+            raise Fault(f"the response ended with finish_reason {shown} and {len(tool_calls)} tool calls", "unusable")
+        return Reply(text, reason, tool_calls, *_usage(reply), server.url)
 
     def response(self, request: Request, reply: Reply) -> Response | Refusal:
-        """Tokenize a reply; a refusal where the chat template cannot render its tool calls."""
-        self._compare_prompts(request, reply)
+        """Tokenize a reply; a refusal where it cannot be stored, or the chat template cannot render its tool calls.
+
+        What looks like a special token in a text is text: servers leave special tokens out.
+        """
         text, is_cut = reply.text, reply.finish_reason == "length"
         if is_cut:
             text = text.rstrip("\ufffd")  # part of a character, cut at max_tokens
-        if not reply.tool_calls:
-            ids = [int(id) for id in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
-            ids += [] if is_cut else [self._stop_id]
-            return Response(request.key, tuple(ids), text, reply.finish_reason)
-        turn = {"role": "assistant", "content": text, "tool_calls": list(reply.tool_calls)}
-        try:
-            ids = chat.answer_ids(self._tokenizer, request.messages, turn, self._thinking, tools=request.tools)
-        except DataError as error:
-            return Refusal(request.key, str(error))
-        return Response(request.key, tuple(ids[:-1] if is_cut else ids), text, reply.finish_reason, reply.tool_calls)
+        untokenized = Response(request.key, (), text, reply.finish_reason, reply.tool_calls)
+        if (reason := defect(untokenized)) is not None:
+            return Refusal(request.key, f"{reason} ({reply.url})", is_transient=True)
+        if reply.tool_calls:
+            turn = {"role": "assistant", "content": text, "tool_calls": list(reply.tool_calls)}
+            try:
+                ids = chat.answer_ids(self._tokenizer, request.messages, turn, self._thinking, tools=request.tools)
+            except DataError as error:
+                return Refusal(request.key, str(error))
+            ids = ids[:-1] if is_cut else ids
+        else:
+            encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+            ids = [int(id) for id in encoded["input_ids"]] + ([] if is_cut else [self._stop_id])
+        self._compare(request, reply, len(ids))
+        return replace(untokenized, token_ids=tuple(ids))
 
-    def _compare_prompts(self, request: Request, reply: Reply) -> None:
-        if self._warned or reply.prompt_tokens in (None, len(request.prompt_ids)):
+    def _check_model(self, server: Server, model: Any) -> None:
+        """Check the name that a server replies under: the one asked for, or another of the same model."""
+        if model is None or model == self._model:
             return
-        self._warned = True
-        _log.warning(
-            "%s counts %s tokens in prompt %s, the target's chat template renders %d here: is it the same template?",
-            reply.url,
-            reply.prompt_tokens,
-            request.key,
-            len(request.prompt_ids),
-        )
+        if not isinstance(model, str):
+            raise Fault(f"the reply is not a chat completion: its model is a {type(model).__name__}", "outage")
+        if model not in server.names:
+            shown = one_line(model, 200)
+            hint = f"; if that is the target, ask for {shown!r} (regenerate.served_model)"
+            raise Fault(f"the server answered as {shown!r}, not as {self._model!r}{hint}", "wrong_model")
+
+    def _compare(self, request: Request, reply: Reply, num_ids: int) -> None:
+        """Warn once of each count in which a server and this tokenizer differ."""
+        asked, told = len(request.prompt_ids), reply.tokens
+        if reply.prompt_tokens not in (None, asked):
+            counts = f"counts {reply.prompt_tokens} tokens in prompt {request.key}"
+            self._warn(reply, f"{counts}, the target's chat template renders {asked} here: is it the same template?")
+        if told is not None and told > 2 * num_ids + LEAST_DIFFERENCE:
+            counts = f"counts {told} tokens in response {request.key}, its text has {num_ids}"
+            self._warn(reply, f"{counts}: does it leave a part out, such as the reasoning?")
+        if reply.finish_reason == "length" and 2 * max(num_ids, told or 0) + LEAST_DIFFERENCE < request.max_new_tokens:
+            cut = f"cut response {request.key} after {num_ids} tokens, and {request.max_new_tokens} were asked for"
+            self._warn(reply, f"{cut}: has it a limit of its own?")
+
+    def _warn(self, reply: Reply, what: str) -> None:
+        kind = what.rpartition(": ")[2]
+        if kind not in self._warned:
+            self._warned.add(kind)
+            _log.warning("%s %s", reply.url, what)
+
+
+def _usage(reply: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Return the tokens that a server counts in the prompt and in the response."""
+    usage = reply.get("usage")
+    counted = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
+    prompt, response = (count if type(count) is int else None for count in counted)
+    return prompt, response
 
 
 def _call(call: Any) -> dict[str, Any]:
@@ -142,5 +173,7 @@ def _call(call: Any) -> dict[str, Any]:
     arguments = function.get("arguments") or "{}"
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments)
-    function = {"name": str(function["name"]), "arguments": arguments}
-    return {"id": str(call.get("id") or ""), "type": "function", "function": function}
+    id, name = call.get("id") or "", function["name"]
+    if not (isinstance(id, str) and isinstance(name, str)):
+        raise TypeError
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}

@@ -7,7 +7,6 @@ outcome, so a kill never costs more requests than may be in flight.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import resource
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
@@ -18,10 +17,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Params, Regenerate, Target
-from dllm.engines.engine import EngineStats, Refusal, Request, RequestSource, Response
-from dllm.engines.openai.client import Client, Fault, Refused
+from dllm.engines.engine import EngineStats, Refusal, Request, RequestSource, Response, fit
+from dllm.engines.openai.client import Client
 from dllm.engines.openai.completions import Completions, Reply
-from dllm.engines.openai.pool import FIRST_TRIES, Pool, pause_s
+from dllm.engines.openai.faults import FAULTS, Fault, Refused
+from dllm.engines.openai.pool import FIRST_TRIES, MAX_RETRY_AFTER_S, Pool, pause_s
 from dllm.engines.openai.servers import Server, server_url, server_urls, without_credentials
 from dllm.errors import ConfigError, ServerError
 from dllm.process.signals import EventLoop
@@ -29,10 +29,6 @@ from dllm.process.signals import EventLoop
 TICK_S = 1.0
 START_TOGETHER = 16
 """Requests that are started before those in flight get the event loop."""
-FREE = ("unreachable", "not_found", "wrong_model")
-"""Kinds of fault that a request never causes: they cost it no try."""
-COSTLY = ("timeout", "unusable")
-"""Kinds that a request may cause: they cost it a try even while another server is untried."""
 WINDOW, MIN_OUTCOMES = 200, 20
 """Latest requests of which the failure rate is taken, and the number that it takes to judge."""
 SPARE_FILES = 256
@@ -150,8 +146,7 @@ class _Run:
         self._client, self._pool, self._completions = client, pool, completions
         self._settings, self._stats = settings, stats
         self._failure_rate = FailureRate(settings.max_failure_rate)
-        self._finished: deque[tuple[Request, Reply | Refusal | Exception]] = deque()
-        self._news = asyncio.Event()
+        self._finished: asyncio.Queue[tuple[Request, Reply | Refusal | Exception]] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_open = 0
         """Requests that are in flight, or whose outcome the caller has not taken."""
@@ -160,19 +155,16 @@ class _Run:
         """Yield outcomes as they come, None after each second without one."""
         try:
             while await self._fill(requests):
-                if not self._finished:
-                    self._news.clear()
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(TICK_S):
-                            await self._news.wait()
-                if not self._finished:
+                try:
+                    async with asyncio.timeout(TICK_S):
+                        request, found = await self._finished.get()
+                except TimeoutError:
                     yield None
                     continue
-                request, found = self._finished.popleft()
                 if isinstance(found, Exception):
                     # What has finished is handed over before a failure ends the run: it need not be generated again.
-                    while self._finished:
-                        request, other = self._finished.popleft()
+                    while not self._finished.empty():
+                        request, other = self._finished.get_nowait()
                         if not isinstance(other, Exception):
                             yield self._outcome(request, other)
                     raise found
@@ -202,44 +194,48 @@ class _Run:
             found = await self._generate(request)
         except Exception as failure:  # of the whole run: `outcomes` raises it
             found = failure
-        self._finished.append((request, found))
-        self._news.set()
+        self._finished.put_nowait((request, found))
 
     async def _generate(self, request: Request) -> Reply | Refusal:
         """Try until a server responds, refuses the request, or its tries are used up.
 
         A fault that only the server can have caused costs no try until every healthy server has been tried.
         """
-        body = self._completions.body(request)
+        fitted = fit(request, self._pool.positions)
+        if isinstance(fitted, Refusal):
+            return fitted
+        body = self._completions.body(fitted)
         tried: set[Server] = set()
         tries = pauses = 0
         while True:
             server = await self._pool.choose(tried)
             try:
-                return await self._send(server, body)
+                return await self._send(server, body, request.max_new_tokens)
             except Refused as refused:
-                return Refusal(request.key, f"{refused} ({server.url})")
+                return Refusal(request.key, f"{refused} ({server.url})", refused.is_transient)
             except Fault as caught:
                 fault = caught
             await self._pool.failed(server, fault)
             tried.add(server)
             are_all_tried = not self._pool.has_other(tried)
-            if fault.kind in COSTLY or (are_all_tried and fault.kind not in FREE):
+            cost = FAULTS[fault.kind].costs_try
+            if cost == "always" or (cost == "shared" and are_all_tried):
                 tries += 1
                 if tries > self._settings.max_retries:
                     times = "once" if tries == 1 else f"{tries} times"
                     return Refusal(request.key, f"{fault.reason} ({server.url}), tried {times}", is_transient=True)
             if are_all_tried:
                 tried.clear()
-                await asyncio.sleep(pause_s(pauses, fault.retry_after_s, self._settings.timeout_s))
+                longest_s = min(self._settings.timeout_s, MAX_RETRY_AFTER_S)
+                await asyncio.sleep(pause_s(pauses, fault.retry_after_s, longest_s))
                 pauses += 1
             self._stats.retries += 1
 
-    async def _send(self, server: Server, body: bytes) -> Reply:
+    async def _send(self, server: Server, body: bytes, max_new_tokens: int) -> Reply:
         server.in_flight += 1
         self._stats.in_flight += 1
         try:
-            reply = await self._client.chat(server, body)
+            reply = await self._client.chat(server, body, max_new_tokens)
         finally:
             server.in_flight -= 1
             self._stats.in_flight -= 1

@@ -1,7 +1,13 @@
 """The pool of servers: checks what each serves, chooses one per request, drops those that fail, and probes them.
 
-Owns every change of a server's state. A server that fails several times in a row is dropped; it is used again as soon
-as it replies to a probe with the right model.
+Owns every change of a server's state; which faults count is `faults.FAULTS`:
+
+| state | requests go there | becomes |
+|---|---|---|
+| up | yes | held after `DROP_AFTER` faults in a row, or when asked again it serves another model |
+| held | no | up or down, as its first probe says: at once, later where it was dropped before |
+| down | no; those in flight fail | up when a probe finds the right model |
+| wrong_model | no | nothing: it lists the right model and replies as another |
 """
 
 from __future__ import annotations
@@ -13,7 +19,8 @@ from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from dllm.engines.engine import EngineStats
-from dllm.engines.openai.client import NO_PROTOCOL, Client, Fault
+from dllm.engines.openai.client import NO_PROTOCOL, Client, plain
+from dllm.engines.openai.faults import FAULTS, Fault, one_line
 from dllm.engines.openai.servers import URL_VARIABLE, Server
 from dllm.errors import ServerError
 
@@ -26,8 +33,8 @@ FIRST_PAUSE_S = 0.5
 MAX_PAUSE_S = 30.0
 JITTER_S = 0.1
 """Spreads the retries of requests that were sent away for the same time."""
-COUNTED = ("unreachable", "outage", "timeout")
-"""Kinds of fault that count against the server."""
+MAX_RETRY_AFTER_S = 60.0
+"""A server that asks for a longer pause is asked again after this one."""
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +75,8 @@ class Pool:
         facts: dict[str, Any],
     ) -> None:
         self.servers, self.facts = servers, facts
+        self.positions: int | None = None
+        """The fewest that a server reports, for prompt and response."""
         self._client, self._model, self._timeout_s, self._stats = client, model, timeout_s, stats
         self._probes: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -111,13 +120,19 @@ class Pool:
         models = await self._client.models(server)
         entry = next((model for model in models if model["id"] == self._model), None)
         if entry is None:
-            served = ", ".join(model["id"] for model in models) or "no model"
+            served = one_line(", ".join(model["id"] for model in models), 200) or "no model"
             raise ServerError(
                 f"the server serves {served}, not {self._model}",
                 where=server.url,
                 hint="set regenerate.served_model to the name that it serves the target under",
             )
-        reported = {"software": entry.get("owned_by"), "model_path": entry.get("root")}
+        root = entry.get("root")
+        # One model under several names: servers reply under the first of them, whichever was asked for.
+        server.names = frozenset(model["id"] for model in models if root is not None and model.get("root") == root)
+        if type(limit := entry.get("max_model_len")) is int:
+            # One fewer: some servers refuse a request that takes all positions.
+            self.positions = min(limit - 1, self.positions or limit)
+        reported = {"software": plain(entry.get("owned_by")), "model_path": plain(root)}
         reported |= await self._client.facts(server)
         for name, value in reported.items():
             if value is not None and self.facts.get(name, value) != value:
@@ -161,9 +176,10 @@ class Pool:
         Raises:
             ServerError: a server that lists the right model does not know the path of chat completions.
         """
-        if fault.kind in ("not_found", "wrong_model") and server.state == "up":
+        rule = FAULTS[fault.kind]
+        if rule.rechecks and server.state == "up":
             await self._recheck(server, fault)
-        elif fault.kind in COUNTED:
+        elif rule.counts:
             server.failures += 1
             if server.failures >= DROP_AFTER:
                 self.drop(server, fault.reason)

@@ -38,16 +38,37 @@ class Server:
     """Times it was dropped since its latest response."""
     deadlines: set[asyncio.Timeout] = field(default_factory=set, repr=False)
     """The timeout of each exchange in flight."""
+    names: frozenset[str] = frozenset()
+    """All names under which it serves the model that a run asks for."""
+    access_hint: str = f"set {KEY_VARIABLE}"
+    """What to do where it denies access."""
 
     @classmethod
     def at(cls, url: str) -> Server:
-        """Make the server of an address; credentials in it override OPENAI_API_KEY, proxies are the environment's."""
-        parts = urlsplit(url)
-        key = f"Bearer {os.environ.get(KEY_VARIABLE) or 'none'}"
+        """Make the server of an address; credentials in it override OPENAI_API_KEY, proxies are the environment's.
+
+        Raises:
+            ConfigError: the key holds what no HTTP header may hold.
+        """
+        parts, key = urlsplit(url), os.environ.get(KEY_VARIABLE) or ""
         if parts.username is not None:
             pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-            key = f"Basic {base64.b64encode(pair.encode()).decode()}"
-        return cls(without_credentials(url), {"Authorization": key, "Content-Type": "application/json"}, _proxy(parts))
+            sent = f"Basic {base64.b64encode(pair.encode()).decode()}"
+            hint = f"correct user and password in the address, or leave them out and set {KEY_VARIABLE}"
+        else:
+            sent, hint = f"Bearer {key or 'none'}", f"set {KEY_VARIABLE}" + " to a key that it accepts" * bool(key)
+            if not _is_header(key):
+                raise ConfigError(
+                    "the key holds a line break, a blank or another character that no HTTP header may hold",
+                    where=KEY_VARIABLE,
+                    hint="set it to the key alone",
+                )
+        headers = {"Authorization": sent, "Content-Type": "application/json"}
+        return cls(without_credentials(url), headers, _proxy(parts), access_hint=hint)
+
+
+def _is_header(text: str) -> bool:
+    return all("!" <= sign <= "~" for sign in text)
 
 
 def server_urls(configured: Sequence[str]) -> list[str]:
@@ -69,14 +90,20 @@ def server_url(url: str) -> str:
     Raises:
         ConfigError: it is not an http address.
     """
+    if not _is_address(url):
+        raise ConfigError(f"not an http address: {without_credentials(url)!r}", where="regenerate.servers", hint=_HINT)
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(path=parts.path.rstrip("/") or "/v1"))
+
+
+def _is_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        is_http = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        host = (parts.hostname or "").encode("idna")
+        is_http = parts.scheme in ("http", "https") and bool(host) and parts.port != 0
     except ValueError:
-        is_http = False
-    if not is_http:
-        raise ConfigError(f"not an http address: {without_credentials(url)!r}", where="regenerate.servers", hint=_HINT)
-    return urlunsplit(parts._replace(path=parts.path.rstrip("/") or "/v1"))
+        return False
+    return is_http and not parts.query and not parts.fragment and url.isprintable() and not set(url) & set(" \\")
 
 
 def without_credentials(url: str) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dllm.engines.openai import client
-from dllm.engines.openai.client import Client, Fault, Refused
+from dllm.engines.openai.client import Client
+from dllm.engines.openai.faults import MAX_REASON, Fault, Refused
 from dllm.engines.openai.servers import Server
 from dllm.errors import ServerError
 from tests.engines.openai.loopback_server import LoopbackServer
@@ -74,7 +75,7 @@ def test_a_server_that_is_not_there_was_never_reached(server) -> None:
         ({"detail": [{"msg": "too long"}]}, "[{'msg': 'too long'}]"),
         (b"<html>too   long</html>", "<html>too long</html>"),
         (b"\xff\xfe", "\ufffd\ufffd"),
-        (b"[" * 100_000, "[" * 300),
+        (b"[" * 100_000, "[" * (MAX_REASON - 1) + "…"),
         (b"", ""),
     ],
 )
@@ -89,8 +90,9 @@ def test_a_refusal_says_in_one_line_what_the_server_says(server, complaint, said
 def test_a_reply_without_end_is_cut(server, monkeypatch) -> None:
     monkeypatch.setattr(client, "MAX_REPLY_BYTES", 1 << 20)
     server.reply = lambda body: ("x" * (2 << 20), "stop")
-    with pytest.raises(Fault, match="longer than 1 MiB"):
+    with pytest.raises(Refused, match="longer than 1 MiB") as caught:
         run(chat, server)
+    assert caught.value.is_transient
 
 
 def test_models_are_named_or_the_protocol_is_another(server) -> None:

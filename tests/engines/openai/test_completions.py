@@ -11,8 +11,8 @@ import pytest
 
 from dllm.config.params import Target
 from dllm.engines.engine import Refusal, Response
-from dllm.engines.openai.client import Fault
 from dllm.engines.openai.completions import Completions
+from dllm.engines.openai.faults import Fault
 from dllm.engines.openai.servers import Server
 from dllm.errors import ServerError
 from dllm.prompts import template as chat

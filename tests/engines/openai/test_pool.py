@@ -10,7 +10,7 @@ import pytest
 
 from dllm.engines.engine import EngineStats
 from dllm.engines.openai import pool as pools
-from dllm.engines.openai.client import Fault
+from dllm.engines.openai.faults import Fault
 from dllm.engines.openai.pool import DROP_AFTER, Pool
 from dllm.engines.openai.servers import Server
 from dllm.errors import ServerError

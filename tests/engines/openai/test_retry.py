@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm.engines.openai.client import retry_after_s
 from dllm.engines.openai.engine import MIN_OUTCOMES, WINDOW, FailureRate
+from dllm.engines.openai.faults import retry_after_s
 from dllm.engines.openai.pool import MAX_PAUSE_S, pause_s
 from dllm.errors import ServerError
 
