@@ -24,6 +24,7 @@ from prefect.artifacts import (
 
 from dllm.outside import markdown
 from dllm.registry import METHODS
+from dllm.secrets import HIDDEN, hide, hide_in
 from dllm.stages.records import Records, read_records, trained_method
 
 LOCAL_UI = "http://127.0.0.1:5000"
@@ -89,12 +90,12 @@ def publish(root: Path) -> None:
     method = METHODS[str(trained_method(runs))]
     for table in method.tables(metrics):
         rows = [
-            {key: markdown(value) if isinstance(value, str) else value for key, value in row.items()}
+            {key: markdown(value) if isinstance(value, str) else value for key, value in hide_in(dict(row)).items()}
             for row in table.rows
         ]
         create_table_artifact(table=rows, key=table.key, description=table.description)
     text = summary(method.rows(metrics), metrics["register"], runs)
-    create_markdown_artifact(markdown=text, key="summary", description="Main figures of the run.")
+    create_markdown_artifact(markdown=hide(text), key="summary", description="Main figures of the run.")
 
 
 def summary(rows: Iterable[tuple[str, str]], registered: Mapping[str, Any], runs: Records) -> str:
@@ -111,6 +112,6 @@ def summary(rows: Iterable[tuple[str, str]], registered: Mapping[str, Any], runs
 
 
 def _link(run: Mapping[str, Any]) -> str:
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    uri = hide(os.environ.get("MLFLOW_TRACKING_URI", "")).replace(f"{HIDDEN}@", "")
     base = uri.rstrip("/") if uri.startswith("http") else LOCAL_UI
     return f"{base}/#/experiments/{quote(str(run['mlflow_experiment_id']))}/runs/{quote(str(run['mlflow_run_id']))}"

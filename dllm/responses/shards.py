@@ -22,6 +22,7 @@ from dllm.files import atomic_write
 from dllm.outside import one_line, parse_json
 from dllm.prompts.columns import chat_fields, from_columns, to_columns
 from dllm.prompts.turns import Message, Tools
+from dllm.secrets import hide_in
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -114,9 +115,9 @@ def _null_items(column: pa.ChunkedArray) -> int:
 
 
 def write_manifest(dir: Path, manifest: Mapping[str, Any]) -> Path:
-    """Write the manifest, which says that every shard it lists is complete; call this last."""
+    """Write the manifest, without secrets; it says that every shard it lists is complete, so call this last."""
     path = dir / MANIFEST
-    text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    text = json.dumps(hide_in(manifest), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     atomic_write(path, text.encode())
     return path
 

@@ -11,7 +11,7 @@ MAY_USE = {
     "secrets": {"outside"},
     "errors": {"outside", "secrets"},
     "registry": {"errors"},
-    "progress": set(),
+    "progress": {"process"},
     "files": {"errors"},
     "process": {"errors", "secrets"},
     "config": {"errors", "secrets", "registry", "files"},
