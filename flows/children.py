@@ -20,6 +20,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 
+from dllm import secrets
 from dllm.errors import ServerError, StageError
 from dllm.files import lock_folder
 from dllm.process import children as process
@@ -126,6 +127,7 @@ def _run(root: Path, stage: str, argv: Sequence[str]) -> None:
         "PYTHONUNBUFFERED": "1",
         "DLLM_FLOW_RUN": str(flow_run.id or ""),
     }
+    secrets.install()  # a worker's flow run enters here
     relay = _Relay(stage)
     try:
         result = process.run(

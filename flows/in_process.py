@@ -15,6 +15,7 @@ import prefect.context
 from prefect import Flow, get_client
 from prefect.settings import PREFECT_API_URL
 
+from dllm import secrets
 from dllm.errors import DllmError, ServerError
 from dllm.process import children, signals
 from dllm.process.output import outlive_readers
@@ -35,6 +36,7 @@ def run(flow: Flow[Any, Any], check: Callable[[], object] | None = None, **param
         check: raises what is wrong before a server is started.
         parameters: of the flow.
     """
+    secrets.install()
     began = time.monotonic()
     with signals.handled(signal.SIGTERM, signal.SIGINT):
         follow_parent()

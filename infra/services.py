@@ -26,12 +26,14 @@ from servers import (
     stop_all,
 )
 
+from dllm import secrets
 from dllm.errors import DllmError, ServerError, StageError
 from dllm.process import children as process
 from dllm.process import signals
 from dllm.process.output import outlive_readers
 from dllm.process.proxies import bypass_for_loopback, drop_unusable
-from dllm.tracking.address import is_local, tracking_uri
+from dllm.tracking.address import is_local, sqlite_path, tracking_uri
+from dllm.tracking.store import connect
 
 MLFLOW_TOML = ROOT / "mlflow.toml"
 POOLS = {"local": 1, "parts": 2}
@@ -52,6 +54,7 @@ def main(what: str) -> int:
     started: list[Kept] = []
     with signals.handled(signal.SIGTERM, signal.SIGINT):
         outlive_readers()
+        secrets.install()
         try:
             bypass_for_loopback()
             for variable in drop_unusable():
@@ -110,7 +113,11 @@ def ui(started: list[Kept]) -> None:
         _check_free(prefect_port, "PREFECT_PORT")
     password = recorded_api().get("auth_string") or new_password()
     if is_local(uri):
-        os.environ["MLFLOW_BACKEND_STORE_URI"] = uri
+        connect(uri)  # MLflow's server would make its tables in place, and leave them half made when it is killed
+        # Relative, since MLflow would take a quoted path for the name of a folder; in the environment, since every user
+        # of the machine may read a command line.
+        is_ours = sqlite_path(uri) == ROOT / "mlflow.db"
+        os.environ["MLFLOW_BACKEND_STORE_URI"] = "sqlite:///mlflow.db" if is_ours else uri
         mlflow = Kept(gated("mlflow", mlflow_port, password, MLFLOW_TOML), is_server=True)
         started.append(mlflow)
     if running is None:

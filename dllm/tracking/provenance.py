@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import platform
 import subprocess
 from pathlib import Path
 
+from dllm.digests import file_digest, folder_digests, tree_digest
 from dllm.errors import StageError
 
 LIBRARIES = ("dllm", "torch", "transformers", "mlflow", "dvc", "prefect", "numpy", "pyarrow")
@@ -25,15 +25,10 @@ def digest(path: Path) -> str:
         StageError: there is nothing at the path.
     """
     if path.is_file():
-        return _file_digest(path)
+        return file_digest(path)
     if not path.is_dir():
         raise StageError("input is missing", where=str(path), hint="run the stage that makes it, or `dvc repro`")
-    tree = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        name = file.relative_to(path).as_posix()
-        if name not in RECORDS:
-            tree.update(f"{name}\0{_file_digest(file)}\n".encode())
-    return tree.hexdigest()
+    return tree_digest(folder_digests(path, RECORDS))
 
 
 def git_state(root: Path) -> dict[str, str | bool | None]:
@@ -87,8 +82,3 @@ def _git(root: Path, *arguments: str) -> tuple[int, str, str]:
     environment = os.environ | {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"}  # words that `_reason` knows; only look
     done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30, env=environment)
     return done.returncode, done.stdout.strip(), done.stderr
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
