@@ -51,12 +51,14 @@ $(VLLM)/installed: | $(INSTALLED)
 
 # Prefect's console output would repeat what the stages print; its log still has it.
 run: setup  ## the whole pipeline, then its report; RECIPE=name chooses the recipe, FORCE=1 reruns every stage
-	@$(ENV) $(if $(RECIPE),python -m dllm recipe use $(RECIPE);) \
-	  PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL=CRITICAL python -m flows.pipeline $(if $(FORCE),--force); \
-	  python -m dllm report
+	@$(if $(RECIPE),$(ENV) python -m dllm recipe use $(RECIPE))
+	@# Not outliving make, however that ends: no shell in between, and the number of its process.
+	@$(ENV) DLLM_PARENT=$$PPID PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL=CRITICAL \
+	  exec python -m flows.pipeline $(if $(FORCE),--force)
+	@$(ENV) exec python -m dllm report
 
-long:  ## the same with a recipe of about 75 minutes and a better draft
-	@$(MAKE) --no-print-directory run RECIPE=smollm2-135m-dflash-long
+long: RECIPE := smollm2-135m-dflash-long
+long: run  ## the same with a recipe of about 75 minutes and a better draft
 
 test: setup  ## all tests but the heavy ones; what CI runs
 	@# By file, so that module fixtures are built once; in order, so that the long files start early. One thread per

@@ -19,6 +19,8 @@ from functools import lru_cache
 from typing import Any, TextIO
 from urllib.parse import quote, unquote
 
+from dllm.outside import harmless
+
 HIDDEN = "***"
 
 _SECRET_NAME = re.compile(
@@ -108,7 +110,7 @@ def remember(*values: str) -> None:
 
 
 def install() -> None:
-    """Hide secrets in all that this process prints and logs, libraries and tracebacks included."""
+    """Hide secrets in all that this process prints and logs, libraries and tracebacks included; see `_HidingStream`."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, _HidingStream):
@@ -119,13 +121,16 @@ def install() -> None:
 
 
 class _HidingStream:
-    """A text stream that hides secrets in what is written to it; in all else it is the stream it wraps."""
+    """A text stream that hides secrets in what is written to it, and shows control characters as symbols.
+
+    In all else it is the stream it wraps.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(hide(text))
+        self._stream.write(harmless(hide(text), self._stream.isatty()))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:

@@ -44,16 +44,21 @@ class Source(Section):
     """Where prompts come from."""
 
     name: str
-    """`gsm8k`, `humaneval`, `aime`, `arithmetic` (built in), a Hugging Face dataset id, or a parquet/JSON/JSONL file or
-    folder."""
+    """`gsm8k`, `humaneval`, `aime`, `arithmetic` (built in), a Hugging Face dataset id, or a file or folder of parquet,
+    Arrow, JSON or JSON Lines."""
     split: str = "train"
-    """Split of a Hugging Face dataset; slices such as `train[:1000]` are understood."""
+    """Split of a Hugging Face dataset, where slices such as `train[:1000]` are understood, or of a folder whose files
+    are named after splits."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face dataset; null takes the newest."""
     column: str | None = None
     """Column with the chat; null takes `messages`, then `conversations`."""
+    ignore_columns: list[str] | None = None
+    """Columns that are left out although they belong to the prompt, such as `input`; null ignores none."""
+    max_bad_rows: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of rows that may be set aside because they cannot be read; null allows 1 %."""
     limit: PositiveInt | None = None
     """At most so many prompts, the first by id hash."""
 

@@ -6,14 +6,12 @@ generated again by the next call.
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 from dllm.engines.engine import Request, Response
+from dllm.outside import JsonError, is_text, parse_json
 
-MAX_DEPTH = 64
-"""Levels of lists and mappings in the arguments of a call."""
 MAX_ID = 2**31 - 1
 ENDINGS = ("stop", "length", "tool_calls")
 LEAST_TOKENS, MOST_TIMES = 32, 4
@@ -58,27 +56,24 @@ def _check_call(call: Any) -> None:
         raise ValueError("the name, id or arguments of a call are no text")
     _check(call, "a call")
     try:
-        arguments = json.loads(texts[2])
-    except RecursionError:
-        raise ValueError("the arguments of a call are nested too deeply") from None
-    except ValueError:
+        arguments = parse_json(texts[2])
+    except JsonError as error:
+        if "nested" in str(error):
+            raise ValueError(f"the arguments of a call are {error}") from None
         return  # no JSON: templates take it as a text
     if not isinstance(arguments, dict):
         raise ValueError("the arguments of a call are no mapping")
     _check(arguments, "the arguments of a call")
 
 
-def _check(value: Any, name: str, depth: int = 0) -> None:
-    """Check a JSON value: texts that are text, finite numbers, and no more levels than templates can render."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{name} holds half a surrogate pair, which is no text") from None
-    elif isinstance(value, float) and not math.isfinite(value):
+def _check(value: Any, name: str) -> None:
+    """Check that each text in a JSON value is text, and each number has an end; its depth is bounded."""
+    if isinstance(value, str) and not is_text(value):
+        raise ValueError(f"{name} holds half a surrogate pair, which is no text")
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} holds a number without end")
-    elif isinstance(value, list | dict):
-        if depth == MAX_DEPTH:
-            raise ValueError(f"{name} is nested deeper than {MAX_DEPTH} levels")
-        for inner in (*value, *value.values()) if isinstance(value, dict) else value:
-            _check(inner, name, depth + 1)
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for inner in value:
+            _check(inner, name)

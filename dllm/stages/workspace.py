@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +14,8 @@ from pydantic import BaseModel
 from dllm.config.load import params_digest
 from dllm.config.params import Params
 from dllm.files import full_disk_in_one_line, lock_folder
-from dllm.process import children as process
-from dllm.process.signals import signals_exit
+from dllm.process import signals
+from dllm.stages.records import check_published
 from dllm.stages.schema import SCHEMA
 from dllm.tracking.provenance import digest
 from dllm.tracking.run_journal import is_behind
@@ -38,6 +37,7 @@ def open_stage(
     params: Params,
     *,
     sections: Sequence[BaseModel],
+    determining: Sequence[BaseModel] | None = None,
     inputs: Mapping[str, Path] | None = None,
     identity: Mapping[str, Any] | None = None,
     root: Path,
@@ -47,8 +47,9 @@ def open_stage(
 
     Args:
         name: the stage.
-        params: all of params.yaml; only `sections` count for the fingerprint.
-        sections: the parts of it that determine the result.
+        params: all of params.yaml; only `sections` are recorded.
+        sections: the parts of it that the stage reads.
+        determining: what of them determines the result, and counts for the fingerprint; None takes `sections`.
         inputs: name to the file or folder read; the narrower the path, the fewer reruns.
         identity: ids, revisions and digests of models and servers that determine the result.
         root: the project's folder.
@@ -56,24 +57,30 @@ def open_stage(
 
     Raises:
         StageError: an input is missing, another process works on the same thing, or the disk is full.
+        DataError, ModelError: an input is not what the stage before has published.
         ServerError: MLflow is out of reach.
-        SystemExit: 143 after SIGTERM, 130 after SIGINT; the run then reads KILLED.
+        SystemExit: 128 + n after signal n (SIGTERM, SIGINT, SIGHUP); the run then reads KILLED.
     """
     root = root.absolute()
-    with signals_exit(), full_disk_in_one_line(root):
-        if "DVC_STAGE" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-            process.die_with_parent()  # neither dvc nor torchrun takes its children along when it is killed outright
+    with signals.handled(), full_disk_in_one_line(root):
+        signals.check()
         made_of = {
             "stage": name,
             "schema": SCHEMA[name],
-            "params": params_digest(*sections),
-            "inputs": {key: digest(path) for key, path in (inputs or {}).items()},
+            "params": params_digest(*(sections if determining is None else determining)),
+            "inputs": {key: _digest_of_input(root, path) for key, path in (inputs or {}).items()},
             "identity": dict(identity or {}),
         }
         works, out = root / "work" / name, root / "out" / name
         stage = Stage(name, root, works, out, made_of, sections, params.recipe, is_main=is_main, params=params)
         with stage.open():
             yield stage
+
+
+def _digest_of_input(root: Path, path: Path) -> str:
+    found = digest(path)
+    check_published(root, path.absolute(), found)
+    return found
 
 
 def forget(root: Path, name: str) -> None:

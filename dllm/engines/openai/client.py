@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from dllm.engines.openai.faults import Fault, Refused, one_line, read_reply
+from dllm.engines.openai.faults import MAX_REASON, Fault, Refused, one_line, read_reply
 from dllm.engines.openai.servers import Server
 from dllm.errors import ServerError
 
@@ -178,7 +178,9 @@ def _faults(server: Server, timeout_s: float) -> Iterator[None]:
         raise Fault(f"cannot connect: {error.os_error.strerror or error.os_error}", "unreachable") from None
     except (aiohttp.ClientError, zlib.error, ValueError) as error:
         # ValueError: of an address, or a proxy's, that no host can have.
-        raise Fault(f"the connection broke: {one_line(str(error)) or type(error).__name__}", "outage") from None
+        raise Fault(
+            f"the connection broke: {one_line(str(error), MAX_REASON) or type(error).__name__}", "outage"
+        ) from None
     except TimeoutError:
         if server.state == "down":
             raise Fault("the server went down", "outage") from None

@@ -5,18 +5,17 @@ A reply counts as what it says: an error inside a reply with status 200 is judge
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import re
 import time
-import unicodedata
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NamedTuple
 
+from dllm import outside
 from dllm.engines.openai.servers import Server
 from dllm.errors import ServerError
+from dllm.outside import JsonError, parse_json
 from dllm.secrets import hide
 
 FaultKind = Literal["unreachable", "outage", "timeout", "busy", "unusable", "not_found", "wrong_model"]
@@ -48,7 +47,6 @@ FAULTS: Mapping[FaultKind, FaultRule] = {
 BUSY = (408, 409, 425, 429)
 MAX_REASON = 2000
 """Characters of a server's own words that are kept."""
-_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn")
 
 
 class Fault(Exception):
@@ -89,10 +87,11 @@ def read_reply(server: Server, status: int, headers: Mapping[str, str], data: by
         ServerError: it denies access.
     """
     if status != 200:
-        said: Any = data[: 4 * MAX_REASON].decode(errors="replace")
-        with contextlib.suppress(ValueError, RecursionError):
-            said = json.loads(data)
-        raise _failure(server, status, f"the server answered {status}: {_words(said) or _words(str(said))}", headers)
+        try:
+            words = _words(parse_json(data))
+        except JsonError:
+            words = ""
+        raise _failure(server, status, f"the server answered {status}: {words or _shown(data)}", headers)
     value = _json(data)
     if (error := _error_in(value)) is not None:
         code = _code_in(error, value)
@@ -109,7 +108,7 @@ def _failure(server: Server, status: int, what: str, headers: Mapping[str, str])
     if status == 407:
         return ServerError(what, where=server.url, hint="give the proxy's user and password in http_proxy")
     if 300 <= status < 400:
-        return Fault(f"{what} (to {one_line(headers.get('Location', 'nowhere'))})", "not_found", status=status)
+        return Fault(f"{what} (to {one_line(headers.get('Location', 'nowhere'), 200)})", "not_found", status=status)
     if status in (404, 405):
         return Fault(what, "not_found", status=status)
     if status in BUSY or status >= 500:
@@ -136,20 +135,21 @@ def retry_after_s(header: str | None) -> float | None:
 
 
 def one_line(text: str, limit: int = MAX_REASON) -> str:
-    """Make one printable line of a server's words: no control characters, no half surrogate pairs, no secrets."""
-    shown = "".join(" " if unicodedata.category(sign) in _INVISIBLE else sign for sign in text[: 4 * limit])
-    shown = hide(" ".join(shown.split()))  # some servers repeat a wrong key
-    return shown if len(shown) <= limit else f"{shown[: limit - 1]}…"
+    """Make one visible line of a server's words, without secrets: some servers repeat a wrong key."""
+    return outside.one_line(hide(text), limit)
 
 
 def _json(data: bytes) -> Any:
     try:
-        return json.loads(data)
-    except RecursionError:
-        raise Refused("the reply is JSON that is nested too deeply", is_transient=True) from None
-    except ValueError:
-        shown = one_line(data[:400].decode(errors="replace"), 200)
-        raise Fault(f"the reply is not JSON: {shown!r}", "outage", status=200) from None
+        return parse_json(data)
+    except JsonError as error:
+        if "nested" in str(error):
+            raise Refused(f"the reply cannot be used: {error}", is_transient=True) from None
+        raise Fault(f"the reply is not JSON: {_shown(data, 200)!r}", "outage", status=200) from None
+
+
+def _shown(data: bytes, limit: int = MAX_REASON) -> str:
+    return one_line(data[: 4 * limit].decode(errors="replace"), limit)
 
 
 def _error_in(value: Any) -> Any:
@@ -184,4 +184,4 @@ def _words(said: Any) -> str:
         said = said[0]
     while isinstance(said, dict):
         said = next((said[name] for name in ("error", "message", "detail") if said.get(name)), None)
-    return "" if said is None else one_line(str(said))
+    return "" if said is None else one_line(str(said), MAX_REASON)

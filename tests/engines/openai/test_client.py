@@ -14,6 +14,7 @@ from dllm.engines.openai.client import Client
 from dllm.engines.openai.faults import MAX_REASON, Fault, Refused
 from dllm.engines.openai.servers import Server
 from dllm.errors import ServerError
+from dllm.outside import one_line
 from tests.engines.openai.loopback_server import LoopbackServer
 
 BODY = b'{"messages": [{"role": "user", "content": "hello"}]}'
@@ -75,7 +76,7 @@ def test_a_server_that_is_not_there_was_never_reached(server) -> None:
         ({"detail": [{"msg": "too long"}]}, "[{'msg': 'too long'}]"),
         (b"<html>too   long</html>", "<html>too long</html>"),
         (b"\xff\xfe", "\ufffd\ufffd"),
-        (b"[" * 100_000, "[" * (MAX_REASON - 1) + "…"),
+        (b"[" * 100_000, one_line("[" * 8000, MAX_REASON)),
         (b"", ""),
     ],
 )
