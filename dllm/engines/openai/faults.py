@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from dllm.engines.openai.servers import Server
 from dllm.errors import ServerError
 from dllm.outside import JsonError, one_line, parse_json
+from dllm.secrets import hide
 
 FaultKind = Literal["unreachable", "outage", "timeout", "busy", "unusable", "not_found", "wrong_model"]
 
@@ -93,8 +94,8 @@ def read_reply(server: Server, status: int, headers: Mapping[str, str], data: by
     value = _json(data)
     if (error := _error_in(value)) is not None:
         code = _code_in(error, value)
-        named = f" {code}" if code else ""
-        raise _failure(server, code or status, f"the server answered with error{named}: {_words(error)}", headers)
+        named = f"error {code}" if code else "an error"
+        raise _failure(server, code or status, f"the server answered with {named}: {_words(error)}", headers)
     return value
 
 
@@ -142,7 +143,7 @@ def _json(data: bytes) -> Any:
 
 
 def _shown(data: bytes, limit: int = MAX_REASON) -> str:
-    return one_line(data[: 4 * limit].decode(errors="replace"), limit)
+    return one_line(hide(data[: 4 * limit].decode(errors="replace")), limit)
 
 
 def _error_in(value: Any) -> Any:
@@ -177,4 +178,4 @@ def _words(said: Any) -> str:
         said = said[0]
     while isinstance(said, dict):
         said = next((said[name] for name in ("error", "message", "detail") if said.get(name)), None)
-    return "" if said is None else one_line(str(said), MAX_REASON)
+    return "" if said is None else one_line(hide(str(said)), MAX_REASON)
