@@ -34,7 +34,7 @@ from dllm.models import targets
 from dllm.process.signals import Interrupt
 from dllm.prompts import sources
 from dllm.prompts import template as chat
-from dllm.prompts.readers import json_lines
+from dllm.prompts.readers import records
 from dllm.registry import METHODS
 from dllm.tracking.runs import NullTracker
 from dllm.training.batches import Example, collate
@@ -63,7 +63,7 @@ def gsm8k(params: Params) -> list[Example]:
     tokenizer = targets.load_tokenizer(params.target)
     (file,) = sources.inputs(Source(name="gsm8k"), Path()).values()
     found = []
-    for where, record in json_lines(file):
+    for where, record in records(file):
         asked = [{"role": "user", "content": record["question"]}]
         ids = chat.prompt_ids(tokenizer, asked)
         answer = chat.answer_ids(tokenizer, asked, {"role": "assistant", "content": record["answer"]})

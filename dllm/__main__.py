@@ -20,6 +20,7 @@ import typer
 from dllm import secrets
 from dllm.errors import DllmError, StageError
 from dllm.files import is_disk_full
+from dllm.outside import MAX_LINE, one_line
 from dllm.process.signals import exit_on
 
 PACKAGE = Path(__file__).parent
@@ -110,7 +111,7 @@ def _report_bug(kind: type[BaseException], error: BaseException, trace: Tracebac
 def _print_line(text: str) -> None:
     rank = os.environ.get("RANK", "0")
     prefix = "dllm" if rank == "0" else f"dllm rank {rank}"
-    print(f"{prefix}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    print(f"{prefix}: {one_line(text, MAX_LINE)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

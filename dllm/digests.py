@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dllm.errors import DllmError
@@ -27,20 +27,23 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def folder_digests(folder: Path) -> dict[str, str]:
+def folder_digests(folder: Path, leave_out: Collection[str] = ()) -> dict[str, str]:
     """Return the digest of every file in a folder, by its name in it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: file_digest(path) for name, path in files.items() if name not in leave_out}
 
 
 def tree_digest(digests: Mapping[str, str]) -> str:
     """Combine the digests of a folder's files into one."""
-    return hashlib.sha256("".join(f"{name}\0{digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
+    names = sorted(digests, key=lambda name: name.split("/"))
+    return hashlib.sha256("".join(f"{name}\0{digests[name]}\n" for name in names).encode()).hexdigest()
 
 
 def sealed(record: Mapping[str, Any]) -> bytes:
     """Write a record as JSON that holds, as `seal`, the sha256 of its own bytes with zeros in that place."""
-    text = json.dumps({**record, SEAL: _BLANK.decode()}, indent=2, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(
+        {**record, SEAL: _BLANK.decode()}, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False, default=str
+    )
     data = f"{text}\n".encode()
     return data.replace(_seal(_BLANK), _seal(hashlib.sha256(data).hexdigest().encode()))
 
@@ -70,7 +73,7 @@ def is_sealed(data: bytes) -> bool:
 
 
 def check_files(
-    folder: Path, digests: Mapping[str, str], *, error: type[DllmError], hint: str, exactly: bool = False
+    folder: Path, digests: Mapping[str, str], *, error: type[DllmError], hint: str, but: Collection[str] | None = None
 ) -> None:
     """Compare files with their digests, before any of them is used.
 
@@ -79,13 +82,15 @@ def check_files(
         digests: sha256 by name in the folder.
         error: its class says whose fault a difference is.
         hint: what to do about it.
-        exactly: refuse other files, too.
+        but: refuse every other file except these; None accepts others.
 
     Raises:
         DllmError: of class `error`; a file is missing, has other bytes, or is not listed. It is named.
     """
     for name, expected in digests.items():
         path = folder / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise error(f"a record names a file outside its folder: {name!r}", where=str(folder), hint=hint)
         if not path.is_file():
             raise error("a file is missing", where=str(path), hint=hint)
         if (found := file_digest(path)) != expected:
@@ -94,9 +99,10 @@ def check_files(
                 where=str(path),
                 hint=hint,
             )
-    if exactly:
+    if but is not None:
+        known = {*digests, *but}
         others = (path for path in sorted(folder.rglob("*")) if path.is_file())
-        if other := next((path for path in others if path.relative_to(folder).as_posix() not in digests), None):
+        if other := next((path for path in others if path.relative_to(folder).as_posix() not in known), None):
             raise error("a file that the run did not write", where=str(other), hint=hint)
 
 

@@ -4,7 +4,11 @@ Each carries one line that says what is wrong and where, and one that says what 
 them and exits with the class's code; a traceback appears only with --debug.
 """
 
+from dllm.outside import MAX_LINE, one_line
 from dllm.secrets import hide
+
+LONGEST_PLACE, LONGEST_HINT = 150, 200
+"""Characters of place and hint in a line that is cut to MAX_LINE; the message has the rest."""
 
 
 class DllmError(Exception):
@@ -24,8 +28,19 @@ class DllmError(Exception):
         super().__init__(self.message)
 
     def __str__(self) -> str:
-        line = self.message if self.where is None else f"{self.message} ({self.where})"
-        return line if self.hint is None else f"{line}; {self.hint}"
+        """Return one line without control characters, of at most MAX_LINE characters."""
+        line = self._line(self.message, self.where, self.hint)
+        if len(line) <= MAX_LINE:
+            return line
+        where = None if self.where is None else one_line(self.where, LONGEST_PLACE)
+        hint = None if self.hint is None else one_line(self.hint, LONGEST_HINT)
+        rest = MAX_LINE - len(self._line("", where, hint))
+        return self._line(one_line(self.message, rest), where, hint)
+
+    @staticmethod
+    def _line(message: str, where: str | None, hint: str | None) -> str:
+        line = message if where is None else f"{message} ({where})"
+        return one_line(line if hint is None else f"{line}; {hint}")
 
 
 class ConfigError(DllmError):

@@ -7,10 +7,12 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from dllm.errors import DllmError, StageError
 
@@ -95,9 +97,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Hold a folder's lock; it is released when the process ends, however it ends.
 
     Raises:
-        StageError: another process holds it; its number is named.
+        StageError: another process holds it; its number is named. Or what stands there is no lock.
     """
-    with (folder / LOCK).open("a+") as stream:
+    with open_lock(folder / LOCK) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -111,6 +113,31 @@ def lock_folder(folder: Path) -> Iterator[None]:
         stream.write(str(os.getpid()))
         stream.flush()
         yield
+
+
+def open_lock(path: Path) -> TextIO:
+    """Open a file to lock, made where it is missing, and leave what it holds.
+
+    Raises:
+        StageError: a link stands there, or no file: it would be changed in place of a lock.
+    """
+    # Not blocked by a pipe that stands there, which is no file either.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise _no_lock(path) from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        raise _no_lock(path)
+    return os.fdopen(descriptor, "r+")
+
+
+def _no_lock(path: Path) -> StageError:
+    return StageError("a link, or no file, stands in place of the lock", where=str(path), hint="remove it")
 
 
 @contextmanager

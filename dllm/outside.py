@@ -26,7 +26,10 @@ _HIDDEN = (
 )
 _VISIBLE = _PICTURES | {code: f"<U+{code:04X}>" for code in _HIDDEN}
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
+_RETURN = re.compile("(\r)")
+_STYLE = re.compile("(\r|\x1b\\[[0-9;?]*[A-Za-z])")
+"""Commands of a bar or a table: colours, lines erased, the cursor moved. None sets a title or fills a clipboard."""
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]!|~$])")
 
 
 class JsonError(ValueError):
@@ -73,6 +76,17 @@ def visible(text: str) -> str:
     return _SURROGATE.sub("\ufffd", text.translate(_VISIBLE))
 
 
+def harmless(text: str, is_terminal: bool) -> str:
+    """Make printed text harmless as `visible` does, but for returns of the carriage and, on a terminal, styles.
+
+    The last door: progress bars and tables write such commands themselves, so those in a text are not told apart.
+    """
+    if text.isprintable():
+        return text
+    kept = _STYLE if is_terminal else _RETURN
+    return "".join(part if kept.fullmatch(part) else visible(part) for part in kept.split(text))
+
+
 def one_line(text: str, limit: int | None = None) -> str:
     """Make a text one visible line, cut in its middle where it is longer than `limit` characters."""
     line = visible(" ".join(text.split()))
@@ -85,7 +99,7 @@ def one_line(text: str, limit: int | None = None) -> str:
 def markdown(text: str) -> str:
     """Escape a text for a line or a table cell of Markdown: no markup, no HTML, no link."""
     escaped = _MARKDOWN.sub(r"\\\1", one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
-    return escaped.replace("://", "&#58;//")
+    return escaped.replace("://", "&#58;//").replace("www.", "www&#46;")
 
 
 def _refuse_constant(name: str) -> Any:

@@ -19,6 +19,8 @@ from functools import lru_cache
 from typing import Any, TextIO
 from urllib.parse import quote, unquote
 
+from dllm.outside import harmless
+
 HIDDEN = "***"
 
 _SECRET_NAME = re.compile(
@@ -63,6 +65,8 @@ _SHAPES = tuple(
         (r"\b((?:password|passwd|pwd|api_?key|secret_?key)=)[^\s&;,'\")]+", rf"\1{HIDDEN}"),
     )
 )
+_OPTION = re.compile(r"^--?(?:[\w-]+-)?(?:api-key|password|token|secret)$", re.IGNORECASE)
+"""An option of a command line whose value is the next text of a list."""
 _KNOWN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[oprsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
     r"|(?:AKIA|ASIA)[A-Z0-9]{16}|dapi[0-9a-f]{32}|pn[ub]_[A-Za-z0-9]{20,}|xox[abprs]-[\w-]{10,})"
@@ -82,6 +86,13 @@ def hide(text: str) -> str:
     return _without_start(_KNOWN.sub(HIDDEN, text), values.raw)
 
 
+def holds_secret(text: str) -> bool:
+    """Return whether a text holds a secret, whole."""
+    values = _values(tuple(os.environ.items()), frozenset(_remembered))
+    found = [_KNOWN, _OPTION, *(shape for shape, _ in _SHAPES), *([values.whole] if values.whole else [])]
+    return any(shape.search(text) for shape in found)
+
+
 def hide_in(record: Any) -> Any:
     """Replace secrets in every text of a JSON-like value; the keys of mappings stay."""
     if isinstance(record, str):
@@ -99,7 +110,7 @@ def remember(*values: str) -> None:
 
 
 def install() -> None:
-    """Hide secrets in all that this process prints and logs, libraries and tracebacks included."""
+    """Hide secrets in all that this process prints and logs, libraries and tracebacks included; see `_HidingStream`."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, _HidingStream):
@@ -110,13 +121,16 @@ def install() -> None:
 
 
 class _HidingStream:
-    """A text stream that hides secrets in what is written to it; in all else it is the stream it wraps."""
+    """A text stream that hides secrets in what is written to it, and shows control characters as symbols.
+
+    In all else it is the stream it wraps.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(hide(text))
+        self._stream.write(harmless(hide(text), self._stream.isatty()))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:

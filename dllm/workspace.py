@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,14 +24,18 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from dllm.digests import file_digest, sealed
 from dllm.errors import StageError
-from dllm.files import atomic_folder, atomic_link, atomic_write, full_disk_in_one_line, lock_folder
+from dllm.files import atomic_folder, atomic_link, atomic_path, atomic_write, full_disk_in_one_line, lock_folder
 from dllm.process import children as process
+from dllm.secrets import hide_in
 from dllm.tracking import provenance
 from dllm.tracking.runs import NullTracker, Status, Tracker, flatten
 
 SIDECAR = "stage.json"
 """In a work folder while its result is unfinished: the MLflow run, when it was started, and the seconds so far."""
+RUN = "run.json"
+"""How a result was made, and the digest of each published file."""
 LINKED = (".safetensors", ".parquet")
 """Formats written once and never changed in place: hard links to them are safe, and cost no time or space."""
 
@@ -44,21 +49,29 @@ def fingerprint_of(made_of: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def publish_tree(out: Path, files: Mapping[str, Path], records: Mapping[str, Mapping[str, Any]]) -> None:
-    """Make `out` a folder of exactly these files and JSON records, in one step.
+def publish_tree(
+    out: Path, files: Mapping[str, Path], records: Mapping[str, Mapping[str, Any]], *, link: bool = True
+) -> None:
+    """Make `out` a folder of exactly these files and JSON records, in one step; run.json is sealed.
+
+    Args:
+        link: as in `place`.
 
     Raises:
         StageError: one of the files is missing.
     """
     with atomic_folder(out) as aside:
         for name, source in files.items():
-            place(source, aside / name)
+            place(source, aside / name, link=link)
         for name, record in records.items():
-            write_json(aside / name, record)
+            atomic_write(aside / name, sealed(hide_in(_finite(record))) if name == RUN else _json(record))
 
 
-def place(source: Path, path: Path) -> None:
+def place(source: Path, path: Path, *, link: bool = True) -> None:
     """Link or copy a file to a path, atomically.
+
+    Args:
+        link: share the bytes of formats that are written once, where the disk can.
 
     Raises:
         StageError: the file is missing.
@@ -66,16 +79,16 @@ def place(source: Path, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not source.is_file():
         raise StageError("a file to publish is missing", where=str(source))
-    if source.suffix in LINKED:
+    if source.suffix in LINKED and link:
         atomic_link(source, path)
     else:
-        atomic_write(path, source.read_bytes())
+        with atomic_path(path) as aside:
+            shutil.copyfile(source, aside)
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a mapping as JSON, atomically; figures that are not finite become null."""
-    text = json.dumps(_finite(record), indent=2, sort_keys=True, allow_nan=False, default=str)
-    atomic_write(path, f"{text}\n".encode())
+    """Write a mapping as JSON, atomically, without secrets; figures that are not finite become null."""
+    atomic_write(path, _json(record))
 
 
 @dataclass
@@ -164,8 +177,10 @@ class Workspace:
         if not self.is_main:
             return
         run = {**self.record, "status": "finished", "seconds": round(self.seconds, 3)}
+        run["outputs"] = {name: file_digest(path) for name, path in files.items() if path.is_file()}
+        run["outputs"]["metrics.json"] = hashlib.sha256(_json(metrics)).hexdigest()
         with full_disk_in_one_line(self.out):
-            self.publisher(self.out, files, {"metrics.json": metrics, "run.json": run})
+            self.publisher(self.out, files, {"metrics.json": metrics, RUN: run})
         self.log(metrics, step)
 
     def log(self, metrics: Mapping[str, Any], step: int = 0) -> None:
@@ -185,9 +200,8 @@ class Workspace:
         if self.experiment is not None:
             from dllm.tracking.mlflow_runs import MlflowTracker  # 2 seconds, which other ranks need not wait
 
-            self.tracker = MlflowTracker(
-                self.root, self.experiment, self.run_name or self.name, before.get("mlflow_run_id")
-            )
+            name, run_id = self.run_name or self.name, before.get("mlflow_run_id")
+            self.tracker = MlflowTracker(self.root, self.experiment, name, run_id, self.work)
         run_id = self.tracker.run_id
         self._before = {"mlflow_run_id": run_id, "started": started, "seconds": before.get("seconds", 0.0)}
         status: Status = "FAILED"
@@ -195,10 +209,9 @@ class Workspace:
             write_json(sidecar, self._before)
             self.record = self._describe(started)
             yield
-            sidecar.unlink()  # done: a forced rerun is a new MLflow run
             status = "FINISHED"
         except (SystemExit, KeyboardInterrupt) as stopped:
-            if isinstance(stopped, KeyboardInterrupt) or stopped.code in (130, 143):
+            if isinstance(stopped, KeyboardInterrupt) or (isinstance(stopped.code, int) and stopped.code > 128):
                 status = "KILLED"
                 hint = self.resume_hint or f"the next call resumes from {self.work}"
                 print(f"{self.name}: stopped; {hint}", file=sys.stderr, flush=True)
@@ -208,7 +221,11 @@ class Workspace:
                 process.stop_children(spare=bystanders)
                 with contextlib.suppress(OSError):  # a full disk costs the time's record, never the status
                     self.save_seconds()
-            self.tracker.finish(status)
+            try:
+                self.tracker.finish(status)
+            finally:  # after the end is on disk: killed in between, the next call ends the same run
+                if status == "FINISHED":
+                    sidecar.unlink(missing_ok=True)  # a forced rerun is a new MLflow run
 
     def _describe(self, started: str) -> dict[str, Any]:
         commit, dirty = provenance.git_state(self.root)
@@ -242,17 +259,16 @@ class Workspace:
         return record
 
 
-def open_run(work: Path) -> str | None:
-    """Return the MLflow run of an unfinished work folder, where it has one."""
-    run_id: str | None = _read_json(work / SIDECAR).get("mlflow_run_id")
-    return run_id
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError):
         return {}
+
+
+def _json(record: Mapping[str, Any]) -> bytes:
+    text = json.dumps(hide_in(_finite(record)), indent=2, sort_keys=True, allow_nan=False, default=str)
+    return f"{text}\n".encode()
 
 
 def _finite(value: Any) -> Any:

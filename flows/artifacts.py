@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import quote
 from uuid import UUID
 
 import httpx
@@ -21,7 +22,9 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from dllm.outside import markdown
 from dllm.registry import METHODS
+from dllm.secrets import HIDDEN, hide, hide_in
 from dllm.stages.records import Records, read_records, trained_method
 
 LOCAL_UI = "http://127.0.0.1:5000"
@@ -58,8 +61,8 @@ class ProgressBar:
 
     def catch_up(self) -> None:
         """Update the bar from the latest line."""
-        line, self._latest = self._latest, ""
-        done = share(line)
+        done = share(self._latest)
+        line, self._latest = markdown(self._latest), ""
         if done is None:
             return
         self._next = time.monotonic() + UPDATE_EVERY_S
@@ -86,10 +89,13 @@ def publish(root: Path) -> None:
     metrics, runs = read_records(root, "metrics.json"), read_records(root, "run.json")
     method = METHODS[str(trained_method(runs))]
     for table in method.tables(metrics):
-        rows = [dict(row) for row in table.rows]
+        rows = [
+            {key: markdown(value) if isinstance(value, str) else value for key, value in hide_in(dict(row)).items()}
+            for row in table.rows
+        ]
         create_table_artifact(table=rows, key=table.key, description=table.description)
     text = summary(method.rows(metrics), metrics["register"], runs)
-    create_markdown_artifact(markdown=text, key="summary", description="Main figures of the run.")
+    create_markdown_artifact(markdown=hide(text), key="summary", description="Main figures of the run.")
 
 
 def summary(rows: Iterable[tuple[str, str]], registered: Mapping[str, Any], runs: Records) -> str:
@@ -97,14 +103,15 @@ def summary(rows: Iterable[tuple[str, str]], registered: Mapping[str, Any], runs
     aliases = " ".join(f"@{alias}" for alias in registered["aliases"])
     version = f"{registered['model_name']} version {registered['version']} {aliases}"
     lines = ["| figure | value |", "|---|---|"]
-    lines += [f"| {label} | {value} |" for label, value in [*rows, ("registered", version)]]
+    lines += [f"| {markdown(label)} | {markdown(str(value))} |" for label, value in [*rows, ("registered", version)]]
     lines += ["", "| stage | MLflow run | seconds |", "|---|---|---|"]
     for stage, run in runs.items():
-        lines.append(f"| {stage} | [{run['mlflow_run_id'][:12]}]({_link(run)}) | {run['seconds']} |")
+        link = f"[{markdown(str(run['mlflow_run_id'])[:12])}]({_link(run)})"
+        lines.append(f"| {markdown(stage)} | {link} | {markdown(str(run['seconds']))} |")
     return "\n".join(lines)
 
 
 def _link(run: Mapping[str, Any]) -> str:
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    uri = hide(os.environ.get("MLFLOW_TRACKING_URI", "")).replace(f"{HIDDEN}@", "")
     base = uri.rstrip("/") if uri.startswith("http") else LOCAL_UI
-    return f"{base}/#/experiments/{run['mlflow_experiment_id']}/runs/{run['mlflow_run_id']}"
+    return f"{base}/#/experiments/{quote(str(run['mlflow_experiment_id']))}/runs/{quote(str(run['mlflow_run_id']))}"

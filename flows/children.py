@@ -20,6 +20,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 
+from dllm import secrets
 from dllm.errors import ServerError, StageError
 from dllm.process import children as process
 from dllm.stages import workspace as contract
@@ -108,6 +109,7 @@ def _run(root: Path, stage: str, argv: Sequence[str]) -> None:
         "PYTHONUNBUFFERED": "1",
         "DLLM_FLOW_RUN": str(flow_run.id or ""),
     }
+    secrets.install()  # a worker's flow run enters here
     relay = _Relay(stage)
     try:
         result = process.run(
@@ -115,7 +117,7 @@ def _run(root: Path, stage: str, argv: Sequence[str]) -> None:
         )
     finally:  # after SIGKILL (cancelled, out of memory) the MLflow run of the stage is still open
         with contextlib.suppress(ServerError):
-            contract.close(root, stage)
+            contract.close(root)
     relay.bar.catch_up()
     get_run_logger().info("%s: exit code %d after %.1f s", stage, result.code, result.seconds)
     if result.code == 0:

@@ -11,12 +11,14 @@ from prefect import Flow, get_client
 from prefect.exceptions import TerminationSignal
 from prefect.settings import PREFECT_API_URL
 
+from dllm import secrets
 from dllm.errors import DllmError, ServerError
 from dllm.process.signals import exit_on
 
 
 def run(flow: Flow[Any, Any], **parameters: Any) -> int:
     """Run the flow on the configured Prefect server, or else a temporary one, and return its exit code."""
+    secrets.install()
     began = time.monotonic()
     # Until the flow handles it: a process that SIGTERM ends leaves the temporary server behind.
     exit_on(signal.SIGTERM)

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import cast
+from typing import Annotated, cast
 from uuid import UUID
 
 import httpx
@@ -24,9 +24,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
-from pydantic import PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt
 
 from dllm.errors import ConfigError, StageError
+from dllm.secrets import holds_secret
 from flows.artifacts import ProgressBar
 from flows.children import ROOT, WHEN_A_SERVER_IS_BACK, gpu_slot, run_verb
 from flows.in_process import run
@@ -58,8 +59,18 @@ def verify(output_dir: str) -> None:
     run_verb(ROOT, "data", "verify", output_dir, name="verify")
 
 
+def _check_open(text: str) -> str:
+    if holds_secret(text):
+        raise ValueError("it holds a secret, and Prefect keeps parameters: set OPENAI_API_KEY or DLLM_TARGET_URL")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_open), Field(json_schema_extra={"not": {"pattern": "://[^/ ]*@"}})]
+"""A parameter that Prefect's database keeps; its server refuses one with user and password before it does."""
+
+
 @flow(name="regenerate-part")
-def regenerate_part(input_data: str, output_dir: str, part: int, parts: PositiveInt, options: str = "") -> None:
+def regenerate_part(input_data: Text, output_dir: Text, part: int, parts: PositiveInt, options: Text = "") -> None:
     """Answer the prompts of one part, or what is missing of them.
 
     Args:
@@ -74,7 +85,7 @@ def regenerate_part(input_data: str, output_dir: str, part: int, parts: Positive
 
 @flow(name="regenerate-parts")
 def regenerate_parts(
-    input_data: str, output_dir: str, parts: PositiveInt, options: str = "", deployment: str | None = None
+    input_data: Text, output_dir: Text, parts: PositiveInt, options: Text = "", deployment: str | None = None
 ) -> None:
     """Answer all prompts in parts, join the parts, and check the result.
 
@@ -195,6 +206,11 @@ def main(arguments: list[str]) -> int:
         "--deployment", help="of regenerate-part, whose pool takes the parts; otherwise one by one here"
     )
     known, rest = parser.parse_known_args(arguments)
+    for text in arguments:
+        try:
+            _check_open(text)
+        except ValueError as error:
+            parser.error(str(error))
     return run(regenerate_parts, **vars(known), options=shlex.join(rest))
 
 

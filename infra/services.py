@@ -18,10 +18,12 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
+from dllm import secrets
 from dllm.errors import DllmError, ServerError, StageError
 from dllm.process import children as process
 from dllm.process.signals import exit_on
-from dllm.tracking.runs import is_local, tracking_uri
+from dllm.tracking.address import is_local, sqlite_path, tracking_uri
+from dllm.tracking.store import connect
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"
@@ -35,6 +37,7 @@ READY_S = 300.0
 def main(what: str) -> int:
     """Start the servers, print their addresses, and run until one ends or a signal arrives; return the exit code."""
     exit_on(signal.SIGTERM)
+    secrets.install()
     try:
         (serve if what == "serve" else ui)()
     except DllmError as error:
@@ -57,7 +60,12 @@ def ui() -> None:
         _check_free(prefect_port, "PREFECT_PORT")
     if is_local(uri):
         where = f"http://{HOST}:{mlflow_port}"
-        argv = ["mlflow", "server", "--backend-store-uri", uri, "--workers", "1", "--host", HOST]
+        connect(uri)  # MLflow's server would make its tables in place, and leave them half made when it is killed
+        # Relative, since MLflow would take a quoted path for the name of a folder; in the environment, since every user
+        # of the machine may read a command line.
+        is_ours = sqlite_path(uri) == ROOT / "mlflow.db"
+        os.environ["MLFLOW_BACKEND_STORE_URI"] = "sqlite:///mlflow.db" if is_ours else uri
+        argv = ["mlflow", "server", "--workers", "1", "--host", HOST]
         mlflow = _start("mlflow", [*argv, "--port", str(mlflow_port)])
     started = [mlflow] if is_local(uri) else []
     if running is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from dllm.cli import data, generate, lm_eval, recipes
+from dllm.cli import data, generate, lm_eval, recipes, track
 from dllm.cli import regenerate as regenerate_verb
 from dllm.cli.options import Debug, Overrides, ParamsPath, Root
 from dllm.stages import STAGES
@@ -34,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(recipes.app, name="recipe")
 app.add_typer(data.app, name="data")
+app.add_typer(track.app, name="track")
 
 
 def _stage_verb(name: str) -> Callable[..., None]:

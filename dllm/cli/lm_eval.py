@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,69 +78,32 @@ def run(
     """Run tasks of lm-evaluation-harness on a checkpoint; print a table, and whether its likelihoods are exact."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-eval is not installed", hint="pip install 'dllm[lm-eval]'")
-    root, named = root.resolve(), _named(gen)
     # Otherwise the harness forks a process per core to resample, and draws its own progress bars.
     for name in ("DISABLE_MULTIPROC", "TQDM_DISABLE"):
         os.environ.setdefault(name, "1")
-    from dllm.lm_eval import measuring
-    from dllm.lm_eval.adapter import HarnessModel
-    from dllm.lm_eval.models import load_model
-    from dllm.models import builtin, checkpoints
-    from dllm.training.distributed import Join
+    from dllm.lm_eval.run import run_tasks
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    loaded = measuring.load_tasks(names, include_path, num_fewshot=num_fewshot, generation=named)
-    need_greedy = measuring.greedy_tasks(loaded)
-    checks = bool(need_greedy) if check_greedy is None else check_greedy
-    with Join() as ranks:
-        if checkpoint.startswith(builtin.PREFIX):
-            folder = builtin.directory(checkpoint)
-        else:
-            folder = checkpoints.find(checkpoint, root, trust_remote_code, revision)
-        scored = load_model(
-            folder,
-            ranks.device,
-            trust_remote_code=trust_remote_code,
-            sampler=sampler,
-            samples=samples,
-            batch_size=batch_size,
-            seed=seed,
-            check_greedy=checks,
-        )
-        model = HarnessModel(
-            scored,
-            batch_size=batch_size,
-            seed=seed,
-            max_length=max_length,
-            enable_thinking=checkpoints.thinking(folder, root),
-            ranks=ranks,
-        )
-        rows = measuring.measure(
-            model,
-            loaded,
-            limit=limit,
-            apply_chat_template=apply_chat_template,
-            unsafe_code=confirm_run_unsafe_code,
-            unchecked=set() if checks or model.model.kind == "exact" else need_greedy,
-        )
-        record = {"checkpoint": str(folder), "likelihood": model.report(), "results": rows}
-        if ranks.is_main:
-            print(json.dumps(record)) if as_json else _show(record)
-
-
-def _named(pairs: Sequence[str]) -> dict[str, Any]:
-    from dllm.config.load import read_yaml
-
-    named = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise ConfigError(f"expected KEY=VALUE, not {pair!r}", where="--gen")
-        try:
-            named[name] = read_yaml(value)
-        except ValueError:
-            raise ConfigError(f"no value: {value!r}", where=f"--gen {name}") from None
-    return named
+    record = run_tasks(
+        checkpoint,
+        [name.strip() for name in tasks.split(",") if name.strip()],
+        root=root.resolve(),
+        include_path=include_path,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        apply_chat_template=apply_chat_template,
+        check_greedy=check_greedy,
+        unsafe_code=confirm_run_unsafe_code,
+        samples=samples,
+        max_length=max_length,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        sampler=sampler,
+        overrides=gen,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    if record is not None:
+        print(json.dumps(record)) if as_json else _show(record)
 
 
 def _show(record: dict[str, Any]) -> None:

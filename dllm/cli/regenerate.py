@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dllm.errors import ConfigError, DllmError
+from dllm.outside import one_line, visible
 from dllm.registry import ENGINES
 
 if TYPE_CHECKING:
@@ -61,6 +62,16 @@ def command(run_stage: Callable[[Path, Sequence[str], Path], None]) -> Callable[
         messages_column: Annotated[
             str | None,
             _option("--messages-column", panel=INPUT, help="Column of the chat; else messages or conversations."),
+        ] = None,
+        ignore_column: Annotated[
+            list[str],
+            _option(
+                "--ignore-column", panel=INPUT, metavar="NAME", help="Column of the prompt to leave out. Repeatable."
+            ),
+        ] = [],  # noqa: B006 (typer copies the default)
+        max_bad_rows: Annotated[
+            float | None,
+            _option("--max-bad-rows", panel=INPUT, min=0, max=1, help="Share of rows that may be set aside: 0.01."),
         ] = None,
         limit: Annotated[
             int | None, _option("--limit", panel=INPUT, min=1, help="At most so many prompts, the first by id hash.")
@@ -184,7 +195,7 @@ def _parse(flags: dict[str, Any]) -> "RegenerateArgs":
         *("temperature", "top_p", "max_new_tokens", "samples_per_prompt", "turns", "seed", "concurrency", "batch_size"),
         *("timeout_s", "max_retries", "max_failure_rate", "shard_size", "drop"),
     )
-    source = {name: flags[flag] for name, flag in _SOURCE.items()}
+    source = {name: None if flags[flag] == [] else flags[flag] for name, flag in _SOURCE.items()}
     options = {"engine": engine, **{name: flags[name] for name in settings}}
     if "served_model" in ENGINES[engine].affects:
         options["served_model"] = flags["model"]
@@ -208,7 +219,11 @@ def _parse(flags: dict[str, Any]) -> "RegenerateArgs":
     )
 
 
-_SOURCE = {"name": "input_data", "split": "split", "subset": "subset", "column": "messages_column", "limit": "limit"}
+_SOURCE = {
+    **{"name": "input_data", "split": "split", "subset": "subset", "column": "messages_column", "limit": "limit"},
+    **{"ignore_columns": "ignore_column", "max_bad_rows": "max_bad_rows"},
+}
+"""Flags by the field of the source that they set; an empty list sets null."""
 
 
 _FLAGS = {"servers": "target-server", "served_model": "model", "model": "model"}
@@ -243,7 +258,7 @@ def _part(text: str | None) -> tuple[int, int] | None:
 
 def _print(found: dict[str, Any], as_json: bool, dry_run: bool) -> None:
     if as_json:
-        print(json.dumps(found, ensure_ascii=False, default=str))
+        print(json.dumps(found, default=str))  # in ASCII: nothing in it acts on a terminal
         return
     if not dry_run:
         return
@@ -252,6 +267,6 @@ def _print(found: dict[str, Any], as_json: bool, dry_run: bool) -> None:
     print(f"{read['rows']} rows, {read['prompts']} prompts, {read['duplicates']} duplicates{refused}")
     print(f"{found['requests']} requests for {found['samples']} samples")
     if found["served"] is not None:
-        print("served by " + ", ".join(f"{name} {value}" for name, value in found["served"].items()))
+        print(one_line("served by " + ", ".join(f"{name} {value}" for name, value in found["served"].items())))
     print("the first prompt, as the chat template renders it:", flush=True)
-    sys.stdout.write(f"{found['first_prompt']}\n")
+    sys.stdout.write(f"{visible(str(found['first_prompt']))}\n")

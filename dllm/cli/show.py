@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from dllm.config.params import Target, Train
 from dllm.errors import DataError, ModelError
 from dllm.models import targets
+from dllm.outside import one_line, visible
 from dllm.prompts import template as chat
 from dllm.responses import shards
 from dllm.responses.shards import Row
@@ -27,8 +28,6 @@ GIVEN, SUPERVISED, CUT = "given", "supervised", "cut"
 STYLES = {GIVEN: "dim", SUPERVISED: "bold green", CUT: "dim red strike"}
 BRACKETS = {GIVEN: ("", ""), SUPERVISED: ("[", "]"), CUT: ("<cut ", ">")}
 """Marks of the parts where there are no colours."""
-_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-"""Control characters as symbols: a row must not move the terminal's cursor."""
 
 Part = tuple[str, list[int]]
 
@@ -127,7 +126,7 @@ def show(
         runs = parts(row, max_length)
         if all(kind != SUPERVISED for kind, _ in runs):
             line += " · not trained on: too few supervised tokens"
-        console.print(line, style="bold", markup=False, highlight=False, soft_wrap=True)
+        console.print(one_line(line), style="bold", markup=False, highlight=False, soft_wrap=True)
         console.print(_text(runs, tokenizer, tokens, console.is_terminal), soft_wrap=True)
         console.print()
 
@@ -154,7 +153,7 @@ def _text(runs: list[Part], tokenizer: PreTrainedTokenizerBase, tokens: bool, co
         if tokens:
             text_of = " ".join(f"{id}:{str(tokenizer.decode([id]))!r}" for id in ids)
         else:
-            text_of = str(tokenizer.decode(ids)).translate(_VISIBLE)
+            text_of = visible(str(tokenizer.decode(ids)))
         before, after = ("", "") if coloured else BRACKETS[kind]
         text.append(f"{before}{text_of}{after}{' ' if tokens else ''}", style=STYLES[kind] if coloured else "")
     return text

@@ -16,6 +16,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from dllm.config.params import Params
 from dllm.errors import ConfigError
+from dllm.secrets import holds_secret
 
 Model = typing.TypeVar("Model", bound=BaseModel)
 
@@ -150,7 +151,21 @@ def _check_values(raw: Any, path: str, where: str) -> int:
         raise ConfigError(f"{path}: an integer of {raw.bit_length()} bits; at most 64 are allowed", where=where)
     elif isinstance(raw, str):
         _check_text(raw, path, MAX_TEXT, where)
+        if holds_secret(raw):
+            what = f"{path}: it holds a secret, and parameters are written to files that are committed"
+            raise ConfigError(what, where=where, hint=_secret_hint(path))
     return count
+
+
+def _secret_hint(path: str) -> str:
+    """Say which environment variable takes a secret instead of a parameter."""
+    if path.startswith("regenerate.sglang"):
+        return "leave it out: the server listens on loopback only"
+    if path.startswith("regenerate"):
+        return "leave it out, and set OPENAI_API_KEY, or DLLM_TARGET_URL to the address with user and password"
+    if path.startswith(("target", "prepare")):
+        return "leave it out, and set HF_TOKEN for what needs a login on the Hugging Face hub"
+    return "leave it out, and set MLFLOW_TRACKING_USERNAME and _PASSWORD, or the variable of the library that needs it"
 
 
 def _check_text(text: str, path: str, longest: int, where: str) -> None:

@@ -44,16 +44,21 @@ class Source(Section):
     """Where prompts come from."""
 
     name: str
-    """`gsm8k`, `humaneval`, `aime`, `arithmetic` (built in), a Hugging Face dataset id, or a parquet/JSON/JSONL file or
-    folder."""
+    """`gsm8k`, `humaneval`, `aime`, `arithmetic` (built in), a Hugging Face dataset id, or a file or folder of parquet,
+    Arrow, JSON or JSON Lines."""
     split: str = "train"
-    """Split of a Hugging Face dataset; slices such as `train[:1000]` are understood."""
+    """Split of a Hugging Face dataset, where slices such as `train[:1000]` are understood, or of a folder whose files
+    are named after splits."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face dataset; null takes the newest."""
     column: str | None = None
     """Column with the chat; null takes `messages`, then `conversations`."""
+    ignore_columns: list[str] | None = None
+    """Columns that are left out although they belong to the prompt, such as `input`; null ignores none."""
+    max_bad_rows: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of rows that may be set aside because they cannot be read; null allows 1 %."""
     limit: PositiveInt | None = None
     """At most so many prompts, the first by id hash."""
 
@@ -234,18 +239,40 @@ else:
     )
 
 
+def _model_name(name: str) -> str:
+    """Check a name by MLflow's rules for registered models, which it would apply after hours of work."""
+    if any(mark in name for mark in "/:") or ("'" in name and '"' in name):
+        raise ValueError("a registered model's name has no / or :, and quotes of one kind only")
+    return _name(name, 250)
+
+
+def _recipe_name(name: str) -> str:
+    """Check that a name is one of a folder, and stays inside the one it lies in."""
+    if any(mark in name for mark in "/\\"):
+        raise ValueError("a recipe's name has no / or \\")
+    return _name(name, 120)
+
+
+def _name(name: str, longest: int) -> str:
+    if not name or name != name.strip() or name in (".", ".."):
+        raise ValueError("not a name: it is empty, . or .., or has blanks at an end")
+    if (size := len(name.encode(errors="replace"))) > longest:
+        raise ValueError(f"a name of {size} bytes; at most {longest} are allowed")
+    return name
+
+
 class Register(Section):
     """The checkpoint as a version of an MLflow registered model."""
 
-    model_name: str
+    model_name: Annotated[str, AfterValidator(_model_name)]
     """Registered model the checkpoint becomes a version of."""
 
 
 class Params(Section):
     """params.yaml, whole."""
 
-    recipe: str
-    """Name of the recipe these values came from."""
+    recipe: Annotated[str, AfterValidator(_recipe_name)]
+    """Name of the recipe these values came from; the MLflow experiment, and the folder of its files, bear it."""
     target: Target
     prepare: Prepare
     regenerate: Regenerate = Regenerate()

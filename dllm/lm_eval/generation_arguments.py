@@ -5,12 +5,13 @@ Every argument is applied or refused; none is ignored silently.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from dllm.config.load import read_yaml
 from dllm.decoding.settings import LengthSettings, Settings
 from dllm.errors import ConfigError
 
@@ -38,6 +39,24 @@ class GenerationArguments:
     def named(self) -> dict[str, Any]:
         """Return the settings as a dict."""
         return dict(self.settings)
+
+
+def parse(pairs: Sequence[str]) -> dict[str, Any]:
+    """Read KEY=VALUE pairs, with values in YAML.
+
+    Raises:
+        ConfigError: a pair or its value cannot be read.
+    """
+    named = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"expected KEY=VALUE, not {pair!r}", where="--gen")
+        try:
+            named[name] = read_yaml(value)
+        except ValueError:
+            raise ConfigError(f"no value: {value!r}", where=f"--gen {name}") from None
+    return named
 
 
 def override(own: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,7 +26,7 @@ from dllm.methods.diffusion import likelihood
 from dllm.methods.diffusion.noise import batch_of
 from dllm.models import checkpoints, targets
 from dllm.models.diffusion.families import load_diffusion_lm
-from dllm.models.diffusion.protocol import DiffusionLM
+from dllm.models.diffusion.protocol import DiffusionLM, softcapped
 from dllm.registry import SAMPLERS
 from dllm.training.batches import Example
 from dllm.training.cross_entropy import nll_and_hits
@@ -91,7 +92,7 @@ class DiffusionScores:
         check_greedy: bool = False,
         sampler: str | None = None,
     ) -> None:
-        self.model, self._scorer = model, model.for_likelihood()
+        self.model = model
         self.samples, self.batch_size, self.seed, self.check_greedy = samples, batch_size, seed, check_greedy
         causal = model.config.predicts_next
         self.sampler = SAMPLERS[sampler or model.default_sampler]
@@ -103,6 +104,11 @@ class DiffusionScores:
         self.max_length = model.max_length
         self.max_scored_length = self.max_length + causal  # the last token is scored, not fed
         self.device = model.head_VD.device
+
+    @cached_property
+    def _scorer(self) -> DiffusionLM:
+        """Return the model in the form that scores given text."""
+        return self.model.for_likelihood()
 
     def score(self, examples: Sequence[Example], advance: Callable[[int], object]) -> list[Score]:
         if self.kind == "exact":
@@ -195,9 +201,7 @@ class CausalScores:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         head: Any = self.model.get_output_embeddings()
-        found: torch.Tensor = head(hidden)
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return found if cap is None else torch.tanh(found / cap) * cap
+        return softcapped(head(hidden), self.config)
 
 
 def example(id: str, given: Sequence[int], scored: Sequence[int]) -> Example:

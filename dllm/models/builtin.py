@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dllm.errors import ModelError
-from dllm.files import atomic_folder, full_disk_in_one_line
+from dllm.files import atomic_folder, full_disk_in_one_line, open_lock
 
 PREFIX = "builtin:"
 DIGEST_FILE = "weights.sha256"
@@ -50,7 +50,7 @@ def directory(model: str) -> Path:
     try:
         with full_disk_in_one_line(place.parent, hint):
             place.parent.mkdir(parents=True, exist_ok=True)
-            with (place.parent / f"{place.name}.lock").open("w") as lock:
+            with open_lock(place.parent / f"{place.name}.lock") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not place.is_dir():
                     _make_whole(make, place)

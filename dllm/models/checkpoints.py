@@ -12,14 +12,21 @@ from typing import Any, Literal
 
 from dllm.config.load import load_params
 from dllm.config.params import Target
+from dllm.digests import check_files, is_sealed, unsealed
 from dllm.errors import ConfigError, ModelError
 from dllm.models import builtin, targets
 from dllm.models.diffusion.config import DiffusionConfig, config_at, read_config
 from dllm.models.diffusion.families import family_at
 from dllm.models.drafts.checkpoint import family_of, foreign_family
+from dllm.tracking.provenance import RECORDS
 from dllm.tracking.runs import REGISTERED
 
 CONFIG, WEIGHTS, ADAPTER = "config.json", "*.safetensors", "adapter_config.json"
+SHARDS = "weights-*-of-*.safetensors"
+"""Weights in the steps of a training run with fsdp."""
+PUBLISHED = "checkpoint/"
+"""Where the stage train publishes it, in the names of its run.json."""
+RESTORE = "restore it (`python -m dllm verify` says how), or train again"
 POINTERS = ("best", "latest", "LATEST", "LATEST.txt")
 """Links, or one-line files, that name a step, in the order in which a run's top directory is read."""
 EXPORTS = (".", "checkpoint", "out/train/checkpoint", "consolidated", "model/consolidated", "model")
@@ -120,7 +127,11 @@ def resolve(name: str | Path, root: Path) -> Path:
     for path in dict.fromkeys((given, root / given)):
         if _is_folder(path):
             if (found := _inside(path)) is not None:
+                check_bytes(found)
                 return found
+            if any(any(step.glob(SHARDS)) for step in _steps(path)):
+                hint = "finish the run; out/train/checkpoint then holds them together"
+                return _refuse(name, "the weights lie in shards of a training run that is not over", hint)
             if any((step / ADAPTER).is_file() for step in _steps(path)):
                 return _refuse(name, "this is an adapter alone", "name out/train/checkpoint, where it is merged")
             expected = "expected config.json and model.safetensors, or a run's steps"
@@ -145,12 +156,48 @@ def trained_for(checkpoint: Path) -> dict[str, Any] | None:
     """Read the target's identity from the run.json of the stage that made a checkpoint; None where there is none."""
     for folder in (checkpoint, checkpoint.parent):
         try:
-            record = json.loads((folder / "run.json").read_text())
-            target = record["identity"]["target"]
-        except (OSError, ValueError, KeyError, TypeError):
+            target = _run_record(folder)["identity"]["target"]
+        except (KeyError, TypeError, ModelError):  # a damaged one is refused where the checkpoint is found
             continue
         return target if isinstance(target, dict) and "model" in target else None
     return None
+
+
+def check_bytes(checkpoint: Path) -> None:
+    """Compare a checkpoint with the digests in the record beside it: a stage's run.json, a training step's state.json.
+
+    Raises:
+        ModelError: a file is missing, damaged, or of another run; it is named.
+    """
+    step = checkpoint / "state.json"
+    if step.is_file():
+        files = _read(step).get("files") or {}
+        check_files(checkpoint, files, error=ModelError, hint=RESTORE)
+        return
+    for folder in (checkpoint, checkpoint.parent):
+        outputs = _run_record(folder).get("outputs") or {}
+        files = {name.removeprefix(PUBLISHED): found for name, found in outputs.items() if name.startswith(PUBLISHED)}
+        if files and (folder == checkpoint or checkpoint.name == PUBLISHED.strip("/")):
+            check_files(checkpoint, files, error=ModelError, hint=RESTORE, but=RECORDS)
+            return
+
+
+def _run_record(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    return _read(path) if path.is_file() else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a JSON record that may be sealed; {} for one of another tool."""
+    try:
+        data = path.read_bytes()
+        record = unsealed(data)
+        lost = "outputs" in record and not is_sealed(data)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"damaged: {' '.join(str(error).split())[:200]}", where=str(path), hint=RESTORE) from None
+    if lost:
+        raise ModelError("damaged: it has lost its seal", where=str(path), hint=RESTORE)
+    return record
 
 
 def target_of(checkpoint: Path, root: Path, explicit: str | None = None) -> Target:

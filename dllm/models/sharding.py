@@ -19,6 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from dllm.errors import ModelError
+
 
 def mesh_of_ranks(device: torch.device) -> DeviceMesh:
     """Line up all ranks, to split weights over. All of them must call it."""
@@ -83,31 +85,69 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Put tensors together, one at a time and in main memory, on the ranks that `keep` them; others get none.
+def own_shards(tensors: Mapping[str, Tensor], *, is_main: bool) -> dict[str, Tensor]:
+    """Return this rank's shard of each tensor; what is not sharded is equal on all ranks and comes from rank 0 alone.
 
-    All ranks must call it, with the same names. What is one tensor under two names stays one.
-
-    Shapes: of the whole tensors, where those given are pieces.
+    What is one tensor under several names is returned under the first.
     """
     found: dict[str, Tensor] = {}
-    seen: dict[int, Tensor] = {}
-    for name, tensor in tensors.items():
-        if id(tensor) not in seen:
-            whole = tensor.detach()
-            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-            seen[id(tensor)] = whole.cpu() if keep else torch.empty(0)
-        if keep:
-            found[name] = seen[id(tensor)]
+    for name, first in _first_names(tensors).items():
+        tensor = tensors[name].detach()
+        if name == first and isinstance(tensor, DTensor):
+            found[name] = tensor.to_local().contiguous()
+        elif name == first and is_main:
+            found[name] = tensor
     return found
 
 
+def named_like(model: nn.Module, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give each name of a model's state its whole tensor; what is one tensor under several names stays one.
+
+    Raises:
+        ModelError: a tensor is missing, or of another shape.
+    """
+    own = model.state_dict(keep_vars=True)
+    whole: dict[str, Tensor] = {}
+    for name, first in _first_names(own).items():
+        whole[name] = whole[first] if first != name else _of_shape(own[name], saved, name)
+    return whole
+
+
+def load_shards(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Load this rank's shards out of whole tensors, one at a time.
+
+    Args:
+        saved: what `own_shards` of all ranks make up.
+
+    Raises:
+        ModelError: a tensor is missing, or of another shape.
+    """
+    own = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, first in _first_names(own).items():
+            if name == first:
+                own[name].copy_(shard_like(_of_shape(own[name], saved, name), own[name]))
+
+
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Cut this rank's shard_like out of a whole tensor, as `like` is cut and where it lies; a copy in any case."""
+    """Cut this rank's shard out of a whole tensor, as `like` is cut and where it lies; a copy in any case."""
     placed = tensor.to(like.device, copy=True)
     if not isinstance(like, DTensor):
         return placed
     return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Map each name to the first name of the same tensor."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+
+
+def _of_shape(like: Tensor, saved: Mapping[str, Tensor], name: str) -> Tensor:
+    tensor = saved.get(name)
+    if tensor is None or tensor.shape != like.shape:
+        raise ModelError(f"the checkpoint's {name} is missing or does not fit the model", hint="start the stage afresh")
+    return tensor
 
 
 def most(number: int, device: torch.device) -> int:

@@ -12,9 +12,6 @@ from dllm.config.params import Target
 from dllm.errors import ModelError
 from dllm.models.config_keys import refuse_unknown
 
-OWN_READERS = frozenset({"llada"})
-"""Model types whose config a family of diffusion LMs reads itself."""
-
 
 def check_config(target: Target, directory: Path) -> dict[str, Any]:
     """Refuse a config that transformers would read only in part; return its content.
@@ -25,11 +22,13 @@ def check_config(target: Target, directory: Path) -> dict[str, Any]:
     Raises:
         ModelError: config.json is missing or broken, transformers knows no such causal model, or a key is unknown.
     """
+    from dllm.models.diffusion.families import family_of  # torch, which locating a target does without
+
     raw = read_config(directory)
-    model_type = raw.get("model_type")
-    if (target.trust_remote_code and raw.get("auto_map")) or model_type in OWN_READERS:
+    own_keys = family_of(raw).config_keys
+    if (target.trust_remote_code and raw.get("auto_map")) or own_keys is None:
         return raw
-    words = _words_of(model_type, raw, directory)
+    words = _words_of(raw.get("model_type"), raw, directory) | own_keys
     refuse_unknown(raw, words, str(directory / "config.json"))
     text = raw.get("text_config")
     if isinstance(text, dict):

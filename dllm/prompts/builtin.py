@@ -10,11 +10,11 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dllm.config.params import Source
 from dllm.errors import DataError
-from dllm.prompts.readers import json_lines
+from dllm.prompts.readers import records
 from dllm.prompts.sources import SourceRow
 
 PAGES = 20_000
@@ -38,6 +38,7 @@ class PackageSource:
     """Gives the chat of a row."""
     reference: Callable[[Mapping[str, Any]], Any] = lambda row: None
     """Gives the correct result of a row, where it is known."""
+    options: ClassVar[frozenset[str]] = frozenset()
 
     def inputs(self, source: Source, root: Path) -> dict[str, Path]:
         """Locate the files.
@@ -64,7 +65,7 @@ class PackageSource:
     def rows(self, source: Source, root: Path) -> Iterator[SourceRow]:
         """Read the rows in order."""
         for path in self.inputs(source, root).values():
-            for place, row in json_lines(path):
+            for place, row in records(path):
                 yield SourceRow(place, self.chat(row), None, self.reference(row))
 
 
@@ -73,6 +74,7 @@ class GeneratedSource:
     """Chats that a function generates, the same ones at every call."""
 
     chats: Callable[[], Iterator[Any]]
+    options: ClassVar[frozenset[str]] = frozenset()
 
     def inputs(self, source: Source, root: Path) -> dict[str, Path]:
         """Return nothing: no file is read."""

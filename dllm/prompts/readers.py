@@ -1,87 +1,149 @@
-"""Readers of parquet, JSON and JSON Lines files: rows, each with its file and line, and errors for damaged files."""
+"""Readers of JSON Lines, JSON, parquet and Arrow files: rows, each with its file and line.
+
+A line that cannot be read is a `BadRow` among the others; a file that is damaged as a whole is an error.
+"""
 
 from __future__ import annotations
 
+import bz2
 import gzip
-import json
+import io
+import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from dllm.errors import DataError
+from dllm.outside import JsonError, one_line, parse_json
+
+
+class BadRow(NamedTuple):
+    """A row that cannot be read, in place of it."""
+
+    reason: str
+
 
 Record = tuple[str, Any]
-"""The place of a row (`file:line`), and the row."""
+"""The place of a row (`file:line`), and the row or a `BadRow`."""
 
-SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz")
+TABLES = (".parquet", ".arrow", ".feather")
+LINES = (".jsonl", ".ndjson")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+KINDS = ".parquet, .arrow, .jsonl, .ndjson or .json, the last three also with .gz, .zst, .bz2 or .xz"
+"""Files that are read, for error messages."""
 
 
-def records(path: Path) -> Iterator[Record]:
-    """Read the rows of a file by its suffix; a `.json` file may hold one list or one row a line.
+def kind_of(name: str) -> str | None:
+    """Return the kind of a file by its name, in whatever case: a suffix of TABLES or LINES, `.json`, or None."""
+    name = name.lower()
+    for suffix in COMPRESSED:
+        if name.endswith(suffix):
+            inner = kind_of(name.removesuffix(suffix))
+            return None if inner in TABLES else inner
+    return next((suffix for suffix in (*TABLES, *LINES, ".json") if name.endswith(suffix)), None)
+
+
+def records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Read the rows of a file that has no bad rows, such as one of a package; see `all_records`.
 
     Raises:
-        DataError: the file or one of its lines cannot be read.
+        DataError: the file is damaged, or one of its rows is.
     """
-    if path.suffix == ".parquet":
-        return _parquet(path)
-    if path.suffix == ".json" and _opens_a_list(path):
-        return _json_list(path)
-    return json_lines(path)
+    for place, row in all_records(path):
+        if isinstance(row, BadRow):
+            raise DataError(row.reason, where=place)
+        yield place, row
 
 
-def json_lines(path: Path) -> Iterator[Record]:
-    """Read one JSON value a line; blank lines are skipped.
+def all_records(path: Path) -> Iterator[Record]:
+    """Read the rows of a file by its name; a `.json` file may hold a list, one object, or one row a line.
 
     Raises:
-        DataError: a line is not UTF-8 or not JSON, or the gzip file is damaged; it names file and line.
+        DataError: the file is damaged, or is not what its name says.
     """
+    kind = kind_of(path.name)
+    if kind in TABLES:
+        return _table(path, kind)
+    if kind == ".json" and not _is_lines(path):
+        return _json_document(path)
+    return _json_lines(path)
+
+
+def as_record(row: Any) -> Any:
+    """Return a row of a table, or a BadRow for why it has none."""
+    return BadRow(str(row)) if isinstance(row, JsonError) else row
+
+
+def _json_lines(path: Path) -> Iterator[Record]:
     number = 0
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+        with _open(path) as stream:
             for number, line in enumerate(stream, 1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text:
-                    yield f"{path}:{number}", json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"not JSON: {error.msg} at column {error.colno}", where=f"{path}:{number}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8: {error.reason} at byte {error.start + 1}", where=f"{path}:{number}") from None
-    except (OSError, EOFError, zlib.error) as error:
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.strip():
+                    yield f"{path}:{number}", _parse_row(line.strip())
+    except _DAMAGE as error:
         raise DataError(f"cannot read the file: {error}", where=f"{path}:{number + 1}") from None
 
 
-def _opens_a_list(path: Path) -> bool:
+def _parse_row(line: bytes) -> Any:
     try:
-        with path.open("rb") as stream:
-            return stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-    except OSError:
-        return False  # json_lines raises the same error with its place
+        return parse_json(line)
+    except JsonError as error:
+        return BadRow(str(error) if str(error).startswith("not UTF-8") else f"not JSON: {error}")
 
 
-def _json_list(path: Path) -> Iterator[Record]:
+_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+
+
+def _open(path: Path) -> IO[bytes]:
+    opens: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
+    return opens.get(path.suffix.lower(), Path.open)(path, "rb")
+
+
+def _open_zstd(path: Path, mode: str) -> IO[bytes]:
+    # pyarrow takes 0.2 seconds to import; built-in sources do without it.
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path), mode), "zstd"))
+
+
+def _is_lines(path: Path) -> bool:
+    """Return whether the first line of a `.json` file is a whole value of its own, and no list of rows."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"not JSON: {error.msg}", where=f"{path}:{error.lineno}") from None
-    except (UnicodeDecodeError, OSError) as error:
+        with _open(path) as stream:
+            first = next((line for line in stream if line.removeprefix(b"\xef\xbb\xbf").strip()), b"")
+    except _DAMAGE:
+        return True  # _json_lines raises the same error with its place
+    first = first.removeprefix(b"\xef\xbb\xbf").strip()
+    return not first.startswith(b"[") and not isinstance(_parse_row(first), BadRow)
+
+
+def _json_document(path: Path) -> Iterator[Record]:
+    try:
+        with _open(path) as stream:
+            value = parse_json(stream.read().decode("utf-8-sig"))
+    except JsonError as error:
+        raise DataError(f"not JSON: {error}", where=f"{path}:{error.line}") from None
+    except (*_DAMAGE, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the file: {error}", where=str(path)) from None
-    for number, value in enumerate(values, 1):
-        yield f"{path} item {number}", value
+    if not isinstance(value, list):
+        return iter([(str(path), value)])
+    return ((f"{path} item {number}", each) for number, each in enumerate(value, 1))
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def _table(path: Path, kind: str) -> Iterator[Record]:
     # pyarrow takes 0.2 seconds to import; built-in sources are JSON lines.
     import pyarrow as pa
-    import pyarrow.parquet as pq
+
+    from dllm.prompts.arrow import ipc_rows, parquet_rows
 
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path} row {number}", row
+        for number, row in enumerate(parquet_rows(path) if kind == ".parquet" else ipc_rows(path), 1):
+            yield f"{path} row {number}", as_record(row)
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).split("\n")[0]
-        raise DataError(f"cannot read the parquet file: {reason}", where=f"{path} row {number + 1}") from None
+        what = f"cannot read the {kind.removeprefix('.')} file: {one_line(str(error), 200)}"
+        raise DataError(what, where=f"{path} row {number + 1}") from None

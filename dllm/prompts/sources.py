@@ -8,20 +8,28 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from dllm.config.params import Source
-from dllm.errors import DataError
-from dllm.prompts.readers import SUFFIXES, records
+from dllm.errors import ConfigError, DataError
+from dllm.outside import one_line
+from dllm.prompts import folder
+from dllm.prompts.readers import KINDS, BadRow, Record, all_records, as_record, kind_of
+from dllm.prompts.reading import CHATS, Reading, UnusedColumn, read_row
+from dllm.prompts.tools import shape
+from dllm.prompts.turns import Unusable
 from dllm.registry import SOURCES
 from dllm.tracking import provenance
 
-CHAT_COLUMNS = ("messages", "conversations")
-TOOLS_COLUMN = "tools"
-REFERENCE_COLUMN = "reference"
+SPLIT = str(Source.model_fields["split"].default)
+OPTIONS = frozenset({"split", "subset", "revision", "column", "ignore_columns"})
+"""Options of a source that not every kind of source has."""
+GIVE_UP_ROWS = 1000
+"""Rows without the chat's column after which a source is refused."""
 _COMMIT = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
 
 
@@ -31,7 +39,8 @@ class SourceRow(NamedTuple):
     place: str
     """File and line, or what names the row otherwise."""
     chat: Any
-    """Turns in OpenAI's or ShareGPT's form, or a bare string, as `turns.parse_chat` takes them."""
+    """Turns in OpenAI's or ShareGPT's form, or a bare string, as `turns.parse_chat` takes them; a BadRow or `Unusable`
+    where the row has no prompt."""
     tools: Any = None
     """Schemas of the tools that the assistant may call."""
     reference: Any = None
@@ -75,15 +84,26 @@ def find(source: Source, root: Path) -> PromptSource:
     """
     if source.name in SOURCES:
         member: PromptSource = SOURCES[source.name]
-        return member
+        return _checked(member, source, "a built-in source")
     if (root / Path(source.name).expanduser()).exists():
-        return FILES
-    if source.name.startswith((".", "/", "~")) or source.name.endswith(SUFFIXES) or source.name.count("/") > 1:
+        return _checked(FILES, source, "files")
+    if source.name.startswith((".", "/", "~")) or kind_of(source.name) is not None or source.name.count("/") > 1:
         raise DataError("no such file or folder", where=_key(source), hint="paths are relative to the project's folder")
     near = difflib.get_close_matches(source.name.lower().replace("_", ""), list(SOURCES), n=1, cutoff=0.7)
     if near and "/" not in source.name:
         raise DataError("no such source", where=_key(source), hint=f"did you mean {near[0]}?")
     return HUB
+
+
+def _checked(found: PromptSource, source: Source, what: str) -> PromptSource:
+    """Refuse options that would have no effect; a source without `options` takes all."""
+    options = getattr(found, "options", frozenset(OPTIONS))
+    for name in sorted(OPTIONS - options):
+        value = getattr(source, name)
+        if value != type(source).model_fields[name].default:
+            hint = f"leave prepare.sources[].{name} out"
+            raise ConfigError(f"{name} {value!r} does not apply to {what}", where=_key(source), hint=hint)
+    return found
 
 
 def inputs(source: Source, root: Path) -> dict[str, Path]:
@@ -96,9 +116,14 @@ def identity(source: Source, root: Path) -> dict[str, Any]:
     return find(source, root).identity(source)
 
 
-def rows(source: Source, root: Path) -> Iterator[SourceRow]:
-    """Read a source's rows in order; see `PromptSource.rows`."""
-    return find(source, root).rows(source, root)
+def rows(source: Source, root: Path, reading: Reading | None = None) -> Iterator[SourceRow]:
+    """Read a source's rows in order; see `PromptSource.rows`.
+
+    Args:
+        reading: records what became of columns and files, where the source has any.
+    """
+    found = find(source, root)
+    return found.rows(source, root, reading) if isinstance(found, TableSource) else found.rows(source, root)
 
 
 def input_digest(source: Source, root: Path) -> str:
@@ -112,31 +137,65 @@ def input_digest(source: Source, root: Path) -> str:
     return hashlib.sha256("\n".join(marks).encode()).hexdigest()
 
 
-class FileSource:
-    """A parquet, JSON or JSON Lines file, or all such files of a folder and its subfolders in order of path."""
+class TableSource:
+    """A source of rows with columns, one of which is the chat."""
+
+    options = frozenset({"column", "ignore_columns"})
+
+    def records(self, source: Source, root: Path, reading: Reading) -> Iterator[Record]:
+        """Read the rows, each with its place."""
+        raise NotImplementedError
+
+    def rows(self, source: Source, root: Path, reading: Reading | None = None) -> Iterator[SourceRow]:
+        """Read the rows' prompts; `reading` records what became of columns and files."""
+        reading = Reading() if reading is None else reading
+        return _prompts(self.records(source, root, reading), source, reading)
+
+
+class FileSource(TableSource):
+    """A file, or all files of a folder and its subfolders that hold rows, in order of path."""
+
+    options = frozenset({"column", "ignore_columns", "split"})
 
     def inputs(self, source: Source, root: Path) -> dict[str, Path]:
-        """List the files, by their path in the folder."""
-        path = root / Path(source.name).expanduser()
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES) and p.name[0] != ".")
-            if not found:
-                raise DataError(f"no {', '.join(SUFFIXES)} file in the folder", where=_key(source))
-            return {file.relative_to(path).as_posix(): file for file in found}
-        if not path.name.endswith(SUFFIXES):
-            raise DataError(f"cannot read this kind of file, only {', '.join(SUFFIXES)}", where=_key(source))
-        return {path.name: path}
+        """List the files that are read, by their path in the folder."""
+        return self._find(source, root, Reading())
 
     def identity(self, source: Source) -> dict[str, Any]:
         """Return nothing: the files are the identity."""
         return {}
 
-    def rows(self, source: Source, root: Path) -> Iterator[SourceRow]:
-        """Read the rows of all files."""
-        return _columns((row for path in self.inputs(source, root).values() for row in records(path)), source)
+    def records(self, source: Source, root: Path, reading: Reading) -> Iterator[Record]:
+        """Read the rows of all files; files beside them that only describe them are passed over."""
+        files = self._find(source, root, reading)
+        for name, path in files.items():
+            rows = all_records(path)
+            if len(files) > 1 and kind_of(name) == ".json":
+                first = list(itertools.islice(rows, 2))
+                if len(first) == 1 and _is_about_others(first[0][1], source):
+                    reading.passed_over[name] = "one object without a chat"
+                    continue
+                rows = itertools.chain(first, rows)
+            for row in rows:
+                if len(files) + len(reading.passed_over) > 1:
+                    reading.files[name] = reading.files.get(name, 0) + 1
+                yield row
+
+    def _find(self, source: Source, root: Path, reading: Reading) -> dict[str, Path]:
+        path = root / Path(source.name).expanduser()
+        if not path.is_dir():
+            if kind_of(path.name) is None:
+                raise DataError(f"cannot read this kind of file, only {KINDS}", where=_key(source))
+            if source.split != SPLIT:
+                raise ConfigError(
+                    f"split {source.split!r} does not apply to a file", where=_key(source), hint="leave the split out"
+                )
+            return {path.name: path}
+        found, reading.passed_over = folder.files(path, source.split, _key(source))
+        return found
 
 
-class HubSource:
+class HubSource(TableSource):
     """A split of a dataset on the Hugging Face hub."""
 
     def inputs(self, source: Source, root: Path) -> dict[str, Path]:
@@ -153,11 +212,20 @@ class HubSource:
         commit = commit_of(dataset.info.download_checksums or ())
         return {"fingerprint": str(dataset._fingerprint), **({} if commit is None else {"commit": commit})}
 
-    def rows(self, source: Source, root: Path) -> Iterator[SourceRow]:
-        """Load the split and read its rows."""
-        dataset = _load_dataset(source)
-        numbered = ((f"{label(source)} {source.split} row {number}", row) for number, row in enumerate(dataset, 1))
-        return _columns(numbered, source)
+    def records(self, source: Source, root: Path, reading: Reading) -> Iterator[Record]:
+        """Load the split and read its rows, as its files hold them."""
+        import pyarrow as pa
+
+        from dllm.prompts.arrow import BATCH_ROWS, rows
+
+        number = 0
+        try:
+            tables = _load_dataset(source).with_format("arrow").iter(BATCH_ROWS)
+            for number, row in enumerate(itertools.chain.from_iterable(map(rows, tables)), 1):
+                yield f"{label(source)} {source.split} row {number}", as_record(row)
+        except (pa.ArrowException, OSError) as error:
+            place = f"{label(source)} {source.split} row {number + 1}"
+            raise DataError(f"cannot read the dataset: {one_line(str(error), 200)}", where=place) from None
 
 
 FILES, HUB = FileSource(), HubSource()
@@ -175,13 +243,11 @@ def commit_of(urls: Iterable[str]) -> str | None:
 def _load_dataset(source: Source) -> Any:
     # datasets takes 1.2 seconds to import; sources of files and built-in ones do without it.
     import datasets
-    import httpx
-    from datasets.exceptions import DatasetsError
 
     try:
         return datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
-    except (DatasetsError, OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+    except Exception as error:  # of datasets, of the hub's client, or of the loader of any format
+        reason = one_line((str(error).strip() or type(error).__name__).split("\n")[0], 250)
         raise DataError(
             f"neither a built-in source ({', '.join(SOURCES)}) nor a file nor a dataset that can be loaded: {reason}",
             where=_key(source),
@@ -189,24 +255,61 @@ def _load_dataset(source: Source) -> Any:
         ) from None
 
 
-def _columns(rows: Iterable[tuple[str, Any]], source: Source) -> Iterator[SourceRow]:
-    for place, row in rows:
-        chat = _chat(row, source.column, place)
-        yield SourceRow(place, chat, row.get(TOOLS_COLUMN), row.get(REFERENCE_COLUMN))
+def _prompts(rows: Iterable[Record], source: Source, reading: Reading) -> Iterator[SourceRow]:
+    """Read a prompt out of each row; what cannot be read is a BadRow.
+
+    Raises:
+        DataError: no row has the chat's column.
+        UnusedColumn: a column belongs to the prompts, and cannot be used.
+    """
+    names = CHATS if source.column is None else (source.column,)
+    without: DataError | None = None
+    is_found = False
+    for number, (place, row) in enumerate(rows, 1):
+        if isinstance(row, BadRow):
+            yield SourceRow(place, row)
+            continue
+        if not isinstance(row, dict):
+            yield SourceRow(place, BadRow(f"a row is a mapping of columns, got {shape(row)}"))
+            continue
+        there = [name for name in names if name in row]
+        is_found = is_found or bool(there)
+        if not there:
+            without = without or _no_chat(row, names, place)
+            if not is_found and number >= GIVE_UP_ROWS:
+                raise without
+            yield SourceRow(place, BadRow(without.message))
+            continue
+        column = next((name for name in there if row[name] is not None), None)
+        if column is None:
+            yield SourceRow(place, BadRow(f"{there[0]} is null"))
+            continue
+        try:
+            yield SourceRow(place, *read_row(row, column, source, place, reading))
+        except Unusable as reason:
+            yield SourceRow(place, reason)
+        except UnusedColumn:
+            raise
+        except DataError as error:
+            yield SourceRow(place, BadRow(error.message))
+    if without is not None and not is_found:
+        raise without
 
 
-def _chat(row: Any, column: str | None, place: str) -> Any:
-    if not isinstance(row, dict):
-        raise DataError(f"a row is a mapping of columns, got {type(row).__name__}", where=place)
-    for name in CHAT_COLUMNS if column is None else (column,):
-        if row.get(name) is not None:
-            return row[name]
-    expected = " nor ".join(CHAT_COLUMNS) if column is None else column
-    raise DataError(
-        f"no {expected} in the row, only {', '.join(map(str, row)) or 'nothing'}",
-        where=place,
-        hint="name the chat's column in prepare.sources[].column",
-    )
+def _no_chat(row: Mapping[str, Any], names: Sequence[str], place: str) -> DataError:
+    columns = [one_line(str(name), 60) for name in row]
+    shown = ", ".join(columns[:20]) + (" ..." if len(columns) > 20 else "")
+    hint = "name the chat's column in prepare.sources[].column"
+    if "instruction" in columns and names == CHATS:
+        hint += ": instruction, to which input is joined"
+    elif near := difflib.get_close_matches(names[0], columns, n=1):
+        hint = f"did you mean {near[0]}?"
+    return DataError(f"no {' nor '.join(names)} in the row, only {shown or 'nothing'}", where=place, hint=hint)
+
+
+def _is_about_others(row: Any, source: Source) -> bool:
+    """Return whether the one row of a .json file describes the files beside it."""
+    return isinstance(row, dict) and not any(name in row for name in (source.column, *CHATS))
 
 
 def _key(source: Source) -> str:

@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import heapq
+import itertools
+import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -14,9 +17,18 @@ from typing import Any
 
 from dllm.config.params import Prepare, Source
 from dllm.errors import DataError
+from dllm.outside import one_line
 from dllm.prompts import sources
+from dllm.prompts.readers import BadRow
+from dllm.prompts.reading import Reading
 from dllm.prompts.table import HELDOUT, TRAIN, Prompt, prompt_id, split_of
 from dllm.prompts.turns import Chat, Unusable, parse_chat
+
+MAX_BAD_ROWS = 0.01
+"""Share of a source's rows that may be set aside, where `max_bad_rows` does not say."""
+MAX_REASONS = 20
+"""Reasons for setting rows aside that are counted apart."""
+_TURN = re.compile(r"\bturn \d+")
 
 
 @dataclass
@@ -33,10 +45,55 @@ class Tally:
     """Prompts left out because of `limit`."""
     refused: Counter[str] = field(default_factory=Counter)
     """Rows without a prompt, by reason."""
+    set_aside: Counter[str] = field(default_factory=Counter)
+    """Rows that cannot be read, by reason."""
+    first_place: dict[str, str] = field(default_factory=dict)
+    """The first such row for each reason."""
+    reading: Reading = field(default_factory=Reading)
+
+    def set_row_aside(self, reason: str, place: str) -> None:
+        """Count a row that cannot be read."""
+        reason = _TURN.sub("a turn", reason)
+        if reason not in self.set_aside and len(self.set_aside) >= MAX_REASONS:
+            reason = "other reasons"
+        self.set_aside[reason] += 1
+        self.first_place.setdefault(reason, place)
+
+    def check(self, source: Source) -> None:
+        """Accept the rows that were set aside.
+
+        Raises:
+            DataError: they are too many.
+        """
+        share = MAX_BAD_ROWS if source.max_bad_rows is None else source.max_bad_rows
+        bad = self.set_aside.total()
+        if bad > share * self.rows:
+            (reason, _), *others = self.set_aside.most_common()
+            more = f" and {len(others)} other reasons" if others else ""
+            counted = f"{bad} of {self.rows} rows cannot be read, more than the share {share:.3g}"
+            raise DataError(
+                f"{one_line(reason, 200)}{more}: {counted}",
+                where=self.first_place[reason],
+                hint=f"mend them, or set prepare.sources[].max_bad_rows to {_round_up(bad / self.rows)} or more",
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts as a manifest has them."""
-        return {**vars(self), "refused": dict(sorted(self.refused.items()))}
+        counted = ("rows", "prompts", "other_parts", "duplicates", "over_limit")
+        counts = {name: getattr(self, name) for name in counted} | {"refused": dict(sorted(self.refused.items()))}
+        aside = {
+            reason: {"rows": count, "first": self.first_place[reason]}
+            for reason, count in sorted(self.set_aside.items())
+        }
+        return {**counts, **({"set_aside": aside} if aside else {})}
+
+    def lines(self) -> list[str]:
+        """Describe what became of the rows that have no prompt, and of columns and files, a line each."""
+        aside = [
+            f"set aside: {count} rows: {one_line(reason, 200)}, the first {one_line(self.first_place[reason], 200)}"
+            for reason, count in self.set_aside.most_common()
+        ]
+        return [*self.reading.lines(), *aside]
 
 
 def stream(
@@ -48,7 +105,7 @@ def stream(
     known: Collection[str] = (),
     tally: Tally | None = None,
 ) -> Iterator[Prompt]:
-    """Read a source's prompts in the order of its rows; duplicates are left out.
+    """Read a source's prompts in the order of its rows; duplicates, and rows that cannot be read, are left out.
 
     `source.limit` keeps the prompts with the smallest ids, before the parts are made. It takes one more pass over the
     source, so that rows in another order give the same prompts. Memory grows by one number per prompt of the source.
@@ -59,7 +116,8 @@ def stream(
         tally: counts along.
 
     Raises:
-        DataError: a row is no chat, or the source cannot be read; it names the place.
+        ConfigError: an option has no effect on this source.
+        DataError: more rows than `source.max_bad_rows` cannot be read, or the source cannot; it names the place.
     """
     tally = Tally() if tally is None else tally
     largest = None
@@ -77,16 +135,23 @@ def stream(
             yield Prompt(id, name, split_of(id, heldout_fraction), *chat, reference)
 
 
-def collect(prepare: Prepare, root: Path) -> tuple[list[Prompt], dict[str, Any]]:
+def collect(
+    prepare: Prepare, root: Path, tallies: dict[str, Tally] | None = None
+) -> tuple[list[Prompt], dict[str, Any]]:
     """Read every source; return the prompts in order of id, and the counts.
+
+    Args:
+        tallies: the tally of each source is added, by a name of its own.
 
     Raises:
         DataError: a source cannot be read, or one of the two splits would be empty.
     """
     kept: dict[str, Prompt] = {}
     counts: dict[str, Any] = {}
+    tallies = {} if tallies is None else tallies
     for source in prepare.sources:
         tally = Tally()
+        tallies[_unlike(sources.label(source), tallies)] = tally
         found = list(stream(source, root, heldout_fraction=prepare.heldout_fraction, known=kept.keys(), tally=tally))
         kept.update((prompt.id, prompt) for prompt in found)
         splits = Counter(prompt.split for prompt in found)
@@ -98,6 +163,8 @@ def collect(prepare: Prepare, root: Path) -> tuple[list[Prompt], dict[str, Any]]
             "refused": dict(sorted(tally.refused.items())),
             "over_limit": tally.over_limit,
         }
+        if tally.set_aside:
+            entry["set_aside"] = dict(sorted(tally.set_aside.items()))
         name = sources.label(source)
         counts[name] = _merged(counts[name], entry) if name in counts else entry
     totals = Counter(prompt.split for prompt in kept.values())
@@ -115,9 +182,16 @@ def collect(prepare: Prepare, root: Path) -> tuple[list[Prompt], dict[str, Any]]
 
 def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: dict(Counter(value) + Counter(other[key])) if isinstance(value, dict) else value + other[key]
-        for key, value in one.items()
+        key: dict(Counter(one.get(key, {})) + Counter(other.get(key, {})))
+        if isinstance(one.get(key, other.get(key)), dict)
+        else one[key] + other[key]
+        for key in {**one, **other}
     }
+
+
+def _unlike(name: str, others: Collection[str]) -> str:
+    numbered = (f"{name} ({number})" for number in itertools.count(2))
+    return next(each for each in itertools.chain([name], numbered) if each not in others)
 
 
 def _check_splits(totals: Counter[str], prepare: Prepare, counts: dict[str, Any]) -> None:
@@ -144,12 +218,20 @@ def _distinct(
     source: Source, root: Path, known: Collection[str], tally: Tally
 ) -> Iterator[tuple[str, Chat, str | None]]:
     seen: set[int] = set()
-    for row in sources.rows(source, root):
+    for row in sources.rows(source, root, tally.reading):
         tally.rows += 1
+        if isinstance(row.chat, BadRow):
+            tally.set_row_aside(row.chat.reason, row.place)
+            continue
         try:
+            if isinstance(row.chat, Unusable):
+                raise row.chat
             chat = parse_chat(row.chat, row.tools, row.place)
         except Unusable as reason:
             tally.refused[str(reason)] += 1
+            continue
+        except DataError as error:
+            tally.set_row_aside(error.message, row.place)
             continue
         id = prompt_id(chat.messages, chat.tools)
         number = int(id, 16)
@@ -158,6 +240,11 @@ def _distinct(
             continue
         seen.add(number)
         yield id, chat, _reference(row.reference)
+    tally.check(source)
+
+
+def _round_up(share: float) -> float:
+    return math.ceil(share * 1000) / 1000
 
 
 def _reference(value: Any) -> str | None:

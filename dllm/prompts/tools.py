@@ -7,14 +7,46 @@ A schema is {"type": "function", "function": {name, description, parameters}}, a
 from __future__ import annotations
 
 import json
+import re
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from dllm.errors import DataError
+from dllm.outside import JsonError, is_text, parse_json
 
 Tools = list[dict[str, Any]]
 """Schemas of the tools that the assistant may call."""
+
+
+_SPELT_CALLS = tuple(
+    re.compile(start)
+    for start in (
+        r"<tool_call>\s*[{<]",  # Hermes, Qwen
+        r"<functioncall>\s*\{",  # Glaive
+        r"<\|python_tag\|>\s*[{<]|<function=\w",  # Llama
+    )
+)
+"""Beginnings of a call in text; the first that occurs counts, since one family's may stand inside another's."""
+_SPELT_LIST = re.compile(r"\[TOOL_CALLS\]\s*(\[.*\]|\{.*\})", re.DOTALL)
+"""A list of calls in text, as Mistral spells them."""
+
+
+class JsonCell(NamedTuple):
+    """A turn's text in a column of type `arrow.json`, where `datasets` writes 12 for the number and for the text "12".
+
+    Whoever knows what is expected takes `raw` or `value`.
+    """
+
+    raw: str
+    value: Any
+
+    @property
+    def is_value(self) -> bool:
+        """Whether the text is a mapping or list as `datasets` writes one; people and models put spaces."""
+        if not isinstance(self.value, dict | list):
+            return False
+        return json.dumps(self.value, separators=(",", ":")) == self.raw.replace("\\/", "/")
 
 
 def to_tools(value: Any, where: str) -> Tools | None:
@@ -47,6 +79,8 @@ def to_calls(value: Any, turn: str, where: str) -> list[dict[str, Any]]:
 
 def result_text(content: Any) -> Any:
     """Return a tool's result as text: some rows hold it as a value. Lists of text parts are unchanged."""
+    if isinstance(content, JsonCell):
+        content = content.value if content.is_value else content.raw
     if content is None:
         return ""
     if isinstance(content, list) and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content):
@@ -54,10 +88,32 @@ def result_text(content: Any) -> Any:
     return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
 
 
+def calls_in_text(content: str) -> int:
+    """Count the calls that an assistant turn spells out in its text, as models trained for tools generate them."""
+    for start in _SPELT_CALLS:
+        if found := start.findall(content):
+            return len(found)
+    spelt = _SPELT_LIST.search(content)
+    if spelt is None:
+        return 0
+    try:
+        value = parse_json(spelt[1])
+    except JsonError:
+        return 1
+    return len(value) if isinstance(value, list) else 1
+
+
 def name_calls(messages: list[dict[str, Any]]) -> None:
-    """Assign ids to calls that have none, and to results without one the ids of the calls before them, in order."""
+    """Assign ids to calls that have none, and to results without one the ids of the calls before them, in order.
+
+    Calls that an assistant turn spells out in its text count, though the turn stays as it is.
+    """
     count, open_calls = 0, deque[str]()
     for message in messages:
+        if message["role"] == "assistant" and "tool_calls" not in message:
+            spelt = calls_in_text(message["content"])
+            open_calls.extend(f"call{number:05d}" for number in range(count, count + spelt))
+            count += spelt
         for call in message.get("tool_calls", ()):
             # Nine letters and digits: some templates take no other id.
             call["id"] = call["id"] or f"call{count:05d}"
@@ -76,20 +132,23 @@ def shape(value: Any) -> str:
 
 def _schema(tool: Any, number: int, where: str) -> dict[str, Any]:
     if isinstance(tool, Mapping):
-        inner = tool.get("function", tool)
+        inner = _mapping_of(tool.get("function", tool))
         if isinstance(inner, Mapping) and isinstance(inner.get("name"), str):
             function = {key: value for key, value in inner.items() if key != "type"}
+            if "parameters" in function:
+                function["parameters"] = _mapping_of(function["parameters"])
             return {"type": "function", "function": _without_nulls(function)}
     raise DataError(f"tool {number} is no schema: it needs a `name`, or a `function` that has one", where=where)
 
 
 def _call(call: Any, turn: str, where: str) -> dict[str, Any]:
-    inner = call.get("function", call) if isinstance(call, Mapping) else None
+    call = _mapping_of(call)
+    inner = _mapping_of(call.get("function", call)) if isinstance(call, Mapping) else None
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
         raise DataError(f"{turn} has a call without a `name`", where=where)
     arguments = inner.get("arguments", inner.get("parameters"))
-    if arguments is None:
-        arguments = {}
+    # Parsed and written again: the same arguments are the same text from every file.
+    arguments = {} if arguments is None else _mapping_of(arguments)
     if isinstance(arguments, Mapping):
         arguments = json.dumps(arguments, ensure_ascii=False, default=str)
     if not isinstance(arguments, str):
@@ -106,21 +165,42 @@ def _from_json(value: Any, what: str, where: str) -> Any:
     if not isinstance(value, str) or not value.strip():
         return None if isinstance(value, str) else value
     try:
-        return json.loads(value)
-    except ValueError as error:
+        return parse_json(value)
+    except JsonError as error:
         raise DataError(f"{what} not JSON: {error}", where=where) from None
+
+
+def _mapping_of(value: Any) -> Any:
+    """Parse a text that is a mapping in JSON; return other values as they are."""
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return value
+    try:
+        return parse_json(value)
+    except JsonError:
+        return value
 
 
 def _check_text(value: Any, what: str, where: str) -> None:
     try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except (UnicodeEncodeError, TypeError) as error:
-        reason = "half a surrogate pair" if isinstance(error, UnicodeEncodeError) else "a value that JSON cannot hold"
-        raise DataError(f"{what} {reason}, which is no text", where=where) from None
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise DataError(f"{what} a value that JSON cannot hold, which is no text", where=where) from None
+    if not is_text(text):
+        raise DataError(f"{what} half a surrogate pair, which is no text", where=where)
 
 
-def _without_nulls(value: Any) -> Any:
-    """Remove null keys: a parquet row has every key of any schema in its column."""
+_NULL_IS_A_VALUE = ("default", "const")
+"""Keys of JSON Schema that may be null; elsewhere null is what a table of all rows' schemas adds."""
+
+
+def _without_nulls(value: Any, names: bool = False) -> Any:
+    """Remove null keys of a schema, but those that mean something; `names`: the keys are names of properties."""
     if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+        kept = {}
+        for key, inner in value.items():
+            if not names and key in _NULL_IS_A_VALUE:
+                kept[key] = inner
+            elif inner is not None:
+                kept[key] = _without_nulls(inner, names=key == "properties" and not names)
+        return kept
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -6,14 +6,16 @@ calls and schemas.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dllm.errors import DataError
+from dllm.outside import JsonError, is_text, parse_json
 from dllm.prompts import tools as tooling
-from dllm.prompts.tools import Tools
+from dllm.prompts.tools import JsonCell, Tools
 
-__all__ = ["Chat", "Message", "Tools", "Unusable", "parse_chat"]
+__all__ = ["Chat", "Message", "Tools", "Unusable", "as_turns", "parse_chat"]
 
 Message = dict[str, Any]
 """One turn: `role` (system, user, assistant or tool) and `content`, a text; where there are any, also `tool_calls` (a
@@ -40,6 +42,10 @@ ROLES = {
 }
 CALL_ROLES = {"function_call"}
 """Roles whose text is a call, written as JSON."""
+_TURN_KEY = re.compile(r"""\s*\[?\s*\{[^{}]{,200}?["'](role|from)["']\s*:""")
+"""The beginning of a chat, or of a turn, that is written as text."""
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
+"""Types of a content's parts that are text."""
 
 
 class Unusable(Exception):
@@ -55,11 +61,50 @@ class Chat(NamedTuple):
     """The text of the one assistant turn that follows; None where there is none, several, or one with calls."""
 
 
+def as_turns(value: Any, where: str) -> Any:
+    """Return a chat as a list of turns, or as the bare question that it is.
+
+    Some files hold a chat, or each of its turns, as a text of JSON, and some a list for each key of the turns.
+
+    Raises:
+        DataError: a text begins as a chat in JSON does, and is none.
+    """
+    if isinstance(value, JsonCell):
+        value = value.value if isinstance(value.value, dict | list) else value.raw
+    if isinstance(value, str):
+        value = _from_text(value, "the chat", where)
+    if isinstance(value, Mapping) and value and all(isinstance(each, list) for each in value.values()):
+        count = max(map(len, value.values()))
+        keys = [(key, each) for key, each in value.items() if each]
+        return [{key: each[n] for key, each in keys if n < len(each) and each[n] is not None} for n in range(count)]
+    if isinstance(value, list):
+        return [
+            _from_text(turn, f"turn {number}", where) if isinstance(turn, str) else turn
+            for number, turn in enumerate(value, 1)
+        ]
+    return value
+
+
+def _from_text(text: str, what: str, where: str) -> Any:
+    """Return the turns that a text spells out as JSON; any other text is a question and stays as it is."""
+    if not text.lstrip().startswith(("[", "{")) or not _TURN_KEY.match(text):
+        return text
+    try:
+        value = parse_json(text)
+    except JsonError as error:
+        if str(error).startswith("Extra data"):  # a question that begins with a chat
+            return text
+        raise DataError(f"{what} is a text that begins like JSON, and is not: {error}", where=where) from None
+    turns = value if isinstance(value, list) else [value]
+    return value if all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns) else text
+
+
 def parse_chat(value: Any, tools: Any, where: str) -> Chat:
-    """Parse a chat: OpenAI `role`/`content` or ShareGPT `from`/`value` turns, or a bare string.
+    """Parse a chat: OpenAI `role`/`content` or ShareGPT `from`/`value` turns, or a bare string; see `as_turns`.
 
     Assistant turns after the last turn by a user or a tool are left out, since the target generates that response;
-    earlier ones stay. Calls without an id get one, and results without one are assigned to the calls in order.
+    nothing is asked of them. Earlier ones stay. Calls without an id get one, and results without one are assigned to
+    the calls in order.
 
     Args:
         tools: schemas of the tools the assistant may call, a list or JSON, or None.
@@ -68,30 +113,35 @@ def parse_chat(value: Any, tools: Any, where: str) -> Chat:
         Unusable: there is no user turn with text, or the chat holds pictures.
         DataError: the value is no chat, or the tools no schemas; it names `where`, the file and line.
     """
+    value = as_turns(value, where)
     if isinstance(value, str):
         value = [{"role": "user", "content": value}]
     if not isinstance(value, list):
         raise DataError(f"a chat is a list of turns, got {tooling.shape(value)}", where=where)
-    messages = [_message(turn, number, where) for number, turn in enumerate(value, 1)]
-    after: list[Message] = []
-    while messages and messages[-1]["role"] not in ("user", "tool"):
-        after.append(messages.pop())
+    roles = [_role(turn, number, where) for number, turn in enumerate(value, 1)]
+    end = max((number for number, (role, _) in enumerate(roles, 1) if role in ("user", "tool")), default=0)
+    messages = [_message(turn, number, *roles[number - 1], where) for number, turn in enumerate(value[:end], 1)]
     users = [message for message in messages if message["role"] == "user"]
     if not users:
         raise Unusable("no user turn")
     if not users[-1]["content"].strip():
         raise Unusable("empty user turn")
     tooling.name_calls(messages)
-    return Chat(messages, tooling.to_tools(tools, where), _response(after))
+    return Chat(messages, tooling.to_tools(tools, where), _response(value[end:], roles[end:]))
 
 
-def _response(after: list[Message]) -> str | None:
-    if len(after) != 1 or after[0]["role"] != "assistant" or "tool_calls" in after[0]:
+def _response(turns: list[Any], roles: list[tuple[str, bool]]) -> str | None:
+    if [role for role, _ in roles] != ["assistant"]:
         return None
-    return str(after[0]["content"]) or None
+    try:
+        message = _message(turns[0], 1, *roles[0], "")
+    except (DataError, Unusable):
+        return None
+    return None if "tool_calls" in message else message["content"] or None
 
 
-def _message(turn: Any, number: int, where: str) -> Message:
+def _role(turn: Any, number: int, where: str) -> tuple[str, bool]:
+    """Return a turn's role, and whether its text is a call."""
     if not isinstance(turn, Mapping):
         raise DataError(f"turn {number} is {tooling.shape(turn)}, not a mapping", where=where)
     named = turn.get("role") or turn.get("from")
@@ -99,33 +149,45 @@ def _message(turn: Any, number: int, where: str) -> Message:
         raise DataError(f"turn {number} names no `role` (or `from`)", where=where)
     role = ROLES.get(named.lower())
     if role is None:
-        raise DataError(f"turn {number} has an unknown role {named!r}; known: {', '.join(ROLES)}", where=where)
+        known = ", ".join(ROLES)
+        raise DataError(f"turn {number} has an unknown role {named[:40]!r}; known: {known}", where=where)
+    return role, named.lower() in CALL_ROLES
+
+
+def _message(turn: Mapping[str, Any], number: int, role: str, is_call: bool, where: str) -> Message:
     content = turn.get("content") if turn.get("content") is not None else turn.get("value")
     calls = turn.get("tool_calls") or turn.get("function_call")
-    if named.lower() in CALL_ROLES and not calls:
-        content, calls = "", content
+    if is_call and not calls:
+        content, calls = "", content.raw if isinstance(content, JsonCell) else content
     message: Message = {"role": role}
     if role == "assistant" and calls:
         message["content"] = "" if content is None else _text(content, number, where)
         message["tool_calls"] = tooling.to_calls(calls, f"turn {number}", where)
     elif role == "tool":
         message["content"] = _text(tooling.result_text(content), number, where)
-        message |= {key: turn[key] for key in ("tool_call_id", "name") if isinstance(turn.get(key), str) and turn[key]}
+        named = {key: turn[key] for key in ("tool_call_id", "name") if isinstance(turn.get(key), str) and turn[key]}
+        message |= {key: _text(name, number, where) for key, name in named.items()}
     else:
         message["content"] = _text(content, number, where)
     return message
 
 
 def _text(content: Any, number: int, where: str) -> str:
+    if isinstance(content, JsonCell):
+        content = content.value if isinstance(content.value, list) and _are_parts(content.value) else content.raw
     if isinstance(content, list):
         if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
+            raise Unusable("content other than text")
+        if any(part.get("type") not in _TEXT_PARTS for part in content):
             raise Unusable("content other than text")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         shape = tooling.shape(content)
         raise DataError(f"turn {number} has no text in `content` (or `value`), but {shape}", where=where)
-    try:
-        content.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"turn {number} holds half a surrogate pair, which is no text", where=where) from None
+    if not is_text(content):
+        raise DataError(f"turn {number} holds half a surrogate pair, which is no text", where=where)
     return content
+
+
+def _are_parts(value: list[Any]) -> bool:
+    return bool(value) and all(isinstance(part, Mapping) and ("type" in part or "text" in part) for part in value)

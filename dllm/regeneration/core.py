@@ -30,6 +30,7 @@ from dllm.regeneration.store import ShardStore
 from dllm.registry import ENGINES
 from dllm.responses import shards
 from dllm.responses.counts import ManifestCounts
+from dllm.secrets import hide_in
 from dllm.tracking.runs import NullTracker, Tracker
 
 SERVED = "served.json"
@@ -124,7 +125,7 @@ def _regenerate(job: Job) -> Regenerated:
         else:
             folder, is_missing_some = before["folder"], True
         note = {"folder": folder, "served": served}
-        atomic_write(job.work / SERVED, json.dumps(note, sort_keys=True, default=str).encode())
+        atomic_write(job.work / SERVED, json.dumps(hide_in(note), sort_keys=True, default=str).encode())
         stats = _generate(job, engine, feed, store) if is_missing_some else _CallStats()
     return _collect(store, served, stats)
 

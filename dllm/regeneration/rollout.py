@@ -6,6 +6,7 @@ Decides which turns are regenerated and in which context. It uses no engine and 
 from __future__ import annotations
 
 import functools
+import itertools
 from array import array
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from dllm.errors import DataError
 from dllm.models import targets
 from dllm.prompts import template as chat
 from dllm.prompts.table import Prompt
+from dllm.prompts.tools import calls_in_text
 from dllm.prompts.turns import Message
 from dllm.registry import ENGINES
 from dllm.responses import flags
@@ -82,9 +84,9 @@ def split_turns(messages: list[Message], which: Literal["all", "last"]) -> list[
     context: list[Message] = []
     old_calls: Calls | None = None
     has_input = False
-    for message in messages:
+    for index, message in enumerate(messages, 1):
         if message["role"] == "assistant" and has_input:
-            old_calls = [*(old_calls or ()), *message.get("tool_calls", ())]
+            old_calls = [*(old_calls or ()), *(message.get("tool_calls") or _spelt_calls(message, messages[index:]))]
             continue
         if old_calls is not None:
             turns.append(Turn(len(turns), context, old_calls))
@@ -93,6 +95,13 @@ def split_turns(messages: list[Message], which: Literal["all", "last"]) -> list[
         has_input = has_input or message["role"] != "system"
     turns.append(Turn(len(turns), context, None))
     return turns if which == "all" else [Turn(turns[-1].number, list(messages), None)]
+
+
+def _spelt_calls(message: Message, after: list[Message]) -> Calls:
+    """Return the calls that a message spells out in its text, with the ids that the results after it refer to."""
+    results = [each.get("tool_call_id") for each in itertools.takewhile(lambda each: each["role"] == "tool", after)]
+    count = calls_in_text(message["content"])
+    return [{"id": id} for id in [*results, *[None] * count][:count]]
 
 
 def num_samples(prompt: Prompt, settings: Regenerate) -> int:

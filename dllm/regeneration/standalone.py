@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,6 +36,15 @@ from dllm.responses import shards
 from dllm.workspace import Workspace, fingerprint_of
 
 EXPERIMENT = "regenerate"
+
+
+FLAGS = {
+    **{name: f"--{name.replace('_', '-')}" for name in Source.model_fields},
+    **{"name": "--input-data", "column": "--messages-column", "ignore_columns": "--ignore-column"},
+}
+"""The flag that sets a field of the source."""
+LATER = ("ignore_columns", "max_bad_rows")
+"""Fields of the source that are no part of the fingerprint while they are null, as in earlier versions."""
 
 
 class Settings(Section):
@@ -149,13 +159,18 @@ def survey(args: RegenerateArgs) -> Survey:
     """Read the whole input once: errors in it show before the first request, and the work is counted.
 
     Raises:
-        DataError: a row is no chat, the input cannot be read, or no row holds a prompt.
+        ConfigError: an option has no effect on this input.
+        DataError: too many rows, or the input, cannot be read, or no row holds a prompt.
     """
     found, config = Survey(), args.rollout
-    for prompt in args.prompts(found.tally):
-        found.first = found.first or prompt
-        found.rollouts += num_samples(prompt, config.settings)
-        found.turns += core.num_turns(prompt, config)
+    try:
+        for prompt in args.prompts(found.tally):
+            found.first = found.first or prompt
+            found.rollouts += num_samples(prompt, config.settings)
+            found.turns += core.num_turns(prompt, config)
+    finally:
+        for line in found.tally.lines():
+            print(line, file=sys.stderr, flush=True)
     if not found.turns and not found.tally.other_parts:
         reasons = ", ".join(f"{number} with {reason}" for reason, number in found.tally.refused.items())
         raise DataError(
@@ -187,6 +202,7 @@ def dry_run(args: RegenerateArgs) -> dict[str, Any]:
     return {
         "fingerprint": fingerprint_of(made_of),
         "input": found.tally.to_json(),
+        **found.tally.reading.to_json(),
         "samples": found.rollouts,
         "requests": found.turns,
         "served": served,
@@ -198,11 +214,11 @@ def dry_run(args: RegenerateArgs) -> dict[str, Any]:
 def _errors_name_flags(source: Source) -> Iterator[None]:
     try:
         yield
-    except DataError as error:
-        if error.where is None or not error.where.startswith("prepare.sources"):
-            raise
-        hint = (error.hint or "").replace("prepare.sources[].column", "--messages-column") or None
-        raise DataError(error.message, where=f"--input-data {source.name}", hint=hint) from None
+    except (ConfigError, DataError) as error:
+        is_source = (error.where or "").startswith("prepare.sources")
+        where = f"--input-data {source.name}" if is_source else error.where
+        hint = re.sub(r"prepare\.sources\[\]\.(\w+)", lambda found: FLAGS[found[1]], error.hint or "") or None
+        raise type(error)(error.message, where=where, hint=hint) from None
 
 
 def _check_apart(args: RegenerateArgs) -> None:
@@ -223,7 +239,9 @@ def _made_of(args: RegenerateArgs) -> dict[str, Any]:
         "params": params_digest(settings.target, identity.determining(settings.regenerate)),
         "inputs": {settings.source.name: digest},
         "identity": named,
-        "source": settings.source.model_dump(mode="json"),
+        "source": settings.source.model_dump(
+            mode="json", exclude={name for name in LATER if getattr(settings.source, name) is None}
+        ),
         "heldout_fraction": args.heldout_fraction,
         "part": None if args.part is None else f"{args.part[0]}/{args.part[1]}",
     }
@@ -260,6 +278,7 @@ def _manifest(args: RegenerateArgs, workspace: Workspace, found: Survey, regener
         "made": {
             "served": regenerated.served,
             "read": found.tally.to_json(),
+            **found.tally.reading.to_json(),
             "started": made.get("started", workspace.record["started"]),
             "seconds": seconds,
             "tokens_per_s": round(regenerated.counts.tokens / max(seconds, 1e-3), 1),

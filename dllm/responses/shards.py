@@ -21,6 +21,7 @@ from dllm.errors import DataError
 from dllm.files import atomic_write
 from dllm.prompts.columns import chat_fields, from_columns, to_columns
 from dllm.prompts.turns import Message, Tools
+from dllm.secrets import hide_in
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -100,9 +101,9 @@ def write_shard(rows: Sequence[Row], path: Path) -> ShardEntry:
 
 
 def write_manifest(dir: Path, manifest: Mapping[str, Any]) -> Path:
-    """Write the manifest, which says that every shard it lists is complete; call this last."""
+    """Write the manifest, without secrets; it says that every shard it lists is complete, so call this last."""
     path = dir / MANIFEST
-    text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    text = json.dumps(hide_in(manifest), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     atomic_write(path, text.encode())
     return path
 

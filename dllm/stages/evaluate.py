@@ -10,8 +10,9 @@ from dllm.config.params import Params
 from dllm.methods.method import EvaluateContext, Method
 from dllm.models import targets
 from dllm.registry import METHODS
-from dllm.stages.records import read_records, trained_method
+from dllm.stages.records import read_record, trained_method
 from dllm.stages.workspace import open_stage
+from dllm.workspace import RUN
 
 PICTURE = "evaluation.png"
 """Name of the picture in out/evaluate/, the same for every method: dvc.yaml names it."""
@@ -22,9 +23,11 @@ def run(params: Params, root: Path) -> dict[str, Any]:
 
     Raises:
         DataError: there is no held-out data that fits the model.
-        ModelError: a model is missing or cannot be read.
+        ModelError: a model is missing or cannot be read, or the checkpoint is not the one that the run in
+            out/train/run.json made.
     """
-    name = trained_method(read_records(root, "run.json")) or params.train.mode
+    trained = root / "out" / "train" / RUN
+    name = trained_method({"train": read_record(root, "train", RUN)} if trained.is_file() else {}) or params.train.mode
     method: Method[Any] = METHODS[name]
     inputs = {key: root / path for key, path in method.reads.items()}
     with open_stage(

@@ -6,10 +6,12 @@ correct results of the prompts where a source knows them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dllm.config.params import Params
+from dllm.outside import one_line
 from dllm.prompts import references, sources, stream
 from dllm.prompts import table as prompts
 from dllm.stages import preflight
@@ -20,8 +22,9 @@ def run(params: Params, root: Path) -> dict[str, Any]:
     """Collect the prompts and publish them; return the counts.
 
     Raises:
-        DataError: a source cannot be read, or a split would be empty.
-        ConfigError, ModelError: a later stage would refuse the target, the draft, the template or the engine.
+        ConfigError, ModelError: an option of a source has no effect on it, or a later stage would refuse the target, the
+            draft, the template or the engine.
+        DataError: a source cannot be read, too many of its rows cannot, or a split would be empty.
     """
     preflight.check(params)
     section = params.prepare
@@ -33,16 +36,27 @@ def run(params: Params, root: Path) -> dict[str, Any]:
     identity = {f"{sources.label(source)}@{source.split}": sources.identity(source, root) for source in section.sources}
     identity = {name: found for name, found in identity.items() if found}
     with open_stage("prepare", params, sections=[section], inputs=files, identity=identity, root=root) as stage:
-        found, counts = stream.collect(section, root)
+        tallies: dict[str, stream.Tally] = {}
+        try:
+            found, counts = stream.collect(section, root, tallies)
+        finally:
+            _print(tallies)
         prompts.write_prompts(found, stage.work / prompts.FILE)
         known = {prompt.id: prompt.reference for prompt in found if prompt.reference is not None}
         references.write_references(known, stage.work / references.FILE)
         counts["references"] = len(known)
+        stage.record["read"] = {name: tally.to_json() | tally.reading.to_json() for name, tally in tallies.items()}
         stage.publish({name: stage.work / name for name in (prompts.FILE, references.FILE)}, counts)
     for name, tally in counts["sources"].items():
         refused = "".join(f", {n} refused: {reason}" for reason, n in tally["refused"].items())
         print(
-            f"prepare: {name}: {tally['rows']} rows, {tally['train']} train, {tally['heldout']} held out, "
+            f"prepare: {one_line(name)}: {tally['rows']} rows, {tally['train']} train, {tally['heldout']} held out, "
             f"{tally['duplicates']} duplicates{refused}"
         )
     return counts
+
+
+def _print(tallies: Mapping[str, stream.Tally]) -> None:
+    for name, tally in tallies.items():
+        for line in tally.lines():
+            print(f"prepare: {one_line(name)}: {line}", flush=True)

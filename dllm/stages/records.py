@@ -1,16 +1,24 @@
-"""Records of finished stages: the metrics.json and run.json that each leaves in out/<stage>/."""
+"""Records of finished stages: the metrics.json and run.json that each leaves in out/<stage>/.
+
+run.json lists the digest of every file that its run has published, so a stage can tell what it reads from bytes that
+were damaged, or that another run has left.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dllm.errors import DataError, StageError
+from dllm.digests import check_files, is_sealed, tree_digest, unsealed
+from dllm.errors import DataError, ModelError, StageError
 from dllm.stages import STAGES
+from dllm.tracking.provenance import RECORDS
+from dllm.workspace import RUN
 
 Records = dict[str, dict[str, Any]]
+OUTPUTS = "outputs"
+"""In run.json: the digest of each published file by its name."""
 
 
 def read_record(root: Path, stage: str, file: str) -> dict[str, Any]:
@@ -18,19 +26,62 @@ def read_record(root: Path, stage: str, file: str) -> dict[str, Any]:
 
     Raises:
         StageError: the stage has left none.
-        DataError: the file is not a JSON object.
+        DataError: the file is not a JSON object, or not the one that the stage's run wrote.
     """
     path = root / "out" / stage / file
     try:
-        record = json.loads(path.read_text())
+        record = unsealed(path.read_bytes())
     except FileNotFoundError:
         hint = f"run `python -m dllm {stage}` or `dvc repro {stage}` first"
         raise StageError(f"stage {stage} has left no {file}", where=str(path), hint=hint) from None
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise DataError("not a JSON object", where=str(path), hint=f"run the stage again: `dvc repro -sf {stage}`")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"damaged: {_one_line(error)}", where=str(path), hint=restore_hint(stage)) from None
+    if file == RUN and OUTPUTS in record and not is_sealed(path.read_bytes()):
+        raise DataError("damaged: it has lost its seal", where=str(path), hint=restore_hint(stage))
+    if file != RUN:
+        check_published(root, path)
     return record
+
+
+def check_published(root: Path, path: Path, digest: str | None = None) -> None:
+    """Compare a file or folder under out/ with the run.json of the stage that published it.
+
+    What has no such record, as of an older version, is accepted.
+
+    Args:
+        root: the project's folder.
+        path: a file of out/<stage>/, a folder in it, or out/<stage>/ itself.
+        digest: of the path, by `provenance.digest`, where it is known.
+
+    Raises:
+        ModelError: a checkpoint has other bytes than the run published; the file is named.
+        DataError: the same of anything else.
+    """
+    try:
+        stage, *parts = path.relative_to(root / "out").parts
+    except ValueError:
+        return
+    if not (root / "out" / stage / RUN).is_file():
+        return
+    outputs = read_record(root, stage, RUN).get(OUTPUTS)
+    if outputs is None:
+        return
+    error = ModelError if "checkpoint" in parts else DataError
+    hint = restore_hint(stage)
+    if path.is_file():
+        check_files(root / "out" / stage, {"/".join(parts): str(outputs.get("/".join(parts)))}, error=error, hint=hint)
+        return
+    prefix = "".join(f"{part}/" for part in parts)
+    expected = {name.removeprefix(prefix): found for name, found in outputs.items() if name.startswith(prefix)}
+    if not parts:
+        expected = {name: found for name, found in expected.items() if name not in RECORDS}
+    if digest is None or digest != tree_digest(expected):
+        check_files(path, expected, error=error, hint=hint, but=RECORDS if not parts else ())
+
+
+def restore_hint(stage: str) -> str:
+    """Say how to restore what a stage has published."""
+    return f"restore it by `dvc checkout --force out/{stage}`, or make it again by `dvc repro -sf {stage}`"
 
 
 def read_records(root: Path, file: str) -> Records:
@@ -49,3 +100,7 @@ def trained_method(runs: Mapping[str, Mapping[str, Any]]) -> str | None:
         if isinstance(identity, dict) and isinstance(identity.get("method"), str):
             return str(identity["method"])
     return None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -15,7 +15,7 @@ from dllm.config.params import Params
 from dllm.errors import StageError
 from dllm.methods.method import Method
 from dllm.registry import METHODS
-from dllm.stages.records import read_record, trained_method
+from dllm.stages.records import check_published, read_record, trained_method
 from dllm.stages.workspace import open_stage
 from dllm.tracking import model_registry, provenance
 from dllm.workspace import publish_tree
@@ -26,6 +26,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
 
     Raises:
         ServerError: MLflow cannot be reached.
+        ModelError: the checkpoint is not the one that the run in out/train/run.json made.
         StageError: the checkpoint or its evaluation is missing, or the evaluation is of another checkpoint.
     """
     root = root.absolute()
@@ -33,6 +34,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
     trained, evaluated = (read_record(root, stage, "run.json") for stage in ("train", "evaluate"))
     found = read_record(root, "evaluate", "metrics.json")
     digest = provenance.digest(checkpoint)
+    check_published(root, checkpoint, digest)
     if evaluated["inputs"]["checkpoint"] != digest:
         hint = "run `dvc repro evaluate`"
         raise StageError("the evaluation is of another checkpoint", where="out/evaluate/run.json", hint=hint)
@@ -93,8 +95,8 @@ def _record(
 
 
 def _keep(root: Path, checkpoint: Path, digest: str, trained: dict[str, Any]) -> None:
-    """Store the checkpoint where later runs do not touch it; hard links take no space."""
+    """Copy the checkpoint to where later runs do not touch it: what damages out/train must not damage this one."""
     kept = model_registry.store_path(root, digest)
     if not kept.is_dir() or provenance.digest(kept) != digest:
         files = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
-        publish_tree(kept, files, {"run.json": trained})
+        publish_tree(kept, files, {"run.json": trained}, link=False)

@@ -6,15 +6,18 @@ Joins method and training loop, and publishes the best checkpoint.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dllm.config.load import params_digest
 from dllm.config.params import Params
 from dllm.methods.method import Method, Publication, TrainContext
 from dllm.models import targets
 from dllm.registry import METHODS
+from dllm.stages import other_work
 from dllm.stages.training_rows import announce, read_splits
 from dllm.stages.workspace import Stage, open_stage
 from dllm.training import journal
@@ -22,6 +25,7 @@ from dllm.training.batches import Example
 from dllm.training.distributed import Join, Ranks
 from dllm.training.loop import Loop
 from dllm.training.strategy import Split
+from dllm.workspace import fingerprint_of
 
 
 def run(params: Params, root: Path) -> dict[str, Any]:
@@ -38,8 +42,9 @@ def run(params: Params, root: Path) -> dict[str, Any]:
             "train",
             params,
             sections=[params.target, params.train],
+            determining=[params.target, other_work.determining(params.train, ranks.world)],
             inputs={"regenerate": root / "out" / "regenerate"},
-            identity={"target": identity, "world": ranks.world, "method": params.train.mode},
+            identity={"target": identity, "method": params.train.mode},
             root=root,
             is_main=ranks.is_main,
         ) as stage:
@@ -51,6 +56,10 @@ def _train(params: Params, root: Path, stage: Stage, ranks: Ranks, identity: dic
     train, heldout = read_splits(root / "out" / "regenerate", params.target, params.train)
     if ranks.is_main:
         announce(params.train, train, heldout, ranks)
+        inputs = {**stage.digests, "target": fingerprint_of({**identity, "target": params_digest(params.target)})}
+        if line := other_work.note(stage.work, params.train, ranks.world, inputs):
+            print(f"train: {line}", file=sys.stderr, flush=True)
+        stage.record["ranks"] = ranks.world
     splits: dict[Split, list[Example]] = {"train": train.kept, "heldout": heldout.kept}
     ctx = TrainContext(params, params.train.method_settings, root, ranks, identity, splits)
     strategy = method.build(ctx)

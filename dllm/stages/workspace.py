@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,13 +14,14 @@ from pydantic import BaseModel
 
 from dllm.config.load import params_digest
 from dllm.config.params import Params
-from dllm.errors import StageError
 from dllm.files import full_disk_in_one_line, lock_folder
 from dllm.process import children as process
 from dllm.process.signals import signals_exit
+from dllm.stages.records import check_published
 from dllm.stages.schema import SCHEMA
 from dllm.tracking.provenance import digest
-from dllm.workspace import SIDECAR, Workspace, open_run
+from dllm.tracking.run_journal import is_behind
+from dllm.workspace import Workspace
 
 __all__ = ["Stage", "Workspace", "close", "digest", "forget", "open_stage"]
 
@@ -39,6 +39,7 @@ def open_stage(
     params: Params,
     *,
     sections: Sequence[BaseModel],
+    determining: Sequence[BaseModel] | None = None,
     inputs: Mapping[str, Path] | None = None,
     identity: Mapping[str, Any] | None = None,
     root: Path,
@@ -48,8 +49,9 @@ def open_stage(
 
     Args:
         name: the stage.
-        params: all of params.yaml; only `sections` count for the fingerprint.
-        sections: the parts of it that determine the result.
+        params: all of params.yaml; only `sections` are recorded.
+        sections: the parts of it that the stage reads.
+        determining: what of them determines the result, and counts for the fingerprint; None takes `sections`.
         inputs: name to the file or folder read; the narrower the path, the fewer reruns.
         identity: ids, revisions and digests of models and servers that determine the result.
         root: the project's folder.
@@ -57,6 +59,7 @@ def open_stage(
 
     Raises:
         StageError: an input is missing, another process works on the same thing, or the disk is full.
+        DataError, ModelError: an input is not what the stage before has published.
         ServerError: MLflow is out of reach.
         SystemExit: 143 after SIGTERM, 130 after SIGINT; the run then reads KILLED.
     """
@@ -67,14 +70,20 @@ def open_stage(
         made_of = {
             "stage": name,
             "schema": SCHEMA[name],
-            "params": params_digest(*sections),
-            "inputs": {key: digest(path) for key, path in (inputs or {}).items()},
+            "params": params_digest(*(sections if determining is None else determining)),
+            "inputs": {key: _digest_of_input(root, path) for key, path in (inputs or {}).items()},
             "identity": dict(identity or {}),
         }
         works, out = root / "work" / name, root / "out" / name
         stage = Stage(name, root, works, out, made_of, sections, params.recipe, is_main=is_main, params=params)
         with stage.open():
             yield stage
+
+
+def _digest_of_input(root: Path, path: Path) -> str:
+    found = digest(path)
+    check_published(root, path.absolute(), found)
+    return found
 
 
 def forget(root: Path, name: str) -> None:
@@ -88,19 +97,18 @@ def forget(root: Path, name: str) -> None:
             shutil.rmtree(work)
 
 
-def close(root: Path, name: str) -> list[str]:
-    """Mark as KILLED the MLflow runs of a stage whose processes were killed outright, and return their ids.
+def close(root: Path) -> list[str]:
+    """Send what a project's MLflow runs have missed; mark as KILLED those whose processes were killed outright.
+
+    Returns:
+        The ids of the runs that were marked.
 
     Raises:
         ServerError: MLflow is out of reach.
     """
-    open_runs = []
-    for sidecar in (root.absolute() / "work" / name).glob(f"*/{SIDECAR}"):
-        with contextlib.suppress(StageError), lock_folder(sidecar.parent):  # locked: its stage lives
-            if run_id := open_run(sidecar.parent):
-                open_runs.append(run_id)
-    if not open_runs:
+    root = root.absolute()
+    if not is_behind(root):
         return []
-    from dllm.tracking.mlflow_runs import close_left_open  # MLflow takes 2 seconds to import
+    from dllm.tracking.delivery import synchronize  # MLflow takes 2 seconds to import
 
-    return close_left_open(root, open_runs)
+    return synchronize(root).closed

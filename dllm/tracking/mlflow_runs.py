@@ -1,97 +1,150 @@
-"""Runs in MLflow: the tracker that writes one, and the closing of those whose processes are gone.
+"""Runs in MLflow: the tracker that writes one.
 
-MLflow takes 2 seconds to import, so this module and `model_registry` are imported only where a run or a registered
-model is used.
+MLflow takes 2 seconds to import, so this module, `delivery`, `store` and `model_registry` are imported only where a run
+or a registered model is used.
 """
 
 from __future__ import annotations
 
-import logging
-import os
+import contextlib
+import json
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from dllm.errors import ServerError
-from dllm.tracking.runs import Status, flatten, is_local, tracking_uri
+from dllm.errors import DllmError, ServerError
+from dllm.secrets import hide
+from dllm.tracking import delivery
+from dllm.tracking.address import is_local, tracking_uri
+from dllm.tracking.run_journal import RunJournal, journal_path
+from dllm.tracking.runs import Status, flatten
+from dllm.tracking.store import FAULTS, cause_of, connect, faults_in_one_line
 
-RETRY_AFTER_S = 60.0
-PARAM_CHARS = 6000
-PARAMS_A_CALL = 100
+RETRY_AFTER_S = 5.0
+SHARE_OF_TIME = 20.0
+"""A try that fails after t seconds is followed by a pause of at least this many t: a store that hangs costs a stage at
+most a twentieth of its time."""
 
 
 class MlflowTracker:
     """An MLflow run, new or resumed.
 
-    A store that cannot be reached stops a stage before it starts. Once work is under way, a failing call costs its own
-    record and one warning, not the work; the stage's own files hold the same figures.
+    A store that cannot be reached stops a stage before it starts. Once work is under way, what it misses waits in the
+    run's journal, and is sent when it is back, at the end, at the next start, or by `python -m dllm track sync`.
 
     Args:
         root: the project's folder; the default store lies in it.
         experiment: the experiment's name (the recipe).
         name: the run's name (the stage).
         run_id: a run to go on with; a new one is made where it is None or the store has lost it.
+        work: the folder that the stage works in, locked by the caller; nobody else has a live run for it.
 
     Raises:
+        ConfigError: MLFLOW_TRACKING_URI is not the address of a store.
         ServerError: the store is out of reach.
+        StageError: its file is damaged.
     """
 
-    def __init__(self, root: Path, experiment: str, name: str, run_id: str | None = None) -> None:
+    def __init__(
+        self, root: Path, experiment: str, name: str, run_id: str | None = None, work: Path | None = None
+    ) -> None:
         self.uri = tracking_uri(root)
         self._client = connect(self.uri)
-        self._silent_until = 0.0
-        self.run_id: str = self._resume(run_id) or self._create(root, experiment, name)
-        self.experiment_id = str(self._client.get_run(self.run_id).info.experiment_id)
-        self.resumed = self.run_id == run_id
+        self._is_away = self._is_gone = False
+        self._retry_at = 0.0
+        with faults_in_one_line(self.uri):
+            self.experiment_id = self._experiment_id(root, experiment)
+            self.resumed = run_id is not None and self._exists(run_id)
+            if run_id is None or not self.resumed:
+                tags = {delivery.PROJECT: delivery.project_id(root), delivery.WORK: str(work or "")}
+                run_id = str(self._client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id)
+            self.run_id: str = run_id
+        self._journal = RunJournal.wait_for(journal_path(root, self.run_id))
+        if not self._journal.head:
+            self._journal.begin(store=hide(self.uri), stage=name, work=str(work or ""))
+        if self.resumed:
+            self._journal.add(status="RUNNING")
+        with contextlib.suppress(DllmError, *FAULTS):  # else at the next start
+            delivery.close_orphans(self._client, root, [self.experiment_id], own=(self.run_id, work))
+            delivery.synchronize(root, self._client)
+        self._send()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        now = int(time.time() * 1000)
-        rows = [Metric(key, float(value), now, step) for key, value in metrics.items()]
-        self._try("log_batch", self.run_id, metrics=rows)
+        self._journal.add(metrics={key: float(value) for key, value in metrics.items()}, step=step)
+        self._send()
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        if self.resumed:  # MLflow refuses to change a parameter, and a resumed run has the same ones by fingerprint
-            return
-        rows = [Param(key, str(value)[:PARAM_CHARS]) for key, value in flatten(params).items()]
-        for first in range(0, len(rows), PARAMS_A_CALL):
-            self._try("log_batch", self.run_id, params=rows[first : first + PARAMS_A_CALL])
+        self._journal.add(params={key: str(value) for key, value in flatten(params).items()})
+        self._send()
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        self._try("log_batch", self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+        self._journal.add(tags={key: str(value) for key, value in tags.items()})
+        self._send()
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        self._try("log_artifact", self.run_id, str(path), folder)
+        self._journal.keep_file(path, folder)
+        self._send()
 
     def log_table(self, columns: Mapping[str, list[Any]], name: str) -> None:
-        self._try("log_table", self.run_id, dict(columns), name)
+        # MLflow's own log_table appends to a table that is there: sent twice, it would hold all rows twice.
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, name)
+            path.write_text(json.dumps({"columns": list(columns), "data": rows}, default=str))
+            self._journal.keep_file(path, None, table=name)
+        self._send()
 
     def finish(self, status: Status) -> None:
-        self._silent_until = 0.0
-        self._try("set_terminated", self.run_id, status)
+        if self._is_gone:
+            self._journal.remove()
+        if self._is_gone or self._journal.is_closed:
+            self._journal.close()
+            return
+        with contextlib.suppress(OSError):  # the disk is full: the next synchronization finds no end, and says KILLED
+            self._journal.add(status=status)
+        self._retry_at = 0.0
+        self._send()
+        if left := len(self._journal.pending):
+            _warn(f"MLflow has missed {left} records of this run; `python -m dllm track sync` sends them")
+        self._journal.close()
 
-    def _resume(self, run_id: str | None) -> str | None:
-        if run_id is None:
-            return None
+    def _send(self) -> None:
+        began = time.monotonic()
+        if self._is_gone or began < self._retry_at or not self._journal.pending:
+            return
+        count = len(self._journal.pending)
         try:
-            self._client.update_run(run_id, status="RUNNING")
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise unreachable(self.uri, error) from None
-        return run_id
+            refused = delivery.send(self._client, self.uri, self._journal)
+        except delivery.Gone:
+            self._is_gone = True
+            self._journal.took(count)
+            _warn(f"MLflow has lost this run, the stage goes on without it ({self.uri})")
+        except (DllmError, *FAULTS) as error:
+            now = time.monotonic()
+            self._retry_at = now + max(RETRY_AFTER_S, SHARE_OF_TIME * (now - began))
+            if not self._is_away:
+                cause = error.message if isinstance(error, DllmError) else cause_of(error)
+                _warn(f"MLflow is away, the stage goes on and its records are sent later: {cause} ({self.uri})")
+            self._is_away = True
+        else:
+            for line in refused:
+                _warn(f"{line} ({self.uri})")
+            if self._is_away:
+                print(f"MLflow is back: {count} records sent", file=sys.stderr, flush=True)
+            self._is_away = False
 
-    def _create(self, root: Path, experiment: str, name: str) -> str:
+    def _exists(self, run_id: str) -> bool:
         try:
-            experiment_id = self._experiment_id(root, experiment)
-            return str(self._client.create_run(experiment_id, run_name=name).info.run_id)
+            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
         except MlflowException as error:
-            raise unreachable(self.uri, error) from None
+            if error.error_code != delivery.GONE:
+                raise
+            return False
 
     def _experiment_id(self, root: Path, experiment: str) -> str:
         found = self._client.get_experiment_by_name(experiment)
@@ -111,60 +164,6 @@ class MlflowTracker:
             )
         return str(found.experiment_id)
 
-    def _try(self, call: str, *arguments: Any, **named: Any) -> None:
-        if time.monotonic() < self._silent_until:
-            return
-        try:
-            getattr(self._client, call)(*arguments, **named)
-        except (MlflowException, OSError) as error:
-            if isinstance(error, OSError) and is_local(self.uri):
-                raise
-            self._silent_until = time.monotonic() + RETRY_AFTER_S
-            line = " ".join(str(error).split())[:300]
-            print(f"warning: MLflow {call} failed, the stage goes on without it: {line} ({self.uri})", file=sys.stderr)
 
-
-def connect(uri: str) -> MlflowClient:
-    """Open a client and check that the store responds.
-
-    Raises:
-        ServerError: it does not.
-    """
-    # MLflow's own defaults retry a dead server for minutes
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    for noisy in ("mlflow.store.db.utils", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    try:
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        client.search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
-        raise unreachable(uri, error) from None
-    return client
-
-
-def unreachable(uri: str, error: Exception) -> ServerError:
-    """Return the one-line error for an MLflow that does not respond."""
-    cause = " ".join(str(error).split())
-    hint = "check MLFLOW_TRACKING_URI, or unset it to track into ./mlflow.db"
-    if is_local(uri):
-        hint = "check that the file can be written and that its disk is not full"
-    return ServerError(f"MLflow out of reach: {cause[:200]}", where=uri, hint=hint)
-
-
-def close_left_open(root: Path, run_ids: list[str]) -> list[str]:
-    """Mark as KILLED the runs that are still RUNNING though their processes are gone; return their ids.
-
-    Raises:
-        ServerError: the store is out of reach.
-    """
-    client = connect(tracking_uri(root))
-    closed = []
-    for run_id in run_ids:
-        try:
-            if client.get_run(run_id).info.status == "RUNNING":
-                client.set_terminated(run_id, "KILLED")
-                closed.append(run_id)
-        except MlflowException:
-            continue  # the store has lost the run: nothing is left to close
-    return closed
+def _warn(text: str) -> None:
+    print(f"warning: {hide(' '.join(text.split()))}", file=sys.stderr, flush=True)

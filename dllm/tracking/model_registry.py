@@ -19,8 +19,9 @@ from mlflow.exceptions import MlflowException
 
 from dllm.errors import ModelError, ServerError
 from dllm.tracking import provenance
-from dllm.tracking.mlflow_runs import connect, unreachable
-from dllm.tracking.runs import REGISTERED, is_local, tracking_uri
+from dllm.tracking.address import is_local, sqlite_path, tracking_uri
+from dllm.tracking.runs import REGISTERED
+from dllm.tracking.store import connect, unreachable
 
 STORE = "registered"
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -100,9 +101,10 @@ def resolve(reference: str, root: Path) -> Path:
         ServerError: MLflow is out of reach.
     """
     name, alias, number = _parse(reference)
-    store = tracking_uri(root).removeprefix("sqlite:///")
-    if store.startswith("/") and not Path(store).is_file():  # to open it would make it
-        raise ModelError("not registered: nothing has been, in this project", where=store, hint="`make run` registers")
+    store = sqlite_path(tracking_uri(root))
+    if store is not None and not store.is_file():  # to open it would make it
+        hint = "`make run` registers"
+        raise ModelError("not registered: nothing has been, in this project", where=str(store), hint=hint)
     client, uri = _client(root)
     try:
         version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
@@ -164,7 +166,8 @@ def _aliases(client: MlflowClient, name: str, version: str) -> list[str]:
 
 
 def _find(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
-    versions = client.search_model_versions(f"name='{name}'")
+    quote_mark = '"' if "'" in name else "'"
+    versions = client.search_model_versions(f"name={quote_mark}{name}{quote_mark}")
     return next((version for version in versions if version.tags.get(DIGEST) == digest), None)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import platform
 import subprocess
 from pathlib import Path
 
+from dllm.digests import file_digest, folder_digests, tree_digest
 from dllm.errors import StageError
 
 LIBRARIES = ("dllm", "torch", "transformers", "mlflow", "dvc", "prefect", "numpy", "pyarrow")
@@ -25,15 +25,10 @@ def digest(path: Path) -> str:
         StageError: there is nothing at the path.
     """
     if path.is_file():
-        return _file_digest(path)
+        return file_digest(path)
     if not path.is_dir():
         raise StageError("input is missing", where=str(path), hint="run the stage that makes it, or `dvc repro`")
-    tree = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        name = file.relative_to(path).as_posix()
-        if name not in RECORDS:
-            tree.update(f"{name}\0{_file_digest(file)}\n".encode())
-    return tree.hexdigest()
+    return tree_digest(folder_digests(path, RECORDS))
 
 
 def git_state(root: Path) -> tuple[str | None, bool | None]:
@@ -69,8 +64,3 @@ def _git(root: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

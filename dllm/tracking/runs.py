@@ -6,7 +6,6 @@ holds what needs MLflow, which takes 2 seconds to import.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -29,7 +28,7 @@ class Tracker(Protocol):
         """Id of the run in MLflow, or None if nothing is tracked."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log metrics at a step."""
+        """Log metrics at a step; of two values of one metric at one step the first is kept."""
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters; nested mappings become dotted keys."""
@@ -59,16 +58,6 @@ class NullTracker:
     def log_artifact(self, path: Path, folder: str | None = None) -> None: ...
     def log_table(self, columns: Mapping[str, list[Any]], name: str) -> None: ...
     def finish(self, status: Status) -> None: ...
-
-
-def tracking_uri(root: Path) -> str:
-    """Return the store's URI: MLFLOW_TRACKING_URI, else a SQLite file in the project's folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.absolute() / 'mlflow.db'}"
-
-
-def is_local(uri: str) -> bool:
-    """Return whether a store is on this machine's disk rather than a server."""
-    return not uri.startswith(("http://", "https://"))
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -23,30 +23,24 @@ class MetricsLog:
 
     Args:
         path: the JSONL file; None keeps nothing (ranks above 0).
-        tracker: gets every figure too.
+        tracker: gets every figure too, and leaves out those that it has.
     """
 
     def __init__(self, path: Path | None, tracker: Tracker) -> None:
         self.path, self.tracker = path, tracker
-        self._told: set[tuple[int, str]] = set()
 
     def rewind(self, step: int) -> None:
-        """Drop records after a step, which the resumed run writes again.
+        """Drop records after a step, which the resumed run writes again, and log those before it to the tracker.
 
-        A line cut short by a kill goes too. A tracker that is another run than last time is told everything again.
+        A line cut short by a kill goes too. The tracker may be another run than last time, or have missed records.
         """
         if self.path is None:
             return
         whole = [record for line in self._lines() if (record := _parse(line)) is not None]
         kept = [record for record in whole if record["step"] <= step]
         atomic_write(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
-        known_by = self.path.with_suffix(".run")
-        if known_by.exists() and known_by.read_text() == str(self.tracker.run_id):
-            self._told = {(record["step"], record["kind"]) for record in whole}
-        else:
-            atomic_write(known_by, str(self.tracker.run_id).encode())
-            for record in kept:
-                self._tell(record)
+        for record in kept:
+            self._track(record)
 
     def write(self, kind: Phase, step: int, epoch: float, figures: Mapping[str, float | None]) -> None:
         """Append a record; figures that are None are unknown and are not logged to the tracker."""
@@ -56,12 +50,11 @@ class MetricsLog:
         record = {"step": step, "epoch": round(epoch, 4), "time": now, "kind": kind, **figures}
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        self._tell(record)
+        self._track(record)
 
-    def _tell(self, record: Mapping[str, Any]) -> None:
-        if (record["step"], record["kind"]) not in self._told:
-            known = {k: v for k, v in record.items() if k not in LABELS and v is not None}
-            self.tracker.log_metrics(known, record["step"])
+    def _track(self, record: Mapping[str, Any]) -> None:
+        known = {k: v for k, v in record.items() if k not in LABELS and v is not None}
+        self.tracker.log_metrics(known, record["step"])
 
     def _lines(self) -> list[str]:
         return self.path.read_text().splitlines() if self.path is not None and self.path.exists() else []

@@ -10,14 +10,14 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from dllm.config.params import Train
 from dllm.errors import DataError, StageError
-from dllm.models.sharding import gathered, is_sharded
+from dllm.files import atomic_folder
+from dllm.models.sharding import is_sharded, load_shards, named_like, own_shards
 from dllm.process.signals import SIGNALS, Interrupt
 from dllm.progress import Progress
 from dllm.tracking.runs import Tracker
@@ -74,6 +74,7 @@ class Loop:
         )
         self.total = max(1, round(settings.epochs * self.order.steps_per_epoch))
         self.optimizer = Optimizers(strategy.model, settings.optimizer)
+        self.work = work
         work.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(work / "checkpoints", settings.keep_checkpoints)
         self.journal = MetricsLog(work / "training.jsonl" if ranks.is_main else None, tracker)
@@ -110,10 +111,9 @@ class Loop:
                 if stop_signal is not None:
                     interrupt.deliver(stop_signal)
         totals = self.totals.read()
-        best = self.checkpoints.best()
-        assert best is not None and state.best_step is not None  # the last step validates
+        assert state.best_step is not None  # the last step validates
         return Outcome(
-            checkpoint=best,
+            checkpoint=self._whole(self.checkpoints.at(state.best_step)),
             step=state.best_step,
             steps=self.total,
             seconds=state.seconds,
@@ -238,23 +238,39 @@ class Loop:
 
     def _checkpoint(self) -> None:
         self.state.interval, self.state.totals = self.interval.vector.tolist(), self.totals.vector.tolist()
-        save, shards, ranks = self.strategy.save, 0, self.ranks
+        ranks, model = self.ranks, self.strategy.model
         if self.sharded:
-            self.checkpoints.save_shard(self.state.step, self.optimizer.local_state(), ranks.rank, ranks.world)
-            with peers_watched():
-                weights = gathered(self.strategy.model.state_dict(keep_vars=True), keep=ranks.is_main)
-            save, shards = partial(save, weights=weights), ranks.world
+            optimizer = own_shards(self.optimizer.state(), is_main=ranks.is_main)
+            weights = own_shards(model.state_dict(keep_vars=True), is_main=ranks.is_main)
+            self.checkpoints.save_shard(self.state.step, optimizer, ranks.rank, ranks.world, weights)
             ranks.barrier()  # all shards are written before rank 0 moves them into the checkpoint
-        if ranks.is_main:
-            self.checkpoints.save(self.state, {} if shards else self.optimizer.state(), save, shards)
+        if ranks.is_main and self.sharded:
+            self.checkpoints.save(self.state, {}, shards=ranks.world)
+        elif ranks.is_main:
+            self.checkpoints.save(self.state, self.optimizer.state(), self.strategy.save)
         self.ranks.barrier()  # no rank goes on, or ends, before the checkpoint is whole
+
+    def _whole(self, checkpoint: Path) -> Path:
+        """Return a checkpoint with whole weights, after a check of them: of a sharded one, rank 0 writes a copy."""
+        if not self.ranks.is_main:
+            return checkpoint
+        shards = self.checkpoints.weights(checkpoint)
+        if shards is None:
+            return checkpoint
+        with atomic_folder(self.work / "whole") as aside:
+            self.strategy.save(aside, named_like(self.strategy.model, shards))
+        return self.work / "whole"
 
     def _restore(self) -> None:
         newest = self.checkpoints.latest()
         if newest is not None:
-            self.state, tensors = self.checkpoints.load(newest)
-            self.strategy.load(newest)
-            self.optimizer.load_state(tensors)
+            self.state, moments, weights = self.checkpoints.load(newest, self.ranks.rank, self.ranks.world)
+            self.ranks.barrier()  # each rank has checked its share of the files before any uses them
+            if weights is None:
+                self.strategy.load(newest)
+            else:
+                load_shards(self.strategy.model, weights)
+            self.optimizer.load_state(moments)
             for sums, saved in ((self.interval, self.state.interval), (self.totals, self.state.totals)):
                 sums.vector.copy_(torch.tensor(saved, dtype=torch.float64))
         self.journal.rewind(self.state.step)

@@ -65,7 +65,7 @@ class Optimizers:
             part.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Return every state tensor, named `<parameter>:<state>`; of a split model, this rank's pieces.
+        """Return every state tensor, named `<parameter>:<state>`; of a sharded model, DTensors.
 
         Rates are left out: they follow from the step.
         """
@@ -74,13 +74,6 @@ class Optimizers:
             for name, parameter in self.parameters.items()
             for part in self.parts
             for key, value in part.state.get(parameter, {}).items()
-        }
-
-    def local_state(self) -> dict[str, Tensor]:
-        """Return what `state` returns, as plain tensors: of a sharded model, this rank's shard of each."""
-        return {
-            name: value.to_local().contiguous() if isinstance(value, DTensor) else value
-            for name, value in self.state().items()
         }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:

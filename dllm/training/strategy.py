@@ -86,7 +86,7 @@ class Strategy(Protocol):
         """Score a validation (keys have the prefix val_); larger is better."""
 
     def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Write the model's config and float32 weights into a directory; sharded ones come as `weights`."""
+        """Write the model's config and float32 weights into a directory; whole ones of a sharded model as `weights`."""
 
     def load(self, directory: Path) -> None:
         """Load exactly what `save` wrote."""

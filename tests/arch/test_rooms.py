@@ -8,8 +8,8 @@ GROUND = {"outside", "secrets", "errors", "registry", "progress", "files", "conf
 MAY_USE = {
     "dllm": set(),
     "outside": set(),
-    "secrets": set(),
-    "errors": {"secrets"},
+    "secrets": {"outside"},
+    "errors": {"outside", "secrets"},
     "registry": {"errors"},
     "progress": set(),
     "files": {"errors"},
@@ -32,7 +32,7 @@ MAY_USE = {
     "cli": GROUND
     | {"workspace", "prompts", "responses", "models", "engines", "regeneration", "training", "decoding", "methods"}
     | {"lm_eval", "stages"},
-    "__main__": {"errors", "secrets", "process", "cli", "files"},
+    "__main__": {"outside", "errors", "secrets", "process", "cli", "files"},
 }
 """Each room of dllm/ and the rooms it may import: only ever further down, so that no cycle can form."""
 

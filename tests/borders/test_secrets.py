@@ -6,14 +6,25 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prefect.exceptions import ParameterTypeError
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools.validation import ValidationError, validate
 
 from dllm import secrets
-from dllm.errors import ServerError
+from dllm.config.load import load_params
+from dllm.errors import ConfigError, ServerError
+from flows import artifacts, regenerate_parts
+from flows.regenerate_parts import regenerate_part
+from tests.flows.conftest import Project, copy_project
+
+ROOT = Path(__file__).parents[2]
+CLOSED = "http://ann-7:s3cret-word@127.0.0.1:9"
 
 PLANTED = {
     "MLFLOW_TRACKING_URI": "http://ann-7:s3cret-word@127.0.0.1:9/mlflow",
@@ -170,3 +181,93 @@ def test_a_password_made_at_a_start_can_be_remembered(monkeypatch) -> None:
     monkeypatch.setattr(secrets, "_remembered", set())
     secrets.remember("made-at-start")
     assert secrets.hide("made-at-start") == secrets.HIDDEN
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "regenerate.servers=['http://ann:pw7@host:1/v1']",
+        "target.model=https://hf_pw7aaaaaaaaaaaaaaaaaaa@host/x",
+        "regenerate.sglang.args=['--api-key', pw7]",
+        "regenerate.sglang.args=['--api-key=pw7']",
+        "prepare.sources=[{name: 'https://host/x.json?token=pw7'}]",
+        "register.model_name=s3cret-word",
+        "train.no_such_key=s3cret-word",
+    ],
+)
+def test_params_hold_no_secret(planted, override: str) -> None:
+    """params.yaml and dvc.lock are committed."""
+    with pytest.raises(ConfigError, match=r"holds a secret.*leave it out") as refusal:
+        load_params(ROOT / "params.yaml", [override])
+    assert "pw7" not in str(refusal.value) and "s3cret" not in str(refusal.value)
+
+
+def test_what_prefect_keeps_holds_no_secret(planted, monkeypatch) -> None:
+    given = {"input_data": "a", "output_dir": "b", "part": 0, "parts": 1}
+    schema = parameter_schema(regenerate_part.fn).model_dump_for_openapi()
+    validate({**given, "options": "--target-server http://host:1/v1"}, schema, raise_on_error=True)
+    with pytest.raises(ValidationError):
+        validate({**given, "options": "--target-server http://ann:pw7@host/v1"}, schema, raise_on_error=True)
+    with pytest.raises(ParameterTypeError):
+        regenerate_part.validate_parameters({**given, "options": "--target-server http://ann:pw7@host/v1"})
+    with pytest.raises(SystemExit):
+        regenerate_parts.main(
+            ["--input-data", "a", "--output-dir", "b", "--parts", "2", "--target-server=http://a:pw7@h"]
+        )
+    run = {"mlflow_run_id": "0" * 32, "mlflow_experiment_id": "1", "seconds": 1.0}
+    text = artifacts.summary([], {"aliases": [], "model_name": "m", "version": 1}, {"train": run})
+    assert "http://127.0.0.1:9/mlflow/#/experiments/1/runs/" in text
+
+
+def forms_of(environment: Mapping[str, str]) -> dict[bytes, str]:
+    """Return each planted secret in every form in which a file could hold it."""
+    values = [*VALUES, "ann-7:s3cret-word", "bo:p@ss4", "admin:auth-pw-8"]
+    forms = {form: value for value in values for form in secrets._forms(value)}
+    return {form.encode(): value for form, value in forms.items()}
+
+
+def leaks(folder: Path, printed: str, environment: Mapping[str, str]) -> list[str]:
+    """Search what was printed and every file, databases and their logs too, for a secret."""
+    places = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()}
+    places[Path("printed")] = printed.encode()
+    forms = forms_of(environment)
+    return [
+        f"{value} in {path}" for path, content in places.items() for form, value in forms.items() if form in content
+    ]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    (tmp_path / "project").mkdir()
+    copy_project(tmp_path / "project")
+    return Project(tmp_path / "project", tmp_path / "prefect")
+
+
+@pytest.mark.slow
+def test_a_stage_leaves_no_secret_whether_it_succeeds_or_fails(project: Project, mlflow_server: int) -> None:
+    environment = {**PLANTED, "MLFLOW_TRACKING_URI": f"http://ann-7:s3cret-word@127.0.0.1:{mlflow_server}"}
+    environment["DLLM_TARGET_URL"] = "http://bo:p@ss4@127.0.0.1:1/v1"
+    printed, dllm = "", [sys.executable, "-m", "dllm"]
+    openai = ["--set", "regenerate.engine=openai", "--set", "regenerate.timeout_s=1"]
+    runs = [
+        (["dvc", "repro", "prepare"], environment, 0),
+        ([*dllm, "regenerate", "--debug", *openai], environment, 4),
+        ([*dllm, "prepare", "--debug"], {**environment, "MLFLOW_TRACKING_URI": CLOSED}, 4),
+        ([*dllm, "track", "sync", "--debug"], {**environment, "MLFLOW_TRACKING_URI": CLOSED}, 4),
+        ([*dllm, "train", "--set", "train.x=http://a:s3cret-word@h"], environment, 2),
+    ]
+    for argv, variables, code in runs:
+        done = project.run(*argv, **variables)
+        assert done.returncode == code, done.stdout
+        printed += done.stdout
+    assert "View run prepare at: http://***@127.0.0.1" in printed and "Traceback" in printed
+    assert leaks(project.folder.parent, printed, environment) == []
+
+
+@pytest.mark.slow
+@pytest.mark.flows
+def test_a_flow_that_fails_leaves_no_secret(project: Project) -> None:
+    done = project.run(sys.executable, "-m", "flows.pipeline", **{**PLANTED, "MLFLOW_TRACKING_URI": CLOSED})
+    assert done.returncode == 4 and "MLflow out of reach" in done.stdout, done.stdout
+    assert (project.folder.parent / "prefect" / "prefect.db").is_file()
+    assert leaks(project.folder.parent, done.stdout, PLANTED) == []

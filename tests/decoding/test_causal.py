@@ -77,8 +77,8 @@ def test_a_draft_is_taken_back_up_to_what_was_accepted(prompt, new, size, perfec
     if perfect:
         repeats_itself(model)
     with pytest.MonkeyPatch.context() as patch:
-        write = CanvasCache.next_pass
-        patch.setattr(CanvasCache, "write", lambda cache, *given: written.append(given) or write(cache, *given))
+        next_pass = CanvasCache.next_pass
+        patch.setattr(CanvasCache, "next_pass", lambda cache, *given: written.append(given) or next_pass(cache, *given))
         (answer,) = speculate_on_itself(model, [prompt], Settings(max_new_tokens=new, block_size=size))
     expected, so_far = [], 0
     for step in answer.steps[:-1]:

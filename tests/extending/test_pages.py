@@ -108,7 +108,13 @@ def test_a_model_family_trains_is_evaluated_and_generates(tmp_path: Path) -> Non
     words = ["--checkpoint", "out/train", "--prompt", "7 7", "--raw", "--max-new-tokens", "8", "--json"]
     found = json.loads(shell.dllm("generate", *words))
 
-    plain = load_checkpoint(tmp_path / "out/train/checkpoint")
+    checkpoint, copied = tmp_path / "out/train/checkpoint", tmp_path / "without-family"
+    with pytest.raises(ModelError, match="shifted_logits: True, which is not supported"):
+        load_checkpoint(checkpoint)  # the package is installed in the shell only
+    shutil.copytree(checkpoint, copied)
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "shifted_logits": False}))
+    plain = load_checkpoint(copied)
     family = runpy.run_path(str(package / "toy_family.py"))["ShiftedLM"]
     shifted = family(plain.model, plain.tokenizer, plain.mask_token_id)
     ids = torch.tensor([plain.tokenizer("7 7")["input_ids"]])

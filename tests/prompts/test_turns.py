@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -20,6 +21,11 @@ def said(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
 
 def to_prompt(chat: Any, where: str) -> list[Message]:
     return parse_chat(chat, None, where).messages
+
+
+def turns_by_key(chat: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Write a chat as `datasets` gives a Sequence of mappings."""
+    return {"role": [each["role"] for each in chat], "content": [each["content"] for each in chat]}
 
 
 CHAT = [turn("system", "be kind"), turn("user", "hi"), turn("assistant", "hello"), turn("user", "why?")]
@@ -70,14 +76,55 @@ def test_a_row_without_a_prompt_gives_its_reason(chat: Any, reason: str) -> None
         ([turn("wizard", "a")], "unknown role 'wizard'"),
         ([turn("user", None)], "turn 1 has no text .* null"),
         ([turn("user", "\ud83d")], "half a surrogate"),
-        ([turn("user", "a"), {"role": "assistant", "tool_calls": [{"id": "x"}]}], "turn 2 has a call without a `name`"),
-        ([turn("user", "a"), turn("function_call", "search(x)")], "turn 2 has a call that is not JSON"),
-        ([turn("user", "a"), turn("assistant", None)], "turn 2 has no text .* null"),
+        ([{"role": "assistant", "tool_calls": [{"id": "x"}]}, turn("user", "a")], "turn 1 has a call without a `name`"),
+        ([turn("function_call", "search(x)"), turn("user", "a")], "turn 1 has a call that is not JSON"),
+        ([turn("assistant", None), turn("user", "a")], "turn 1 has no text .* null"),
+        ('[{"role": "user", "content": "cut', "begins like JSON, and is not: Unterminated string"),
+        ("[{'role': 'user', 'content': 'as Python'}]", "begins like JSON, and is not"),
+        ([turn("user", "a"), {"role": "tool", "content": "b", "tool_call_id": "\ud83d"}], "half a surrogate"),
     ],
 )
 def test_what_is_no_chat_is_refused_with_its_place(chat: Any, line: str) -> None:
     with pytest.raises(DataError, match=f"{line}.*file:3"):
         to_prompt(chat, "file:3")
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        turn("assistant", None),
+        {"role": "assistant", "tool_calls": [{"id": "x"}]},
+        turn("function_call", "search(x)"),
+        turn("assistant", [{"type": "image_url", "image_url": {}}]),
+        turn("assistant", "\ud83d"),
+    ],
+)
+def test_nothing_is_asked_of_the_turn_that_is_generated_again(last: dict[str, Any]) -> None:
+    assert parse_chat([turn("user", "a"), last], None, "here") == ([turn("user", "a")], None, None)
+
+
+TEXTS = [
+    "[1, 2] is what?",
+    "[]",
+    '[{"a": 1}]',
+    '"quoted"',
+    "null",
+    '[{"role": "user", "content": "hi"}] What is this?',
+    '{"city": "Bern"}',
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_question_that_looks_like_json_stays_a_text(text: str) -> None:
+    assert to_prompt(text, "here") == [turn("user", text)]
+    assert to_prompt([turn("user", text)], "here") == [turn("user", text)]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("write", [json.dumps, lambda chat: [json.dumps(turn) for turn in chat], turns_by_key])
+def test_a_chat_written_as_text_or_by_key_is_the_same_chat(write: Any, text: str) -> None:
+    chat = [*CHAT, turn("assistant", text), turn("user", text)]
+    assert to_prompt(write(chat), "here") == chat
 
 
 def call(name: str, arguments: str, id: str) -> dict[str, Any]:

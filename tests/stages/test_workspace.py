@@ -201,10 +201,10 @@ def test_a_stopped_stage_reads_killed_and_takes_its_children_along(tmp_path: Pat
 @pytest.mark.kill
 def test_a_stage_killed_outright_is_closed_afterwards(tmp_path: Path) -> None:
     child, grandchild, run_id = start_child(tmp_path)
-    assert contract.close(tmp_path, "prepare") == [], "a living stage is left alone"
+    assert contract.close(tmp_path) == [], "a living stage is left alone"
     child.kill()
     os.kill(grandchild, signal.SIGKILL)
     child.communicate()
     assert status_of(run_id) == "RUNNING"
-    assert contract.close(tmp_path, "prepare") == [run_id]
+    assert contract.close(tmp_path) == [run_id]
     assert status_of(run_id) == "KILLED"

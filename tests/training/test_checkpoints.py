@@ -27,7 +27,8 @@ def test_newest_and_best_are_kept_and_pointed_at(tmp_path) -> None:
     assert (tmp_path / "best").read_text() == "step-000001\n"
     newest = checkpoints.latest()
     assert newest is not None and newest.name == "step-000004"
-    state, tensors = checkpoints.load(newest)
+    state, tensors, weights = checkpoints.load(newest)
+    assert weights is None
     assert (state.step, tensors["w:m"].tolist()) == (4, [4.0, 4.0])
 
 
@@ -79,16 +80,20 @@ def save_sharded(root: Path, world: int = 2) -> Path:
     whole = torch.arange(10.0).view(5, 2)
     checkpoints = Checkpoints(root, keep=1)
     for rank, shard in enumerate(whole.tensor_split(world)):
-        checkpoints.save_shard(3, {"w:exp_avg": shard.clone(), "w:step": torch.tensor(3.0)}, rank, world)
+        equal_on_all = {"w:step": torch.tensor(3.0)} if rank == 0 else {}
+        moments, weights = {"w:exp_avg": shard.clone(), **equal_on_all}, {"w": -shard}
+        checkpoints.save_shard(3, moments, rank, world, weights)
     assert checkpoints.latest() is None
-    return checkpoints.save(TrainState(step=3), {}, lambda d: _write(d, 3), shards=world)
+    return checkpoints.save(TrainState(step=3), {}, shards=world)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_shards_of_any_number_of_ranks_are_read_back_whole(tmp_path, world) -> None:
     path = save_sharded(tmp_path, world)
-    state, tensors = Checkpoints(tmp_path, keep=1).load(path)
+    state, tensors, weights = Checkpoints(tmp_path, keep=1).load(path)
     assert state.step == 3 and set(tensors) == {"w:exp_avg", "w:step"}
+    assert weights is not None and dict(weights).keys() == {"w"}
+    assert torch.equal(weights["w"], -torch.arange(10.0).view(5, 2))
     assert torch.equal(tensors["w:exp_avg"], torch.arange(10.0).view(5, 2))
     assert tensors["w:step"].shape == () and tensors["w:step"] == 3
     assert not list(tmp_path.glob(".*"))
@@ -98,7 +103,7 @@ def test_a_missing_shard_leaves_no_checkpoint(tmp_path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save_shard(1, {"w:exp_avg": torch.zeros(2)}, 0, 2)
     with pytest.raises(OSError, match="00002-of-00002"):
-        checkpoints.save(TrainState(step=1), {}, lambda d: _write(d, 1), shards=2)
+        checkpoints.save(TrainState(step=1), {}, shards=2)
     assert checkpoints.latest() is None
 
 
@@ -117,7 +122,7 @@ def test_a_shard_that_cannot_be_written_is_one_line(tmp_path) -> None:
         Checkpoints(tmp_path, keep=1).save_shard(1, {"w:exp_avg": torch.zeros(2)}, 0, 2)
 
 
-@pytest.mark.parametrize("name", ["optimizer.safetensors.index.json", "optimizer-00002-of-00002.safetensors"])
+@pytest.mark.parametrize("name", ["weights-00001-of-00002.safetensors", "optimizer-00002-of-00002.safetensors"])
 @pytest.mark.parametrize("damage", [b"{broken", b"{}", None])
 def test_a_damaged_shard_is_refused_by_name(tmp_path, name, damage) -> None:
     path = save_sharded(tmp_path)

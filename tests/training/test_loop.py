@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from dllm.errors import DataError, StageError
 from dllm.process.signals import Interrupt
+from dllm.tracking.run_journal import RunJournal
 from dllm.tracking.runs import NullTracker
 from dllm.training.distributed import Ranks
 from dllm.training.loop import Loop
@@ -20,15 +21,18 @@ CLOCKED = {"time", "mem", "tokens_per_s", "points_per_s", "mfu"}
 
 
 class Listener(NullTracker):
-    """Remembers what it was told: the only stand-in here, for a server."""
+    """Keeps what it is told in a run's journal, as the real tracker does, and sends nothing."""
 
-    run_id = "run-1"
-
-    def __init__(self) -> None:
-        self.heard: list[tuple[int, tuple[str, ...]]] = []
+    def __init__(self, folder: Path, run_id: str = "run-1") -> None:
+        self.run_id = run_id
+        self.journal = RunJournal(folder / f"{run_id}.jsonl")
 
     def log_metrics(self, metrics, step=0) -> None:
-        self.heard.append((step, tuple(sorted(metrics))))
+        self.journal.add(metrics=dict(metrics), step=step)
+
+    @property
+    def heard(self) -> list[tuple[int, tuple[str, ...]]]:
+        return [(record["step"], tuple(sorted(record["metrics"]))) for record in self.journal.pending]
 
 
 def make(work: Path, strategy: ToyStrategy | None = None, tracker: NullTracker | None = None, **changes) -> Loop:
@@ -58,7 +62,7 @@ def test_a_killed_run_goes_on_bitwise(tmp_path, monkeypatch, optimizer) -> None:
     changes = {"optimizer": {"name": optimizer}, "log_every": 3}
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     outcome = make(straight, **changes).run()
-    heard = Listener()
+    heard = Listener(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         make(killed, ToyStrategy(woe="term@10"), heard, **changes).run()
     assert stopped.value.code == 143
@@ -73,7 +77,7 @@ def test_a_killed_run_goes_on_bitwise(tmp_path, monkeypatch, optimizer) -> None:
 
 
 def test_a_crash_between_checkpoints_repeats_steps_but_no_record(tmp_path) -> None:
-    straight, crashed, heard = tmp_path / "straight", tmp_path / "crashed", Listener()
+    straight, crashed, heard = tmp_path / "straight", tmp_path / "crashed", Listener(tmp_path)
     make(straight).run()
     with pytest.raises(ZeroDivisionError):
         make(crashed, ToyStrategy(woe="bug@7"), heard).run()
@@ -86,9 +90,8 @@ def test_a_crash_between_checkpoints_repeats_steps_but_no_record(tmp_path) -> No
 
 
 def test_a_new_tracked_run_hears_the_whole_story(tmp_path) -> None:
-    make(tmp_path, tracker=Listener()).run()
-    later = Listener()
-    later.run_id = "run-2"
+    make(tmp_path, tracker=Listener(tmp_path)).run()
+    later = Listener(tmp_path, "run-2")
     make(tmp_path, tracker=later).run()
     assert [step for step, _ in later.heard] == [record["step"] for record in journal(tmp_path)]
 

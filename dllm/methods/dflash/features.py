@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dllm.errors import DataError
-from dllm.files import atomic_path
+from dllm.files import atomic_path, open_lock
 from dllm.models.taps import compute
 from dllm.progress import Progress
 from dllm.training.batches import Example
@@ -198,16 +199,16 @@ def forget_old(root: Path, keep: int = 2) -> None:
         root: directory of all caches.
         keep: how many stay.
     """
-    by_age = sorted(root.glob(f"*/{LOCK}"), key=lambda lock: lock.stat().st_mtime_ns)
+    by_age = sorted(root.glob(f"*/{LOCK}"), key=lambda lock: lock.lstat().st_mtime_ns)
     for lock in by_age[:-keep]:
-        with contextlib.suppress(BlockingIOError), lock.open("a") as stream:
+        with contextlib.suppress(BlockingIOError), open_lock(lock) as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent)
 
 
 def _use(directory: Path) -> IO[str]:
     directory.mkdir(parents=True, exist_ok=True)
-    stream = (directory / LOCK).open("a")
+    stream = open_lock(directory / LOCK)
     fcntl.flock(stream, fcntl.LOCK_SH)
-    (directory / LOCK).touch()
+    os.utime(stream.fileno())
     return stream

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +21,11 @@ DEFAULT = "transformers"
 
 def family_at(directory: Path) -> type[DiffusionLM]:
     """Return the family of the model in a directory."""
-    config = config_at(directory)
+    return family_of(config_at(directory))
+
+
+def family_of(config: Mapping[str, Any]) -> type[DiffusionLM]:
+    """Return the family of a model with that config.json."""
     families: list[type[DiffusionLM]] = [family for _, family in DIFFUSION_LMS.items() if family.recognises(config)]
     return families[0] if families else DIFFUSION_LMS[DEFAULT]
 

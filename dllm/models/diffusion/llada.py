@@ -64,6 +64,7 @@ class LLaDA(OwnCodeLM):
 
     model_type = "llada"
     published = DiffusionConfig("mdlm", 126336)
+    config_keys = None
     can_run_without_code = True
 
     @classmethod

@@ -58,6 +58,9 @@ class DiffusionLM(nn.Module, ABC):
     published: ClassVar[DiffusionConfig | None] = None
     """How a published family was trained, where a checkpoint has no `dllm.json`. With it every
     checkpoint of the family is a diffusion LM; without it one that has a `dllm.json`."""
+    config_keys: ClassVar[frozenset[str] | None] = frozenset()
+    """Keys of config.json that it reads besides those that transformers reads for the model type; others are refused.
+    None: it reads config.json without transformers, and checks it itself."""
     runs_own_code: ClassVar[bool] = False
     """Whether it runs the code in its directory; without trust the checkpoint is then read as `transformers`."""
     can_run_without_code: ClassVar[bool] = True
@@ -144,9 +147,7 @@ class DiffusionLM(nn.Module, ABC):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states. Shapes: hidden (..., D); returns (..., V)."""
-        found = nn.functional.linear(hidden, self.head_VD.to(hidden.dtype))
-        cap = getattr(self.model_config, "final_logit_softcapping", None)
-        return found if cap is None else torch.tanh(found / cap) * cap
+        return softcapped(nn.functional.linear(hidden, self.head_VD.to(hidden.dtype)), self.model_config)
 
     @abstractmethod
     def hidden(
@@ -243,6 +244,12 @@ class DiffusionLM(nn.Module, ABC):
             self.model_config.is_causal = False
         self.tokenizer.save_pretrained(directory)
         self.config.save(Path(directory))
+
+
+def softcapped(logits: Tensor, config: Any) -> Tensor:
+    """Cap logits as a model's config says. Source: Gemma 2 (2024), section 2."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def eos_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dllm.config.params import Train
 from dllm.errors import ConfigError
 from dllm.methods.diffusion.build import initial_model
-from dllm.training.checkpoints import INDEX, OPTIMIZER, Checkpoints
+from dllm.training.checkpoints import OPTIMIZER, Checkpoints
 from dllm.training.distributed import PeerLost
 from tests.methods.diffusion.sharded_run import BUILTIN, FAMILIES, MIDDLE, SPLITS, STEPS
 from tests.methods.diffusion.strategies import strategy_of
@@ -42,9 +42,11 @@ def journal(folder: Path) -> list[dict]:
 
 
 def tensors(folder: Path, name: str) -> Mapping[str, Tensor]:
+    """Read optimizer state of the last checkpoint, or weights of the best: put together at the end of sharded runs."""
     if name == OPTIMIZER:
         return Checkpoints(folder, keep=1).load(folder / LAST)[1]
-    return load_file(folder / LAST / name)
+    best = folder / "checkpoints" / (folder / "checkpoints" / "best").read_text().strip()
+    return load_file((best if (best / name).exists() else folder / "whole") / name)
 
 
 def test_figures_are_those_of_whole_weights(runs: Path) -> None:
@@ -64,9 +66,8 @@ def test_checkpoints_have_the_same_names_shapes_and_numbers(runs: Path, name: st
     for key, tensor in whole.items():
         assert tensor.shape == split[key].shape and tensor.dtype == split[key].dtype
         assert (tensor - split[key]).abs().max() <= 2e-3 * tensor.abs().max() + 1e-6, key
-    whole_files, split_files = ({path.name for path in (runs / way / LAST).iterdir()} for way in ("whole", "split"))
-    shards = {f"optimizer-0000{rank}-of-00002.safetensors" for rank in (1, 2)}
-    assert split_files == whole_files - {OPTIMIZER} | shards | {INDEX}
+    shards = {f"{kind}-0000{rank}-of-00002.safetensors" for kind in ("weights", "optimizer") for rank in (1, 2)}
+    assert {path.name for path in (runs / "split" / LAST).iterdir()} == shards | {"state.json"}
     assert not list((runs / "split" / "checkpoints").glob(".*"))
 
 
@@ -91,7 +92,7 @@ def test_a_rank_holds_half_of_the_weights_and_moments(runs: Path) -> None:
 
 def test_one_whole_model_at_a_time_lies_in_main_memory(runs: Path) -> None:
     by_rank = [json.loads((runs / f"held_by_{rank}.json").read_text()) for rank in range(2)]
-    assert [len(spans) for spans in by_rank] == [5, 5]  # read for three runs, and to resume two
+    assert [len(spans) for spans in by_rank] == [4, 4]  # read for three runs, and to resume from whole weights
     for (first, end), (begin, last) in pairwise(sorted(by_rank[0] + by_rank[1])):
         assert first < end <= begin < last
 

@@ -1,0 +1,119 @@
+"""Rows of Arrow tables (parquet, `save_to_disk` folders, datasets of the hub) as JSON would hold them.
+
+Arrow gives every struct the keys of all rows, null where a row has none: such keys are dropped, at any depth. Columns
+of type `arrow.json`, which `datasets` writes where types differ between rows, are parsed at any depth.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dllm.outside import JsonError, parse_json
+from dllm.prompts.tools import JsonCell
+
+BATCH_ROWS = 1024
+TEXT_KEYS = ("content", "value")
+"""Keys of a turn that hold a text."""
+
+Convert = Callable[[Any], Any]
+
+
+Row = dict[str, Any] | JsonError
+"""A row, or why it cannot be read: a cell of type `arrow.json` is not JSON."""
+
+
+def parquet_rows(path: Path) -> Iterator[Row]:
+    """Read the rows of a parquet file.
+
+    Raises:
+        pyarrow.ArrowException, OSError: the file is damaged.
+    """
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            yield from rows(batch)
+
+
+def ipc_rows(path: Path) -> Iterator[Row]:
+    """Read the rows of an Arrow file, a stream as `save_to_disk` writes or a file with an index; raises as above."""
+    with pa.memory_map(str(path)) as source:
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        if is_file:
+            reader = pa.ipc.open_file(source)
+            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        else:
+            batches = iter(pa.ipc.open_stream(source))
+        for batch in batches:
+            yield from rows(batch)
+
+
+def rows(batch: pa.RecordBatch | pa.Table) -> Iterator[Row]:
+    """Turn a batch into rows; columns that are null stay, with the value None."""
+    converts = {field.name: _convert(field.type, field.name) for field in batch.schema}
+    for start in range(0, batch.num_rows, BATCH_ROWS):
+        for row in batch.slice(start, BATCH_ROWS).to_pylist(maps_as_pydicts="lossy"):
+            try:
+                yield {name: value if value is None else converts[name](value) for name, value in row.items()}
+            except JsonError as error:
+                yield JsonError(f"a cell is not JSON: {error}")
+
+
+def _convert(type: pa.DataType, name: str = "") -> Convert:
+    """Return what turns a Python value of an Arrow type into a value of JSON."""
+    if isinstance(type, pa.JsonType):
+        return _text_cell if name in TEXT_KEYS else _parse
+    if isinstance(type, pa.BaseExtensionType):
+        return _convert(type.storage_type, name)
+    if pa.types.is_dictionary(type):
+        return _convert(type.value_type, name)
+    if pa.types.is_struct(type):
+        inner = {field.name: _convert(field.type, field.name) for field in type}
+        return lambda value: {key: inner[key](each) for key, each in value.items() if each is not None}
+    if pa.types.is_map(type):
+        item = _convert(type.item_type)
+        return lambda value: {key: None if each is None else item(each) for key, each in value.items()}
+    if _is_list(type):
+        item = _convert(type.value_type, name)
+        return lambda value: [None if each is None else item(each) for each in value]
+    return _plain
+
+
+def _is_list(type: pa.DataType) -> bool:
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    views = (pa.types.is_list_view, pa.types.is_large_list_view)
+    return any(is_kind(type) for is_kind in (*kinds, *views))
+
+
+def _parse(value: Any) -> Any:
+    return parse_json(value)
+
+
+def _text_cell(raw: str) -> Any:
+    try:
+        value = parse_json(raw)
+    except JsonError:
+        return raw
+    return value if isinstance(value, str) else JsonCell(raw, value)
+
+
+def _plain(value: Any) -> Any:
+    """Return values that JSON has as they are, and others as the text that JSON files hold for them.
+
+    Readers of JSON, that of `datasets` too, take texts such as 2024-05-01 for times.
+    """
+    if isinstance(value, datetime.datetime):
+        is_day = value.timetz().replace(tzinfo=None) == datetime.time()
+        return value.date().isoformat() if is_day else value.isoformat()
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return json.loads(str(value)) if value.is_finite() else str(value)
+    return value

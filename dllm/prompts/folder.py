@@ -1,0 +1,138 @@
+"""Which files of a folder hold a source's rows: by kind, by split, and as `save_to_disk` lists them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dllm.errors import ConfigError, DataError
+from dllm.outside import JsonError, parse_json
+from dllm.prompts.readers import COMPRESSED, KINDS, kind_of
+
+TRAIN = "train"
+_NUMBERED = re.compile(r"(\w+(?:[.-]\w+)*?)-\d{5}-of-\d{5}\b")
+_SPLITS = ("train", "test", "validation", "valid", "val", "dev")
+"""Splits by which a file, or the folder it lies in, is named."""
+STATE, DICT = "state.json", "dataset_dict.json"
+"""What `save_to_disk` writes beside the files of one dataset, and beside the folders of several."""
+
+Found = tuple[dict[str, Path], dict[str, str]]
+"""The files that are read, and those that are not, with the reason; both by their path in the folder."""
+
+
+def files(path: Path, split: str, where: str) -> Found:
+    """Find the files with the rows of a folder.
+
+    Where files are named after splits as on the hub, those of other splits are left out.
+
+    Raises:
+        ConfigError: there is no such split, or there are several and none is chosen.
+        DataError: no file holds rows.
+    """
+    if (path / DICT).is_file():
+        return _several_saved(path, split, where)
+    if (path / STATE).is_file() and (path / "dataset_info.json").is_file():
+        _refuse_split([], split, where)
+        return _saved(path)
+    found: dict[str, Path] = {}
+    passed_over: dict[str, str] = {}
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if file.is_dir() or any(part.startswith(".") for part in Path(name).parts):
+            continue
+        if kind_of(name) is None or not file.is_file():
+            passed_over[name] = "this kind is not read" if file.is_file() else "no file"
+        else:
+            found[name] = file
+    if not found:
+        raise DataError(f"no {KINDS} file in the folder", where=where)
+    return _of_split(found, passed_over, split, where)
+
+
+def _of_split(found: dict[str, Path], passed_over: dict[str, str], split: str, where: str) -> Found:
+    named = {name: _split_of(name) for name in found}
+    splits = sorted({each for each in named.values() if each is not None})
+    if split not in splits:
+        if split != TRAIN or len(splits) > 1:
+            _refuse_split(splits, split, where)
+        return found, passed_over
+    others = {name: each for name, each in named.items() if each not in (None, split)}
+    passed_over |= {name: f"split {each}" for name, each in others.items()}
+    return {name: path for name, path in found.items() if name not in others}, passed_over
+
+
+def _split_of(name: str) -> str | None:
+    path = Path(name)
+    if numbered := _NUMBERED.match(path.name):
+        return numbered[1]
+    stem = path.name.lower()
+    for suffix in COMPRESSED:
+        stem = stem.removesuffix(suffix)
+    stem = stem.rpartition(".")[0]
+    return next((each for each in (stem, *path.parts[-2::-1]) if each in _SPLITS), None)
+
+
+def _refuse_split(splits: Sequence[str], split: str, where: str) -> None:
+    if splits:
+        what = f"the files are of the splits {', '.join(splits)}, none of {split}"
+        raise ConfigError(what, where=where, hint="name one of them in prepare.sources[].split")
+    if split != TRAIN:
+        hint = "leave prepare.sources[].split out; prepare.sources[].limit takes a part"
+        raise ConfigError(f"split {split!r} does not apply: no file is named after a split", where=where, hint=hint)
+
+
+def _several_saved(path: Path, split: str, where: str) -> Found:
+    splits = _strings(_read(path / DICT).get("splits"), path / DICT)
+    chosen = splits[0] if split == TRAIN and len(splits) == 1 else split
+    if chosen not in splits:
+        _refuse_split(splits, split, where)
+        raise DataError("the folder of save_to_disk holds no split", where=str(path / DICT))
+    found, passed_over = _saved(path / chosen)
+    others = {each: f"split {each}" for each in splits if each != chosen}
+    return (
+        {f"{chosen}/{name}": file for name, file in found.items()},
+        {f"{chosen}/{name}": reason for name, reason in passed_over.items()} | others,
+    )
+
+
+def _saved(path: Path) -> Found:
+    """List the files of a folder that `save_to_disk` wrote, in their order."""
+    state = _read(path / STATE)
+    if state.get("_indices_data_files"):
+        hint = "save it again after flatten_indices()"
+        raise DataError("the folder of save_to_disk selects rows by an index file", where=str(path / STATE), hint=hint)
+    entries = state.get("_data_files")
+    listed = [
+        entry.get("filename") if isinstance(entry, dict) else None
+        for entry in (entries if isinstance(entries, list) else ())
+    ]
+    found = {name: path / name for name in _strings(listed, path / STATE)}
+    missing = [name for name, file in found.items() if not file.is_file()]
+    if missing or not found:
+        what = f"the folder of save_to_disk lacks {', '.join(missing[:3]) or 'its files'}"
+        raise DataError(what, where=str(path), hint="save it again")
+    about = {STATE: "about the files", "dataset_info.json": "about the files"}
+    names = sorted(each.name for each in path.iterdir() if each.is_file() and each.name not in found)
+    return found, {name: about.get(name, "not listed in state.json") for name in names}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = parse_json(path.read_bytes())
+    except (OSError, JsonError) as error:
+        raise DataError(f"cannot read what save_to_disk wrote: {error}", where=str(path)) from None
+    if not isinstance(value, dict):
+        raise DataError("not what save_to_disk writes", where=str(path), hint="save it again")
+    return value
+
+
+def _strings(value: Any, where: Path) -> list[str]:
+    """Return names of files or folders in the same folder."""
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise DataError("not what save_to_disk writes", where=str(where), hint="save it again")
+    for name in value:
+        if Path(name).name != name or name == "..":
+            raise DataError(f"{name!r} lies elsewhere", where=str(where), hint="save it again")
+    return value

@@ -1,0 +1,96 @@
+"""The address of the MLflow store: MLFLOW_TRACKING_URI, or a SQLite file in the project's folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from dllm.errors import ConfigError
+
+VARIABLE = "MLFLOW_TRACKING_URI"
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+OR_UNSET = f"or unset {VARIABLE} to track into ./mlflow.db"
+_FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
+_HOST = re.compile(r"(\[[0-9a-fA-F:]+\]|[\w-]+(\.[\w-]+)*)(:\d+)?(/.*)?")
+
+
+def tracking_uri(root: Path) -> str:
+    """Return the store's URI: MLFLOW_TRACKING_URI, else a SQLite file in the project's folder.
+
+    Raises:
+        ConfigError: MLFLOW_TRACKING_URI is not the address of an MLflow store.
+    """
+    uri = os.environ.get(VARIABLE, "").strip()
+    if not uri:
+        return sqlite_uri(root.absolute() / "mlflow.db")
+    _check(uri)
+    return uri
+
+
+def is_local(uri: str) -> bool:
+    """Return whether a store is a file or a database that this process opens, rather than a server."""
+    return not uri.startswith(("http://", "https://", "databricks"))
+
+
+def sqlite_uri(path: Path) -> str:
+    """Write the URI of a SQLite file; `%` and `?` of the path are quoted, since SQLAlchemy reads them as its own."""
+    return f"sqlite:///{str(path).replace('%', '%25').replace('?', '%3F')}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Return the file behind a SQLite URI; None for other stores and for one in memory."""
+    scheme, found, path = uri.partition(":///")
+    if not found or scheme.partition("+")[0] != "sqlite":
+        return None
+    path = unquote(path.partition("?")[0])
+    return None if path in ("", ":memory:") or path.startswith("file:") else Path(path).absolute()
+
+
+def _check(uri: str) -> None:
+    scheme = uri.partition(":")[0].lower() if "://" in uri or uri.startswith(("file:", "uc:", "databricks")) else ""
+    if scheme in ("http", "https"):
+        _check_http(uri)
+    elif scheme.partition("+")[0] in DATABASES or scheme == "databricks":
+        return
+    elif scheme == "file" or not scheme:
+        _check_path(uri)
+    else:
+        raise ConfigError(
+            f"MLflow keeps no runs at {scheme}:// addresses",
+            where=f"{VARIABLE}={uri}",
+            hint=f"give http(s)://HOST:PORT, sqlite:////PATH/mlflow.db, postgresql://... or databricks, {OR_UNSET}",
+        )
+
+
+def _check_http(uri: str) -> None:
+    try:
+        parts = urlsplit(uri)
+        wrong = "" if parts.hostname and parts.port != 0 else "it has no host"
+    except ValueError as error:
+        wrong = str(error)
+    if not wrong and (parts.fragment or parts.query):
+        wrong = "it is the address of a page"
+    if wrong:
+        hint = f"give http://HOST:PORT, and a path only if the server has one, {OR_UNSET}"
+        raise ConfigError(f"not the address of an MLflow server: {wrong}", where=f"{VARIABLE}={uri}", hint=hint)
+
+
+def _check_path(uri: str) -> None:
+    """Refuse what MLflow would take for a folder: an address without a scheme, a database's file, an old store."""
+    where = f"{VARIABLE}={uri}"
+    path = Path(unquote(urlsplit(uri).path) if uri.startswith("file:") else uri)
+    if path.suffix in (".db", ".sqlite", ".sqlite3"):
+        hint = f"write {sqlite_uri(path.absolute())}, {OR_UNSET}"
+        raise ConfigError("a database's file needs its scheme", where=where, hint=hint)
+    if not path.is_dir() and not uri.startswith((".", "/", "~", "file:")) and _HOST.fullmatch(uri.rpartition("@")[2]):
+        hint = f"write http://{uri} (or https://), {OR_UNSET}"
+        raise ConfigError("a server's address needs its scheme", where=where, hint=hint)
+    if os.environ.get(_FILE_STORE, "").lower() not in ("1", "true"):
+        raise ConfigError(
+            "MLflow keeps no runs in folders any more",
+            where=where,
+            hint=f"unset {VARIABLE} to track into ./mlflow.db; `mlflow migrate-filestore` moves old runs into a "
+            f"database, {_FILE_STORE}=true goes on with the folder",
+        )

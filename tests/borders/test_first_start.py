@@ -1,0 +1,152 @@
+"""The first start of a project: whatever interrupts the making of mlflow.db, the second call works."""
+
+import contextlib
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dllm.errors import StageError
+from dllm.tracking.address import sqlite_uri
+from dllm.tracking.mlflow_runs import MlflowTracker
+from dllm.tracking.store import connect
+
+
+@pytest.fixture
+def store(tmp_path: Path, empty_mlflow_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project's whole mlflow.db, without runs."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Path(shutil.copyfile(empty_mlflow_store, tmp_path / "mlflow.db"))
+
+
+def works(path: Path) -> bool:
+    tracker = MlflowTracker(path.parent, "first", "prepare")
+    tracker.finish("FINISHED")
+    left = [file.name for file in path.parent.iterdir() if file.name.startswith(".mlflow.db")]
+    return left == [] and connect(sqlite_uri(path)).get_run(tracker.run_id).info.status == "FINISHED"
+
+
+# Forked from a process that has imported MLflow, so that blows fall into the making of the file and not before.
+FIRST_STARTS = """
+import os, random, signal, sys, time
+from pathlib import Path
+from dllm.tracking import store, sqlite_store
+from dllm.tracking.address import sqlite_uri
+
+path, blows, draws = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
+began = time.monotonic()
+if os.fork() == 0:
+    store.connect(sqlite_uri(path))
+    os._exit(0)
+os.wait()
+took, made = time.monotonic() - began, 0
+for blow in range(blows):
+    path.unlink(missing_ok=True)
+    child = os.fork()
+    if child == 0:
+        store.connect(sqlite_uri(path))
+        os._exit(0)
+    time.sleep(draws.uniform(0, took))
+    os.kill(child, draws.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+    os.waitpid(child, 0)
+    made += path.exists()
+    if path.exists() and path.stat().st_size:
+        sqlite_store.check(path)
+        import sqlite3
+        sqlite3.connect(path).execute("select count(*) from runs").fetchone()
+print(made)
+"""
+
+
+@pytest.mark.kill
+def test_the_second_start_works_after_blows_at_any_moment(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    argv = [sys.executable, "-c", FIRST_STARTS, str(path), "8", "1"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert works(path)
+
+
+@pytest.mark.parametrize("statements", [3, 40, 400])
+def test_a_half_made_database_is_made_anew(store: Path, statements: int) -> None:
+    """What a process killed amid the migrations of an earlier version of this code left behind."""
+    with contextlib.closing(sqlite3.connect(store)) as whole:
+        dump = list(whole.iterdump())
+    store.unlink()
+    with contextlib.closing(sqlite3.connect(store)) as half:
+        half.execute("PRAGMA foreign_keys = OFF")
+        for statement in [s for s in dump if s.startswith("CREATE TABLE")][: statements // 3]:
+            half.execute(statement)
+        half.execute("DROP TABLE IF EXISTS alembic_version")
+        half.commit()
+    store.with_name("mlflow.db-journal").write_bytes(b"")
+    assert works(store)
+
+
+@pytest.mark.parametrize("version", ["451aebb31d03", "no-such-version"])
+def test_an_older_or_newer_schema_that_holds_runs_is_named_and_kept(store: Path, version: str) -> None:
+    MlflowTracker(store.parent, "old", "prepare").finish("FINISHED")
+    with contextlib.closing(sqlite3.connect(store)) as database:
+        database.execute("UPDATE alembic_version SET version_num = ?", (version,))
+        database.commit()
+    store = store.rename(store.with_name("other.db"))  # MLflow keeps stores that it has opened
+    before = store.read_bytes()
+    with pytest.raises(Exception, match=r"(mlflow db upgrade|install that version)") as refusal:
+        connect(sqlite_uri(store))
+    assert len(str(refusal.value)) <= 500 and store.read_bytes() == before
+
+
+DAMAGE = {
+    "garbage": lambda data: random.Random(1).randbytes(4096),
+    "text": lambda data: b"not a database at all, but text" * 10,
+    "one byte": lambda data: b"x",
+    "cut in half": lambda data: data[: len(data) // 2],
+    "cut in a page": lambda data: data[:-1000],
+    "cut to the header": lambda data: data[:100],
+    "zeros at the start": lambda data: bytes(1024) + data[1024:],
+    "pages overwritten": lambda data: data[:4096] + random.Random(2).randbytes(len(data) - 4096),
+    "a page in the middle": lambda data: (
+        data[: len(data) // 4096 // 2 * 4096] + bytes(4096) + data[len(data) // 4096 // 2 * 4096 + 4096 :]
+    ),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_database_is_one_line_that_says_what_to_do(store: Path, how) -> None:
+    MlflowTracker(store.parent, "damage", "prepare").finish("FINISHED")
+    store.write_bytes(how(store.read_bytes()))
+    before = store.read_bytes()
+    with pytest.raises(StageError, match=r"MLflow's database is damaged.*move it away") as refusal:
+        connect(sqlite_uri(store))
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) <= 500
+    assert store.read_bytes() == before, "what may still be saved is left as it is"
+
+
+def test_an_empty_file_is_no_obstacle(store: Path) -> None:
+    store.write_bytes(b"")
+    assert works(store)
+
+
+def test_a_full_disk_at_the_first_start_leaves_nothing_half_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    code = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from dllm.tracking import store; from dllm.tracking.address import sqlite_uri\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))\n"
+        "try: store.connect(sqlite_uri(Path(sys.argv[1])))\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+    )
+    path = tmp_path / "mlflow.db"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path), "200000"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.stdout.startswith(("StageError", "ServerError")) and len(done.stdout) < 500, done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert works(path)

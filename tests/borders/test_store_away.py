@@ -1,0 +1,242 @@
+"""MLflow away, locked, or a stage killed: the journal on disk has all, and each point reaches the store once."""
+
+import contextlib
+import json
+import os
+import random
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dllm.errors import ServerError
+from dllm.stages.workspace import close
+from dllm.tracking import delivery, mlflow_runs
+from dllm.tracking.mlflow_runs import MlflowTracker
+from dllm.tracking.run_journal import FOLDER
+from dllm.tracking.store import connect
+from dllm.workspace import SIDECAR, Workspace
+from tests.borders.faulty_proxy import FaultyProxy
+
+
+@pytest.fixture
+def root(tmp_path: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
+    monkeypatch.setattr(mlflow_runs, "RETRY_AFTER_S", 0.0)
+    monkeypatch.setattr(mlflow_runs, "SHARE_OF_TIME", 0.0)
+    monkeypatch.setattr(delivery, "LOCK_PATIENCE_S", 0.05)
+    return tmp_path
+
+
+@pytest.fixture
+def proxy(root: Path, mlflow_server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    proxy = FaultyProxy(mlflow_server)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    yield proxy
+    proxy.close()
+
+
+def points(uri: str, run_id: str, keys: list[str]) -> Counter[tuple[str, int]]:
+    client = connect(uri)
+    return Counter((key, point.step) for key in keys for point in client.get_metric_history(run_id, key))
+
+
+def status(uri: str, run_id: str) -> str:
+    return str(connect(uri).get_run(run_id).info.status)
+
+
+def once(keys: list[str], steps: range) -> Counter[tuple[str, int]]:
+    return Counter((key, step) for key in keys for step in steps)
+
+
+@contextlib.contextmanager
+def locked(uri: str) -> Iterator[None]:
+    """Hold the store's database, as another process that writes to it does."""
+    with contextlib.closing(sqlite3.connect(uri.removeprefix("sqlite:///"), isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+@pytest.mark.slow
+def test_a_server_that_fails_in_every_way_gets_each_point_once(
+    root: Path, proxy: FaultyProxy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = MlflowTracker(root, "outage", "train")
+    draws = random.Random(7)
+    for step in range(120):
+        if step % 10 == 0:
+            # It hangs once: each try takes the whole timeout.
+            proxy.mode = "hang" if step == 60 else draws.choice(["up", "away", "lose replies"])
+        if step != 61:
+            tracker.log_metrics({"loss": step / 7, "lr": 0.1}, step)
+        proxy.mode = "lose replies" if proxy.mode == "hang" else proxy.mode
+    (root / "curve.txt").write_text("curve")
+    proxy.mode = "lose replies"
+    tracker.log_artifact(root / "curve.txt")
+    tracker.log_table({"k": [1, 2]}, "table.json")
+    (root / "curve.txt").write_text("changed since")
+    tracker.log_params({"train": {"lr": 0.1}})
+    proxy.mode = "away"
+    tracker.finish("FINISHED")
+    assert "track sync" in capsys.readouterr().err
+    with pytest.raises(ServerError):
+        delivery.synchronize(root)
+    proxy.mode = "up"
+    report = delivery.synchronize(root)
+    assert report.sent and not report.refused and not report.closed
+    found = points(proxy.url, tracker.run_id, ["loss", "lr"])
+    assert found == once(["loss", "lr"], range(120)) - once(["loss", "lr"], range(61, 62))
+    client = connect(proxy.url)
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED" and run.data.params == {"train.lr": "0.1"}
+    assert {file.path for file in client.list_artifacts(tracker.run_id)} == {"curve.txt", "table.json"}
+    assert Path(client.download_artifacts(tracker.run_id, "curve.txt", str(root))).read_text() == "curve"
+    assert list((root / FOLDER).iterdir()) == [], "all is in the store"
+
+
+def test_a_locked_database_costs_no_point_and_no_status(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = MlflowTracker(root, "locked", "train")
+    tracker.log_metrics({"loss": 1.0}, 0)
+    with locked(tracker.uri):
+        for step in range(1, 5):
+            tracker.log_metrics({"loss": 1.0}, step)
+    for step in range(5, 9):
+        tracker.log_metrics({"loss": 1.0}, step)
+    with locked(tracker.uri):
+        tracker.finish("KILLED")
+        with pytest.raises(ServerError, match="locked"):
+            delivery.synchronize(root)
+    assert status(tracker.uri, tracker.run_id) == "RUNNING"
+    another = MlflowTracker(root, "locked", "evaluate")
+    assert status(tracker.uri, tracker.run_id) == "KILLED", "the next start sends what the last one could not"
+    another.finish("FINISHED")
+    assert points(tracker.uri, tracker.run_id, ["loss"]) == once(["loss"], range(9))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("warning: MLflow is away")] == lines[:1] + lines[2:3]
+    assert lines[1] == "MLflow is back: 5 records sent"
+
+
+def test_a_database_locked_at_the_start_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dllm.tracking.store.LOCK_PATIENCE_S", 0.05)
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    with locked(uri), pytest.raises(ServerError, match=r"locked .*wait for it or stop it") as refusal:
+        MlflowTracker(root, "locked", "train")
+    assert refusal.value.exit_code == 4
+
+
+def test_what_the_store_refuses_is_dropped_with_a_warning(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = MlflowTracker(root, "refused", "train")
+    with locked(tracker.uri):
+        tracker.log_metrics({"loss": 1.0}, 1)
+        tracker.log_metrics({"a\nbad key!": 1.0}, 2)
+        tracker.log_metrics({"loss": 1.0}, 3)
+    tracker.finish("FINISHED")
+    assert points(tracker.uri, tracker.run_id, ["loss"]) == Counter({("loss", 1): 1, ("loss", 3): 1})
+    assert status(tracker.uri, tracker.run_id) == "FINISHED"
+    assert "MLflow refuses metrics" in capsys.readouterr().err
+
+
+def test_records_of_another_store_wait_for_it(
+    root: Path, empty_mlflow_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = MlflowTracker(root, "elsewhere", "train")
+    with locked(tracker.uri):
+        tracker.log_metrics({"loss": 1.0}, 1)
+        tracker.finish("FINISHED")
+    other = root / "other.db"
+    other.write_bytes(empty_mlflow_store.read_bytes())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
+    assert delivery.synchronize(root).elsewhere == {tracker.uri: 2}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
+    assert delivery.synchronize(root).sent == {tracker.run_id: 2}
+
+
+def test_a_stage_succeeds_though_its_end_cannot_be_sent(root: Path) -> None:
+    made_of = {"inputs": {}, "identity": {}, "params": "p"}
+    stage = Workspace("prepare", root, root / "work" / "prepare", root / "out", made_of, experiment="end")
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    with contextlib.ExitStack() as lock:
+        with stage.open():
+            lock.enter_context(locked(uri))
+            stage.publish({}, {"figure": 1.5})
+        assert json.loads((root / "out" / "metrics.json").read_text()) == {"figure": 1.5}
+        assert not (stage.work / SIDECAR).exists()
+    run_id = str(stage.tracker.run_id)
+    assert status(uri, run_id) == "RUNNING"
+    assert close(root) == [], "its end is known, and only sent"
+    assert status(uri, run_id) == "FINISHED"
+    assert points(uri, run_id, ["figure"]) == Counter({("figure", 0): 1})
+
+
+KILLED_AGAIN_AND_AGAIN = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import dllm.tracking.mlflow_runs
+from dllm.training.journal import MetricsLog
+from dllm.workspace import SIDECAR, Workspace
+
+root, kills, steps = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+
+def work():
+    made_of = {"inputs": {}, "identity": {}, "params": "p"}
+    stage = Workspace("train", root, root / "work" / "train", root / "out", made_of, experiment="kills")
+    with stage.open():
+        log = MetricsLog(stage.work / "training.jsonl", stage.tracker)
+        state = stage.work / "state"
+        first = int(state.read_text()) if state.exists() else 0
+        log.rewind(first)
+        for step in range(first + 1, steps + 1):
+            log.write("train", step, 0.0, {"loss": step / 7, "lr": 0.1})
+            if step % 5 == 0:
+                log.write("validation", step, 0.0, {"val_loss": 1.0})
+                (stage.work / "state.tmp").write_text(str(step))
+                (stage.work / "state.tmp").rename(state)
+        stage.publish({"training.jsonl": stage.work / "training.jsonl"}, {"steps": steps})
+
+draws = random.Random(int(sys.argv[4]))
+for count in range(kills + 1):
+    child = os.fork()
+    if child == 0:
+        work()
+        os._exit(0)
+    if count < kills:
+        time.sleep(draws.uniform(0.02, 0.5))
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.kill
+def test_no_kill_loses_a_point_or_tells_it_twice(root: Path, empty_mlflow_store: Path) -> None:
+    (root / "mlflow.db").write_bytes(empty_mlflow_store.read_bytes())
+    assert check_kills(root, kills=12, steps=60, seed=1) == []
+
+
+def check_kills(root: Path, kills: int, steps: int, seed: int) -> list[str]:
+    """Run a stage that is killed outright over and over; return what went wrong."""
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    argv = [sys.executable, "-c", KILLED_AGAIN_AND_AGAIN, str(root), str(kills), str(steps), str(seed)]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    uri = f"sqlite:///{root / 'mlflow.db'}"
+    if not (root / "out").exists():
+        return [f"not finished: {done.stderr[-500:]}"]
+    run_id = json.loads((root / "out" / "run.json").read_text())["mlflow_run_id"]
+    lines = [json.loads(line) for line in (root / "out" / "training.jsonl").read_text().splitlines()]
+    told = Counter(
+        (key, line["step"]) for line in lines for key in line if key not in ("step", "epoch", "time", "kind")
+    )
+    found = points(uri, run_id, ["loss", "lr", "val_loss"])
+    client = connect(uri)
+    runs = client.search_runs([client.get_run(run_id).info.experiment_id])
+    wrong = [
+        f"{key} of step {step}: {found[key, step]}" for key, step in told | found if found[key, step] != told[key, step]
+    ]
+    wrong += [f"run reads {run.info.status}" for run in runs if run.info.status not in ("KILLED", "FINISHED")]
+    wrong += [f"{count} FINISHED" for count in [sum(r.info.status == "FINISHED" for r in runs)] if count != 1]
+    return wrong

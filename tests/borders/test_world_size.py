@@ -1,0 +1,76 @@
+"""A run is resumed at any number of ranks with the same global batch; where it is not, one line says what lies there."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dllm.stages import train
+from dllm.workspace import SIDECAR
+from tests.stages.test_train import prepare
+from tests.training.test_distribution import finish, toy
+
+SHAPES = [(1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2)]
+"""Ranks, batch_size and grad_accumulation with the same global batch."""
+
+
+def curve(work: Path) -> dict[tuple[int, str], float]:
+    records = [json.loads(line) for line in (work / "training.jsonl").read_text().splitlines()]
+    return {(r["step"], r["kind"]): r.get("loss", r.get("val_loss")) for r in records}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("straight")
+    assert finish(toy(work, ranks=1, batch_size=8))[0] == 0
+    return work
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("first", "then"), [(0, 1), (1, 0), (1, 2), (2, 3)])
+def test_ranks_may_change_between_calls(straight: Path, tmp_path: Path, first: int, then: int) -> None:
+    for shape, stops in ((SHAPES[first], ["kill@7"]), (SHAPES[then], [])):
+        ranks, batch_size, accumulation = shape
+        code, _ = finish(toy(tmp_path, *stops, ranks=ranks, batch_size=batch_size, grad_accumulation=accumulation))
+        assert (code == 0) == (not stops)
+    found, expected = curve(tmp_path), curve(straight)
+    assert found.keys() == expected.keys()
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-4)
+    last = "checkpoints/step-000012/model.safetensors"
+    for name, tensor in load_file(straight / last).items():
+        torch.testing.assert_close(load_file(tmp_path / last)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def unfinished(root: Path) -> Path:
+    """Turn the only finished run back into one that was killed after its last checkpoint."""
+    (work,) = (root / "work" / "train").iterdir()
+    (work / SIDECAR).write_text("{}")
+    return work
+
+
+def test_the_split_of_a_batch_does_not_name_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_store: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
+    small = {"epochs": 1, "nproc": 1}
+    train.run(prepare(tmp_path, batch_size=4, grad_accumulation=1, **small), tmp_path)
+    work = unfinished(tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    found = train.run(prepare(tmp_path, batch_size=2, grad_accumulation=2, **small), tmp_path)
+    assert list(work.parent.iterdir()) == [work] and found["steps"] == 6
+    assert "starting at step 0" not in capfd.readouterr().err
+
+    unfinished(tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    train.run(prepare(tmp_path, batch_size=2, grad_accumulation=1, **small), tmp_path)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "starting at step 0" in line]
+    assert f"{work} holds 6 steps of training" in line
+    assert "differs in global batch (4 there, 2 here)" in line and "set train.grad_accumulation to 2" in line
+
+    shutil.rmtree(tmp_path / "out")
+    train.run(prepare(tmp_path, batch_size=4, seed=7, **small), tmp_path)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "starting at step 0" in line]
+    assert "differs in train.seed (0 there, 7 here)" in line and len(line) < 500
