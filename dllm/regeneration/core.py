@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm.engines.engine import Engine, Response, request_origin
-from dllm.errors import ServerError, StageError
+from dllm.errors import DataError, ServerError, StageError
 from dllm.files import atomic_write
 from dllm.outside import MAX_LINE, one_line
 from dllm.progress import Progress
@@ -155,10 +155,19 @@ def rejections(regenerated: Regenerated) -> bytes:
     return "".join(lines).encode(errors="replace")  # a reason of an earlier version may hold half a surrogate pair
 
 
-def first_rejection(regenerated: Regenerated) -> str:
-    """Return the end of a hint: why requests were refused; empty where none was."""
-    reasons = [record.rejected[0]["reason"] for record in regenerated.store.records() if record.rejected]
-    return f"; {regenerated.counts.rejected} requests were refused, the first: {reasons[0]}" if reasons else ""
+def no_tokens(regenerated: Regenerated, num_prompts: int, where: str) -> DataError:
+    """Make the error of a result without a token to train on: every request was rejected, or responses are empty."""
+    reasons = (record.rejected[0]["reason"] for record in regenerated.store.records() if record.rejected)
+    first, rejected = next(reasons, None), regenerated.counts.rejected
+    if first is not None and not regenerated.counts.rows:
+        message = f"all {rejected} requests were rejected, the first because {one_line(first, 300)}"
+        return DataError(message, where=where, hint="remove the cause and run this again")
+    also = "" if first is None else f"; {rejected} requests were rejected, the first because {one_line(first, 200)}"
+    return DataError(
+        f"the target's responses to {num_prompts} prompts hold no token to train on",
+        where=where,
+        hint=f"check the chat template and the stop ids{also}",
+    )
 
 
 def summary(regenerated: Regenerated) -> str:
