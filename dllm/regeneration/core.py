@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm.engines.engine import Engine, Response, request_origin
-from dllm.errors import DataError, ServerError, StageError
+from dllm.errors import LONGEST_HINT, DataError, ServerError, StageError
 from dllm.files import atomic_write
 from dllm.outside import MAX_LINE, one_line
 from dllm.progress import Progress
@@ -136,12 +136,14 @@ def _long_causes_kept(path: Path) -> Iterator[None]:
     try:
         yield
     except ServerError as error:
-        if len(str(error)) <= MAX_LINE:
+        whole = "; ".join(filter(None, (error.message, error.where, error.hint)))
+        if len(whole) < MAX_LINE:
             raise
-        atomic_write(path, f"{error}\n".encode(errors="replace"))
-        where, hint = one_line(error.where or "", 100), f"{error.hint}; its words are in {path}".removeprefix("None; ")
-        message = one_line(error.message, max(100, MAX_LINE - len(where) - len(hint) - 10))
-        raise ServerError(message, where=where, hint=hint) from None
+        atomic_write(path, f"{whole}\n".encode(errors="replace"))
+        place = f"its words are in {path}"
+        hints = (f"{error.hint}; {place}" if error.hint else place, place)
+        hint = next((hint for hint in hints if len(hint) <= LONGEST_HINT), place)
+        raise ServerError(error.message, where=error.where, hint=hint) from None
 
 
 def rejections(regenerated: Regenerated) -> bytes:
