@@ -14,7 +14,7 @@ ENV := . infra/env.sh;
 PYTEST := $(ENV) OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 FAST := not heavy and not slow and not flows and not kill and not ranks
 
-.PHONY: help setup setup-sglang run test test-fast test-laws test-heavy test-sglang test-vllm lint ui serve bench bench-train-step bench-local-engine bench-regenerate-client \
+.PHONY: help setup setup-sglang run test test-fast test-laws test-heavy test-blows test-sglang test-vllm lint ui serve bench bench-train-step bench-local-engine bench-regenerate-client \
   bench-mdlm-step bench-diffusion-decoding bench-self-speculation long clean
 
 help:  ## this list
@@ -51,12 +51,14 @@ $(VLLM)/installed: | $(INSTALLED)
 
 # Prefect's console output would repeat what the stages print; its log still has it.
 run: setup  ## the whole pipeline, then its report; RECIPE=name chooses the recipe, FORCE=1 reruns every stage
-	@$(ENV) $(if $(RECIPE),python -m dllm recipe use $(RECIPE);) \
-	  PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL=CRITICAL python -m flows.pipeline $(if $(FORCE),--force); \
-	  python -m dllm report
+	@$(if $(RECIPE),$(ENV) python -m dllm recipe use $(RECIPE))
+	@# Not outliving make, however that ends: no shell in between, and the number of its process.
+	@$(ENV) DLLM_PARENT=$$PPID PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL=CRITICAL \
+	  exec python -m flows.pipeline $(if $(FORCE),--force)
+	@$(ENV) exec python -m dllm report
 
-long:  ## the same with a recipe of about 75 minutes and a better draft
-	@$(MAKE) --no-print-directory run RECIPE=smollm2-135m-dflash-long
+long: RECIPE := smollm2-135m-dflash-long
+long: run  ## the same with a recipe of about 75 minutes and a better draft
 
 test: setup  ## all tests but the heavy ones; what CI runs
 	@# By file, so that module fixtures are built once; in order, so that the long files start early. One thread per
@@ -74,6 +76,11 @@ ROUNDS ?= 10
 test-laws: setup  ## the property-based tests, ROUNDS times, each with new random examples
 	@$(ENV) for round in $$(seq $(ROUNDS)); do OMP_NUM_THREADS=1 python -m pytest --quiet --hypothesis-profile other \
 	  --numprocesses 2 --dist loadfile $$(grep -rl '^@given' tests) $(ARGS) || exit 1; done
+
+BLOWS ?= 200
+
+test-blows: setup  ## BLOWS signals at random moments for each stage, and how each call ended: hours
+	@$(ENV) python -m tests.kill.blows --blows $(BLOWS) --folder $$(mktemp -d) $(ARGS)
 
 test-sglang: setup $(SGLANG)/installed  ## a real SGLang server, on a GPU or a CPU: its life cycle, and regenerate through it
 	@$(ENV) python -m pytest tests/servers/test_sglang.py -s -o faulthandler_timeout=1800 $(ARGS)

@@ -1,11 +1,12 @@
 """`python -m dllm`: run a verb; turn every outcome into an exit code and at most one line on stderr.
 
-Exit codes: 2 to 6 as in dllm/errors.py, 5 for an error of the operating system, 130 and 143 for SIGINT and SIGTERM,
-1 for a bug in dllm. Tracebacks appear only with --debug.
+Exit codes: 2 to 6 as in dllm/errors.py, 5 for an error of the operating system, 128 + n for signal n (SIGHUP, SIGINT,
+SIGTERM), 1 for a bug in dllm. Tracebacks appear only with --debug.
 """
 
+from __future__ import annotations
+
 import errno
-import io
 import os
 import signal
 import sys
@@ -13,15 +14,19 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
-
-import typer
+from typing import TYPE_CHECKING, NoReturn
 
 from dllm import secrets
 from dllm.errors import DllmError, StageError
 from dllm.files import is_disk_full
 from dllm.outside import MAX_LINE, one_line
-from dllm.process.signals import exit_on
+from dllm.process import signals
+from dllm.process.output import outlive_readers
+from dllm.process.parent import follow_parent
+from dllm.process.proxies import bypass_for_loopback
+
+if TYPE_CHECKING:
+    import typer
 
 PACKAGE = Path(__file__).parent
 
@@ -35,19 +40,23 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments
-    exit_on(signal.SIGTERM, *([] if is_debug else [signal.SIGINT]))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without Greek letters must not fail
-    secrets.install()
-    if not is_debug:
-        sys.excepthook = _report_bug
-    sys.exit(_run(arguments, is_debug))
+    # First of all: until here a signal ends the process by itself. Even imports take a while.
+    with signals.handled(signal.SIGTERM, signal.SIGINT):
+        follow_parent()
+        outlive_readers()
+        bypass_for_loopback()
+        secrets.install()
+        if not is_debug:
+            sys.excepthook = _report_bug
+        sys.exit(_run(arguments, is_debug))
 
 
 def _run(arguments: list[str], is_debug: bool) -> int:
+    import typer
+
     from dllm.cli.app import app
 
+    signals.check()
     try:
         # Not app(): typer would replace our excepthook by its own.
         verbs = typer.main.get_command(app)
@@ -55,7 +64,7 @@ def _run(arguments: list[str], is_debug: bool) -> int:
     except (DllmError, typer.TyperException, OSError, KeyboardInterrupt) as error:
         if is_debug:
             traceback.print_exc()
-        return _report(error)
+        return _report_usage(error) if isinstance(error, typer.TyperException) else _report(error)
     except Exception as error:
         if is_debug or not (_is_memory_full(error) or is_disk_full(error)):
             raise
@@ -66,8 +75,6 @@ def _report(error: BaseException) -> int:
     """Print one line for an error the user can act on; return its exit code."""
     if isinstance(error, KeyboardInterrupt):
         return 130
-    if isinstance(error, typer.TyperException):
-        return _report_usage(error)
     if isinstance(error, OSError):
         error = _explain(error)
     _print_line(str(error))

@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+from dllm.process import signals
+
 if TYPE_CHECKING:
     import rich.progress
 
@@ -58,12 +60,16 @@ class Progress:
             self._print_line()
 
     def update(self, n: float = 1, left_s: float | None = None, **extra: object) -> None:
-        """Add `n` to the work done; 0 updates the time only.
+        """Add `n` to the work done; 0 updates the time only. A point where stopping is safe.
 
         Args:
             left_s: time left, in seconds, where the caller knows better than the rate.
             extra: such as loss=1.23; shown from now on.
+
+        Raises:
+            SystemExit: a signal has come.
         """
+        signals.check()
         self.done += n
         self._left_s = left_s
         self._extra.update(extra)

@@ -22,12 +22,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from psutil import Process
 from pydantic import BaseModel
 
 from dllm.digests import file_digest, sealed
 from dllm.errors import StageError
 from dllm.files import atomic_folder, atomic_link, atomic_path, atomic_write, full_disk_in_one_line, lock_folder
 from dllm.process import children as process
+from dllm.process import signals
 from dllm.secrets import hide_in
 from dllm.tracking import provenance
 from dllm.tracking.runs import NullTracker, Status, Tracker, flatten
@@ -36,6 +38,8 @@ SIDECAR = "stage.json"
 """In a work folder while its result is unfinished: the MLflow run, when it was started, and the seconds so far."""
 RUN = "run.json"
 """How a result was made, and the digest of each published file."""
+START_GRACE_S = 10.0
+"""From a signal to the end of a process that waits for MLflow to make its run."""
 LINKED = (".safetensors", ".parquet")
 """Formats written once and never changed in place: hard links to them are safe, and cost no time or space."""
 
@@ -197,43 +201,49 @@ class Workspace:
         before = _read_json(sidecar)
         started = before.get("started") or datetime.now(UTC).isoformat(timespec="seconds")
         bystanders = process.children()
-        if self.experiment is not None:
-            from dllm.tracking.mlflow_runs import MlflowTracker  # 2 seconds, which other ranks need not wait
+        with signals.uninterrupted(START_GRACE_S):  # a run that was made is known to the next call
+            if self.experiment is not None:
+                from dllm.tracking.mlflow_runs import MlflowTracker  # 2 seconds, which other ranks need not wait
 
-            name, run_id = self.run_name or self.name, before.get("mlflow_run_id")
-            self.tracker = MlflowTracker(self.root, self.experiment, name, run_id, self.work)
-        run_id = self.tracker.run_id
-        self._before = {"mlflow_run_id": run_id, "started": started, "seconds": before.get("seconds", 0.0)}
-        status: Status = "FAILED"
-        try:
+                name, run_id = self.run_name or self.name, before.get("mlflow_run_id")
+                self.tracker = MlflowTracker(self.root, self.experiment, name, run_id, self.work)
+            run_id = self.tracker.run_id
+            self._before = {"mlflow_run_id": run_id, "started": started, "seconds": before.get("seconds", 0.0)}
             write_json(sidecar, self._before)
-            self.record = self._describe(started)
-            yield
-            status = "FINISHED"
-        except (SystemExit, KeyboardInterrupt) as stopped:
-            if isinstance(stopped, KeyboardInterrupt) or (isinstance(stopped.code, int) and stopped.code > 128):
-                status = "KILLED"
-                hint = self.resume_hint or f"the next call resumes from {self.work}"
-                print(f"{self.name}: stopped; {hint}", file=sys.stderr, flush=True)
+        try:
+            with signals.on_stop(lambda: self._stop("KILLED", bystanders)):
+                signals.check()
+                self.record = self._describe(started)
+                yield
+        except BaseException as stopped:
+            is_killed = isinstance(stopped, KeyboardInterrupt) or (
+                isinstance(stopped, SystemExit) and stopped.code in signals.EXIT_CODES
+            )
+            self._stop("KILLED" if is_killed else "FAILED", bystanders)
             raise
-        finally:
-            if status != "FINISHED":
-                process.stop_children(spare=bystanders)
-                with contextlib.suppress(OSError):  # a full disk costs the time's record, never the status
-                    self.save_seconds()
+        with signals.uninterrupted():  # what is published reads FINISHED
             try:
-                self.tracker.finish(status)
+                self.tracker.finish("FINISHED")
             finally:  # after the end is on disk: killed in between, the next call ends the same run
-                if status == "FINISHED":
-                    sidecar.unlink(missing_ok=True)  # a forced rerun is a new MLflow run
+                sidecar.unlink(missing_ok=True)  # a forced rerun is a new MLflow run
+
+    def _stop(self, status: Status, bystanders: set[Process]) -> None:
+        """Close what is unfinished, so that the next call resumes it."""
+        if status == "KILLED":
+            hint = self.resume_hint or f"the next call resumes from {self.work}"
+            print(f"{self.name}: stopped; {hint}", file=sys.stderr, flush=True)
+        process.stop_children(spare=bystanders)
+        with contextlib.suppress(OSError):  # a full disk costs the time's record, never the status
+            self.save_seconds()
+        self.tracker.finish(status)
 
     def _describe(self, started: str) -> dict[str, Any]:
-        commit, dirty = provenance.git_state(self.root)
+        git = provenance.git_state(self.root)
         record = {
             **self.made_of,
             "fingerprint": self.fingerprint,
             "recipe": self.experiment,
-            "git": {"commit": commit, "dirty": dirty},
+            "git": git,
             "libraries": provenance.library_versions(),
             "mlflow_run_id": self.tracker.run_id,
             "mlflow_experiment_id": self.tracker.experiment_id,
@@ -247,12 +257,14 @@ class Workspace:
             "dllm.stage": self.name,
             "dllm.fingerprint": self.fingerprint,
             "dllm.params": str(record["params"]),
-            "dllm.git_dirty": str(dirty),
+            "dllm.git_dirty": str(git["dirty"]),
             **{f"dllm.input.{key}": value for key, value in self.digests.items()},
             **{f"dllm.identity.{key}": str(value) for key, value in flatten(record["identity"]).items()},
         }
-        if commit:
-            tags["mlflow.source.git.commit"] = commit
+        if git["commit"]:
+            tags["mlflow.source.git.commit"] = str(git["commit"])
+        else:
+            tags["dllm.no_git_commit"] = str(git["reason"])
         if flow_run := os.environ.get("DLLM_FLOW_RUN"):
             tags["dllm.flow_run"] = flow_run
         self.tracker.set_tags(tags)

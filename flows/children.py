@@ -8,7 +8,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypedDict
@@ -22,9 +22,11 @@ from prefect.runtime import flow_run
 
 from dllm import secrets
 from dllm.errors import ServerError, StageError
+from dllm.files import lock_folder
 from dllm.process import children as process
+from dllm.process.output import outlive_readers
 from dllm.stages import workspace as contract
-from flows.artifacts import ProgressBar
+from flows.artifacts import ProgressBar, share
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = f"gpu:{platform.node()}"
@@ -35,9 +37,25 @@ RECORD_EVERY_S = 5.0
 DVC_CHATTER = re.compile(
     r"\s*$|To track the changes|To enable auto|\s+git add|\s+dvc config|Use `dvc push`|\w+ lock file "
     r"|WARNING: Process .* RWLock"  # the stale lock of a killed run; DVC has removed it
+    r"|ERROR: .*it is being blocked by:|  \(PID \d+\): |If there are no processes with such PIDs"  # one line instead
 )
+HOLDER = re.compile(r"  \(PID (\d+)\): (.*)")
+PROGRESS = re.compile(r"^[\w :-]+: \d\S*( \w+( \(\d+%\))?)?  \S+ \w+/s\b|\d%\|")
+"""Lines of `dllm.progress.Progress`, and of tqdm, which libraries use."""
 COMPLAINT = re.compile(r"dllm( rank \d+)?: |ERROR: ")
 STAGE_CODE = re.compile(r"exited with (\d+)")
+
+
+@contextlib.contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Hold the project's pipeline: one flow at a time works on out/.
+
+    Raises:
+        StageError: another flow holds it; its process is named.
+    """
+    (root / "work").mkdir(exist_ok=True)
+    with lock_folder(root / "work"):
+        yield
 
 
 def reproduce(root: Path, stage: str, force: bool = False) -> None:
@@ -122,17 +140,29 @@ def _run(root: Path, stage: str, argv: Sequence[str]) -> None:
     get_run_logger().info("%s: exit code %d after %.1f s", stage, result.code, result.seconds)
     if result.code == 0:
         return
+    _report_holder(root, result.tail)
     complaints = [line for line in result.tail if COMPLAINT.match(line)]
     codes = [int(match[1]) for line in result.tail if (match := STAGE_CODE.search(line))]  # dvc's own is always 255
     reason = COMPLAINT.sub("", complaints[0], count=1) if complaints else f"exit code {result.code}"
+    if "is not a git repository" in reason:
+        raise StageError("DVC looks for git here", where=str(root), hint="outside git: `dvc config core.no_scm true`")
     kind = ServerError if ServerError.exit_code in [result.code, *codes] else StageError
     raise kind(f"stage {stage} failed: {reason}", where=f"logs/{stage}.log")
 
 
+def _report_holder(root: Path, lines: Sequence[str]) -> None:
+    """Raise for a lock of DVC that another process holds; DVC spreads it over lines, and advises to delete the lock."""
+    if any(line.endswith("it is being blocked by:") for line in lines):
+        holders = [f"pid {match[1]}: {match[2]}" for line in lines if (match := HOLDER.match(line))]
+        held = f"another process works on this ({', '.join(holders) or 'pid unknown'})"
+        raise StageError(held, where=str(root), hint="wait for it, or stop it")
+
+
 class _Relay:
-    """Shows every line; logs one every few seconds to the flow run, since each is a request to the server."""
+    """Shows every line and logs it to the flow run; of progress, one line every few seconds and the last."""
 
     def __init__(self, stage: str) -> None:
+        outlive_readers()  # the worker that reads this may be killed
         self.bar = ProgressBar(f"{stage}-progress")
         self._logger = get_run_logger()
         self._recorded = 0.0
@@ -143,6 +173,8 @@ class _Relay:
             return
         print(line, flush=True)
         self.bar.show(line)
-        if COMPLAINT.match(line) or time.monotonic() - self._recorded > RECORD_EVERY_S:
+        if PROGRESS.search(line) and share(line) != 1:
+            if time.monotonic() - self._recorded < RECORD_EVERY_S:
+                return
             self._recorded = time.monotonic()
-            self._logger.info(line)
+        self._logger.info("%s", line)

@@ -11,10 +11,11 @@ import sys
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
+from dllm.config.load import load_params
 from dllm.stages import DVC_STAGES
 from dllm.stages import workspace as contract
 from flows import artifacts
-from flows.children import ROOT, WHEN_A_SERVER_IS_BACK, gpu_slot, reproduce, run_verb
+from flows.children import ROOT, WHEN_A_SERVER_IS_BACK, alone, gpu_slot, reproduce, run_verb
 
 
 @task(name="prepare", cache_policy=NO_CACHE)
@@ -57,18 +58,26 @@ def pipeline(force: bool = False) -> None:
     Args:
         force: run every stage again, from scratch.
     """
-    if force:
-        for stage in DVC_STAGES:
-            contract.forget(ROOT, stage)
-    prepare(force)
-    regenerate(force)
-    train(force)
-    evaluate(force)
-    register()
-    artifacts.publish(ROOT)
+    load_params(ROOT / "params.yaml")  # before DVC, which would delete what a refused stage has published
+    with alone(ROOT):
+        if force:
+            for stage in DVC_STAGES:
+                contract.forget(ROOT, stage)
+        prepare(force)
+        regenerate(force)
+        train(force)
+        evaluate(force)
+        register()
+        artifacts.publish(ROOT)
+
+
+def _check() -> None:
+    load_params(ROOT / "params.yaml")
+    with alone(ROOT):
+        pass
 
 
 if __name__ == "__main__":
     from flows.in_process import run
 
-    sys.exit(run(pipeline, force="--force" in sys.argv[1:]))
+    sys.exit(run(pipeline, _check, force="--force" in sys.argv[1:]))

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import shlex
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -27,6 +26,7 @@ from prefect.exceptions import ObjectNotFound
 from pydantic import AfterValidator, Field, PositiveInt
 
 from dllm.errors import ConfigError, StageError
+from dllm.process import signals
 from dllm.secrets import holds_secret
 from flows.artifacts import ProgressBar
 from flows.children import ROOT, WHEN_A_SERVER_IS_BACK, gpu_slot, run_verb
@@ -158,7 +158,7 @@ def _wait(runs: Mapping[int, UUID]) -> None:
         bar.show(line)
         if len(ended) == len(runs):
             break
-        time.sleep(LOOK_EVERY_S)
+        signals.sleep(LOOK_EVERY_S)
     bar.catch_up()
     if failed := {part: state for part, state in ended.items() if not state.is_completed()}:
         part, state = next(iter(failed.items()))

@@ -9,6 +9,12 @@ DO_NOT_TRACK=1
 PYTHONUNBUFFERED=1
 export DLLM_HOME PATH PREFECT_HOME PREFECT_SERVER_ANALYTICS_ENABLED DVC_NO_ANALYTICS MLFLOW_DISABLE_TELEMETRY
 export DO_NOT_TRACK PYTHONUNBUFFERED
-# The temporary server of `make run` may take long to start on a busy machine, and longer still the first time.
-PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS=300
-export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS
+# No `prefect` command may start a server of its own: it would have no password (infra/gate.py).
+PREFECT_SERVER_ALLOW_EPHEMERAL_MODE=false
+export PREFECT_SERVER_ALLOW_EPHEMERAL_MODE
+# No proxy for loopback, in `prefect` and `mlflow` commands; dllm/process/proxies.py does it for ours.
+if [ -n "${http_proxy-}${HTTP_PROXY-}${https_proxy-}${HTTPS_PROXY-}${all_proxy-}${ALL_PROXY-}" ]; then
+  NO_PROXY="${no_proxy-},${NO_PROXY-},localhost,127.0.0.1,::1"
+  no_proxy="$NO_PROXY"
+  export NO_PROXY no_proxy
+fi

@@ -1,56 +1,109 @@
 """Run the pipeline's servers on loopback until Ctrl-C: `ui` or `serve`.
 
-While Prefect's server runs, `prefect.toml` in the project's folder has its address, so that `prefect` commands and
-`make run` find it, and two servers never share one database.
+While Prefect's server runs, `prefect.toml` in the project's folder has its address and its password, so that `prefect`
+commands and `make run` find it, and two servers never share one database.
 """
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
-from pathlib import Path
+
+from servers import (
+    HOST,
+    PASSWORD,
+    PREFECT_TOML,
+    ROOT,
+    Service,
+    close_flow_runs,
+    gated,
+    new_password,
+    recorded_api,
+    request,
+    stop_all,
+)
 
 from dllm import secrets
 from dllm.errors import DllmError, ServerError, StageError
 from dllm.process import children as process
-from dllm.process.signals import exit_on
+from dllm.process import signals
+from dllm.process.output import outlive_readers
+from dllm.process.proxies import bypass_for_loopback, drop_unusable
 from dllm.tracking.address import is_local, sqlite_path, tracking_uri
 from dllm.tracking.store import connect
 
-ROOT = Path(__file__).resolve().parents[1]
-HOST = "127.0.0.1"
-PREFECT_TOML = ROOT / "prefect.toml"
+MLFLOW_TOML = ROOT / "mlflow.toml"
 POOLS = {"local": 1, "parts": 2}
 """Work pools, and how many flow runs this machine takes from each at a time. Runs in `local` share out/, where DVC and
 the stages refuse a second one. Runs in `parts` write to separate folders."""
-READY_S = 300.0
+WORKER_GRACE_S = 10.0
+"""From SIGTERM to SIGKILL for a worker, its flow runs, and their stages."""
+PAUSES_S = (1.0, 5.0, 20.0, 60.0)
+"""Before a service that has ended is started again, for the first time, the second, and so on; then no more."""
+HEALTHY_S = 600.0
+"""After running for so long, a service that ends counts as ending for the first time."""
+POLL_INTERVAL_S = 0.5
+COMMAND_DEADLINE_S = 300.0
 
 
 def main(what: str) -> int:
-    """Start the servers, print their addresses, and run until one ends or a signal arrives; return the exit code."""
-    exit_on(signal.SIGTERM)
-    secrets.install()
-    try:
-        (serve if what == "serve" else ui)()
-    except DllmError as error:
-        print(f"dllm: {error}", file=sys.stderr)
-        return error.exit_code
-    except (KeyboardInterrupt, SystemExit):
-        print("stopped")
-    finally:
-        process.stop_children(grace_s=20)
+    """Start the servers, print their addresses, and run until a signal arrives; return the exit code."""
+    started: list[Kept] = []
+    with signals.handled(signal.SIGTERM, signal.SIGINT):
+        outlive_readers()
+        secrets.install()
+        try:
+            bypass_for_loopback()
+            for variable in drop_unusable():
+                say(f"warning: {variable} names a proxy that cannot be used here; going on without it")
+            (serve if what == "serve" else ui)(started)
+            keep(started)
+        except DllmError as error:
+            print(f"dllm: {error}", file=sys.stderr)
+            return error.exit_code
+        except SystemExit:
+            say("stopped")
+        finally:
+            with signals.uninterrupted():
+                stop_all([kept.service for kept in started if not kept.is_server])  # they report to the servers
+                stop_all([kept.service for kept in started])
     return 0
 
 
-def ui() -> None:
+class Kept:
+    """A service, and how often it has ended."""
+
+    def __init__(self, service: Service, is_server: bool) -> None:
+        self.service, self.is_server = service, is_server
+        self._ends = 0
+        self._started = time.monotonic()
+        self._due: float | None = None
+        say(f"starting {service.name}")
+        service.start()
+
+    def start_again_if_ended(self) -> None:
+        """Start the service again, after a pause, if it has ended.
+
+        Raises:
+            ServerError: it has ended too often.
+        """
+        now, name, log = time.monotonic(), self.service.name, f"logs/{self.service.name}.log"
+        if self._due is not None and now >= self._due:
+            self._due, self._started = None, now
+            self.service.start()
+        if self._due is None and self.service.ended:
+            self._ends = 1 if now - self._started > HEALTHY_S else self._ends + 1
+            if self._ends > len(PAUSES_S):
+                raise ServerError(f"{name} has ended {self._ends} times", where=log, hint="its last lines say why")
+            pause_s = PAUSES_S[self._ends - 1]
+            say(f"{name} has ended; it is started again in {pause_s:g} s ({log})")
+            self._due = now + pause_s
+
+
+def ui(started: list[Kept]) -> None:
     """Start the web UIs of MLflow and Prefect."""
     mlflow_port, prefect_port = _port("MLFLOW_PORT", 5000), _port("PREFECT_PORT", 4200)
     uri, running = tracking_uri(ROOT), _running_prefect()
@@ -58,106 +111,101 @@ def ui() -> None:
         _check_free(mlflow_port, "MLFLOW_PORT")
     if running is None:
         _check_free(prefect_port, "PREFECT_PORT")
+    password = recorded_api().get("auth_string") or new_password()
     if is_local(uri):
-        where = f"http://{HOST}:{mlflow_port}"
         connect(uri)  # MLflow's server would make its tables in place, and leave them half made when it is killed
         # Relative, since MLflow would take a quoted path for the name of a folder; in the environment, since every user
         # of the machine may read a command line.
         is_ours = sqlite_path(uri) == ROOT / "mlflow.db"
         os.environ["MLFLOW_BACKEND_STORE_URI"] = "sqlite:///mlflow.db" if is_ours else uri
-        argv = ["mlflow", "server", "--workers", "1", "--host", HOST]
-        mlflow = _start("mlflow", [*argv, "--port", str(mlflow_port)])
-    started = [mlflow] if is_local(uri) else []
+        mlflow = Kept(gated("mlflow", mlflow_port, password, MLFLOW_TOML), is_server=True)
+        started.append(mlflow)
     if running is None:
-        started.append(_start_prefect(prefect_port))
-    if is_local(uri):
-        _wait_ready(mlflow, f"{where}/health", "mlflow")
-    print(f"MLflow   {where if is_local(uri) else uri}")
-    print(f"Prefect  {(running or _api(prefect_port)).removesuffix('/api')}")
-    _run_until_one_ends(started)
+        running = _start_prefect(started, prefect_port, password)
+    say(f"MLflow   {_way_in(mlflow.service.wait_ready(), MLFLOW_TOML.name) if is_local(uri) else uri}")
+    say(f"Prefect  {_way_in(running.removesuffix('/api'), PREFECT_TOML.name)}")
 
 
-def serve() -> None:
+def serve(started: list[Kept]) -> None:
     """Start a Prefect server, deploy the flows of prefect.yaml, and start their workers."""
     port = _port("PREFECT_PORT", 4200)
     _check_free(port, "PREFECT_PORT")
-    server = _start_prefect(port)
+    password = new_password()
+    api = _start_prefect(started, port, password)
+    close_flow_runs(api, password)
     for pool in POOLS:
-        _prefect("work-pool", "create", pool, "--type", "process", "--overwrite")
+        _make_pool(pool)
     _prefect("--no-prompt", "deploy", "--all")
-    workers = [_start_worker(pool, limit) for pool, limit in POOLS.items()]
-    print(f"Prefect  {_api(port).removesuffix('/api')}")
-    print("run      . infra/env.sh && prefect deployment run 'pipeline/smollm2-dflash' --watch")
-    print("logs     logs/prefect-worker-local.log, logs/prefect-worker-parts.log")
-    _run_until_one_ends([server, *workers])
+    for pool, limit in POOLS.items():
+        argv = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
+        worker = Service(f"prefect-worker-{pool}", [*argv, "--limit", str(limit)], grace_s=WORKER_GRACE_S)
+        started.append(Kept(worker, is_server=False))
+    say(f"Prefect  {_way_in(api.removesuffix('/api'), PREFECT_TOML.name)}")
+    say("run      . infra/env.sh && prefect deployment run 'pipeline/smollm2-dflash' --watch")
+    say("logs     logs/prefect-worker-local.log, logs/prefect-worker-parts.log")
 
 
-def _start_prefect(port: int) -> subprocess.Popen[bytes]:
-    os.environ["PREFECT_SERVER_UI_API_URL"] = _api(port)  # else its pages call port 4200, whatever the server's port
-    server = _start("prefect-server", ["prefect", "server", "start", "--host", HOST, "--port", str(port)])
-    _wait_ready(server, f"{_api(port)}/health", "prefect-server")
-    PREFECT_TOML.write_text(f'# Written by infra/services.py while its server runs.\n[api]\nurl = "{_api(port)}"\n')
-    atexit.register(PREFECT_TOML.unlink, missing_ok=True)
-    os.environ["PREFECT_API_URL"] = _api(port)
-    return server
+def keep(started: list[Kept]) -> None:
+    """Start again what ends, until a signal comes.
+
+    Raises:
+        ServerError: one has ended too often.
+    """
+    say("Ctrl-C stops it.")
+    while True:
+        for kept in started:
+            kept.start_again_if_ended()
+        signals.sleep(POLL_INTERVAL_S)
 
 
-def _start_worker(pool: str, limit: int) -> subprocess.Popen[bytes]:
-    argv = ["prefect", "worker", "start", "--pool", pool, "--type", "process", "--limit", str(limit)]
-    return _start(f"prefect-worker-{pool}", argv)
+def say(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
 
 
-def _start(name: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
-    print(f"starting {name}", flush=True)
-    log = ROOT / "logs" / f"{name}.log"
-    log.parent.mkdir(exist_ok=True)
-    with log.open("wb") as stream:
-        return subprocess.Popen(
-            [sys.executable, "-m", *argv], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream,
-            start_new_session=True,
-        )  # fmt: skip
+def _start_prefect(started: list[Kept], port: int, password: str) -> str:
+    server = Kept(gated("prefect", port, password, PREFECT_TOML), is_server=True)
+    started.append(server)
+    api = f"{server.service.wait_ready()}/api"
+    os.environ |= {"PREFECT_API_URL": api, PASSWORD: password}
+    return api
+
+
+def _make_pool(name: str) -> None:
+    """Make a work pool; one that is there keeps what its user has set."""
+    made = _command("work-pool", "create", name, "--type", "process")
+    if made.code and "already exists" not in " ".join(made.tail):
+        raise _failed(made, "work-pool", "create", name)
 
 
 def _prefect(*arguments: str) -> None:
-    result = process.run([sys.executable, "-m", "prefect", *arguments], cwd=ROOT, deadline_s=READY_S)
+    result = _command(*arguments)
     if result.code:
-        output = " ".join(" ".join(result.tail).split())[-300:]
-        raise ServerError(f"`prefect {' '.join(arguments)}` failed: {output}", where=os.environ["PREFECT_API_URL"])
+        raise _failed(result, *arguments)
 
 
-def _wait_ready(server: subprocess.Popen[bytes], address: str, name: str) -> None:
-    end = time.monotonic() + READY_S
-    while not _responds(address):
-        if server.poll() is not None or time.monotonic() > end:
-            raise ServerError(f"{name} did not start", where=address, hint=f"see logs/{name}.log")
-        time.sleep(0.2)
+def _command(*arguments: str) -> process.Result:
+    return process.run([sys.executable, "-m", "prefect", *arguments], cwd=ROOT, deadline_s=COMMAND_DEADLINE_S)
 
 
-def _run_until_one_ends(servers: Sequence[subprocess.Popen[bytes]]) -> None:
-    print("Ctrl-C stops it.", flush=True)
-    while all(server.poll() is None for server in servers):
-        time.sleep(0.5)
-    raise ServerError("a server has ended", where="logs/")
+def _failed(result: process.Result, *arguments: str) -> ServerError:
+    output = " ".join(" ".join(result.tail).split())[-300:]
+    return ServerError(f"`prefect {' '.join(arguments)}` failed: {output}", where=os.environ["PREFECT_API_URL"])
+
+
+def _way_in(address: str, file: str) -> str:
+    return f"{address}   user and password are in {file}" if (ROOT / file).exists() else address
 
 
 def _running_prefect() -> str | None:
-    """Return the address of a running server: the one in the environment, or one that this file started."""
-    address = os.environ.get("PREFECT_API_URL") or _recorded()
-    return address if address and _responds(f"{address}/health") else None
-
-
-def _recorded() -> str | None:
-    if not PREFECT_TOML.is_file():
-        return None
-    return PREFECT_TOML.read_text().split('"')[1]
-
-
-def _responds(address: str) -> bool:
+    """Return the API's address of a running server: the one in the environment, or one that this file started."""
+    recorded = recorded_api()
+    address = os.environ.get("PREFECT_API_URL") or recorded.get("url")
+    password = os.environ.get(PASSWORD) or recorded.get("auth_string")
     try:
-        with urllib.request.urlopen(address, timeout=5):
-            return True
-    except (OSError, urllib.error.URLError):
-        return False
+        return address if address and request(f"{address}/health", password) else None
+    except OSError:
+        return None
 
 
 def _check_free(port: int, variable: str) -> None:
@@ -172,10 +220,6 @@ def _check_free(port: int, variable: str) -> None:
 
 def _port(variable: str, default: int) -> int:
     return int(os.environ.get(variable, default))
-
-
-def _api(port: int) -> str:
-    return f"http://{HOST}:{port}/api"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ What does the work is imported once a verb is called, so that --help is quick.
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dllm.cli import data, generate, lm_eval, recipes, track
 from dllm.cli import regenerate as regenerate_verb
 from dllm.cli.options import Debug, Overrides, ParamsPath, Root
 from dllm.stages import STAGES
+from dllm.training import launch
 
 HELP = {
     "prepare": "Collect prompts as chats, and hold some out.",
@@ -23,6 +25,8 @@ HELP = {
     "register": "Register the checkpoint as a version of an MLflow model.",
 }
 """Help text of each stage."""
+IN_RANKS = {"train"}
+"""Stages that run as `train.nproc` ranks."""
 
 
 app = typer.Typer(
@@ -54,6 +58,8 @@ def _run_stage(name: str, params: Path, overrides: Sequence[str], root: Path) ->
 
     root = root.resolve()
     checked = load_params(root / params, overrides)
+    if name in IN_RANKS and checked.train.nproc > 1 and not launch.is_rank():
+        raise SystemExit(launch.run(sys.orig_argv, checked.train.nproc))  # the ranks run this very command
     importlib.import_module(f"dllm.stages.{name}").run(checked, root)
 
 
@@ -85,6 +91,14 @@ def serve(
     with sglang.launched(load_params(root / params, overrides), root) as server:
         print(server.url, flush=True)
         server.stay()
+
+
+@app.command()
+def verify(root: Root = Path(), debug: Debug = False) -> None:
+    """Compare every stored file with its digest; say what is damaged, and how to restore it."""
+    from dllm.cli import verify as verb
+
+    verb.verify(root.resolve())
 
 
 @app.command()

@@ -1,14 +1,12 @@
 """Run a child process in its own session, with its output line by line, a deadline, and no orphans.
 
 `dllm/process/supervisor.py` is its parent and stops it. `run` waits for the child; `background` runs it concurrently.
-Call both from the main thread: Python, and Prefect's cancellation, raise there the exceptions that must stop the child.
 """
 
 from __future__ import annotations
 
 import codecs
 import contextlib
-import ctypes
 import os
 import re
 import select
@@ -27,9 +25,9 @@ from typing import Protocol
 import psutil
 
 from dllm.errors import StageError
+from dllm.process.signals import Interrupt
 from dllm.secrets import hide
 
-PR_SET_PDEATHSIG = 1
 GRACE_S = 20.0
 """From SIGTERM to SIGKILL: longer than torchrun's shutdown timeout (15 s), shorter than Prefect's own grace (30 s)."""
 SUPERVISOR_MARGIN_S = 8.0
@@ -62,8 +60,8 @@ def run(
 ) -> Result:
     """Run a program to its end and pass on its lines, both streams merged, as they are written.
 
-    Any exception meanwhile, a BaseException too (Ctrl-C, Prefect's cancellation), stops the whole process tree before
-    it propagates. So does the death of the caller.
+    A signal stops the whole process tree before it takes effect here, and any exception before it propagates. So does
+    the death of the caller.
 
     Args:
         argv: the program and its arguments; no shell.
@@ -75,11 +73,12 @@ def run(
 
     Raises:
         StageError: the program cannot be found, or the deadline has passed.
+        SystemExit: a signal has come, and the handlers from before have raised nothing else.
     """
-    with contextlib.ExitStack() as stack:
+    with Interrupt() as interrupt, _running, contextlib.ExitStack() as stack:
         child = _start(stack, argv, env, cwd, log, log_file, grace_s)
-        child.read_lines(deadline_s)
-        if not child.ended:
+        child.read_lines(deadline_s, lambda: interrupt.received is not None)
+        if not child.ended and interrupt.received is None:
             raise StageError(f"stopped after its deadline of {deadline_s:g} s", where=" ".join(argv))
     return child.result()
 
@@ -91,6 +90,29 @@ def has_gpu() -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     return found.returncode == 0 and b"GPU" in found.stdout
+
+
+def is_running() -> bool:
+    """Return whether `run` is under way in some thread."""
+    return _running.count > 0
+
+
+class _Count:
+    """How many threads are in a block."""
+
+    def __init__(self) -> None:
+        self.count, self._lock = 0, threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.count -= 1
+
+
+_running = _Count()
 
 
 class Background(Protocol):
@@ -251,8 +273,8 @@ class _Child:
             self._sinks = self._sinks[:1]
             self.read_lines(None)
 
-    def read_lines(self, until_s: float | None) -> None:
-        """Pass lines to the sinks until the supervisor has ended, or until `until_s` seconds since the start."""
+    def read_lines(self, until_s: float | None, is_cut: Callable[[], bool] = lambda: False) -> None:
+        """Pass lines to the sinks until the supervisor has ended, `is_cut`, or `until_s` seconds since the start."""
         while True:
             over = self.ended  # before reading: what was written before the end is still read
             while select.select([self._output], [], [], 0 if over else POLL_INTERVAL_S)[0]:
@@ -261,11 +283,11 @@ class _Child:
                     over = self._process.wait() is not None
                     break
                 self._split(self._decoder.decode(block))
-                if until_s is not None and self.seconds > until_s:
+                if is_cut() or (until_s is not None and self.seconds > until_s):
                     break
             if over:
                 break
-            if until_s is not None and self.seconds > until_s:
+            if is_cut() or (until_s is not None and self.seconds > until_s):
                 return
         self._split(self._decoder.decode(b"", final=True) + "\n" if self._partial else "")
 
@@ -274,12 +296,6 @@ class _Child:
         for line in map(hide, lines):
             for sink in self._sinks:
                 sink(line)
-
-
-def die_with_parent() -> None:
-    """Ask Linux for SIGTERM when the parent dies; elsewhere nothing happens."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def children() -> set[psutil.Process]:

@@ -21,6 +21,7 @@ from collections.abc import Iterable
 import psutil
 
 IS_LINUX = sys.platform == "linux"
+PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 LEFT_BEHIND_GRACE_S = 5.0
 POLL_INTERVAL_S = 0.1
@@ -39,7 +40,9 @@ def main(arguments: list[str]) -> int:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     stop = _Stop()
     try:
-        child = subprocess.Popen(argv, start_new_session=True, stdin=subprocess.DEVNULL)
+        child = subprocess.Popen(
+            argv, start_new_session=True, stdin=subprocess.DEVNULL, preexec_fn=_end_with_supervisor
+        )
     except OSError as error:
         print(f"cannot start {argv[0]}: {error.strerror}", file=sys.stderr)
         return 127
@@ -66,12 +69,18 @@ def main(arguments: list[str]) -> int:
     return 128 - code if code < 0 else code
 
 
+def _end_with_supervisor() -> None:
+    """Ask for SIGTERM if even this process is killed outright; run in the child, before its program."""
+    if IS_LINUX:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
 class _Stop:
     requested = False
 
     def __init__(self) -> None:
-        signal.signal(signal.SIGTERM, self._request)
-        signal.signal(signal.SIGINT, self._request)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._request)
 
     def _request(self, number: int, frame: object) -> None:
         self.requested = True

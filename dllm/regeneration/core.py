@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dllm.digests import unsealed
 from dllm.engines.engine import Engine, Response, request_origin
 from dllm.errors import LONGEST_HINT, DataError, ServerError, StageError
 from dllm.files import atomic_write
@@ -192,8 +193,8 @@ def remove_others(regenerated: Regenerated) -> None:
 def earlier_manifest(regenerated: Regenerated) -> dict[str, Any]:
     """Return the manifest that an earlier call wrote beside the shards; empty where there is none."""
     try:
-        return dict(json.loads((regenerated.store.folder / shards.MANIFEST).read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return unsealed((regenerated.store.folder / shards.MANIFEST).read_bytes())
+    except (OSError, ValueError, TypeError):
         return {}
 
 

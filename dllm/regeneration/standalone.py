@@ -24,7 +24,7 @@ from dllm.engines.engine import open_engine
 from dllm.errors import ConfigError, DataError
 from dllm.files import full_disk_in_one_line
 from dllm.models import targets
-from dllm.process.signals import signals_exit
+from dllm.process import signals
 from dllm.prompts import sources
 from dllm.prompts.stream import Tally, stream
 from dllm.prompts.table import Prompt
@@ -111,11 +111,11 @@ def run(args: RegenerateArgs) -> dict[str, Any]:
         ModelError: the tokenizer or the target cannot be loaded.
         ServerError: the servers are out of reach or respond wrongly; finished responses are kept.
         StageError: another process holds the folder, it is not empty, or the disk is full.
-        SystemExit: 143 after SIGTERM, 130 after SIGINT.
+        SystemExit: 128 + n after signal n.
     """
     _check_apart(args)
     output, settings = args.output, args.settings
-    with signals_exit(), full_disk_in_one_line(output), output_folder.claim(output, args.resume):
+    with signals.handled(), full_disk_in_one_line(output), output_folder.claim(output, args.resume):
         made_of = _made_of(args)
         found = survey(args)
         workspace = Workspace(

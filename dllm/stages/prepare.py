@@ -22,8 +22,8 @@ def run(params: Params, root: Path) -> dict[str, Any]:
     """Collect the prompts and publish them; return the counts.
 
     Raises:
-        ConfigError, ModelError: an option of a source has no effect on it, or a later stage would refuse the target, the
-            draft, the template or the engine.
+        ConfigError, ModelError: an option of a source has no effect on it, or a later stage would refuse the target,
+            the draft, the template or the engine.
         DataError: a source cannot be read, too many of its rows cannot, or a split would be empty.
     """
     preflight.check(params)

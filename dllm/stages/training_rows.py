@@ -41,7 +41,7 @@ def announce(settings: Train, train: Examples, heldout: Examples, ranks: Ranks) 
     if train.cut:
         notes.append(f"{train.cut} truncated at train.max_length {settings.max_length}")
     if ranks.world != settings.nproc:
-        notes.append(f"{ranks.world} ranks, while train.nproc is {settings.nproc}: torchrun sets the number of ranks")
+        notes.append(f"{ranks.world} ranks, while train.nproc is {settings.nproc}: the launcher decides")
     print(f"train: {'; '.join(notes)}", file=sys.stderr, flush=True)
 
 

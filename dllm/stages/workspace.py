@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +14,7 @@ from pydantic import BaseModel
 from dllm.config.load import params_digest
 from dllm.config.params import Params
 from dllm.files import full_disk_in_one_line, lock_folder
-from dllm.process import children as process
-from dllm.process.signals import signals_exit
+from dllm.process import signals
 from dllm.stages.records import check_published
 from dllm.stages.schema import SCHEMA
 from dllm.tracking.provenance import digest
@@ -61,12 +59,11 @@ def open_stage(
         StageError: an input is missing, another process works on the same thing, or the disk is full.
         DataError, ModelError: an input is not what the stage before has published.
         ServerError: MLflow is out of reach.
-        SystemExit: 143 after SIGTERM, 130 after SIGINT; the run then reads KILLED.
+        SystemExit: 128 + n after signal n (SIGTERM, SIGINT, SIGHUP); the run then reads KILLED.
     """
     root = root.absolute()
-    with signals_exit(), full_disk_in_one_line(root):
-        if "DVC_STAGE" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-            process.die_with_parent()  # neither dvc nor torchrun takes its children along when it is killed outright
+    with signals.handled(), full_disk_in_one_line(root):
+        signals.check()
         made_of = {
             "stage": name,
             "schema": SCHEMA[name],

@@ -18,6 +18,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from dllm.errors import ModelError, ServerError
+from dllm.secrets import hide_in
 from dllm.tracking import provenance
 from dllm.tracking.address import is_local, sqlite_path, tracking_uri
 from dllm.tracking.runs import REGISTERED
@@ -78,7 +79,9 @@ def register(
         ServerError: MLflow is out of reach.
     """
     client, uri = _client(root)
-    facts = {**tags, DIGEST: digest, TAU: repr(float(tau)), HELDOUT: heldout_digest, TARGET: target}
+    facts: dict[str, str] = hide_in(
+        {**tags, DIGEST: digest, TAU: repr(float(tau)), HELDOUT: heldout_digest, TARGET: target}
+    )
     with _answering(uri):
         known = _find(client, name, digest)
         version = known or _create(client, name, _source(uri, store_path(root, digest)), facts, run_id)

@@ -31,15 +31,25 @@ def digest(path: Path) -> str:
     return tree_digest(folder_digests(path, RECORDS))
 
 
-def git_state(root: Path) -> tuple[str | None, bool | None]:
-    """Return the commit of a working copy, and whether tracked files other than dvc.lock differ from it.
+def git_state(root: Path) -> dict[str, str | bool | None]:
+    """Describe the working copy: `commit`, and `dirty`, whether tracked files other than dvc.lock differ from it.
 
-    Both are None outside git, without git, or before the first commit.
+    Where there is no commit both are None, and `reason` says why in one word: `uninstalled` (git), `outside` (of any
+    repository), `foreign` (another user's repository, which git does not read), `empty` (no commit yet), `untracked`
+    (the folder, in the repository around it), `broken`, or `timeout`.
     """
-    commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
-    if not commit:
-        return None, None
-    return commit, bool(_git(root, "status", "--porcelain", "--untracked-files=no", "--", ":!dvc.lock"))
+    try:
+        code, commit, error = _git(root, "rev-parse", "--verify", "HEAD")
+        if code:
+            return _no_commit(_reason(error))
+        if not _git(root, "ls-tree", "--name-only", "HEAD", "./")[1]:
+            return _no_commit("untracked")
+        code, changes, _ = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ":!dvc.lock")
+    except OSError:
+        return _no_commit("uninstalled")
+    except subprocess.TimeoutExpired:
+        return _no_commit("timeout")
+    return {"commit": commit, "dirty": bool(changes) if code == 0 else None}
 
 
 def library_versions() -> dict[str, str]:
@@ -58,9 +68,17 @@ def host() -> dict[str, str | int]:
     return {"name": platform.node(), "cpus": os.cpu_count() or 1, "machine": platform.machine()}
 
 
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+def _no_commit(reason: str) -> dict[str, str | bool | None]:
+    return {"commit": None, "dirty": None, "reason": reason}
+
+
+def _reason(error: str) -> str:
+    """Find the word for what git printed."""
+    reasons = {"dubious ownership": "foreign", "not a git repository (or any": "outside", "single revision": "empty"}
+    return next((word for part, word in reasons.items() if part in error), "broken")
+
+
+def _git(root: Path, *arguments: str) -> tuple[int, str, str]:
+    environment = os.environ | {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"}  # words that `_reason` knows; only look
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30, env=environment)
+    return done.returncode, done.stdout.strip(), done.stderr

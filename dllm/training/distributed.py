@@ -1,12 +1,13 @@
 """Process group, collectives and failure propagation.
 
-Started by torchrun or alone. gloo on CPUs, nccl with GPUs. Each rank holds all weights unless `dllm.models.sharding`
-splits them.
+Started by dllm/training/launch.py, by torchrun, or alone. gloo on CPUs, nccl with GPUs. Each rank holds all weights
+unless `dllm.models.sharding` splits them.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dllm.errors import ConfigError, StageError
+from dllm.training import launch
 
 TIMEOUT = timedelta(minutes=30)
 """Collective timeout; one rank may fill its share of the feature cache while others wait."""
+
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 BUCKET = 1 << 26
 """Gradient elements per all-reduce: the size of the extra buffer."""
@@ -110,10 +114,11 @@ class Ranks:
 
 
 class Join:
-    """Join the process group that torchrun started; without torchrun, the world size is 1.
+    """Join the process group of the ranks that were started together; the world size of a rank alone is 1.
 
-    When a rank fails, it alone says why. Its peers notice the closed connection and end without a word; torchrun ends
-    those that do not notice. A rank that was killed outright is reported by the first peer to miss it.
+    When a rank fails, it alone prints why. Its peers notice the closed connection and end without a line; the launcher
+    ends those that do not notice. A rank that was killed outright is reported by the launcher, or under torchrun by the
+    first peer that misses it.
 
     Raises:
         ConfigError: there are GPUs, but fewer than ranks.
@@ -131,10 +136,17 @@ class Join:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if not cuda and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own default: it would idle most cores
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
-        if local_world == self.world:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: stay on loopback
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None)
-        return Ranks(int(os.environ["RANK"]), self.world, device)
+        if local_world == self.world:  # one machine: stay on loopback
+            for library in ("GLOO", "NCCL"):
+                os.environ.setdefault(f"{library}_SOCKET_IFNAME", LOOPBACK)
+        rank, backend = int(os.environ["RANK"]), "nccl" if cuda else "gloo"
+        # Without a store of ours, that of torchrun.
+        path = os.environ.get(launch.STORE)
+        store = dist.FileStore(path, self.world) if path else None  # type: ignore[attr-defined]
+        dist.init_process_group(
+            backend, timeout=TIMEOUT, device_id=device if cuda else None, store=store, rank=rank, world_size=self.world
+        )
+        return Ranks(rank, self.world, device)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.world == 1:
@@ -143,8 +155,12 @@ class Join:
             with _talking():
                 dist.barrier()
             dist.destroy_process_group()
-        elif isinstance(error, Exception) and not _first_to_fail():
-            raise SystemExit(getattr(error, "exit_code", 1)) from None
+        elif isinstance(error, Exception):
+            if launch.STORE in os.environ:
+                if isinstance(error, PeerLost) or not _first_to_fail():
+                    raise SystemExit(launch.PEER_LOST) from None  # the launcher knows how the other one ended
+            elif not _first_to_fail():
+                raise SystemExit(getattr(error, "exit_code", 1)) from None
 
 
 @contextmanager
@@ -181,7 +197,7 @@ def device_of(local: int, gpus: int) -> torch.device:
 
 
 def _first_to_fail() -> bool:
-    # The store lives in torchrun's agent, so it outlasts the ranks.
+    # The store outlasts the ranks: it is a file of the launcher, or lives in torchrun's agent.
     try:
         return dist.distributed_c10d._get_default_store().add("dllm/failed", 1) == 1
     except RuntimeError:  # the agent itself is gone

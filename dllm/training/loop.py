@@ -21,7 +21,7 @@ from dllm.models.sharding import is_sharded, load_shards, named_like, own_shards
 from dllm.process.signals import SIGNALS, Interrupt
 from dllm.progress import Progress
 from dllm.tracking.runs import Tracker
-from dllm.training import metrics
+from dllm.training import launch, metrics
 from dllm.training.checkpoints import Checkpoints, TrainState
 from dllm.training.distributed import Ranks, peers_watched
 from dllm.training.journal import MetricsLog, Phase
@@ -92,7 +92,10 @@ class Loop:
         self._restore()
         state, settings = self.state, self.settings
         shown = self.ranks.is_main
-        with Progress("train", self.total, "steps", initial=state.step, shown=shown) as bar, Interrupt() as interrupt:
+        with (
+            Progress("train", self.total, "steps", initial=state.step, shown=shown) as bar,
+            self._waits() as interrupt,
+        ):
             self._clock = time.perf_counter()
             while state.step < self.total:
                 stop_signal = self._step(interrupt)
@@ -121,6 +124,10 @@ class Loop:
             predictions=round(totals["predictions"][0]),
             validation=dict(state.best_validation),
         )
+
+    def _waits(self) -> Interrupt:
+        # A rank whose peers are gone waits for them in vain; one alone may finish its step.
+        return Interrupt(launch.GRACE_S - 3 if self.ranks.world > 1 else math.inf)
 
     def _step(self, interrupt: Interrupt) -> int | None:
         """Take one optimizer step; return the signal that any rank has received, or None."""

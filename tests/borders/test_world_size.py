@@ -1,4 +1,4 @@
-"""A run is resumed at any number of ranks with the same global batch; where it is not, one line says what lies there."""
+"""A run is resumed at any number of ranks with the same global batch, or one line says what lies there."""
 
 import json
 import shutil

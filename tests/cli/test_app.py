@@ -157,14 +157,17 @@ def test_ranks_above_zero_say_who_speaks(project: Path) -> None:
     assert err.startswith("dllm rank 3: train.epoch: unknown key")
 
 
+ENDED_BY = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+
 SLEEP = """
-import contextlib, sys, time
+import sys
 from dllm.config import recipe_book
+from dllm.process import signals
 from dllm import __main__
 def sleep():
     try:
         print("asleep", flush=True)
-        time.sleep(60)
+        signals.sleep(60)
     finally:
         print("cleaned", flush=True)
 recipe_book.summaries = sleep
@@ -172,7 +175,7 @@ __main__.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("sent", "code"), ENDED_BY)
 def test_a_signal_ends_it_cleanly_with_its_code(sent: signal.Signals, code: int) -> None:
     child = _start("recipe", "list", code=SLEEP)
     assert child.stdout is not None
@@ -208,14 +211,14 @@ def test_full_memory_is_one_line_that_says_what_helps(where: str) -> None:
 HALF_MADE = """
 import asyncio, contextlib, os, sys, time
 from dllm.config import recipe_book
-from dllm.process.signals import signals_exit
+from dllm.process.signals import handled
 from dllm import __main__
 class Struck(asyncio.SelectorEventLoop):
     def _make_self_pipe(self):
         os.kill(os.getpid(), int(os.environ["SENT"]))
         time.sleep(60)
 def make():
-    with signals_exit() if os.environ["HELD"] else contextlib.nullcontext():
+    with handled() if os.environ["HELD"] else contextlib.nullcontext():
         Struck()
 recipe_book.summaries = make
 __main__.main(sys.argv[1:])
@@ -223,7 +226,7 @@ __main__.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("held", ["", "held"])
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("sent", "code"), ENDED_BY)
 def test_a_signal_amid_the_making_of_an_event_loop_says_nothing(sent: signal.Signals, code: int, held: str) -> None:
     child = _start("recipe", "list", code=HALF_MADE, SENT=str(int(sent)), HELD=held)
     assert (child.communicate(timeout=30), child.returncode) == (("", ""), code)

@@ -12,7 +12,7 @@ import pytest
 
 from dllm.process.signals import EventLoop, Interrupt
 
-BOTH = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+BOTH = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 
 
 def run(code: str) -> tuple[int, str, str]:
@@ -23,7 +23,7 @@ def run(code: str) -> tuple[int, str, str]:
 # The signal comes while a callback of the loop runs, where an exception would be printed and dropped.
 IN_A_CALLBACK = """
 import asyncio, os, signal
-from dllm.process.signals import EventLoop, exit_on, signals_exit
+from dllm.process.signals import EventLoop, handled
 def strike():
     os.kill(os.getpid(), {number})
     for _ in range(1000):  # the handler runs here
@@ -38,8 +38,7 @@ async def last():
     {again}
     await asyncio.sleep(0)
     print("closed")
-exit_on(signal.SIGTERM, signal.SIGINT)
-with signals_exit():
+with handled(signal.SIGTERM, signal.SIGINT):
     loop = EventLoop()
     try:
         loop.run(main)

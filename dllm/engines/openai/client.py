@@ -14,10 +14,9 @@ from typing import Any
 
 import aiohttp
 
-from dllm.engines.openai.faults import MAX_REASON, Fault, Refused, read_reply
+from dllm.engines.openai.faults import MAX_REASON, Fault, Refused, one_line, read_reply
 from dllm.engines.openai.servers import Server
 from dllm.errors import ServerError
-from dllm.outside import one_line
 
 CONNECT_TIMEOUT_S = 10.0
 INFO_TIMEOUT_S = 5.0

@@ -17,10 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from dllm.config.params import Target
 from dllm.engines.defects import ENDINGS, defect
 from dllm.engines.engine import Refusal, Request, Response
-from dllm.engines.openai.faults import Fault
+from dllm.engines.openai.faults import Fault, one_line
 from dllm.engines.openai.servers import Server
 from dllm.errors import DataError, ServerError
-from dllm.outside import one_line
 from dllm.prompts import template as chat
 
 LEAST_DIFFERENCE = 32

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NamedTuple
 
+from dllm import outside
 from dllm.engines.openai.servers import Server
 from dllm.errors import ServerError
-from dllm.outside import JsonError, one_line, parse_json
+from dllm.outside import JsonError, parse_json
 from dllm.secrets import hide
 
 FaultKind = Literal["unreachable", "outage", "timeout", "busy", "unusable", "not_found", "wrong_model"]
@@ -131,6 +132,11 @@ def retry_after_s(header: str | None) -> float | None:
         except (ValueError, OverflowError):
             return None
     return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def one_line(text: str, limit: int = MAX_REASON) -> str:
+    """Make one visible line of a server's words, without secrets: some servers repeat a wrong key."""
+    return outside.one_line(hide(text), limit)
 
 
 def _json(data: bytes) -> Any:

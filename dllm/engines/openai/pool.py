@@ -20,10 +20,9 @@ from typing import Any, Literal
 
 from dllm.engines.engine import EngineStats
 from dllm.engines.openai.client import NO_PROTOCOL, Client, plain
-from dllm.engines.openai.faults import FAULTS, Fault
+from dllm.engines.openai.faults import FAULTS, Fault, one_line
 from dllm.engines.openai.servers import URL_VARIABLE, Server
 from dllm.errors import ServerError
-from dllm.outside import one_line
 
 FIRST_TRIES = 3
 """Tries to reach each server at the start."""

@@ -11,13 +11,13 @@ import pytest
 
 RUN = """
 import sys
-from dllm.process.signals import signals_exit
+from dllm.process.signals import handled
 from dllm.engines.engine import RequestList
 from dllm.models.targets import load_tokenizer
 from tests.engines.openai.asking import TARGET, engine, requests
 
 asked = engine(sys.argv[1], load_tokenizer(TARGET), concurrency=4)
-with signals_exit():
+with handled():
     for outcome in asked.answer(RequestList(requests(40))):
         print("outcome", flush=True)
 """

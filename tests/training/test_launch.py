@@ -1,4 +1,4 @@
-"""Real torchrun with ranks that fail, are killed, or are stopped."""
+"""Real ranks that fail, are killed, or are stopped: one line, one exit code, and none is left."""
 
 import os
 import signal
@@ -25,11 +25,10 @@ time.sleep(60)
 
 def launch(folder: Path, manner: str) -> subprocess.Popen[str]:
     (folder / "rank.py").write_text(RANK)
-    options = ["--standalone", "--nproc-per-node", "2", "--shutdown-timeout", "5"]
-    argv = [sys.executable, "-m", "dllm.training.torchrun", *options, "rank.py", manner]
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root}
-    environment.pop("OMP_NUM_THREADS", None)  # as a user has it: torchrun must not talk of it
+    code = "import sys; from dllm.training import launch; sys.exit(launch.run(sys.argv[1:], 2, grace_s=5))"
+    argv = [sys.executable, "-c", code, sys.executable, "rank.py", manner]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment.pop("OMP_NUM_THREADS", None)  # as a user has it
     return subprocess.Popen(argv, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
 
 
