@@ -43,7 +43,7 @@ def connect(uri: str) -> MlflowClient:
         StageError: the store's file is damaged, or the disk is full.
     """
     _set_up()
-    with faults_inone_line(uri):
+    with faults_in_one_line(uri):
         path = sqlite_path(uri)
         if path is not None:
             sqlite_store.open_or_make(path, LOCK_PATIENCE_S)
@@ -60,7 +60,7 @@ def connect(uri: str) -> MlflowClient:
 
 
 @contextmanager
-def faults_inone_line(uri: str) -> Iterator[None]:
+def faults_in_one_line(uri: str) -> Iterator[None]:
     """Raise what a store's failure raises as one line; see `unreachable`."""
     try:
         yield
