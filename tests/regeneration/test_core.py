@@ -253,6 +253,12 @@ def test_chats_that_the_template_refuses_are_set_aside_unless_they_are_many(tmp_
         def __getattr__(self, name: str) -> Any:
             return getattr(tokenizer(), name)
 
+        def __len__(self) -> int:
+            return len(tokenizer())
+
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            return tokenizer()(*arguments, **options)
+
         def apply_chat_template(self, messages: Any, **options: Any) -> Any:
             from jinja2 import TemplateError
 
