@@ -34,7 +34,7 @@ class DllmError(Exception):
             return line
         where = None if self.where is None else one_line(self.where, LONGEST_PLACE)
         hint = None if self.hint is None else one_line(self.hint, LONGEST_HINT)
-        rest = MAX_LINE - len(self._line("", where, hint))
+        rest = MAX_LINE + 1 - len(self._line("m", where, hint))
         return self._line(one_line(self.message, rest), where, hint)
 
     @staticmethod

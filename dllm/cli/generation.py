@@ -19,6 +19,7 @@ from dllm.errors import ConfigError, DataError
 from dllm.models import checkpoints, targets
 from dllm.models.diffusion.config import DiffusionConfig
 from dllm.models.diffusion.families import load_diffusion_lm
+from dllm.outside import is_text, parse_json
 from dllm.registry import SAMPLERS
 
 
@@ -99,15 +100,15 @@ def read_prompts(path: Path) -> list[str]:
     if path.suffix.lower() == ".json":
         raise DataError("a list of prompts is not read", where=str(path), hint="write .jsonl, one object per line")
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if path.suffix.lower() != ".jsonl":
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
         return [line for _, line in numbered]
     prompts = []
     for number, line in numbered:
         try:
-            prompt = json.loads(line)["prompt"]
+            prompt = parse_json(line)["prompt"]
         except (ValueError, KeyError, TypeError):
             prompt = None
-        if not isinstance(prompt, str):
+        if not isinstance(prompt, str) or not is_text(prompt):
             raise DataError("expected an object with a text under `prompt`", where=f"{path}, line {number}")
         prompts.append(prompt)
     return prompts

@@ -9,7 +9,7 @@ from itertools import islice
 from transformers import PreTrainedTokenizerBase
 
 from dllm.errors import DataError
-from dllm.prompts.template import prompt_ids
+from dllm.prompts.template import prompt_ids, render
 
 SPAN = re.compile(r"\[MASK(?::([1-9]\d*))?\]")
 
@@ -99,7 +99,7 @@ def span_ids(
     else:
         _check_template(tokenizer)
         chat = [{"role": "user", "content": text}]
-        rendered = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False))
+        rendered = render(tokenizer, chat, add_generation_prompt=False)
     # Split at spans: text, number, text, number, ..., text.
     for index, part in enumerate(SPAN.split(rendered)):
         if index % 2:

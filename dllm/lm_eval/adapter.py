@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jinja2 import TemplateError
 from lm_eval.api.model import LM
 
 from dllm.errors import DataError
@@ -21,7 +20,7 @@ from dllm.lm_eval import gathering, generation_arguments, texts
 from dllm.lm_eval.generation_arguments import GenerationArguments
 from dllm.lm_eval.models import Score, Scored, example
 from dllm.progress import Progress
-from dllm.prompts.template import template_digest
+from dllm.prompts.template import render, template_digest
 from dllm.training.batches import Example
 
 if TYPE_CHECKING:
@@ -151,17 +150,14 @@ class HarnessModel(LM):
             DataError: there is no template, or it refuses these turns.
         """
         options: dict[str, Any] = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        options |= {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-                **options,
-            )
-        except (TemplateError, ValueError) as error:
-            raise DataError(f"the chat template fails: {error}", where=str(self.tokenizer.name_or_path)) from None
-        return str(rendered)
+            return render(self.tokenizer, chat_history, **options)
+        except DataError as error:
+            raise DataError(f"the chat template fails: {error.message}", where=error.where, hint=error.hint) from None
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """Return the chat template, or the one of that name; nothing where none is applied.

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from dllm.outside import parse_json
 from dllm.prompts.turns import Message, Tools
 
 _TEXTS = ("role", "content", "tool_calls", "tool_call_id", "name")
@@ -33,15 +34,28 @@ def to_columns(messages: Sequence[Message], tools: Tools | None) -> dict[str, An
 
 
 def from_columns(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a row's two columns into a chat and its tools again; the other columns stay as they are."""
+    """Turn a row's two columns into a chat and its tools again; the other columns stay as they are.
+
+    Raises:
+        ValueError, TypeError, KeyError: the columns hold something else.
+    """
     messages = []
     for turn in row["messages"]:
+        if not isinstance(turn, Mapping):
+            raise TypeError("no turn")
         message = {name: value for name, value in turn.items() if value is not None}
         if "tool_calls" in message:
-            message["tool_calls"] = json.loads(message["tool_calls"])
-        messages.append(message)
+            message["tool_calls"] = _list(message["tool_calls"])
+        messages.append({"role": message["role"], "content": message["content"], **message})
     tools = row["tools"]
-    return {**row, "messages": messages, "tools": None if tools is None else json.loads(tools)}
+    return {**row, "messages": messages, "tools": None if tools is None else _list(tools)}
+
+
+def _list(text: str) -> list[Any]:
+    value = parse_json(text)
+    if not isinstance(value, list):
+        raise TypeError("no list")
+    return value
 
 
 def to_json(value: Any) -> str:

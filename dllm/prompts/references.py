@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
 
+from dllm.errors import DataError
 from dllm.files import atomic_write
+from dllm.outside import JsonError, parse_json
 
 FILE = "references.json"
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -41,6 +43,18 @@ def write_references(references: Mapping[str, str], path: Path) -> None:
 
 
 def read_references(dir: Path) -> dict[str, str]:
-    """Read the references that `prepare` published, by prompt id; empty where there are none."""
+    """Read the references that `prepare` published, by prompt id; empty where there are none.
+
+    Raises:
+        DataError: the file is damaged.
+    """
     path = dir / FILE
-    return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        found = parse_json(path.read_bytes())
+    except JsonError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise DataError("the references are damaged", where=str(path), hint="run `python -m dllm prepare` again")
+    return found

@@ -97,5 +97,8 @@ def read_prompts(dir: Path, split: str | None = None) -> list[Prompt]:
     if table.schema.names != schema().names:
         what = f"columns {table.schema.names}, expected {schema().names}"
         raise DataError(what, where=str(path), hint="run `python -m dllm prepare` again")
-    prompts = [Prompt(**from_columns(row)) for row in table.to_pylist()]
+    try:
+        prompts = [Prompt(**from_columns(row)) for row in table.to_pylist()]
+    except (ValueError, TypeError, KeyError):
+        raise DataError("a row is no prompt", where=str(path), hint="run `python -m dllm prepare` again") from None
     return [prompt for prompt in prompts if split is None or prompt.split == split]

@@ -8,19 +8,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from dllm.errors import DataError
+from dllm.outside import one_line, parse_json
+from dllm.process.limits import OverLimit, limited
+from dllm.prompts.columns import to_json
 from dllm.prompts.turns import Message, Tools
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 _PROBE = "Xyzzy answers plainly"
+RENDER_S = 10.0
+"""Longest time of one rendering."""
+MAX_RENDERED = 1 << 26
+"""Most characters of one rendering."""
 
 
 def prompt_ids(
@@ -40,7 +47,7 @@ def prompt_ids(
         DataError: there is no template, it renders no assistant turn, or it refuses these messages.
     """
     _check_template(tokenizer, _template(tokenizer))
-    return list(_render(tokenizer, messages, enable_thinking, tools=tools, tokenize=True, return_dict=False))
+    return _ids(tokenizer, messages, enable_thinking, tools, add_generation_prompt=True)
 
 
 def answer_ids(
@@ -59,8 +66,7 @@ def answer_ids(
         DataError: before this response the template renders another context than the prompt's.
     """
     prompt = prompt_ids(tokenizer, messages, enable_thinking, tools=tools)
-    options = {"tokenize": True, "return_dict": False, "add_generation_prompt": False}
-    whole = list(_render(tokenizer, [*messages, answer], enable_thinking, tools=tools, **options))
+    whole = _ids(tokenizer, [*messages, answer], enable_thinking, tools, add_generation_prompt=False)
     end = end_of_turn_id(tokenizer)
     rest = whole[len(prompt) :]
     if whole[: len(prompt)] != prompt or end not in rest:
@@ -135,8 +141,8 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
 def _check_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     # The template is an argument so that a tokenizer whose template was replaced is checked again.
     asked: list[Message] = [{"role": "user", "content": "Say something."}]
-    opened = _render(tokenizer, asked, None, tokenize=False)
-    if opened == _render(tokenizer, asked, None, tokenize=False, add_generation_prompt=False):
+    opened = _render(tokenizer, asked, None)
+    if opened == _render(tokenizer, asked, None, add_generation_prompt=False):
         what = "the chat template opens no assistant turn: it ignores add_generation_prompt"
     elif _PROBE not in _answered(tokenizer):
         what = "the chat template renders no assistant turn"
@@ -147,7 +153,31 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
 
 def _answered(tokenizer: PreTrainedTokenizerBase) -> str:
     chat: list[Message] = [{"role": "user", "content": "Say something."}, {"role": "assistant", "content": _PROBE}]
-    return str(_render(tokenizer, chat, None, tokenize=False, add_generation_prompt=False))
+    return str(_render(tokenizer, chat, None, add_generation_prompt=False))
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
+    """Render a chat as text, within limits: a template comes with a model, and may loop for ever.
+
+    Args:
+        options: passed to `apply_chat_template`.
+
+    Raises:
+        DataError: the template refuses these messages, or does not end.
+    """
+    hint = "correct chat_template, or use another target"
+    try:
+        with limited(RENDER_S):
+            rendered = str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
+        roles = one_line(", ".join(str(message["role"]) for message in messages), 200)
+        raise DataError(f"the chat template refuses turns by {roles}: {error}", where=_name(tokenizer)) from None
+    except OverLimit as error:
+        raise DataError(f"the chat template {error}", where=_name(tokenizer), hint=hint) from None
+    if len(rendered) > MAX_RENDERED:
+        what = f"the chat template makes a text of {len(rendered)} characters"
+        raise DataError(what, where=_name(tokenizer), hint=hint)
+    return rendered
 
 
 def _render(
@@ -156,18 +186,75 @@ def _render(
     enable_thinking: bool | None,
     *,
     tools: Tools | None = None,
-    **options: Any,
-) -> Any:
-    options.setdefault("add_generation_prompt", True)
-    if enable_thinking is not None:
-        options["enable_thinking"] = enable_thinking
+    add_generation_prompt: bool = True,
+) -> str:
+    options: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
     if tools is not None:
         options["tools"] = tools
-    try:
-        return tokenizer.apply_chat_template([_with_mappings(message) for message in messages], **options)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(f"the chat template refuses turns by {roles}: {error}", where=_name(tokenizer)) from None
+    turns = [_with_mappings(message) for message in messages]
+    return render(tokenizer, turns, add_generation_prompt=add_generation_prompt, **options)
+
+
+def _ids(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    enable_thinking: bool | None,
+    tools: Tools | None,
+    *,
+    add_generation_prompt: bool,
+) -> list[int]:
+    """Render a chat as ids; special tokens that its texts spell out are text, those of the template are special."""
+    special = _special_tokens(tokenizer, len(tokenizer))
+    texts = to_json([*messages, tools])
+    spelt = [content for content in special if content in texts or to_json(content)[1:-1] in texts]
+    options: dict[str, Any] = {"tools": tools, "add_generation_prompt": add_generation_prompt}
+    if not spelt:
+        rendered = _render(tokenizer, messages, enable_thinking, **options)
+        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in texts)
+    options["tools"] = _marked(tools, spelt, mark)
+    rendered = _render(tokenizer, _marked(list(messages), spelt, mark), enable_thinking, **options)
+    parts = re.split("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")", rendered)
+    # A letter for each spelt token: shows whether this tokenizer treats the parts of a text one by one.
+    plain = [_without(part, spelt, mark) for part in parts]
+    if _of_parts(tokenizer, plain) != list(tokenizer("".join(plain), add_special_tokens=False)["input_ids"]):
+        what = f"the chat spells out the special token {spelt[0]}, which this tokenizer cannot take as text"
+        raise DataError(what, where=_name(tokenizer))
+    return _of_parts(tokenizer, [part.replace(mark, "") for part in parts])
+
+
+@functools.lru_cache(maxsize=8)
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[str, ...]:
+    """Return the texts of the special tokens; `size` changes when some are added."""
+    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
+def _of_parts(tokenizer: PreTrainedTokenizerBase, parts: Sequence[str]) -> list[int]:
+    """Tokenize texts and, between them, special tokens."""
+    ids: list[int] = []
+    for index, part in enumerate(parts):
+        if index % 2:
+            ids.append(int(str(tokenizer.convert_tokens_to_ids(part))))
+        elif part:
+            ids += tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ids
+
+
+def _marked(value: Any, spelt: Sequence[str], mark: str) -> Any:
+    """Break each spelt token in the texts of a value by a mark after its first character."""
+    if isinstance(value, str):
+        for content in spelt:
+            value = value.replace(content, content[0] + mark + content[1:])
+        return value
+    if isinstance(value, Mapping):
+        return {_marked(key, spelt, mark): _marked(inner, spelt, mark) for key, inner in value.items()}
+    return [_marked(inner, spelt, mark) for inner in value] if isinstance(value, list) else value
+
+
+def _without(text: str, spelt: Sequence[str], mark: str) -> str:
+    for content in spelt:
+        text = text.replace(content[0] + mark + content[1:], "x")
+    return text.replace(mark, "")
 
 
 def _with_mappings(message: Message) -> Message:
@@ -178,7 +265,7 @@ def _with_mappings(message: Message) -> Message:
     for call in message["tool_calls"]:
         function = dict(call["function"])
         with contextlib.suppress(ValueError, TypeError):  # not JSON, or a mapping already: unchanged
-            function["arguments"] = json.loads(function["arguments"])
+            function["arguments"] = parse_json(function["arguments"])
         calls.append({**call, "function": function})
     return {**message, "tool_calls": calls}
 

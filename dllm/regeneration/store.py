@@ -140,13 +140,15 @@ class ShardStore:
             record = ShardRecord(**unsealed(path.read_bytes()))
             data = (self.folder / record.entry["file"]).read_bytes()
             intact = hashlib.sha256(data).hexdigest() == record.entry["sha256"]
-        except (OSError, ValueError, TypeError, KeyError):
-            intact = False
+            ManifestCounts.from_json(record.entry["counts"])
+            is_passing = any([each["is_passing"] for each in record.rejected])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            intact = is_passing = False
         if not intact:
             _log.warning("%s: damaged; the shard is generated again", path)
             path.unlink()
             return
-        if any(each["is_passing"] for each in record.rejected):
+        if is_passing:
             self._reopen(index, record)
             return
         self._path("journal", index, "jsonl").unlink(missing_ok=True)

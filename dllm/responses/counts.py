@@ -40,10 +40,18 @@ class ManifestCounts:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> ManifestCounts:
-        """Read the counts of a manifest, or of `to_json`."""
+        """Read the counts of a manifest, or of `to_json`.
+
+        Raises:
+            KeyError, TypeError: there are none.
+        """
         counts = cls()
         for each in fields(cls):
             value = found[each.name]
+            numbers = value.values() if isinstance(value, dict) else [value]
+            is_counter = isinstance(getattr(counts, each.name), Counter)
+            if is_counter != isinstance(value, dict) or not all(type(number) is int for number in numbers):
+                raise TypeError(each.name)
             setattr(counts, each.name, Counter(value) if isinstance(value, dict) else value)
         return counts
 

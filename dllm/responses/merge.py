@@ -104,7 +104,7 @@ def _short(value: Any) -> str:
 
 
 def _merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    counts = sum((ManifestCounts.from_json(part) for part in parts), ManifestCounts())
+    counts = sum((_counts(part) for part in parts), ManifestCounts())
     made = [part.get("made", {}) for part in parts]
     kept = (PART, "fingerprint", "rows", "tokens", "made")
     return {
@@ -117,6 +117,14 @@ def _merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "made": {"seconds": round(sum(each.get("seconds", 0.0) for each in made), 3)},
         "shards": [entry for entries in _renamed(parts) for entry in entries],
     }
+
+
+def _counts(part: Mapping[str, Any]) -> ManifestCounts:
+    try:
+        return ManifestCounts.from_json(part)
+    except (KeyError, TypeError) as error:
+        where = f"the manifest of part {part[PART]}"
+        raise DataError(f"no counts: {error}", where=where, hint="regenerate the part again") from None
 
 
 def _renamed(parts: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

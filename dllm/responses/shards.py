@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from dllm.digests import sealed, unsealed
 from dllm.errors import DataError
 from dllm.files import atomic_write
+from dllm.outside import is_file_name, is_text, one_line
 from dllm.prompts.columns import chat_fields, from_columns, to_columns
 from dllm.prompts.turns import Message, Tools
 from dllm.secrets import hide_in
@@ -28,6 +29,14 @@ MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
 """Requests that got no response, one JSON object a line: `prompt_id`, `sample`, `turn` and `reason`."""
 _AGAIN = "run `python -m dllm regenerate` again"
+_COUNTERS = ("tokens_by_split", "finish_reasons", "splits", "sources", "flags", "dropped")
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("rows", "tokens", "rejected"), int),
+    **dict.fromkeys((*_COUNTERS, "made", "target", "sampling"), dict),
+    **dict.fromkeys(("stop_ids", "parts", "drop"), list),
+    **dict.fromkeys(("part", "thinking", "template", "fingerprint", "fingerprint_base"), str),
+}
+"""Types of a manifest's values that are read, where they are there and not null."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,11 @@ def write_shard(rows: Sequence[Row], path: Path) -> ShardEntry:
     return {"file": path.name, "rows": len(rows), "sha256": hashlib.sha256(data).hexdigest()}
 
 
+def _null_items(column: pa.ChunkedArray) -> int:
+    """Count null ids and flags."""
+    return sum(chunk.flatten().null_count for chunk in column.chunks) if pa.types.is_list(column.type) else 0
+
+
 def write_manifest(dir: Path, manifest: Mapping[str, Any]) -> Path:
     """Write the manifest, sealed and without secrets; it says that its shards are complete, so call this last."""
     path = dir / MANIFEST
@@ -117,13 +131,49 @@ def read_manifest(dir: Path) -> dict[str, Any]:
     try:
         manifest = unsealed(path.read_bytes())
         complete = isinstance(manifest["shards"], list)
+        if not is_text(json.dumps(manifest, ensure_ascii=False)):
+            raise ValueError("half a surrogate pair")
     except FileNotFoundError:
         raise DataError("no finished responses", where=str(path), hint="run `python -m dllm regenerate`") from None
     except (OSError, ValueError, TypeError, KeyError):
         raise DataError("the manifest is damaged", where=str(path), hint=_AGAIN) from None
-    if manifest.get("schema") != SCHEMA or not complete:
-        raise DataError(f"manifest schema {manifest.get('schema')}, expected {SCHEMA}", where=str(path), hint=_AGAIN)
-    return manifest
+    if not _is_whole_number(manifest.get("schema")) or manifest["schema"] != SCHEMA or not complete:
+        found = one_line(str(manifest.get("schema")), 40)
+        raise DataError(f"manifest schema {found}, expected {SCHEMA}", where=str(path), hint=_AGAIN)
+    _check_kinds(manifest, path)
+    _check_entries(manifest["shards"], path)
+    return dict(manifest)
+
+
+def _check_kinds(manifest: Mapping[str, Any], path: Path) -> None:
+    for key, kind in _KINDS.items():
+        value = manifest.get(key)
+        if value is None:
+            continue
+        is_right = _is_whole_number(value) if kind is int else isinstance(value, kind)
+        if is_right and key in (*_COUNTERS, "stop_ids"):
+            is_right = all(map(_is_whole_number, value.values() if isinstance(value, dict) else value))
+        if not is_right:
+            raise DataError(f"the manifest is damaged: `{key}` is not what it should be", where=str(path), hint=_AGAIN)
+    made = manifest.get("made") or {}
+    if not isinstance(made.get("served") or {}, dict) or not isinstance(made.get("seconds", 0), int | float):
+        raise DataError("the manifest is damaged: `made` is not what it should be", where=str(path), hint=_AGAIN)
+
+
+def _check_entries(entries: Sequence[Any], path: Path) -> None:
+    listed: set[str] = set()
+    for number, entry in enumerate(entries):
+        is_entry = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("file", "sha256"))
+        if not is_entry or not _is_whole_number(entry.get("rows")):
+            raise DataError(f"shard {number} has no file, rows and sha256", where=str(path), hint=_AGAIN)
+        name = entry["file"]
+        if not is_file_name(name) or name in listed:
+            raise DataError(f"{name[:60]!r} is listed twice, or lies elsewhere", where=str(path), hint=_AGAIN)
+        listed.add(name)
+
+
+def _is_whole_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 
 def read_rows(dir: Path, split: str | None = None) -> list[Row]:
@@ -137,7 +187,12 @@ def iter_rows(dir: Path, split: str | None = None) -> Iterator[Row]:
     Raises:
         DataError: the folder is unfinished, or a shard is missing, damaged or not the manifest's; it names the shard.
     """
-    for entry in read_manifest(dir)["shards"]:
+    manifest = read_manifest(dir)
+    listed = sum(entry["rows"] for entry in manifest["shards"])
+    if manifest.get("rows") not in (None, listed):
+        what = f"the shards that the manifest lists hold {listed} rows, it counts {manifest['rows']}"
+        raise DataError(what, where=str(dir / MANIFEST), hint=_AGAIN)
+    for entry in manifest["shards"]:
         for row in read_shard(dir, entry):
             if split is None or row.split == split:
                 yield row
@@ -168,5 +223,10 @@ def read_shard(dir: Path, entry: ShardEntry) -> Iterator[Row]:
         raise DataError(f"the shard is unreadable: {reason}", where=str(path), hint=_AGAIN) from None
     if table.schema != schema() or table.num_rows != entry["rows"]:
         raise DataError("the shard has other columns or rows than its manifest", where=str(path), hint=_AGAIN)
-    for row in table.to_pylist():
-        yield Row(**from_columns(row))
+    if any(table[name].null_count or _null_items(table[name]) for name in schema().names if name != "tools"):
+        raise DataError("the shard has rows without a value", where=str(path), hint=_AGAIN)
+    for number, row in enumerate(table.to_pylist(), 1):
+        try:
+            yield Row(**from_columns(row))
+        except (ValueError, TypeError, KeyError):
+            raise DataError("the row holds no response", where=f"{path} row {number}", hint=_AGAIN) from None

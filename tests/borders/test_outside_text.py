@@ -17,7 +17,8 @@ from dllm.errors import DataError, StageError
 from dllm.files import LOCK, lock_folder
 from dllm.outside import JsonError, harmless, markdown, one_line, parse_json, visible
 from dllm.responses import shards
-from tests.responses.shard_folder import folder_of
+from dllm.responses.shards import Row
+from tests.responses.shard_folder import write_rows
 
 ESCAPES = "\x1b]0;x\x07\x1b[2J\x9b31m\u202e\u2066\u200f\x00\x7f"
 """A title, a cleared screen, C1, bidi marks, NUL and DEL."""
@@ -56,31 +57,32 @@ def test_escapes_in_rows_reach_no_terminal(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / name).write_text(json.dumps(row) + "\n")
     (tmp_path / "d" / f"x{ESCAPES[:4]}.txt").write_text("")
-    code, out = dllm(
-        *("regenerate", "--input-data", "d", "--output-dir", "out", "--model", "builtin:tiny", "--dry-run"),
-        cwd=tmp_path,
-    )
+    rest = ("--output-dir", "out", "--model", "builtin:tiny", "--dry-run")
+    code, out = dllm("regenerate", "--input-data", "d", *rest, cwd=tmp_path)
     assert code == 0, out
     assert not ACTS.search(out) and "\u241b" in out
     bad = {"messages": [{"role": f"wizard{ESCAPES}", "content": ESCAPES}], f"col{ESCAPES}": 1}
     (tmp_path / "bad.jsonl").write_text(json.dumps(bad) + "\n")
-    code, out = dllm(
-        *("regenerate", "--input-data", "bad.jsonl", "--output-dir", "o", "--model", "builtin:tiny", "--dry-run"),
-        cwd=tmp_path,
-    )
+    code, out = dllm("regenerate", "--input-data", "bad.jsonl", *rest, cwd=tmp_path)
     assert code == 3 and "wizard" in out and not ACTS.search(out)
 
 
 def test_escapes_in_responses_reach_no_terminal(tmp_path: Path) -> None:
-    out = folder_of(tmp_path)
+    out = tmp_path / "responses"
+    out.mkdir()
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    row = Row("0" * 16, 0, f"s{ESCAPES}", "train", said, [1, 2], [5, 2], "stop", 2)
+    write_rows([row], out, 10, {})
     path = out / shards.MANIFEST
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "target": {"model": f"builtin:tin{ESCAPES}"}}))
-    code, said = dllm("data", "show", out, cwd=tmp_path)
-    assert code == 6 and not ACTS.search(said)
+    code, printed = dllm("data", "show", out, cwd=tmp_path)
+    assert code == 6 and not ACTS.search(printed)
+    code, printed = dllm("data", "show", out, "--model", "builtin:tiny", cwd=tmp_path)
+    assert code == 0 and "\u241b" in printed and not ACTS.search(printed)
     path.write_text(json.dumps({**manifest, "rows": ESCAPES, "finish_reasons": {ESCAPES: 1}}))
-    code, said = dllm("data", "verify", out, cwd=tmp_path)
-    assert code == 3 and not ACTS.search(said)
+    code, printed = dllm("data", "verify", out, cwd=tmp_path)
+    assert code == 3 and not ACTS.search(printed)
 
 
 @pytest.mark.parametrize("kind", ["link", "hard link", "dangling link", "pipe", "folder"])

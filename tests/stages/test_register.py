@@ -24,7 +24,7 @@ def root(tmp_path: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def params(request: pytest.FixtureRequest) -> Params:
-    name = request.node.name.replace("/", "-")
+    name = request.node.name.replace("/", " ")
     return parse_params({**RAW, "recipe": name, "register": {"model_name": name}})
 
 
