@@ -192,7 +192,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         data = path.read_bytes()
         record = unsealed(data)
-        lost = "outputs" in record and not is_sealed(data)
+        lost = bool({"outputs", "files"} & record.keys()) and not is_sealed(data)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"damaged: {' '.join(str(error).split())[:200]}", where=str(path), hint=RESTORE) from None
     if lost:

@@ -24,6 +24,7 @@ from dllm.methods.dflash.features import check_part
 from dllm.models import builtin, checkpoints
 from dllm.regeneration.journal import ResponseJournal, count_damaged
 from dllm.regeneration.store import ShardStore
+from dllm.responses.counts import ManifestCounts
 from dllm.stages import evaluate, prepare, regenerate, register, train
 from dllm.training.checkpoints import Checkpoints
 from tests.stages.test_train import RECIPE
@@ -211,7 +212,12 @@ def test_no_damaged_line_of_a_journal_is_used(tmp_path: Path) -> None:
 
 
 def test_a_finished_shard_with_a_damaged_record_is_made_again(tmp_path: Path) -> None:
-    record = {"entry": {"file": "shard-00000.parquet", "sha256": ""}, "rollouts": 1, "turns": 1, "origins": "o"}
+    record = {
+        "entry": {"file": "shard-00000.parquet", "sha256": "", "rows": 0, "counts": ManifestCounts().to_json()},
+        "rollouts": 1,
+        "turns": 1,
+        "origins": "o",
+    }
     (tmp_path / "shard-00000.parquet").write_bytes(b"rows")
     record["entry"]["sha256"] = file_digest(tmp_path / "shard-00000.parquet")  # type: ignore[index]
     path = tmp_path / "shard-00000.json"

@@ -19,7 +19,7 @@ from dllm.config.load import load_params
 from dllm.config.params import Params
 from dllm.errors import DataError, StageError
 from dllm.models.drafts.checkpoint import load_draft
-from dllm.responses.shards import Row
+from dllm.responses.shards import Row, read_manifest, write_manifest
 from dllm.stages import train
 from tests.responses.shard_folder import write_rows
 
@@ -161,8 +161,8 @@ def test_missing_answers_and_rows_without_words_are_refused(tmp_path, store) -> 
 
 def test_answers_of_another_thinking_mode_are_refused(tmp_path, store) -> None:
     params = prepare(tmp_path)
-    manifest = tmp_path / "out/regenerate/manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "thinking": "off"}))
+    folder = tmp_path / "out/regenerate"
+    write_manifest(folder, {**read_manifest(folder), "thinking": "off"})
     with pytest.raises(DataError, match=r"thinking off, and target\.enable_thinking asks for template default"):
         train.run(params, tmp_path)
     assert not (tmp_path / "out/train").exists()
