@@ -71,6 +71,12 @@ def is_text(value: str) -> bool:
     return _SURROGATE.search(value) is None
 
 
+def is_file_name(value: Any) -> bool:
+    """Return whether a value names a file in a folder, and none outside it."""
+    is_plain = isinstance(value, str) and is_text(value) and not {"/", "\\", "\0"} & set(value)
+    return is_plain and value not in ("", ".", "..") and len(value.encode()) <= 255
+
+
 def visible(text: str) -> str:
     """Show control characters, bidi marks and other invisible characters as symbols; line breaks and tabs stay."""
     return _SURROGATE.sub("\ufffd", text.translate(_VISIBLE))

@@ -41,6 +41,8 @@ def from_columns(row: Mapping[str, Any]) -> dict[str, Any]:
     """
     messages = []
     for turn in row["messages"]:
+        if not isinstance(turn, Mapping):
+            raise TypeError("no turn")
         message = {name: value for name, value in turn.items() if value is not None}
         if "tool_calls" in message:
             message["tool_calls"] = _list(message["tool_calls"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm.errors import ConfigError, DataError
-from dllm.outside import JsonError, parse_json
+from dllm.outside import JsonError, is_file_name, parse_json
 from dllm.prompts.readers import COMPRESSED, KINDS, kind_of
 
 TRAIN = "train"
@@ -133,6 +133,6 @@ def _strings(value: Any, where: Path) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
         raise DataError("not what save_to_disk writes", where=str(where), hint="save it again")
     for name in value:
-        if Path(name).name != name or name == "..":
-            raise DataError(f"{name!r} lies elsewhere", where=str(where), hint="save it again")
+        if not is_file_name(name):
+            raise DataError(f"{name[:60]!r} lies elsewhere", where=str(where), hint="save it again")
     return value

@@ -215,7 +215,7 @@ def _ids(
     options["tools"] = _marked(tools, spelt, mark)
     rendered = _render(tokenizer, _marked(list(messages), spelt, mark), enable_thinking, **options)
     parts = re.split("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")", rendered)
-    # With a letter for each spelt token, the same text shows whether this tokenizer treats its parts one by one.
+    # A letter for each spelt token: shows whether this tokenizer treats the parts of a text one by one.
     plain = [_without(part, spelt, mark) for part in parts]
     if _of_parts(tokenizer, plain) != list(tokenizer("".join(plain), add_special_tokens=False)["input_ids"]):
         what = f"the chat spells out the special token {spelt[0]}, which this tokenizer cannot take as text"

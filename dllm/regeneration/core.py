@@ -20,7 +20,7 @@ from typing import Any
 
 from dllm.digests import unsealed
 from dllm.engines.engine import Engine, Response, request_origin
-from dllm.errors import ServerError, StageError
+from dllm.errors import LONGEST_HINT, DataError, ServerError, StageError
 from dllm.files import atomic_write
 from dllm.outside import MAX_LINE, one_line
 from dllm.progress import Progress
@@ -137,12 +137,14 @@ def _long_causes_kept(path: Path) -> Iterator[None]:
     try:
         yield
     except ServerError as error:
-        if len(str(error)) <= MAX_LINE:
+        whole = "; ".join(filter(None, (error.message, error.where, error.hint)))
+        if len(whole) < MAX_LINE:
             raise
-        atomic_write(path, f"{error}\n".encode(errors="replace"))
-        where, hint = one_line(error.where or "", 100), f"{error.hint}; its words are in {path}".removeprefix("None; ")
-        message = one_line(error.message, max(100, MAX_LINE - len(where) - len(hint) - 10))
-        raise ServerError(message, where=where, hint=hint) from None
+        atomic_write(path, f"{whole}\n".encode(errors="replace"))
+        place = f"its words are in {path}"
+        hints = (f"{error.hint}; {place}" if error.hint else place, place)
+        hint = next((hint for hint in hints if len(hint) <= LONGEST_HINT), place)
+        raise ServerError(error.message, where=error.where, hint=hint) from None
 
 
 def rejections(regenerated: Regenerated) -> bytes:
@@ -156,10 +158,19 @@ def rejections(regenerated: Regenerated) -> bytes:
     return "".join(lines).encode(errors="replace")  # a reason of an earlier version may hold half a surrogate pair
 
 
-def first_rejection(regenerated: Regenerated) -> str:
-    """Return the end of a hint: why requests were refused; empty where none was."""
-    reasons = [record.rejected[0]["reason"] for record in regenerated.store.records() if record.rejected]
-    return f"; {regenerated.counts.rejected} requests were refused, the first: {reasons[0]}" if reasons else ""
+def no_tokens(regenerated: Regenerated, num_prompts: int, where: str) -> DataError:
+    """Make the error of a result without a token to train on: every request was rejected, or responses are empty."""
+    reasons = (record.rejected[0]["reason"] for record in regenerated.store.records() if record.rejected)
+    first, rejected = next(reasons, None), regenerated.counts.rejected
+    if first is not None and not regenerated.counts.rows:
+        message = f"all {rejected} requests were rejected, the first because {one_line(first, 300)}"
+        return DataError(message, where=where, hint="remove the cause and run this again")
+    also = "" if first is None else f"; {rejected} requests were rejected, the first because {one_line(first, 200)}"
+    return DataError(
+        f"the target's responses to {num_prompts} prompts hold no token to train on",
+        where=where,
+        hint=f"check the chat template and the stop ids{also}",
+    )
 
 
 def summary(regenerated: Regenerated) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 from dllm.digests import sealed, unsealed
 from dllm.errors import DataError
 from dllm.files import atomic_write
-from dllm.outside import one_line
+from dllm.outside import is_file_name, is_text, one_line
 from dllm.prompts.columns import chat_fields, from_columns, to_columns
 from dllm.prompts.turns import Message, Tools
 from dllm.secrets import hide_in
@@ -131,6 +132,8 @@ def read_manifest(dir: Path) -> dict[str, Any]:
     try:
         manifest = unsealed(path.read_bytes())
         complete = isinstance(manifest["shards"], list)
+        if not is_text(json.dumps(manifest, ensure_ascii=False)):
+            raise ValueError("half a surrogate pair")
     except FileNotFoundError:
         raise DataError("no finished responses", where=str(path), hint="run `python -m dllm regenerate`") from None
     except (OSError, ValueError, TypeError, KeyError):
@@ -149,8 +152,8 @@ def _check_kinds(manifest: Mapping[str, Any], path: Path) -> None:
         if value is None:
             continue
         is_right = _is_whole_number(value) if kind is int else isinstance(value, kind)
-        if is_right and key in _COUNTERS:
-            is_right = all(map(_is_whole_number, value.values()))
+        if is_right and key in (*_COUNTERS, "stop_ids"):
+            is_right = all(map(_is_whole_number, value.values() if isinstance(value, dict) else value))
         if not is_right:
             raise DataError(f"the manifest is damaged: `{key}` is not what it should be", where=str(path), hint=_AGAIN)
     made = manifest.get("made") or {}
@@ -165,7 +168,7 @@ def _check_entries(entries: Sequence[Any], path: Path) -> None:
         if not is_entry or not _is_whole_number(entry.get("rows")):
             raise DataError(f"shard {number} has no file, rows and sha256", where=str(path), hint=_AGAIN)
         name = entry["file"]
-        if Path(name).name != name or name in ("", "..") or "\0" in name or name in listed:
+        if not is_file_name(name) or name in listed:
             raise DataError(f"{name[:60]!r} is listed twice, or lies elsewhere", where=str(path), hint=_AGAIN)
         listed.add(name)
 

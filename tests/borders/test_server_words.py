@@ -175,7 +175,15 @@ def test_a_long_cause_is_one_line_and_whole_in_a_file(tmp_path: Path, capsys: An
     (shown,) = [line for line in err.splitlines() if line.startswith("dllm: ")]
     (file,) = (tmp_path / "out" / ".work").glob("*/server-error.txt")
     assert code == 4 and str(file) in shown and cause in file.read_text()
-    assert len(shown) <= 500 and "the tensor of layer 0 1 2" in shown
+    assert len(shown) <= len("dllm: ") + 500 and "the tensor of layer 0 1 2" in shown
+
+
+def test_a_run_whose_requests_are_all_rejected_names_the_cause(tmp_path: Path, capsys: Any) -> None:
+    with serving() as server:
+        said(server, 200, TIER)
+        code, err = call(*flags(tmp_path, server), capsys=capsys)
+    assert code == 3 and "all 8 requests were rejected, the first because the server answered with error 402" in err
+    assert "stop ids" not in err and "run this again with --resume" in err
 
 
 def test_hints_name_the_command_s_own_flags(tmp_path: Path, capsys: Any) -> None:
