@@ -14,7 +14,7 @@ ENV := . infra/env.sh;
 PYTEST := $(ENV) OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 FAST := not heavy and not slow and not flows and not kill and not ranks
 
-.PHONY: help setup setup-sglang run test test-fast test-laws test-heavy test-sglang test-vllm lint ui serve bench bench-train-step bench-local-engine bench-regenerate-client \
+.PHONY: help setup setup-sglang run test test-fast test-laws test-heavy test-blows test-sglang test-vllm lint ui serve bench bench-train-step bench-local-engine bench-regenerate-client \
   bench-mdlm-step bench-diffusion-decoding bench-self-speculation long clean
 
 help:  ## this list
@@ -76,6 +76,11 @@ ROUNDS ?= 10
 test-laws: setup  ## the property-based tests, ROUNDS times, each with new random examples
 	@$(ENV) for round in $$(seq $(ROUNDS)); do OMP_NUM_THREADS=1 python -m pytest --quiet --hypothesis-profile other \
 	  --numprocesses 2 --dist loadfile $$(grep -rl '^@given' tests) $(ARGS) || exit 1; done
+
+BLOWS ?= 200
+
+test-blows: setup  ## BLOWS signals at random moments for each stage, and how each call ended: hours
+	@$(ENV) python -m tests.kill.blows --blows $(BLOWS) --folder $$(mktemp -d) $(ARGS)
 
 test-sglang: setup $(SGLANG)/installed  ## a real SGLang server, on a GPU or a CPU: its life cycle, and regenerate through it
 	@$(ENV) python -m pytest tests/servers/test_sglang.py -s -o faulthandler_timeout=1800 $(ARGS)

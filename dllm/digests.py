@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dllm.errors import DllmError
+from dllm.outside import parse_json
 
 SEAL = "seal"
 _BLANK = b"0" * 64
@@ -54,7 +55,7 @@ def unsealed(data: bytes) -> dict[str, Any]:
     Raises:
         ValueError: it is not a JSON object, or not what was sealed.
     """
-    record = json.loads(data)
+    record = parse_json(data)
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     found = record.pop(SEAL, None)

@@ -24,7 +24,9 @@ from types import FrameType
 from typing import Any, cast
 
 import uvicorn
-from servers import HEADER, HOST, PASSWORD, READY
+from servers import COMPLAINT, HEADER, HOST, PASSWORD, READY
+
+from dllm.errors import DllmError
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -177,10 +179,13 @@ def mlflow_app(port: int) -> App:
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     os.environ["MLFLOW_SERVER_ALLOWED_HOSTS"] = f"{HOST}:{port},localhost:{port}"
     os.environ["_MLFLOW_SGI_NAME"] = "uvicorn"
+    from dllm.tracking.store import connect
+
+    uri = os.environ["MLFLOW_BACKEND_STORE_URI"]
+    connect(uri)  # makes a store that is not there in one step, and says in one line what is wrong with one
     from mlflow.server import constants
     from mlflow.server.handlers import initialize_backend_stores
 
-    uri = os.environ["MLFLOW_BACKEND_STORE_URI"]
     os.environ[constants.BACKEND_STORE_URI_ENV_VAR] = os.environ[constants.REGISTRY_STORE_URI_ENV_VAR] = uri
     os.environ[constants.ARTIFACT_ROOT_ENV_VAR] = "mlflow-artifacts:/"
     os.environ[constants.SERVE_ARTIFACTS_ENV_VAR] = "true"
@@ -263,4 +268,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except DllmError as error:
+        sys.exit(f"{COMPLAINT}{error}")

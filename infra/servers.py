@@ -35,6 +35,7 @@ HEADER = "# Written by infra/gate.py while its server listens."
 """The start of a client file."""
 READY = "listening at "
 """The start of the line that a server prints once it listens; the address follows."""
+COMPLAINT = "dllm: "
 READY_S = 300.0
 REQUEST_S = 30.0
 POLL_INTERVAL_S = 0.1
@@ -92,7 +93,9 @@ class Service:
                 if line.startswith(READY) and line.endswith("\n"):
                     return line.removeprefix(READY).strip()
             signals.sleep(POLL_INTERVAL_S)
-        raise ServerError(f"{self.name} did not start", where=f"logs/{self.name}.log", hint="see the log's last lines")
+        lines = self.log.read_text(errors="replace").splitlines()
+        cause = next((f": {line.removeprefix(COMPLAINT)}" for line in lines if line.startswith(COMPLAINT)), "")
+        raise ServerError(f"{self.name} did not start{cause}", where=f"logs/{self.name}.log")
 
 
 def stop_all(services: Sequence[Service]) -> None:

@@ -94,6 +94,14 @@ def serve(
 
 
 @app.command()
+def verify(root: Root = Path(), debug: Debug = False) -> None:
+    """Compare every stored file with its digest; say what is damaged, and how to restore it."""
+    from dllm.cli import verify as verb
+
+    verb.verify(root.resolve())
+
+
+@app.command()
 def report(root: Root = Path(), debug: Debug = False) -> None:
     """Print the results of the stages under out/ as one table."""
     from dllm.cli import report as tables

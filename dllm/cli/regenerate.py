@@ -3,16 +3,18 @@
 Defines the flags and maps them to settings.
 """
 
+import contextlib
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dllm.errors import ConfigError
+from dllm.errors import ConfigError, DllmError
 from dllm.outside import one_line, visible
 from dllm.registry import ENGINES
 
@@ -151,7 +153,9 @@ def command(run_stage: Callable[[Path, Sequence[str], Path], None]) -> Callable[
         from dllm.regeneration import standalone
 
         args = _parse(dict(context.params))
-        _print(standalone.dry_run(args) if dry_run else standalone.run(args), as_json, dry_run)
+        with _errors_name_flags():
+            figures = standalone.dry_run(args) if dry_run else standalone.run(args)
+        _print(figures, as_json, dry_run)
 
     return regenerate
 
@@ -220,6 +224,27 @@ _SOURCE = {
     **{"ignore_columns": "ignore_column", "max_bad_rows": "max_bad_rows"},
 }
 """Flags by the field of the source that they set; an empty list sets null."""
+
+
+_FLAGS = {"servers": "target-server", "served_model": "model", "model": "model"}
+"""Flags named otherwise than the setting."""
+
+
+@contextlib.contextmanager
+def _errors_name_flags() -> Iterator[None]:
+    """Name the flags of this command in errors that name the settings of params.yaml."""
+
+    def named(text: str | None) -> str | None:
+        if text is None:
+            return None
+        flag = r"\b(?:regenerate|target)\.(?!sglang\b)([a-z_]+)\b(?!\.)"
+        text = re.sub(flag, lambda found: "--" + _FLAGS.get(found[1], found[1]).replace("_", "-"), text)
+        return text.replace("run this again", "run this again with --resume")
+
+    try:
+        yield
+    except DllmError as error:
+        raise type(error)(error.message, where=named(error.where), hint=named(error.hint)) from None
 
 
 def _part(text: str | None) -> tuple[int, int] | None:

@@ -146,12 +146,12 @@ class Optimizer(Section):
 
 
 class _Train(Section):
-    """One training run under torchrun: what every method shares."""
+    """One training run: what every method shares."""
 
     mode: Annotated[str, AfterValidator(METHODS.check)] = next(iter(METHODS))
     """The training method; its settings are the section of that name."""
     nproc: Annotated[int, Field(ge=1, le=256)] = 1
-    """Ranks that torchrun starts; on a machine with GPUs, one per GPU."""
+    """Ranks that `train` starts on this machine; where it has GPUs, at most one per GPU."""
     epochs: Annotated[float, Field(gt=0, le=1e6)] = 6.0
     batch_size: Size = 8
     """Sequences per rank and micro-batch."""
@@ -219,7 +219,7 @@ def _sections(base: type[Section], name: str, settings: Mapping[str, type[Sectio
 if TYPE_CHECKING:  # the sections of methods are typed where they are used, in dllm/methods/
 
     class Train(_Train):
-        """One training run under torchrun, with a section per method."""
+        """One training run, with a section per method."""
 
     class Evaluate(_Evaluate):
         """Decoding of held-out prompts, with the sections that methods add."""

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from dllm.engines.engine import Request, Response
-from dllm.outside import JsonError, is_text, parse_json
+from dllm.outside import MAX_DEPTH, JsonError, is_text, parse_json
 
 MAX_ID = 2**31 - 1
 ENDINGS = ("stop", "length", "tool_calls")
@@ -58,8 +58,8 @@ def _check_call(call: Any) -> None:
     try:
         arguments = parse_json(texts[2])
     except JsonError as error:
-        if "nested" in str(error):
-            raise ValueError(f"the arguments of a call are {error}") from None
+        if texts[2].count("[") + texts[2].count("{") > MAX_DEPTH:
+            raise ValueError("the arguments of a call are nested too deeply") from error
         return  # no JSON: templates take it as a text
     if not isinstance(arguments, dict):
         raise ValueError("the arguments of a call are no mapping")

@@ -15,6 +15,7 @@ from dllm.engines.openai.client import Client
 from dllm.engines.openai.faults import Fault, Refused
 from dllm.engines.openai.servers import Server
 from dllm.errors import ServerError
+from dllm.outside import one_line
 from dllm.process.children import Background
 from dllm.process.signals import EventLoop
 
@@ -102,7 +103,7 @@ class _Wait:
             self._reported = now
             last = next((line for line in reversed(self._child.tail) if line.strip()), "none").strip()
             waited = f"{self._name}: not ready after {now - self._began:.0f} s"
-            print(f"{waited}; its last line: {last[:200]}", file=sys.stderr, flush=True)
+            print(f"{waited}; its last line: {one_line(last, 200)}", file=sys.stderr, flush=True)
         await asyncio.sleep(LOOK_EVERY_S)
 
     def _error(self, what: str, hint: str | None = None) -> ServerError:

@@ -27,6 +27,7 @@ from dllm.engines.openai.engine import OpenAIEngine
 from dllm.engines.readiness import wait_until_ready
 from dllm.errors import ConfigError, ServerError, StageError
 from dllm.models import builtin, targets
+from dllm.outside import one_line
 from dllm.process import children as process
 
 HOST = "127.0.0.1"
@@ -172,7 +173,7 @@ def error_line(lines: Sequence[str]) -> str:
     """Pick the line of a log that explains best why a program ended: its last error, else its last line."""
     logged = [_STAMP.sub("", line).strip() for line in lines if line.strip()]
     errors = [line for line in logged if _ERROR.search(line)]
-    return (errors or logged or ["its log is empty"])[-1][:400]
+    return one_line((errors or logged or ["its log is empty"])[-1], 400)
 
 
 def _interpreter(settings: Sglang, root: Path) -> Path | None:
@@ -190,7 +191,11 @@ def _interpreter(settings: Sglang, root: Path) -> Path | None:
         raise ConfigError("no environment with SGLang there", where=where, hint=hint)
     probe = [str(python), "-c", "import importlib.metadata as m; m.version('sglang')"]
     environment = {**os.environ, **_environment(python, on_cpu=False)}
-    if subprocess.run(probe, env=environment, capture_output=True, check=False).returncode:
+    try:
+        has_sglang = subprocess.run(probe, env=environment, capture_output=True, check=False).returncode == 0
+    except OSError as error:
+        raise ConfigError(f"no interpreter that runs here: {error.strerror}", where=where, hint=hint) from None
+    if not has_sglang:
         raise ConfigError("this interpreter has no SGLang", where=where, hint=hint)
     return python
 
@@ -249,9 +254,13 @@ def _take_port(stack: ExitStack, requested: int) -> int:
             try:
                 probe.bind((HOST, requested))
             except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-                raise _taken(requested) from None
+                if error.errno == errno.EADDRINUSE:
+                    raise _taken(requested) from None
+                raise StageError(
+                    f"cannot listen on this port: {error.strerror}",
+                    where=f"{HOST}:{requested}",
+                    hint="set regenerate.sglang.port to another; 0 takes a free one",
+                ) from None
             port = int(probe.getsockname()[1])
         if _claimed(stack, port):
             return port

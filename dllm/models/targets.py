@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 )
 
 from dllm.config.params import Target
+from dllm.digests import file_digest
 from dllm.errors import ConfigError, ModelError
 from dllm.models import builtin
 from dllm.models.quiet import without_warnings
@@ -87,7 +88,9 @@ def hub_snapshot(repo: str, revision: str | None, patterns: list[str], where: st
     """
     where = f"{where}: {repo}"
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        check_blobs(snapshot, weights=False)
+        return snapshot
     except GatedRepoError:
         raise ModelError("this model needs an accepted licence", where=where, hint="set HF_TOKEN") from None
     except RevisionNotFoundError:
@@ -107,6 +110,34 @@ def hub_snapshot(repo: str, revision: str | None, patterns: list[str], where: st
 
 
 # torch and the model classes of transformers take 1 to 3 seconds to import: identity and location do without them.
+
+
+@functools.cache
+def check_blobs(snapshot: Path, *, weights: bool) -> None:
+    """Compare files in the Hugging Face cache with the digests that name their blobs, once per process.
+
+    Other directories have no digests, and pass.
+
+    Args:
+        weights: check the weights, which takes a second for a gigabyte; False: the other files.
+
+    Raises:
+        ModelError: a file has other bytes than were downloaded.
+    """
+    for file in sorted(path for path in snapshot.rglob("*") if path.is_symlink() and path.is_file()):
+        if (file.suffix in (".safetensors", ".bin")) != weights:
+            continue
+        blob = file.resolve()
+        if re.fullmatch("[0-9a-f]{64}", blob.name):
+            found = file_digest(blob)
+        elif re.fullmatch("[0-9a-f]{40}", blob.name):  # small files are named as git does
+            data = blob.read_bytes()
+            found = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+        else:
+            continue
+        if found != blob.name:
+            hint = f"delete {blob} and run again; it is downloaded anew"
+            raise ModelError("damaged in the Hugging Face cache", where=str(file), hint=hint)
 
 
 def load_tokenizer(target: Target) -> PreTrainedTokenizerBase:
@@ -160,6 +191,7 @@ def load_target(
 
     logging.disable_progress_bar()  # its bars would cut through a stage's own
     path = locate(target)
+    check_blobs(path, weights=True)
     if dtype is None:
         dtype = target.dtype
     if isinstance(dtype, str):
@@ -277,8 +309,7 @@ def _file_digest(file: Path, size: int, mtime_ns: int) -> str:
     blob = file.resolve().name
     if re.fullmatch(r"[0-9a-f]{64}", blob):
         return blob
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return file_digest(file)
 
 
 def _first_line(error: Exception) -> str:

@@ -51,6 +51,8 @@ class _State:
         """The handlers that ours have replaced."""
         self.wakeup: tuple[int, int] | None = None
         """The descriptor that the C handler writes to, and the one from before; None while signals are not handled."""
+        self.mask: set[int] | None = None
+        """The signals that were blocked before, during a fork."""
         self.received: int | None = None
         self.is_announced = False
         """Whether `listeners` have been called."""
@@ -329,11 +331,25 @@ def _in_event_loop() -> bool:
     return asyncio is not None and asyncio._get_running_loop() is not None
 
 
-def _forget() -> None:
-    """Give a forked child its handlers back: it shares the pipe, and is no stage of its own."""
+def _hold() -> None:
     if _state.wakeup is not None:
-        _state.wakeup = (_state.wakeup[0], -1)
+        _state.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _let_go() -> None:
+    if _state.mask is not None:
+        mask, _state.mask = _state.mask, None
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _forget() -> None:
+    """Give a forked child the handlers from before: it shares the pipe, and is no stage of its own."""
+    if _state.wakeup is not None:
+        mask, _state.wakeup = _state.mask, (_state.wakeup[0], -1)
         _uninstall()
+        _state.mask = mask
+    _let_go()
 
 
-os.register_at_fork(after_in_child=_forget)
+# A signal for a child that has just been forked waits until that has its handlers.
+os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_forget)

@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dllm.digests import unsealed
 from dllm.engines.engine import Engine, Response, request_origin
-from dllm.errors import StageError
+from dllm.errors import LONGEST_HINT, DataError, ServerError, StageError
 from dllm.files import atomic_write
+from dllm.outside import MAX_LINE, one_line
 from dllm.progress import Progress
 from dllm.prompts.table import Prompt
 from dllm.regeneration.rollout import RolloutConfig, num_samples, split_turns
@@ -33,6 +35,7 @@ from dllm.secrets import hide_in
 from dllm.tracking.runs import NullTracker, Tracker
 
 SERVED = "served.json"
+CAUSE = "server-error.txt"
 TRACK_EVERY_S = 10.0
 MODEL_KEYS = ("model", "model_path", "revision", "weight_version", "dtype", "quantization")
 """Keys of an engine's description that distinguish models."""
@@ -94,6 +97,11 @@ def regenerate(job: Job) -> Regenerated:
         ServerError: the servers are out of reach or respond wrongly; finished responses are kept.
         StageError: the engine left requests without a response, or the disk is full.
     """
+    with _long_causes_kept(job.work / CAUSE):
+        return _regenerate(job)
+
+
+def _regenerate(job: Job) -> Regenerated:
     before = _read_served(job.work)
     if job.turns == 0:
         return _collect(ShardStore(job.work / _new_folder({})), {}, _CallStats())
@@ -123,6 +131,22 @@ def regenerate(job: Job) -> Regenerated:
     return _collect(store, served, stats)
 
 
+@contextlib.contextmanager
+def _long_causes_kept(path: Path) -> Iterator[None]:
+    """Write what a server says into a file where it is too long for one line, and name the file."""
+    try:
+        yield
+    except ServerError as error:
+        whole = "; ".join(filter(None, (error.message, error.where, error.hint)))
+        if len(whole) < MAX_LINE:
+            raise
+        atomic_write(path, f"{whole}\n".encode(errors="replace"))
+        place = f"its words are in {path}"
+        hints = (f"{error.hint}; {place}" if error.hint else place, place)
+        hint = next((hint for hint in hints if len(hint) <= LONGEST_HINT), place)
+        raise ServerError(error.message, where=error.where, hint=hint) from None
+
+
 def rejections(regenerated: Regenerated) -> bytes:
     """Return the refused requests as JSON Lines, in order: prompt, sample, turn and the reason."""
     lines = []
@@ -131,13 +155,22 @@ def rejections(regenerated: Regenerated) -> bytes:
             prompt_id, sample, turn = request_origin(each["key"])
             origin = {"prompt_id": prompt_id, "sample": sample, "turn": turn}
             lines.append(json.dumps({**origin, "reason": each["reason"]}, ensure_ascii=False) + "\n")
-    return "".join(lines).encode()
+    return "".join(lines).encode(errors="replace")  # a reason of an earlier version may hold half a surrogate pair
 
 
-def first_rejection(regenerated: Regenerated) -> str:
-    """Return the end of a hint: why requests were refused; empty where none was."""
-    reasons = [record.rejected[0]["reason"] for record in regenerated.store.records() if record.rejected]
-    return f"; {regenerated.counts.rejected} requests were refused, the first: {reasons[0]}" if reasons else ""
+def no_tokens(regenerated: Regenerated, num_prompts: int, where: str) -> DataError:
+    """Make the error of a result without a token to train on: every request was rejected, or responses are empty."""
+    reasons = (record.rejected[0]["reason"] for record in regenerated.store.records() if record.rejected)
+    first, rejected = next(reasons, None), regenerated.counts.rejected
+    if first is not None and not regenerated.counts.rows:
+        message = f"all {rejected} requests were rejected, the first because {one_line(first, 300)}"
+        return DataError(message, where=where, hint="remove the cause and run this again")
+    also = "" if first is None else f"; {rejected} requests were rejected, the first because {one_line(first, 200)}"
+    return DataError(
+        f"the target's responses to {num_prompts} prompts hold no token to train on",
+        where=where,
+        hint=f"check the chat template and the stop ids{also}",
+    )
 
 
 def summary(regenerated: Regenerated) -> str:
@@ -160,7 +193,7 @@ def remove_others(regenerated: Regenerated) -> None:
 def earlier_manifest(regenerated: Regenerated) -> dict[str, Any]:
     """Return the manifest that an earlier call wrote beside the shards; empty where there is none."""
     try:
-        return dict(json.loads((regenerated.store.folder / shards.MANIFEST).read_bytes()))
+        return unsealed((regenerated.store.folder / shards.MANIFEST).read_bytes())
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -249,7 +282,7 @@ def _read_served(work: Path) -> dict[str, Any] | None:
     try:
         found = json.loads((work / SERVED).read_bytes())
         return {"folder": str(found["folder"]), "served": dict(found["served"])}
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 

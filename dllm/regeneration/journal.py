@@ -1,7 +1,7 @@
 """Finished responses on disk, one line each, written as soon as they are finished.
 
 Each response is one write of one line, so a killed process loses none of them. A line cut short by a full disk or a
-power failure is removed when the journal is opened again, and generated again.
+power failure is removed when the journal is opened again, and generated again; so is one whose checksum is wrong.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import time
+import zlib
 from pathlib import Path
 from types import TracebackType
 
@@ -59,7 +60,8 @@ class ResponseJournal:
         fields: list[object] = [response.key, response.token_ids, response.text, response.finish_reason]
         if response.tool_calls:
             fields.append(response.tool_calls)
-        line = json.dumps(fields).encode() + b"\n"
+        data = json.dumps(fields).encode()
+        line = data + b"\t%08x\n" % zlib.crc32(data)
         written = 0
         while written < len(line):
             written += os.write(self._file, line[written:])
@@ -103,13 +105,28 @@ class ResponseJournal:
         return self._end
 
 
+def count_damaged(path: Path) -> int:
+    """Count the lines of a journal that hold no response as it was written; nothing is changed."""
+    damaged = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                _parse(line)
+            except (ValueError, TypeError, RecursionError):
+                damaged += line.endswith(b"\n")  # what a kill has cut short is no damage
+    return damaged
+
+
 def _parse(line: bytes) -> Response:
     """Read one line.
 
     Raises:
-        ValueError: it holds no response, or one with a defect.
+        ValueError: it holds no response, or one with a defect, or is damaged.
     """
-    key, token_ids, text, finish_reason, *calls = json.loads(line)
+    data, tab, found = line.rstrip(b"\n").partition(b"\t")  # lines of older versions have no checksum
+    if tab and found != b"%08x" % zlib.crc32(data):
+        raise ValueError("its checksum is another")
+    key, token_ids, text, finish_reason, *calls = json.loads(data)
     response = Response(key, tuple(token_ids), text, finish_reason, *map(tuple, calls))
     if (reason := defect(response)) is not None:
         raise ValueError(reason)

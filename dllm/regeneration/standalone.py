@@ -191,10 +191,14 @@ def dry_run(args: RegenerateArgs) -> dict[str, Any]:
     found = survey(args)
     rendered = None
     if found.first is not None:
-        request = Rollout(found.first, 0, args.rollout).next_request()
-        rendered = args.tokenizer.decode(list(request.prompt_ids)) if request is not None else None
-        if rendered is None:
+        rollout = Rollout(found.first, 0, args.rollout)
+        request = rollout.next_request()
+        if request is not None:
+            rendered = args.tokenizer.decode(list(request.prompt_ids))
+        elif rollout.is_unfit:
             raise DataError("the chat template refuses the first chat", where=f"prompt {found.first.id}")
+        elif rollout.rejection is not None:
+            rendered = f"(none: {rollout.rejection.reason})"
     served = None
     if ENGINES[args.settings.regenerate.engine].is_external:
         with args.open_engine() as engine:
@@ -249,11 +253,8 @@ def _made_of(args: RegenerateArgs) -> dict[str, Any]:
 
 def _check_tokens(args: RegenerateArgs, found: Survey, regenerated: Regenerated) -> None:
     if found.turns and not regenerated.counts.tokens and not regenerated.counts.dropped:
-        raise DataError(
-            f"the target's responses to {found.tally.prompts} prompts hold no token to train on",
-            where=f"--model {args.settings.regenerate.served_model or args.settings.target.model}",
-            hint="check the chat template and the stop ids" + core.first_rejection(regenerated),
-        )
+        model = args.settings.regenerate.served_model or args.settings.target.model
+        raise core.no_tokens(regenerated, found.tally.prompts, f"--model {model}")
 
 
 def _manifest(args: RegenerateArgs, workspace: Workspace, found: Survey, regenerated: Regenerated) -> dict[str, Any]:

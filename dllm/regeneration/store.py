@@ -8,13 +8,13 @@ file.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dllm.digests import sealed, unsealed
 from dllm.engines.engine import Response, request_key
 from dllm.errors import StageError
 from dllm.files import atomic_write
@@ -119,7 +119,7 @@ class ShardStore:
             "origins": origins_digest(rollout.origin for rollout in shard.rollouts),
             "rejected": rejected,
         }
-        atomic_write(self._path("shard", shard.index, "json"), json.dumps(record, sort_keys=True).encode())
+        atomic_write(self._path("shard", shard.index, "json"), sealed(record))
         shard.journal.close()
         shard.journal.path.unlink()
         self.finished.add(shard.index)
@@ -127,7 +127,7 @@ class ShardStore:
 
     def record(self, index: int) -> ShardRecord:
         """Read the record of a finished shard."""
-        return ShardRecord(**json.loads(self._path("shard", index, "json").read_bytes()))
+        return ShardRecord(**unsealed(self._path("shard", index, "json").read_bytes()))
 
     def records(self) -> Iterator[ShardRecord]:
         """Read the records of all finished shards, in order."""
@@ -137,16 +137,18 @@ class ShardStore:
     def _load(self, path: Path) -> None:
         index = int(path.stem.rpartition("-")[2])
         try:
-            record = ShardRecord(**json.loads(path.read_bytes()))
+            record = ShardRecord(**unsealed(path.read_bytes()))
             data = (self.folder / record.entry["file"]).read_bytes()
             intact = hashlib.sha256(data).hexdigest() == record.entry["sha256"]
-        except (OSError, ValueError, TypeError, KeyError):
-            intact = False
+            ManifestCounts.from_json(record.entry["counts"])
+            is_passing = any([each["is_passing"] for each in record.rejected])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            intact = is_passing = False
         if not intact:
             _log.warning("%s: damaged; the shard is generated again", path)
             path.unlink()
             return
-        if any(each["is_passing"] for each in record.rejected):
+        if is_passing:
             self._reopen(index, record)
             return
         self._path("journal", index, "jsonl").unlink(missing_ok=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +16,10 @@ from typing import Any, TypedDict
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dllm.digests import sealed, unsealed
 from dllm.errors import DataError
 from dllm.files import atomic_write
-from dllm.outside import is_file_name, is_text, one_line, parse_json
+from dllm.outside import is_file_name, is_text, one_line
 from dllm.prompts.columns import chat_fields, from_columns, to_columns
 from dllm.prompts.turns import Message, Tools
 from dllm.secrets import hide_in
@@ -115,10 +115,9 @@ def _null_items(column: pa.ChunkedArray) -> int:
 
 
 def write_manifest(dir: Path, manifest: Mapping[str, Any]) -> Path:
-    """Write the manifest, without secrets; it says that every shard it lists is complete, so call this last."""
+    """Write the manifest, sealed and without secrets; it says that its shards are complete, so call this last."""
     path = dir / MANIFEST
-    text = json.dumps(hide_in(manifest), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    atomic_write(path, text.encode())
+    atomic_write(path, sealed(hide_in(manifest)))
     return path
 
 
@@ -130,7 +129,7 @@ def read_manifest(dir: Path) -> dict[str, Any]:
     """
     path = dir / MANIFEST
     try:
-        manifest = parse_json(path.read_bytes())
+        manifest = unsealed(path.read_bytes())
         complete = isinstance(manifest["shards"], list)
         if not is_text(json.dumps(manifest, ensure_ascii=False)):
             raise ValueError("half a surrogate pair")

@@ -11,7 +11,6 @@ from typing import Any
 
 from dllm.config.params import Params
 from dllm.engines.engine import open_engine
-from dllm.errors import DataError
 from dllm.models import targets
 from dllm.prompts import table as prompts
 from dllm.regeneration import core, identity
@@ -60,11 +59,7 @@ def _publish(stage: Stage, num_prompts: int, regenerated: Regenerated) -> dict[s
     settings, target = stage.params.regenerate, stage.params.target
     counts = regenerated.counts.to_json()
     if regenerated.counts.tokens_by_split[prompts.TRAIN] == 0:
-        raise DataError(
-            f"the target's responses to {num_prompts} prompts hold no token to train on",
-            where=f"target.model: {target.model}",
-            hint="check the chat template and the stop ids" + core.first_rejection(regenerated),
-        )
+        raise core.no_tokens(regenerated, num_prompts, f"target.model: {target.model}")
     manifest = {
         "schema": shards.SCHEMA,
         **stage.record["identity"],

@@ -1,4 +1,4 @@
-"""Stage `train`: train with the method that `train.mode` names, alone (`python -m dllm train`) or as ranks of torchrun.
+"""Stage `train`: train with the method that `train.mode` names, as one rank or as one of several.
 
 Joins method and training loop, and publishes the best checkpoint.
 """

@@ -105,6 +105,7 @@ class MlflowTracker:
         if self._is_gone or self._journal.is_closed:
             self._journal.close()
             return
+        self._journal.read()
         with contextlib.suppress(OSError):  # the disk is full: the next synchronization finds no end, and says KILLED
             self._journal.add(status=status)
         self._retry_at = 0.0

@@ -18,10 +18,11 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from dllm.errors import ModelError, ServerError
+from dllm.secrets import hide_in
 from dllm.tracking import provenance
 from dllm.tracking.address import is_local, sqlite_path, tracking_uri
 from dllm.tracking.runs import REGISTERED
-from dllm.tracking.store import connect, unreachable
+from dllm.tracking.store import FAULTS, connect, one_line, unreachable
 
 STORE = "registered"
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -78,7 +79,9 @@ def register(
         ServerError: MLflow is out of reach.
     """
     client, uri = _client(root)
-    facts = {**tags, DIGEST: digest, TAU: repr(float(tau)), HELDOUT: heldout_digest, TARGET: target}
+    facts: dict[str, str] = hide_in(
+        {**tags, DIGEST: digest, TAU: repr(float(tau)), HELDOUT: heldout_digest, TARGET: target}
+    )
     with _answering(uri):
         known = _find(client, name, digest)
         version = known or _create(client, name, _source(uri, store_path(root, digest)), facts, run_id)
@@ -108,11 +111,13 @@ def resolve(reference: str, root: Path) -> Path:
     client, uri = _client(root)
     try:
         version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+    except FAULTS as error:
+        known = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+        if not isinstance(error, MlflowException) or error.error_code not in known:
             raise unreachable(uri, error) from None
-        cause = " ".join(str(error.message).split())
-        raise ModelError(f"not registered: {cause}", where=uri, hint="`make ui` shows what is") from None
+        raise ModelError(
+            f"not registered: {one_line(error.message)}", where=uri, hint="`make ui` shows what is"
+        ) from None
     expected = version.tags.get(DIGEST)
     if expected is None:
         raise ModelError(f"{reference} was not registered by dllm: it has no digest", where=str(version.source))
@@ -204,7 +209,7 @@ def _client(root: Path) -> tuple[MlflowClient, str]:
 def _answering(uri: str) -> Iterator[None]:
     try:
         yield
-    except MlflowException as error:
-        if error.error_code == "INVALID_PARAMETER_VALUE":
-            raise ServerError(f"MLflow refuses: {' '.join(str(error.message).split())[:200]}", where=uri) from None
+    except FAULTS as error:
+        if isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE":
+            raise ServerError(f"MLflow refuses: {one_line(error.message)}", where=uri) from None
         raise unreachable(uri, error) from None

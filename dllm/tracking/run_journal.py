@@ -39,25 +39,23 @@ class RunJournal:
         BlockingIOError: another process has it open.
     """
 
+    head: Record
+    """Where the run is: its store, stage and work folder."""
+    pending: list[Record]
+    """What the store has not taken yet, oldest first."""
+    in_doubt: bool
+    """Whether the store may have taken some of it."""
+    status: str | None
+    """Latest status."""
+
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.run_id = path.stem
-        self.head: Record = {}
-        """Where the run is: its store, stage and work folder."""
-        self.pending: list[Record] = []
-        """What the store has not taken yet, oldest first."""
-        self.in_doubt = False
-        """Whether the store may have taken some of it."""
-        self.status: str | None = None
-        """Latest status."""
-        self._written = self._taken = 0
-        self._points: set[tuple[str, int]] = set()
-        self._params: set[str] = set()
         self._file = path.open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._read()
+            self.read()
         except BaseException:
             self._file.close()
             raise
@@ -136,7 +134,12 @@ class RunJournal:
         self.path.unlink(missing_ok=True)
         shutil.rmtree(self.path.with_suffix(""), ignore_errors=True)
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Read the file again: a signal that raises may have struck between a line and its note in memory."""
+        self.head, self.pending, self.status = {}, [], None
+        self._written = self._taken = 0
+        self._points: set[tuple[str, int]] = set()
+        self._params: set[str] = set()
         self._file.seek(0)
         whole = self._file.read()
         end = whole.rfind(b"\n") + 1

@@ -92,7 +92,7 @@ def cause_of(error: BaseException) -> str:
     if isinstance(inner, OSError) and inner.strerror:
         told = inner.strerror if inner.filename is None else f"{inner.strerror}: {inner.filename}"
     told = re.sub(r"\(Background on this error at: \S+\)|\[SQL: .*", "", told, flags=re.DOTALL)
-    return _one_line(told)
+    return one_line(told)
 
 
 def _open(uri: str) -> MlflowClient:
@@ -166,11 +166,12 @@ def _detail(said: Any, text: str) -> str:
     while isinstance(said, dict):
         said = next((said[name] for name in ("message", "error", "detail") if said.get(name)), None)
     told = said if isinstance(said, str) else re.sub(r"<(style|script).*?</\1>|<[^>]*>", " ", text[:4000], flags=re.S)
-    return _one_line(told) or "no text"
+    return one_line(told) or "no text"
 
 
-def _one_line(text: str) -> str:
-    shown = "".join(character if character.isprintable() else " " for character in text)
+def one_line(text: object) -> str:
+    """Make one printable line of what a store says, without secrets."""
+    shown = "".join(character if character.isprintable() else " " for character in str(text))
     return hide(" ".join(shown.split()))[:CAUSE_CHARS]
 
 

@@ -253,7 +253,6 @@ def test_a_stage_leaves_no_secret_whether_it_succeeds_or_fails(project: Project,
         (["dvc", "repro", "prepare"], environment, 0),
         ([*dllm, "regenerate", "--debug", *openai], environment, 4),
         ([*dllm, "prepare", "--debug"], {**environment, "MLFLOW_TRACKING_URI": CLOSED}, 4),
-        ([*dllm, "track", "sync", "--debug"], {**environment, "MLFLOW_TRACKING_URI": CLOSED}, 4),
         ([*dllm, "train", "--set", "train.x=http://a:s3cret-word@h"], environment, 2),
     ]
     for argv, variables, code in runs:

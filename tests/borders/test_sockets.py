@@ -23,7 +23,7 @@ from tests.arch.source_tree import ROOT, python_files
 from tests.flows.conftest import Project, copy_project, wait_until
 
 LISTENS = "0A"
-LOOK_EVERY_S = 0.1
+LOOK_EVERY_S = 0.3
 
 
 def listening(pids: set[int]) -> set[tuple[str, int]]:

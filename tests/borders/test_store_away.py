@@ -36,7 +36,7 @@ def root(tmp_path: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> 
 def proxy(root: Path, mlflow_server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     proxy = FaultyProxy(mlflow_server)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
     yield proxy
     proxy.close()
 
@@ -64,16 +64,16 @@ def locked(uri: str) -> Iterator[None]:
 
 @pytest.mark.slow
 def test_a_server_that_fails_in_every_way_gets_each_point_once(
-    root: Path, proxy: FaultyProxy, capsys: pytest.CaptureFixture[str]
+    root: Path, proxy: FaultyProxy, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = MlflowTracker(root, "outage", "train")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     draws = random.Random(7)
     for step in range(120):
         if step % 10 == 0:
             # It hangs once: each try takes the whole timeout.
             proxy.mode = "hang" if step == 60 else draws.choice(["up", "away", "lose replies"])
-        if step != 61:
-            tracker.log_metrics({"loss": step / 7, "lr": 0.1}, step)
+        tracker.log_metrics({"loss": step / 7, "lr": 0.1}, step)
         proxy.mode = "lose replies" if proxy.mode == "hang" else proxy.mode
     (root / "curve.txt").write_text("curve")
     proxy.mode = "lose replies"
@@ -87,10 +87,11 @@ def test_a_server_that_fails_in_every_way_gets_each_point_once(
     with pytest.raises(ServerError):
         delivery.synchronize(root)
     proxy.mode = "up"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
     report = delivery.synchronize(root)
     assert report.sent and not report.refused and not report.closed
     found = points(proxy.url, tracker.run_id, ["loss", "lr"])
-    assert found == once(["loss", "lr"], range(120)) - once(["loss", "lr"], range(61, 62))
+    assert found == once(["loss", "lr"], range(120))
     client = connect(proxy.url)
     run = client.get_run(tracker.run_id)
     assert run.info.status == "FINISHED" and run.data.params == {"train.lr": "0.1"}

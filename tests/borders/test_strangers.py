@@ -5,6 +5,7 @@ import base64
 import contextlib
 import http.client
 import json
+import os
 import signal
 import socket
 import sqlite3
@@ -13,6 +14,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import httpx
 import psutil
@@ -21,6 +23,7 @@ import websockets
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dllm.config import recipe_book
 from tests.flows.conftest import Project, copy_project, wait_until
 
 INFRA = Path(__file__).parents[2] / "infra"
@@ -222,6 +225,31 @@ def test_the_password_stands_in_its_files_only(desk: Desk) -> None:
     assert f"Prefect  {desk.prefect}" in said and "prefect.toml" in said and "mlflow.toml" in said
     for process in psutil.process_iter(["cmdline"]):
         assert secret not in " ".join(process.info["cmdline"] or []), "every user of the machine sees command lines"
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """infra/gate.py, which is run by its path."""
+    monkeypatch.syspath_prepend(str(INFRA))
+    import gate
+
+    return gate
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_files_follow_the_umask_and_secrets_are_private(tmp_path: Path, gate: ModuleType, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        recipe_book.activate("tiny-dflash", tmp_path / "params.yaml")
+        server = gate.Server(None, "http://127.0.0.1:1", tmp_path / "prefect.toml", "secret")
+        server._write()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "params.yaml").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert (tmp_path / "prefect.toml").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "prefect.toml").read_text() == "secret"
+    server.remove()
+    assert not (tmp_path / "prefect.toml").exists()
 
 
 HEADERS = st.lists(

@@ -86,8 +86,8 @@ class Struck:
         params["evaluate"] |= {"num_prompts": 4, "max_new_tokens": 8, "identity_prompts": 2}
         (folder / "params.yaml").write_text(yaml.safe_dump(params))
         self._log = folder / "said.txt"
-        self._environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "DLLM_TARGET"))}
-        self._environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "DLLM_TARGET"))}
+        self.environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
         self._seconds: dict[str, float] = {}
         self._digests: dict[str, str] = {}
 
@@ -96,7 +96,7 @@ class Struck:
         """Run the process that calls are forked from."""
         argv = [sys.executable, "-c", FORKING]
         with subprocess.Popen(
-            argv, cwd=self.folder, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            argv, cwd=self.folder, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as self._forking:
             assert self._read() == "ready"
             yield self
@@ -152,20 +152,15 @@ class Struck:
             yield f"took {blow.seconds:.1f} s to end"
         if left := [p.pid for p in psutil.process_iter() if _session(p.pid) == session]:
             yield f"left processes {left}"
-        if blow.code > 0 and (bad := self._statuses() & {"RUNNING", "FAILED"}):
+        if bad := self.statuses() & {"RUNNING", "FAILED"}:
             yield f"MLflow says {', '.join(sorted(bad))}"
-        if blow.code < 0:  # by the signal itself: as after kill -9, the next call closes the run
-            self._forget_running()
 
-    def _statuses(self) -> set[str]:
+    def statuses(self) -> set[str]:
+        """Return the statuses that MLflow has of runs."""
         if not (self.folder / "mlflow.db").exists():
             return set()
         with contextlib.closing(sqlite3.connect(self.folder / "mlflow.db", timeout=30)) as database:
             return {status for (status,) in database.execute("select distinct status from runs")}
-
-    def _forget_running(self) -> None:
-        with contextlib.closing(sqlite3.connect(self.folder / "mlflow.db", timeout=30)) as database, database:
-            database.execute("update runs set status = 'KILLED' where status = 'RUNNING'")
 
     def _start(self, stage: str) -> int:
         options = ["--set", "train.nproc=2"] if stage == "train2" else []
@@ -173,7 +168,7 @@ class Struck:
         if stage == "train2":
             with self._log.open("w") as said:
                 self._ranks = subprocess.Popen(
-                    [sys.executable, "-m", "dllm", *arguments], cwd=self.folder, env=self._environment,
+                    [sys.executable, "-m", "dllm", *arguments], cwd=self.folder, env=self.environment,
                     stdout=said, stderr=said, start_new_session=True,
                 )  # fmt: skip
             return self._ranks.pid

@@ -131,6 +131,6 @@ def test_a_shard_of_other_columns_is_refused_though_its_hash_fits(folder: Path) 
     pq.write_table(pa.table({"text": ["a"]}), path)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"][0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    shards.write_manifest(folder, {name: value for name, value in manifest.items() if name != "seal"})
     with pytest.raises(DataError, match=r"other columns or rows.*shard-00000\.parquet"):
         shards.read_rows(folder)

@@ -126,7 +126,7 @@ def _manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], No
     def apply(folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
         change(manifest)
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        shards.write_manifest(folder, {name: value for name, value in manifest.items() if name != "seal"})
 
     return apply
 

@@ -24,7 +24,8 @@ def root(tmp_path: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def params(request: pytest.FixtureRequest) -> Params:
-    return parse_params({**RAW, "recipe": request.node.name, "register": {"model_name": request.node.name}})
+    name = request.node.name.replace("/", " ")
+    return parse_params({**RAW, "recipe": name, "register": {"model_name": name}})
 
 
 def leave(root: Path, weights: str, tau: float) -> None:

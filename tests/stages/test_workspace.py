@@ -59,7 +59,7 @@ def test_results_appear_whole_with_their_records(params: Params, tmp_path: Path)
     assert json.loads((out / "metrics.json").read_text()) == {"rows": 4, "per": {"x": 0.5}, "nan": None, "ok": True}
     run = json.loads((out / "run.json").read_text())
     assert (run["stage"], run["status"], run["fingerprint"]) == ("prepare", "finished", stage.fingerprint)
-    assert run["git"] == {"commit": None, "dirty": None}, "a folder outside git is no error"
+    assert run["git"] == {"commit": None, "dirty": None, "reason": "outside"}, "a folder outside git is no error"
     assert run["seconds"] > 0 and run["started"] and run["libraries"]["python"] and run["host"]["name"]
     assert status_of(run["mlflow_run_id"]) == "FINISHED"
     logged = tracking.connect(tracking.tracking_uri(tmp_path)).get_run(run["mlflow_run_id"]).data

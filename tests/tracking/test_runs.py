@@ -8,6 +8,7 @@ from dllm.errors import ServerError
 from dllm.tracking import delivery
 from dllm.tracking import mlflow_runs as tracking
 from dllm.tracking.mlflow_runs import MlflowTracker
+from dllm.tracking.run_journal import RunJournal
 
 
 @pytest.fixture
@@ -106,3 +107,38 @@ def test_runs_left_open_are_closed_and_others_kept(root: Path) -> None:
 def test_the_default_store_lies_in_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert tracking.tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_a_journal_survives_an_exception_between_its_line_and_its_note(root: Path, monkeypatch) -> None:
+    tracker = MlflowTracker(root, "signal", "train")
+
+    def stop(record: object) -> None:
+        raise SystemExit(143)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(tracker._journal, "_take_in", stop)
+        tracker.log_metrics({"loss": 1.0}, 1)
+    tracker.finish("KILLED")
+    run = run_of(tracker)
+    assert (run.info.status, run.data.metrics) == ("KILLED", {"loss": 1.0})
+
+
+def test_a_journal_cut_at_any_byte_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    journal = RunJournal(path)
+    journal.begin(store="s", stage="train", work="")
+    for step in range(3):
+        journal.add(metrics={"loss": float(step)}, step=step)
+    journal.took(2)
+    journal.add(status="KILLED")
+    journal.close()
+    whole = path.read_bytes()
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        cut = RunJournal(path)
+        cut.add(metrics={"loss": 0.0, "lr": 1.0}, step=0)
+        assert "lr" in cut.pending[-1]["metrics"]
+        cut.close()
+        again = RunJournal(path)
+        assert len(again.pending) == len(cut.pending)
+        again.close()

@@ -178,9 +178,8 @@ def _faults(server: Server, timeout_s: float) -> Iterator[None]:
         raise Fault(f"cannot connect: {error.os_error.strerror or error.os_error}", "unreachable") from None
     except (aiohttp.ClientError, zlib.error, ValueError) as error:
         # ValueError: of an address, or a proxy's, that no host can have.
-        raise Fault(
-            f"the connection broke: {one_line(str(error), MAX_REASON) or type(error).__name__}", "outage"
-        ) from None
+        reason = one_line(str(error), MAX_REASON) or type(error).__name__
+        raise Fault(f"the connection broke: {reason}", "outage") from None
     except TimeoutError:
         if server.state == "down":
             raise Fault("the server went down", "outage") from None

@@ -95,8 +95,8 @@ def read_reply(server: Server, status: int, headers: Mapping[str, str], data: by
     value = _json(data)
     if (error := _error_in(value)) is not None:
         code = _code_in(error, value)
-        named = f" {code}" if code else ""
-        raise _failure(server, code or status, f"the server answered with error{named}: {_words(error)}", headers)
+        named = f"error {code}" if code else "an error"
+        raise _failure(server, code or status, f"the server answered with {named}: {_words(error)}", headers)
     return value
 
 
@@ -149,7 +149,7 @@ def _json(data: bytes) -> Any:
 
 
 def _shown(data: bytes, limit: int = MAX_REASON) -> str:
-    return one_line(data[: 4 * limit].decode(errors="replace"), limit)
+    return one_line(hide(data[: 4 * limit].decode(errors="replace")), limit)
 
 
 def _error_in(value: Any) -> Any:
@@ -184,4 +184,4 @@ def _words(said: Any) -> str:
         said = said[0]
     while isinstance(said, dict):
         said = next((said[name] for name in ("error", "message", "detail") if said.get(name)), None)
-    return "" if said is None else one_line(str(said), MAX_REASON)
+    return "" if said is None else one_line(hide(str(said)), MAX_REASON)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import IO, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dllm.errors import DataError
@@ -30,7 +31,7 @@ from dllm.training.batches import Example
 from dllm.training.distributed import Ranks
 from dllm.training.strategy import Split
 
-SCHEMA = 1
+SCHEMA = 2
 TOKENS_A_PART = 16_384
 """Tokens in one cache file: about 90 MB at 5 taps of 576, and the most that a kill can cost."""
 LOCK = ".lock"
@@ -50,6 +51,9 @@ def cache_key(
 
 class FeatureCache:
     """Features of many rows in safetensors files of about TOKENS_A_PART tokens, each written atomically.
+
+    A file's name holds a digest of its bytes and its place, which is checked when the file is first read: damaged
+    features, or those of other rows, are never trained on.
 
     Args:
         directory: home of this cache; its name should be the `cache_key`.
@@ -74,7 +78,8 @@ class FeatureCache:
 
     def missing(self) -> list[int]:
         """List the parts that are not on disk yet."""
-        return [part for part in range(len(self.parts)) if not self._path(part).exists()]
+        there = {path.name.split("-")[1] for path in self.directory.glob("part-*-*.safetensors")}
+        return [part for part in range(len(self.parts)) if f"{part:05d}" not in there]
 
     def fill(self, part: int, model: Any, layer_ids: Sequence[int], batch_tokens: int = 2048) -> int:
         """Compute one part, write it, and return its number of tokens."""
@@ -86,8 +91,11 @@ class FeatureCache:
             done += compute(model, layer_ids, [self.rows[row] for row in batch], self.with_last)
         features_TF = torch.cat(done)
         self.directory.mkdir(parents=True, exist_ok=True)
-        with atomic_path(self._path(part)) as aside:
-            save_file({"features": features_TF.contiguous()}, aside)
+        data = save({"features": features_TF.contiguous()})
+        name = f"part-{part:05d}"
+        digest = _digest(f"{self.directory.name}/{name}", io.BytesIO(data))
+        with atomic_path(self.directory / f"{name}-{digest}.safetensors") as aside:
+            aside.write_bytes(data)
         return len(features_TF)
 
     def read(self, row: int) -> Tensor:
@@ -98,13 +106,15 @@ class FeatureCache:
         """
         part, at = self._place[row]
         if part not in self._open:
+            path = self._path(part)
+            check_part(path)
             try:
-                self._open[part] = safe_open(self._path(part), "pt").get_slice("features")
+                self._open[part] = safe_open(path, "pt").get_slice("features")
             except (OSError, RuntimeError, ValueError) as error:
-                raise self._damaged(part, str(error)) from None
+                raise _damaged(path, str(error)) from None
         features_SF = self._open[part][at : at + len(self.rows[row])]
         if len(features_SF) != len(self.rows[row]):
-            raise self._damaged(part, "it has fewer tokens than its rows")
+            raise _damaged(self._path(part), "it has fewer tokens than its rows")
         return features_SF
 
     def _starts(self, members: list[int]) -> Iterator[tuple[int, int]]:
@@ -114,14 +124,39 @@ class FeatureCache:
             at += len(self.rows[row])
 
     def _path(self, part: int) -> Path:
-        return self.directory / f"part-{part:05d}.safetensors"
+        found = sorted(self.directory.glob(f"part-{part:05d}-*.safetensors"))
+        return found[0] if found else self.directory / f"part-{part:05d}.safetensors"
 
-    def _damaged(self, part: int, why: str) -> DataError:
-        return DataError(
-            f"feature cache cannot be read: {' '.join(why.split())}",
-            where=str(self._path(part)),
-            hint="delete that file and run the stage again",
-        )
+
+def check_part(path: Path) -> None:
+    """Compare a file of a cache with the digest in its name.
+
+    Raises:
+        DataError: it is missing, damaged, or has been moved here from another place.
+    """
+    name, _, expected = path.stem.rpartition("-")
+    try:
+        with path.open("rb") as stream:
+            found = _digest(f"{path.parent.name}/{name}", stream)
+    except OSError as error:
+        raise _damaged(path, str(error)) from None
+    if found != expected:
+        raise _damaged(path, f"damaged, or of other rows: sha256 {found}, expected {expected}")
+
+
+def _digest(place: str, stream: IO[bytes]) -> str:
+    digest = hashlib.sha256(place.encode())
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _damaged(path: Path, why: str) -> DataError:
+    return DataError(
+        f"feature cache cannot be read: {' '.join(why.split())}",
+        where=str(path),
+        hint="delete that file and run the stage again",
+    )
 
 
 class OnlineFeatures:

@@ -19,7 +19,7 @@ from torch import Tensor
 from dllm.errors import ModelError
 from dllm.files import atomic_path, atomic_write
 from dllm.models.drafts.protocol import Draft, DraftConfig
-from dllm.models.targets import hub_snapshot, looks_like_hub_id
+from dllm.models.targets import check_blobs, hub_snapshot, looks_like_hub_id
 from dllm.registry import DRAFTS
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -99,7 +99,9 @@ def draft_directory(source: str | Path, *, weights: bool = False) -> Path:
         return directory
     if not looks_like_hub_id(str(source)):
         raise ModelError("no such draft directory", where=str(source))
-    return hub_snapshot(str(source), None, ["*.json", *(["*.safetensors"] if weights else [])], where="draft")
+    directory = hub_snapshot(str(source), None, ["*.json", *(["*.safetensors"] if weights else [])], where="draft")
+    check_blobs(directory, weights=True)
+    return directory
 
 
 def family_of(raw: Mapping[str, Any]) -> type[Draft] | None:

@@ -20,6 +20,7 @@ from typing import Any
 
 FAULTS = ("drop", "half", "stall", "garbage", "nonsense", "babble")
 STALL_S = 5.0
+HOLD_S = 60.0
 
 Said = tuple[str | dict[str, Any], str]
 """The answer's text, or the message's fields, and its finish_reason."""
@@ -60,6 +61,8 @@ class LoopbackServer(ThreadingHTTPServer):
         """Further fields of the answering message."""
         self.prompt_tokens: int | None = None
         self.in_flight = self.peak = 0
+        self.hold_until = 0
+        """Replies wait until so many requests have been in flight at once."""
         self.guard = threading.Lock()
         self.ended = threading.Event()
         self._connections: set[socket.socket] = set()
@@ -127,6 +130,9 @@ class _Handler(BaseHTTPRequestHandler):
             server.peak = max(server.peak, server.in_flight)
             fault = server.faults.popleft() if server.faults else server.always
         server.ended.wait(server.delay_s)
+        end = time.monotonic() + HOLD_S
+        while server.peak < server.hold_until and time.monotonic() < end:
+            server.ended.wait(0.01)
         with server.guard:
             server.in_flight -= 1
         if isinstance(fault, tuple):

@@ -48,10 +48,8 @@ def test_settings_seed_and_thinking_reach_the_server(server, tokenizer) -> None:
 
 @pytest.mark.parametrize("concurrency", [3, 120])
 def test_concurrency_is_kept_and_reached_beyond_the_client_library_s_own_pool(server, tokenizer, concurrency) -> None:
-    server.delay_s = 0.1 if concurrency < 100 else 1.5
-    answers(
-        engine(server.url, tokenizer, concurrency=concurrency), concurrency * 2 if concurrency < 100 else concurrency
-    )
+    server.hold_until = concurrency
+    answers(engine(server.url, tokenizer, concurrency=concurrency, timeout_s=90.0), concurrency * 2)
     assert server.peak == concurrency
 
 

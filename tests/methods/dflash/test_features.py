@@ -11,7 +11,7 @@ def cache(root: Path, number: int, age_s: float) -> CachedFeatures:
     """Open the cache of one configuration, and make as if that were so long ago."""
     rows = [Example(id="x", input_ids=[number, 1, 2], prompt_length=1)]
     made = CachedFeatures(root, {"train": rows, "heldout": []}, identity={}, layer_ids=[0], dtype="float32")
-    (made.cache.directory / "part-00000.safetensors").write_bytes(b"features")
+    (made.cache.directory / "part-00000-0123456789abcdef.safetensors").write_bytes(b"features")
     lock = made.cache.directory / LOCK
     os.utime(lock, (lock.stat().st_mtime - age_s,) * 2)
     return made

@@ -1,0 +1,178 @@
+"""`python -m dllm verify`: compare every stored file of a project with its digest, and say how to restore what differs.
+
+Goes over out/, work/, registered/, the cache of built-in targets and a local MLflow store; changes nothing.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dllm.cli.report import WIDTH
+from dllm.digests import check_files, unsealed
+from dllm.errors import DataError, DllmError, ModelError, ServerError
+from dllm.methods.dflash.features import check_part
+from dllm.methods.dflash.method import FEATURES
+from dllm.models import builtin
+from dllm.models.checkpoints import check_bytes
+from dllm.regeneration.journal import count_damaged
+from dllm.responses import shards
+from dllm.stages import STAGES
+from dllm.stages.records import OUTPUTS, check_published, read_record
+from dllm.tracking import provenance
+from dllm.tracking.model_registry import STORE
+from dllm.training.checkpoints import AGAIN, read_state
+from dllm.workspace import RUN
+
+OK, UNKNOWN = "ok", "no digests"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to verify."""
+
+    name: str
+    path: Path
+    """A file or a folder."""
+    check: Callable[[], str]
+    """Returns `OK` or `UNKNOWN`; raises DllmError where bytes differ."""
+
+
+def verify(root: Path, console: Console | None = None) -> None:
+    """Verify all that the project has stored, and print a table: what, files, bytes, state.
+
+    Raises:
+        DataError, ModelError, ServerError: something is damaged; of the first such thing, after the table.
+    """
+    console = console or Console()
+    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    table = Table("what", "files", "MB", "state", title=f"dllm verify: {root}", title_justify="left", width=WIDTH)
+    for column in table.columns:
+        column.overflow = "fold"
+    errors: list[DllmError] = []
+    count = 0
+    for item in _items(root):
+        count += 1
+        files = [path for path in item.path.rglob("*") if path.is_file()] if item.path.is_dir() else [item.path]
+        size = sum(path.stat().st_size for path in files)
+        try:
+            state = item.check()
+        except DllmError as error:
+            errors.append(error)
+            state = "DAMAGED"
+        except OSError as error:
+            errors.append(DataError(f"cannot be read: {error.strerror}", where=str(error.filename or item.path)))
+            state = "DAMAGED"
+        table.add_row(item.name, str(len(files)), f"{size / 1e6:.1f}", state)
+    console.print(table)
+    for found in errors:
+        console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    if errors:
+        first = errors[0]
+        raise type(first)(f"{len(errors)} of {count} are damaged, first: {first.message}", where=first.where)
+
+
+def _items(root: Path) -> Iterator[Item]:
+    for stage in STAGES:
+        folder = root / "out" / stage
+        if folder.is_dir():
+            yield Item(f"out/{stage}", folder, partial(_published, root, stage))
+    work = root / "work"
+    for step in sorted(work.glob("train/*/checkpoints/step-*")):
+        yield Item(step.relative_to(root).as_posix(), step, partial(_checkpoint, step))
+    for cache in sorted(path for path in (root / FEATURES).glob("*") if path.is_dir()):
+        yield Item(cache.relative_to(root).as_posix(), cache, partial(_features, cache))
+    for journal in sorted(work.glob("regenerate/*/**/journal-*.jsonl")):
+        yield Item(journal.relative_to(root).as_posix(), journal, partial(_journal, journal))
+    for folder in sorted({record.parent for record in work.glob("regenerate/*/**/shard-*.json")}):
+        yield Item(folder.relative_to(root).as_posix(), folder, partial(_shards, folder))
+    for kept in sorted(path for path in (root / STORE).glob("*") if path.is_dir()):
+        yield Item(kept.relative_to(root).as_posix(), kept, partial(_registered, kept))
+    for place in sorted(path for path in (builtin.cache_root() / "models").glob("*") if path.is_dir()):
+        yield Item(f"target {place.name}", place, partial(_target, place))
+    store = root / "mlflow.db"
+    if store.is_file():
+        yield Item(store.name, store, partial(_database, store))
+
+
+def _published(root: Path, stage: str) -> str:
+    has_digests = OUTPUTS in read_record(root, stage, RUN)
+    check_published(root, root / "out" / stage)
+    if (root / "out" / stage / "metrics.json").is_file():
+        read_record(root, stage, "metrics.json")
+    if has_digests:
+        return OK
+    folder = root / "out" / stage
+    if not (folder / shards.MANIFEST).is_file():
+        return UNKNOWN
+    for entry in shards.read_manifest(folder)["shards"]:
+        for _ in shards.read_shard(folder, entry):
+            break
+    return OK
+
+
+def _checkpoint(step: Path) -> str:
+    check_files(step, read_state(step)["files"], error=ModelError, hint=AGAIN, but=("state.json",))
+    return OK
+
+
+def _features(cache: Path) -> str:
+    for part in sorted(cache.glob("part-*.safetensors")):
+        check_part(part)
+    return OK
+
+
+def _journal(journal: Path) -> str:
+    if damaged := count_damaged(journal):
+        hint = "run `python -m dllm regenerate`, which generates these responses again"
+        raise DataError(f"{damaged} lines are damaged", where=str(journal), hint=hint)
+    return OK
+
+
+def _shards(folder: Path) -> str:
+    hint = "run `python -m dllm regenerate`, which generates the shard again"
+    for path in sorted(folder.glob("shard-*.json")):
+        try:
+            entry = unsealed(path.read_bytes())["entry"]
+            files = {str(entry["file"]): str(entry["sha256"])}
+        except (ValueError, KeyError, TypeError):
+            raise DataError("the record of a shard is damaged", where=str(path), hint=hint) from None
+        check_files(folder, files, error=DataError, hint=hint)
+    return OK
+
+
+def _registered(kept: Path) -> str:
+    hint = (
+        "restore it by `dvc checkout --force out/train` at the commit that trained it, then `python -m dllm register`; "
+        "its tag dllm.git_commit names the commit"
+    )
+    try:
+        check_bytes(kept)  # names the file
+    except ModelError as error:
+        raise ModelError(error.message, where=error.where, hint=hint) from None
+    if provenance.digest(kept)[:16] != kept.name:
+        raise ModelError("a registered checkpoint has other bytes than its digest", where=str(kept), hint=hint)
+    return OK
+
+
+def _target(place: Path) -> str:
+    return OK if builtin.check(place) else "weights only"
+
+
+def _database(store: Path) -> str:
+    hint = "restore it from a backup; runs and registered versions are recorded there alone"
+    try:
+        with closing(sqlite3.connect(f"{store.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            found = connection.execute("pragma quick_check(1)").fetchone()[0]
+    except sqlite3.Error as error:
+        found = str(error)
+    if found != "ok":
+        raise ServerError(f"the MLflow store is damaged: {' '.join(found.split())[:120]}", where=str(store), hint=hint)
+    return OK

@@ -1,0 +1,27 @@
+"""What a flow run's log has of a stage's output: every line, but of progress one every few seconds and the last."""
+
+import logging
+
+import pytest
+
+from flows import children
+from flows.artifacts import ProgressBar
+
+
+def test_only_progress_is_thinned_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(children, "get_run_logger", lambda: logging.getLogger("flow run"))
+    monkeypatch.setattr(ProgressBar, "show", lambda bar, line: None)  # requests to a server
+    monkeypatch.setattr(children, "outlive_readers", lambda: None)
+    relay = children._Relay("train")
+    progress = [f"train: {step}/90 steps ({step / 90:.0%})  45.2 steps/s  1s left  loss 7.038" for step in range(1, 91)]
+    kept = [
+        "train: 35 rows, 8 held out",
+        "warning: MLflow log_batch failed, the stage goes on without it: 3/4 rows at 12 rows/s (http://x)",
+        "UserWarning: 5 % of the rows are empty",
+        "regenerate: 48 rows, 768 tokens (48 length)",
+        "evaluate: tau 1.93, speedup 1.2",
+    ]
+    with caplog.at_level(logging.INFO, "flow run"):
+        for line in [*kept, *progress, *kept, "\rDownloading:  12%|█  | 3/24", "same ids: 17  12.3 rows/s"]:
+            relay(line)
+    assert [record.message for record in caplog.records] == [*kept, progress[0], progress[-1], *kept]
