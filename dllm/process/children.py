@@ -29,7 +29,7 @@ from dllm.process.signals import Interrupt
 from dllm.secrets import hide
 
 GRACE_S = 20.0
-"""From SIGTERM to SIGKILL: longer than the launcher of ranks gives them (15 s), shorter than Prefect's own grace (30 s)."""
+"""From SIGTERM to SIGKILL: longer than ranks get from their launcher (15 s), shorter than Prefect's grace (30 s)."""
 SUPERVISOR_MARGIN_S = 8.0
 POLL_INTERVAL_S = 0.2
 TAIL_LINES = 50
