@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from dllm.cli import show
 from dllm.cli.generation import read_prompts as read_batch
 from dllm.config.params import Source
+from dllm.digests import unsealed
 from dllm.errors import DllmError
 from dllm.outside import visible
 from dllm.prompts import references, table
@@ -161,7 +162,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(st.data())
 def test_a_manifest_that_is_changed_anywhere(tmp_path: Path, whole: Path, data: st.DataObject) -> None:
     folder = shutil.copytree(whole, tmp_path / "f", dirs_exist_ok=True)
-    manifest = json.loads((whole / shards.MANIFEST).read_text())
+    manifest = unsealed((whole / shards.MANIFEST).read_bytes())
     place = data.draw(st.sampled_from(places(manifest)))
     (folder / shards.MANIFEST).write_text(json.dumps(changed(manifest, place, data.draw(VALUES))))
     in_one_line(lambda: verify.verify(folder))
@@ -181,7 +182,7 @@ def test_a_manifest_that_exhausts_a_reader(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("file", ["../x.parquet", "/etc/passwd", "..", "", "a/b.parquet", "x\0y"])
 def test_a_manifest_s_paths_stay_inside_for_every_reader(tmp_path: Path, whole: Path, file: str) -> None:
     folder = shutil.copytree(whole, tmp_path / "f")
-    manifest = json.loads((folder / shards.MANIFEST).read_text())
+    manifest = unsealed((folder / shards.MANIFEST).read_bytes())
     manifest["shards"][0]["file"] = file
     (folder / shards.MANIFEST).write_text(json.dumps(manifest))
     for reader in (shards.read_rows, verify.verify, lambda each: list(show.select(each))):
@@ -193,7 +194,7 @@ def test_a_manifest_s_paths_stay_inside_for_every_reader(tmp_path: Path, whole: 
 
 def test_a_manifest_that_lost_a_shard_is_not_trained_on(tmp_path: Path, whole: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "f")
-    manifest = json.loads((folder / shards.MANIFEST).read_text())
+    manifest = unsealed((folder / shards.MANIFEST).read_bytes())
     (folder / shards.MANIFEST).write_text(json.dumps({**manifest, "shards": []}))
     with pytest.raises(DllmError, match="hold 0 rows, it counts 3"):
         shards.read_rows(folder)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dllm.digests import unsealed
 from dllm.errors import DataError, StageError
 from dllm.files import LOCK, lock_folder
 from dllm.outside import JsonError, harmless, markdown, one_line, parse_json, visible
@@ -74,7 +75,7 @@ def test_escapes_in_responses_reach_no_terminal(tmp_path: Path) -> None:
     row = Row("0" * 16, 0, f"s{ESCAPES}", "train", said, [1, 2], [5, 2], "stop", 2)
     write_rows([row], out, 10, {})
     path = out / shards.MANIFEST
-    manifest = json.loads(path.read_text())
+    manifest = unsealed(path.read_bytes())
     path.write_text(json.dumps({**manifest, "target": {"model": f"builtin:tin{ESCAPES}"}}))
     code, printed = dllm("data", "show", out, cwd=tmp_path)
     assert code == 6 and not ACTS.search(printed)
