@@ -12,9 +12,9 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
   $$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 ENV := . infra/env.sh;
 PYTEST := $(ENV) OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
-FAST := not heavy and not slow and not flows and not kill and not ranks
+FAST := not heavy and not outage and not slow and not flows and not kill and not ranks
 
-.PHONY: help setup setup-sglang run test test-fast test-laws test-heavy test-blows test-sglang test-vllm lint ui serve bench bench-train-step bench-local-engine bench-regenerate-client \
+.PHONY: help setup setup-sglang run test test-fast test-laws test-outages test-heavy test-blows test-sglang test-vllm lint ui serve bench bench-train-step bench-local-engine bench-regenerate-client \
   bench-mdlm-step bench-diffusion-decoding bench-self-speculation long clean
 
 help:  ## this list
@@ -67,6 +67,9 @@ test: setup  ## all tests but the heavy ones; what CI runs
 
 test-fast: setup  ## the tests to run at each change: no Prefect server, no kill loops, no second rank, nothing slow
 	@$(PYTEST) -m "$(FAST)" $(ARGS)
+
+test-outages: setup  ## whole runs that are killed, cut off from their servers, or searched for secrets; CI runs them too
+	@$(PYTEST) -m outage $(ARGS)
 
 test-heavy: setup  ## tests that take minutes: regenerate in parts over two workers, killed and resumed; memory over many rows
 	@$(ENV) python -m pytest -m heavy $(ARGS)

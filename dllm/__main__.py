@@ -48,7 +48,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         secrets.install()
         if not is_debug:
             sys.excepthook = _report_bug
-        sys.exit(_run(arguments, is_debug))
+        code = _run(arguments, is_debug)
+        try:
+            sys.stdout.flush()
+        except OSError:  # it has been reported; Python would flush once more, fail, and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(code)
 
 
 def _run(arguments: list[str], is_debug: bool) -> int:
@@ -60,7 +65,9 @@ def _run(arguments: list[str], is_debug: bool) -> int:
     try:
         # Not app(): typer would replace our excepthook by its own.
         verbs = typer.main.get_command(app)
-        return verbs.main(args=arguments, prog_name="python -m dllm", standalone_mode=False) or 0
+        code = verbs.main(args=arguments, prog_name="python -m dllm", standalone_mode=False) or 0
+        sys.stdout.flush()  # here a full disk is one line
+        return code
     except (DllmError, typer.TyperException, OSError, KeyboardInterrupt) as error:
         if is_debug:
             traceback.print_exc()

@@ -124,7 +124,7 @@ def doors(project: Project) -> Iterator[tuple[Path, Callable[[], Any]]]:
         yield path, lambda kept=kept: checkpoints.resolve(kept, root)  # type: ignore[misc]
 
 
-@pytest.mark.slow
+@pytest.mark.outage
 def test_no_damaged_file_is_used(project: Project) -> None:
     tried, used = 0, []
     for path, door in doors(project):
@@ -140,7 +140,7 @@ def test_no_damaged_file_is_used(project: Project) -> None:
     verb.verify(project.root)
 
 
-@pytest.mark.slow
+@pytest.mark.outage
 def test_features_that_were_damaged_are_named_before_a_step(project: Project, tmp_path: Path) -> None:
     root = tmp_path / "copy"
     shutil.copytree(project.root, root)
@@ -150,7 +150,7 @@ def test_features_that_were_damaged_are_named_before_a_step(project: Project, tm
         train.run(project.params, root)
 
 
-@pytest.mark.slow
+@pytest.mark.outage
 def test_another_runs_checkpoint_is_not_registered(project: Project, tmp_path: Path) -> None:
     root = tmp_path / "copy"
     shutil.copytree(project.root, root)
@@ -165,7 +165,7 @@ def test_another_runs_checkpoint_is_not_registered(project: Project, tmp_path: P
         evaluate.run(project.params, root)
 
 
-@pytest.mark.slow
+@pytest.mark.outage
 def test_registered_bytes_are_their_own(project: Project) -> None:
     for path in project.files("registered/*/*"):
         assert path.stat().st_nlink == 1

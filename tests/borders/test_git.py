@@ -118,7 +118,7 @@ def test_an_archive_of_the_project_tells_dvc_that_there_is_no_git(tmp_path: Path
 
 
 @pytest.mark.flows
-@pytest.mark.slow
+@pytest.mark.outage
 def test_a_copy_outside_git_names_what_to_do(tmp_path: Path, prefect_home: Path) -> None:
     copy_project(tmp_path)
     shutil.rmtree(tmp_path / ".git")

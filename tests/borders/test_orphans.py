@@ -18,7 +18,7 @@ import yaml
 from tests.arch.source_tree import ROOT
 from tests.flows.conftest import Project, copy_project, wait_until
 
-pytestmark = [pytest.mark.flows, pytest.mark.slow, pytest.mark.kill]
+pytestmark = [pytest.mark.outage, pytest.mark.flows, pytest.mark.kill]
 
 IN_TIME_S = 60.0
 """20 on a machine that does nothing else."""

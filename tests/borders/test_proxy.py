@@ -109,7 +109,7 @@ def test_without_a_proxy_nothing_is_set() -> None:
 
 
 @pytest.mark.flows
-@pytest.mark.slow
+@pytest.mark.outage
 def test_the_flow_and_its_server_meet_without_the_proxy(tmp_path: Path, prefect_home: Path) -> None:
     copy_project(tmp_path)
     (tmp_path / "dvc.yaml").write_text(json.dumps({"stages": {"prepare": {"cmd": "env > seen"}}}))

@@ -243,7 +243,7 @@ def project(tmp_path: Path) -> Project:
     return Project(tmp_path / "project", tmp_path / "prefect")
 
 
-@pytest.mark.slow
+@pytest.mark.outage
 def test_a_stage_leaves_no_secret_whether_it_succeeds_or_fails(project: Project, mlflow_server: int) -> None:
     environment = {**PLANTED, "MLFLOW_TRACKING_URI": f"http://ann-7:s3cret-word@127.0.0.1:{mlflow_server}"}
     environment["DLLM_TARGET_URL"] = "http://bo:p@ss4@127.0.0.1:1/v1"
@@ -263,7 +263,7 @@ def test_a_stage_leaves_no_secret_whether_it_succeeds_or_fails(project: Project,
     assert leaks(project.folder.parent, printed, environment) == []
 
 
-@pytest.mark.slow
+@pytest.mark.outage
 @pytest.mark.flows
 def test_a_flow_that_fails_leaves_no_secret(project: Project) -> None:
     done = project.run(sys.executable, "-m", "flows.pipeline", **{**PLANTED, "MLFLOW_TRACKING_URI": CLOSED})

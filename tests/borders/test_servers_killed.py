@@ -103,7 +103,7 @@ def expect_nothing_left(project: Project, run_id: str) -> None:
 
 
 @pytest.mark.flows
-@pytest.mark.slow
+@pytest.mark.outage
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGHUP], ids=["killed outright", "terminal closed"])
 def test_make_run_leaves_nothing_and_the_next_call_resumes(project: Project, blow: int) -> None:
     flow = start(project, "-m", "flows.pipeline")
@@ -137,7 +137,7 @@ def expect_strangers_refused(project: Project) -> None:
 
 
 @pytest.mark.flows
-@pytest.mark.slow
+@pytest.mark.outage
 def test_make_serve_restarts_what_dies_and_leaves_nothing_when_killed(project: Project, free_port: int) -> None:
     port = str(free_port)
     serve = start(project, "infra/services.py", "serve", PREFECT_PORT=port)

@@ -31,7 +31,7 @@ def struck(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Struck]:
 
 
 @pytest.mark.kill
-@pytest.mark.slow
+@pytest.mark.outage
 @pytest.mark.parametrize("stage", [stage for stage in blows.STAGES if stage != "train2"])
 def test_random_blows(struck: Struck, stage: str) -> None:
     chance = random.Random(stage)
@@ -165,7 +165,7 @@ os.write(int(sys.argv[1]), b"whole")
 
 
 @pytest.mark.kill
-@pytest.mark.slow
+@pytest.mark.outage
 def test_a_stage_whose_reader_is_gone_saves_a_checkpoint_when_it_is_stopped(struck: Struck) -> None:
     """As when the terminal or the flow is gone: the pipe breaks first, then comes the signal."""
     training = [sys.executable, "-m", "dllm", "train", "--set", "train.epochs=100000", "--set", "train.seed=7"]

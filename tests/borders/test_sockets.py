@@ -131,7 +131,7 @@ def running(project: Project, *argv: str, **environment: str) -> Iterator[subpro
 
 
 @pytest.mark.flows
-@pytest.mark.slow
+@pytest.mark.outage
 def test_a_flow_with_all_its_stages(project: Project) -> None:
     with running(project, sys.executable, "-m", "flows.pipeline") as flow, Watch(flow.pid) as watch:
         said, _ = flow.communicate()
@@ -141,7 +141,7 @@ def test_a_flow_with_all_its_stages(project: Project) -> None:
 
 
 @pytest.mark.flows
-@pytest.mark.slow
+@pytest.mark.outage
 @pytest.mark.parametrize("what", ["ui", "serve"])
 def test_servers(project: Project, what: str) -> None:
     ports = {"PREFECT_PORT": str(4300 + os.getpid() % 500), "MLFLOW_PORT": str(5300 + os.getpid() % 500)}

@@ -62,7 +62,7 @@ def locked(uri: str) -> Iterator[None]:
         yield
 
 
-@pytest.mark.slow
+@pytest.mark.outage
 def test_a_server_that_fails_in_every_way_gets_each_point_once(
     root: Path, proxy: FaultyProxy, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +208,8 @@ for count in range(kills + 1):
     if count < kills:
         time.sleep(draws.uniform(0.02, 0.5))
         os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    if os.WIFEXITED(os.waitpid(child, 0)[1]):
+        break  # a fast machine may finish between two kills, and another call would be another run
 """
 
 
@@ -239,5 +240,6 @@ def check_kills(root: Path, kills: int, steps: int, seed: int) -> list[str]:
         f"{key} of step {step}: {found[key, step]}" for key, step in told | found if found[key, step] != told[key, step]
     ]
     wrong += [f"run reads {run.info.status}" for run in runs if run.info.status not in ("KILLED", "FINISHED")]
-    wrong += [f"{count} FINISHED" for count in [sum(r.info.status == "FINISHED" for r in runs)] if count != 1]
+    status = client.get_run(run_id).info.status
+    wrong += [] if status == "FINISHED" else [f"published, and reads {status}"]
     return wrong

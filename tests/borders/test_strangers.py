@@ -126,7 +126,7 @@ def routes(desk: Desk, what: str) -> tuple[list[tuple[str, str]], list[tuple[str
 
 
 @pytest.mark.flows
-@pytest.mark.slow
+@pytest.mark.outage
 @pytest.mark.parametrize("what", ["prefect", "mlflow"])
 def test_strangers_are_refused_on_every_route(desk: Desk, what: str) -> None:
     address = getattr(desk, what)
@@ -144,7 +144,7 @@ def test_strangers_are_refused_on_every_route(desk: Desk, what: str) -> None:
 
 
 @pytest.mark.flows
-@pytest.mark.slow
+@pytest.mark.outage
 def test_the_password_lets_in(desk: Desk) -> None:
     known = basic(desk.password)
     for address, paths in {
@@ -166,7 +166,7 @@ def test_the_password_lets_in(desk: Desk) -> None:
 
 
 @pytest.mark.flows
-@pytest.mark.slow
+@pytest.mark.outage
 def test_a_page_cannot_create_a_deployment_and_the_project_can(desk: Desk) -> None:
     body = {"name": "evil", "pull_steps": [{"prefect.deployments.steps.run_shell_script": {"script": "touch HERE"}}]}
     for headers in strangers(desk.prefect, desk.password).values():
@@ -183,7 +183,7 @@ def test_a_page_cannot_create_a_deployment_and_the_project_can(desk: Desk) -> No
 
 
 @pytest.mark.flows
-@pytest.mark.slow
+@pytest.mark.outage
 def test_websockets_need_the_password_too(desk: Desk) -> None:
     base = desk.prefect.replace("http", "ws")
 
@@ -214,7 +214,7 @@ def test_websockets_need_the_password_too(desk: Desk) -> None:
 
 
 @pytest.mark.flows
-@pytest.mark.slow
+@pytest.mark.outage
 def test_the_password_stands_in_its_files_only(desk: Desk) -> None:
     secret = desk.password.partition(":")[2]
     for name in ("prefect.toml", "mlflow.toml"):

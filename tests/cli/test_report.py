@@ -1,5 +1,6 @@
 """The end table: complete, honest about what is missing, and readable where there is no terminal."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -14,6 +15,7 @@ from rich.console import Console
 from dllm.cli import report
 from dllm.config import recipe_book
 from dllm.config.load import parse_params
+from dllm.digests import sealed
 from dllm.errors import DataError, StageError
 from dllm.stages import STAGES, evaluate, prepare, regenerate, register, train
 from tests.arch.source_tree import ROOT
@@ -49,7 +51,15 @@ def _record(root: Path, stage: str, file: str = "metrics.json") -> dict:
 
 
 def _change(root: Path, stage: str, file: str = "metrics.json", **values: object) -> None:
-    (root / "out" / stage / file).write_text(json.dumps({**_record(root, stage, file), **values}))
+    """Change a record as if its stage had written these values: with the digests and seal that belong to them."""
+    path, run = root / "out" / stage / file, _record(root, stage, "run.json")
+    if file == "run.json":
+        run |= values
+    else:
+        path.write_text(json.dumps({**_record(root, stage, file), **values}))
+        run["outputs"][file] = hashlib.sha256(path.read_bytes()).hexdigest()
+    run.pop("seal", None)
+    (root / "out" / stage / "run.json").write_bytes(sealed(run))
 
 
 def _printed(root: Path, **settings: object) -> str:
