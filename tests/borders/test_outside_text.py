@@ -52,6 +52,7 @@ def test_markdown_is_shown_and_not_rendered() -> None:
     assert markdown("[a](http://x) <b> `c` | *d*\n# e") == ("\\[a\\](http&#58;//x) &lt;b&gt; \\`c\\` \\| \\*d\\* # e")
 
 
+@pytest.mark.slow
 def test_escapes_in_rows_reach_no_terminal(tmp_path: Path) -> None:
     name = f"a{ESCAPES[:4]}\n.jsonl"
     row = {"messages": [{"role": "user", "content": f"hi {ESCAPES}"}], f"col{ESCAPES}": 1, "other\n": {ESCAPES: 2}}
@@ -68,6 +69,7 @@ def test_escapes_in_rows_reach_no_terminal(tmp_path: Path) -> None:
     assert code == 3 and "wizard" in out and not ACTS.search(out)
 
 
+@pytest.mark.slow
 def test_escapes_in_responses_reach_no_terminal(tmp_path: Path) -> None:
     out = tmp_path / "responses"
     out.mkdir()

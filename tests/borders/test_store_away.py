@@ -100,6 +100,7 @@ def test_a_server_that_fails_in_every_way_gets_each_point_once(
     assert list((root / FOLDER).iterdir()) == [], "all is in the store"
 
 
+@pytest.mark.slow
 def test_a_locked_database_costs_no_point_and_no_status(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tracker = MlflowTracker(root, "locked", "train")
     tracker.log_metrics({"loss": 1.0}, 0)
