@@ -67,7 +67,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def is_text(value: str) -> bool:
-    """Return whether a string is text: half a surrogate pair, which JSON can spell, is not."""
+    """Return whether a string is text: an unpaired surrogate, which JSON can spell, is not."""
     return _SURROGATE.search(value) is None
 
 

@@ -272,7 +272,7 @@ class Params(Section):
     """params.yaml, whole."""
 
     recipe: Annotated[str, AfterValidator(_recipe_name)]
-    """Name of the recipe these values came from; the MLflow experiment, and the folder of its files, bear it."""
+    """Name of the recipe these values came from; the MLflow experiment and its folder have the same name."""
     target: Target
     prepare: Prepare
     regenerate: Regenerate = Regenerate()

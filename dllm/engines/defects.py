@@ -40,11 +40,11 @@ def defect(response: Response, request: Request | None = None) -> str | None:
 
 def _check_fields(response: Response) -> None:
     if not (isinstance(response.key, str) and isinstance(response.text, str)):
-        raise ValueError("its text is no text")
+        raise ValueError("its text is not a string")
     if not all(type(id) is int and 0 <= id <= MAX_ID for id in response.token_ids):
-        raise ValueError("its ids are no token ids")
+        raise ValueError("its ids are not token ids")
     if response.finish_reason not in ENDINGS:
-        raise ValueError(f"its end is none of {', '.join(ENDINGS)}")
+        raise ValueError(f"its finish_reason is none of {', '.join(ENDINGS)}")
 
 
 def _check_call(call: Any) -> None:
@@ -53,25 +53,25 @@ def _check_call(call: Any) -> None:
     except (TypeError, KeyError):
         raise ValueError("a call lacks its name, id or arguments") from None
     if not all(isinstance(text, str) for text in texts) or not texts[1]:
-        raise ValueError("the name, id or arguments of a call are no text")
+        raise ValueError("the name, id or arguments of a call are not strings")
     _check(call, "a call")
     try:
         arguments = parse_json(texts[2])
     except JsonError as error:
         if texts[2].count("[") + texts[2].count("{") > MAX_DEPTH:
             raise ValueError("the arguments of a call are nested too deeply") from error
-        return  # no JSON: templates take it as a text
+        return  # not JSON: chat templates render it as a string
     if not isinstance(arguments, dict):
-        raise ValueError("the arguments of a call are no mapping")
+        raise ValueError("the arguments of a call are not a JSON object")
     _check(arguments, "the arguments of a call")
 
 
 def _check(value: Any, name: str) -> None:
-    """Check that each text in a JSON value is text, and each number has an end; its depth is bounded."""
+    """Check the strings and numbers of a JSON value, whose depth is bounded."""
     if isinstance(value, str) and not is_text(value):
-        raise ValueError(f"{name} holds half a surrogate pair, which is no text")
+        raise ValueError(f"{name} contains an unpaired surrogate, which cannot be encoded")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} holds a number without end")
+        raise ValueError(f"{name} contains a number that is not finite")
     if isinstance(value, dict):
         value = [*value, *value.values()]
     if isinstance(value, list):

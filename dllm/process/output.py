@@ -1,7 +1,7 @@
 """Standard output and error whose reader may go away: a closed terminal, `| head`, a flow that was killed.
 
-Python raises BrokenPipeError at the next line, so that a stage would fail for want of a reader, and at the worst
-moment: when it is about to write a checkpoint because the same event has sent it a signal.
+Without this, Python raises BrokenPipeError at the next line and the stage fails, possibly just before it writes the
+checkpoint that a signal of the same event has asked for.
 """
 
 from __future__ import annotations

@@ -23,10 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
-
-if TYPE_CHECKING:
-    pass
+from typing import Any, NoReturn, TypeVar
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 EXIT_CODES = tuple(128 + number for number in SIGNALS)

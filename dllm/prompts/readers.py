@@ -57,7 +57,7 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def all_records(path: Path) -> Iterator[Record]:
-    """Read the rows of a file by its name; a `.json` file may hold a list, one object, or one row a line.
+    """Read the rows of a file by its name; a `.json` file may hold a list, one object, or one row per line.
 
     Raises:
         DataError: the file is damaged, or is not what its name says.

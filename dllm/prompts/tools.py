@@ -184,9 +184,9 @@ def _check_text(value: Any, what: str, where: str) -> None:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
-        raise DataError(f"{what} a value that JSON cannot hold, which is no text", where=where) from None
+        raise DataError(f"{what} a value that JSON cannot represent", where=where) from None
     if not is_text(text):
-        raise DataError(f"{what} half a surrogate pair, which is no text", where=where)
+        raise DataError(f"{what} an unpaired surrogate, which cannot be encoded", where=where)
 
 
 _NULL_IS_A_VALUE = ("default", "const")

@@ -185,7 +185,7 @@ def _text(content: Any, number: int, where: str) -> str:
         shape = tooling.shape(content)
         raise DataError(f"turn {number} has no text in `content` (or `value`), but {shape}", where=where)
     if not is_text(content):
-        raise DataError(f"turn {number} holds half a surrogate pair, which is no text", where=where)
+        raise DataError(f"turn {number} has an unpaired surrogate, which cannot be encoded", where=where)
     return content
 
 

@@ -155,7 +155,7 @@ def rejections(regenerated: Regenerated) -> bytes:
             prompt_id, sample, turn = request_origin(each["key"])
             origin = {"prompt_id": prompt_id, "sample": sample, "turn": turn}
             lines.append(json.dumps({**origin, "reason": each["reason"]}, ensure_ascii=False) + "\n")
-    return "".join(lines).encode(errors="replace")  # a reason of an earlier version may hold half a surrogate pair
+    return "".join(lines).encode(errors="replace")  # a reason of an earlier version may hold an unpaired surrogate
 
 
 def no_tokens(regenerated: Regenerated, num_prompts: int, where: str) -> DataError:

@@ -133,7 +133,7 @@ def read_manifest(dir: Path) -> dict[str, Any]:
         manifest = unsealed(path.read_bytes())
         complete = isinstance(manifest["shards"], list)
         if not is_text(json.dumps(manifest, ensure_ascii=False)):
-            raise ValueError("half a surrogate pair")
+            raise ValueError("an unpaired surrogate")
     except FileNotFoundError:
         raise DataError("no finished responses", where=str(path), hint="run `python -m dllm regenerate`") from None
     except (OSError, ValueError, TypeError, KeyError):

@@ -1,4 +1,4 @@
-"""Laws of how many tokens a pass commits, in whole responses: of plans, thresholds and entropy bounds."""
+"""Properties of the number of tokens committed per pass over whole responses: plans, thresholds, entropy bounds."""
 
 import dataclasses
 

@@ -45,7 +45,7 @@ def test_no_tools_are_none(value: Any) -> None:
         ([LOOK, {"description": "?"}], "tool 2 is no schema"),
         ([7], "tool 1 is no schema"),
         (["look"], "tool 1 is not JSON"),
-        ([{"name": "\ud83d"}], "half a surrogate"),
+        ([{"name": "\ud83d"}], "unpaired surrogate"),
     ],
 )
 def test_what_is_no_schema_is_refused_with_its_place(value: Any, line: str) -> None:

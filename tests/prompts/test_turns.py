@@ -75,13 +75,13 @@ def test_a_row_without_a_prompt_gives_its_reason(chat: Any, reason: str) -> None
         ([turn("user", "a"), {"content": "b"}], "turn 2 names no `role`"),
         ([turn("wizard", "a")], "unknown role 'wizard'"),
         ([turn("user", None)], "turn 1 has no text .* null"),
-        ([turn("user", "\ud83d")], "half a surrogate"),
+        ([turn("user", "\ud83d")], "unpaired surrogate"),
         ([{"role": "assistant", "tool_calls": [{"id": "x"}]}, turn("user", "a")], "turn 1 has a call without a `name`"),
         ([turn("function_call", "search(x)"), turn("user", "a")], "turn 1 has a call that is not JSON"),
         ([turn("assistant", None), turn("user", "a")], "turn 1 has no text .* null"),
         ('[{"role": "user", "content": "cut', "begins like JSON, and is not: Unterminated string"),
         ("[{'role': 'user', 'content': 'as Python'}]", "begins like JSON, and is not"),
-        ([turn("user", "a"), {"role": "tool", "content": "b", "tool_call_id": "\ud83d"}], "half a surrogate"),
+        ([turn("user", "a"), {"role": "tool", "content": "b", "tool_call_id": "\ud83d"}], "unpaired surrogate"),
     ],
 )
 def test_what_is_no_chat_is_refused_with_its_place(chat: Any, line: str) -> None:
