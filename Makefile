@@ -60,7 +60,7 @@ run: setup  ## the whole pipeline, then its report; RECIPE=name chooses the reci
 long: RECIPE := smollm2-135m-dflash-long
 long: run  ## the same with a recipe of about 75 minutes and a better draft
 
-test: setup  ## all tests but the heavy ones; what CI runs
+test: setup  ## all tests but the heavy ones and the outages; CI runs it, and test-outages
 	@# By file, so that module fixtures are built once; in order, so that the long files start early. One thread per
 	@# process: threads of two processes on the same cores spin while they wait for each other.
 	@$(PYTEST) $(ARGS)

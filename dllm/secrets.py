@@ -42,7 +42,7 @@ _QUERY_NAME = (
 )
 _COLON = r"(?::|%3A)"
 _SLASHES = r"(?:(?:\\?/|%2F){2})"
-_SCHEME = r"\b[a-z][a-z0-9+.-]*"
+_SCHEME = r"\b[a-z][a-z0-9+.-]{0,30}"  # bounded: a long word would take quadratic time
 _SHAPES = tuple(
     (re.compile(pattern, re.IGNORECASE), instead)
     for pattern, instead in (
@@ -233,7 +233,10 @@ def _forms(value: str) -> set[str]:
 def _without_start(text: str, values: Iterable[str]) -> str:
     """Remove the first half of a secret from the end of a text that was cut inside it."""
     for value in values:
-        for size in range(len(value) - 1, max(_SHORTEST, min(len(value) - 1, _SHORTEST_START)) - 1, -1):
+        least = max(_SHORTEST, min(len(value) - 1, _SHORTEST_START))
+        if value[:least] not in text[-len(value) :]:
+            continue
+        for size in range(len(value) - 1, least - 1, -1):
             if text.endswith(value[:size]):
                 return text[:-size] + HIDDEN
     return text

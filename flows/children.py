@@ -21,7 +21,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 
 from dllm import secrets
-from dllm.errors import ServerError, StageError
+from dllm.errors import DllmError, ServerError, StageError
 from dllm.files import lock_folder
 from dllm.process import children as process
 from dllm.process.output import outlive_readers
@@ -30,7 +30,7 @@ from flows.artifacts import ProgressBar, share
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = f"gpu:{platform.node()}"
-"""Name of the concurrency limit. One slot is all GPUs of the machine: torchrun takes them together."""
+"""Name of the concurrency limit. One slot is all GPUs of the machine: the ranks of a stage take them together."""
 DEADLINE_S = 7 * 24 * 3600.0
 """No stage takes this long: a hung one is stopped and frees its slot."""
 RECORD_EVERY_S = 5.0
@@ -127,6 +127,7 @@ def _run(root: Path, stage: str, argv: Sequence[str]) -> None:
         "PYTHONUNBUFFERED": "1",
         "DLLM_FLOW_RUN": str(flow_run.id or ""),
     }
+    outlive_readers()  # the worker that reads this may be killed
     secrets.install()  # a worker's flow run enters here
     relay = _Relay(stage)
     try:
@@ -134,7 +135,7 @@ def _run(root: Path, stage: str, argv: Sequence[str]) -> None:
             argv, env=environment, cwd=root, deadline_s=DEADLINE_S, log=relay, log_file=root / "logs" / f"{stage}.log"
         )
     finally:  # after SIGKILL (cancelled, out of memory) the MLflow run of the stage is still open
-        with contextlib.suppress(ServerError):
+        with contextlib.suppress(DllmError, OSError):  # a store that cannot be used fails no stage
             contract.close(root)
     relay.bar.catch_up()
     get_run_logger().info("%s: exit code %d after %.1f s", stage, result.code, result.seconds)
@@ -162,7 +163,6 @@ class _Relay:
     """Shows every line and logs it to the flow run; of progress, one line every few seconds and the last."""
 
     def __init__(self, stage: str) -> None:
-        outlive_readers()  # the worker that reads this may be killed
         self.bar = ProgressBar(f"{stage}-progress")
         self._logger = get_run_logger()
         self._recorded = 0.0

@@ -36,11 +36,11 @@ def run(flow: Flow[Any, Any], check: Callable[[], object] | None = None, **param
         check: raises what is wrong before a server is started.
         parameters: of the flow.
     """
-    secrets.install()
     began = time.monotonic()
     with signals.handled(signal.SIGTERM, signal.SIGINT):
         follow_parent()
         outlive_readers()
+        secrets.install()  # last, around the stream that outlives its reader
         try:
             if check is not None:
                 check()

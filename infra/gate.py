@@ -26,6 +26,7 @@ from typing import Any, cast
 import uvicorn
 from servers import COMPLAINT, HEADER, HOST, PASSWORD, READY
 
+from dllm import secrets
 from dllm.errors import DllmError
 
 Message = MutableMapping[str, Any]
@@ -268,6 +269,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    secrets.install()
     try:
         main(sys.argv[1:])
     except DllmError as error:

@@ -24,6 +24,7 @@ from typing import Any
 from dllm.errors import ServerError
 from dllm.process import children as process
 from dllm.process import signals
+from dllm.secrets import remember
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"
@@ -133,7 +134,9 @@ def recorded_api() -> dict[str, Any]:
             if text.startswith(HEADER) and _nobody_locks(stream.fileno()):
                 PREFECT_TOML.unlink()
                 return {}
-        return dict(tomllib.loads(text).get("api", {}))
+        api = dict(tomllib.loads(text).get("api", {}))
+        remember(str(api.get("auth_string", "")))
+        return api
     except (OSError, ValueError):
         return {}
 

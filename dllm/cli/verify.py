@@ -87,19 +87,24 @@ def _items(root: Path) -> Iterator[Item]:
     work = root / "work"
     for step in sorted(work.glob("train/*/checkpoints/step-*")):
         yield Item(step.relative_to(root).as_posix(), step, partial(_checkpoint, step))
-    for cache in sorted(path for path in (root / FEATURES).glob("*") if path.is_dir()):
+    for cache in _folders(root / FEATURES):
         yield Item(cache.relative_to(root).as_posix(), cache, partial(_features, cache))
     for journal in sorted(work.glob("regenerate/*/**/journal-*.jsonl")):
         yield Item(journal.relative_to(root).as_posix(), journal, partial(_journal, journal))
     for folder in sorted({record.parent for record in work.glob("regenerate/*/**/shard-*.json")}):
         yield Item(folder.relative_to(root).as_posix(), folder, partial(_shards, folder))
-    for kept in sorted(path for path in (root / STORE).glob("*") if path.is_dir()):
+    for kept in _folders(root / STORE):
         yield Item(kept.relative_to(root).as_posix(), kept, partial(_registered, kept))
-    for place in sorted(path for path in (builtin.cache_root() / "models").glob("*") if path.is_dir()):
+    for place in _folders(builtin.cache_root() / "models"):
         yield Item(f"target {place.name}", place, partial(_target, place))
     store = root / "mlflow.db"
     if store.is_file():
         yield Item(store.name, store, partial(_database, store))
+
+
+def _folders(place: Path) -> list[Path]:
+    """List the folders in a place, without those that a killed call has left half made, which start with a dot."""
+    return sorted(path for path in place.glob("*") if path.is_dir() and not path.name.startswith("."))
 
 
 def _published(root: Path, stage: str) -> str:

@@ -5,7 +5,6 @@ Owns the order in which a name is resolved, what a directory holds, and which ta
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -143,12 +142,7 @@ def resolve(name: str | Path, root: Path) -> Path:
 
 def is_draft(checkpoint: Path) -> bool:
     """Tell whether a checkpoint's config is a draft's."""
-    try:
-        raw = json.loads((checkpoint / CONFIG).read_text())
-    except (OSError, ValueError):
-        return False
-    if not isinstance(raw, dict):
-        return False
+    raw = config_at(checkpoint)
     return "dflash_config" in raw or family_of(raw) is not None or foreign_family(raw) is not None
 
 

@@ -240,7 +240,9 @@ class _Child:
     def __enter__(self) -> _Child:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, _: object) -> None:
+        if isinstance(error, OSError):  # a sink has failed, and would again before the child is stopped
+            self._sinks = self._sinks[:1]
         if not self.ended:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()

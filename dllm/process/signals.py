@@ -304,7 +304,7 @@ def _end_in_time(state: _State, number: int) -> None:
     """End the process unless the main thread does so by itself."""
     came = time.monotonic()
     while not state.is_obeyed and state is _state:
-        if time.monotonic() - came > (state.graces[-1] if state.graces else GRACE_S):
+        if time.monotonic() - came > [GRACE_S, *state.graces][-1]:
             with state.lock:
                 closing = threading.Thread(target=_close, args=(state,), daemon=True)
                 closing.start()

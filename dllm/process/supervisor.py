@@ -1,9 +1,10 @@
 """The parent of a child: a small process that ensures that no process of the child's tree outlives the caller.
 
-`dllm.process.children.run` starts this file by its path. A signal reaches one process group, and torchrun starts every
-rank in its own session, so a caller that dies or kills a group leaves ranks behind. The supervisor adopts orphans
-(a subreaper, on Linux), detects the death of its caller by a pipe that closes, and always stops the tree in the same
-order: SIGTERM to the child's group, then to its remaining descendants, a grace period, SIGKILL to all that are left.
+`dllm.process.children.run` starts this file by its path. A signal reaches one process group, and engines, servers and
+torchrun's ranks have sessions of their own, so a caller that dies or kills a group leaves them behind. The supervisor
+adopts orphans (a subreaper, on Linux), detects the death of its caller by a pipe that closes, and always stops the tree
+in the same order: SIGTERM to the child's group, then to its remaining descendants, a grace period, SIGKILL to all that
+are left.
 """
 
 from __future__ import annotations

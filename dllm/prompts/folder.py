@@ -57,7 +57,9 @@ def _of_split(found: dict[str, Path], passed_over: dict[str, str], split: str, w
     if split not in splits:
         if split != TRAIN or len(splits) > 1:
             _refuse_split(splits, split, where)
-        return found, passed_over
+        if None not in named.values() or not splits:
+            return found, passed_over
+        # Files without a split in their name stand for the training split; those of another one stay out.
     others = {name: each for name, each in named.items() if each not in (None, split)}
     passed_over |= {name: f"split {each}" for name, each in others.items()}
     return {name: path for name, path in found.items() if name not in others}, passed_over

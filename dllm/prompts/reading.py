@@ -140,7 +140,7 @@ def _columns(row: Mapping[str, Any], chat_column: str, chat: Any) -> Iterator[tu
                     yield f"{name}.{key}", inner
     for turn in chat if isinstance(chat, list) else ():
         for key, value in turn.items() if isinstance(turn, Mapping) else ():
-            if key not in _TURN_KEYS and (key not in SYSTEMS or not isinstance(value, str)):
+            if key not in _TURN_KEYS:
                 yield f"{chat_column}[].{key}", value
 
 
@@ -194,8 +194,16 @@ def _holds(chat: Any, text: str) -> bool:
     if isinstance(chat, str):
         return text.strip() in chat
     turns = [turn for turn in chat if isinstance(turn, Mapping)] if isinstance(chat, list) else []
-    contents = [turn.get("content") or turn.get("value") for turn in turns]
-    return any(isinstance(content, str) and text.strip() in content for content in contents)
+    return any(text.strip() in _text_of(turn.get("content") or turn.get("value")) for turn in turns)
+
+
+def _text_of(content: Any) -> str:
+    """Return the text of a turn: a string, or OpenAI's list of parts, of which those of text are joined."""
+    content = content.value if isinstance(content, JsonCell) else content
+    if isinstance(content, str):
+        return content
+    parts = [part.get("text") for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+    return "".join(part for part in parts if isinstance(part, str))
 
 
 def _with_system(chat: Any, system: str | None, place: str) -> Any:

@@ -204,9 +204,11 @@ def _ids(
     add_generation_prompt: bool,
 ) -> list[int]:
     """Render a chat as ids; special tokens that its texts spell out are text, those of the template are special."""
-    special = _special_tokens(tokenizer, len(tokenizer))
+    special, spelt_out = _special_tokens(tokenizer, len(tokenizer))
     texts = to_json([*messages, tools])
-    spelt = [content for content in special if content in texts or to_json(content)[1:-1] in texts]
+    spelt: list[str] = []
+    if special and spelt_out.search(texts):  # one pass over the text; tokens may contain each other
+        spelt = [content for content in special if content in texts or to_json(content)[1:-1] in texts]
     options: dict[str, Any] = {"tools": tools, "add_generation_prompt": add_generation_prompt}
     if not spelt:
         rendered = _render(tokenizer, messages, enable_thinking, **options)
@@ -224,9 +226,11 @@ def _ids(
 
 
 @functools.lru_cache(maxsize=8)
-def _special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[str, ...]:
-    """Return the texts of the special tokens; `size` changes when some are added."""
-    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[tuple[str, ...], re.Pattern[str]]:
+    """Return the texts of the special tokens, and a pattern for them in JSON; `size` changes when some are added."""
+    special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    forms = sorted({form for text in special for form in (text, to_json(text)[1:-1])}, key=len, reverse=True)
+    return special, re.compile("|".join(map(re.escape, forms)))
 
 
 def _of_parts(tokenizer: PreTrainedTokenizerBase, parts: Sequence[str]) -> list[int]:

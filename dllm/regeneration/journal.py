@@ -96,10 +96,7 @@ class ResponseJournal:
                     damaged += 1
                     self._end += len(line)
                     continue
-                if response.key in self._places:
-                    self._end += len(line)
-                else:
-                    self._index(response.key, len(line))
+                self._index(response.key, len(line))  # of two lines the last: the first was forgotten
         if damaged:
             _log.warning("%s: %d damaged lines left out; those responses are generated again", self.path, damaged)
         return self._end

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from transformers import PreTrainedTokenizerBase
+
 from dllm.config.params import Params
 from dllm.models.targets import load_tokenizer
 from dllm.prompts.template import prompt_ids
 from dllm.registry import ENGINES, METHODS
 
 
-def check(params: Params) -> None:
-    """Refuse what a later stage would refuse, as far as configs say; no weights are read.
+def check(params: Params) -> PreTrainedTokenizerBase:
+    """Refuse what a later stage would refuse, as far as configs say, and return the target's tokenizer.
+
+    No weights are read.
 
     Raises:
         ConfigError: the engine's settings are impossible, or the mask token is.
@@ -20,3 +24,4 @@ def check(params: Params) -> None:
     METHODS[params.train.mode].check_models(params)
     tokenizer = load_tokenizer(params.target)
     prompt_ids(tokenizer, [{"role": "user", "content": "Hello"}], params.target.enable_thinking)
+    return tokenizer

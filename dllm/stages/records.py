@@ -69,6 +69,8 @@ def check_published(root: Path, path: Path, digest: str | None = None) -> None:
     error = ModelError if "checkpoint" in parts else DataError
     hint = restore_hint(stage)
     if path.is_file():
+        if digest is not None and digest == outputs.get("/".join(parts)):
+            return
         check_files(root / "out" / stage, {"/".join(parts): str(outputs.get("/".join(parts)))}, error=error, hint=hint)
         return
     prefix = "".join(f"{part}/" for part in parts)

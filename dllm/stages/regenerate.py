@@ -11,7 +11,6 @@ from typing import Any
 
 from dllm.config.params import Params
 from dllm.engines.engine import open_engine
-from dllm.models import targets
 from dllm.prompts import table as prompts
 from dllm.regeneration import core, identity
 from dllm.regeneration.core import Job, Regenerated
@@ -30,10 +29,9 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         ServerError: the servers are out of reach or respond wrongly.
         StageError: another process does the same, or the disk is full.
     """
-    preflight.check(params)
+    tokenizer = preflight.check(params)
     prepared = root / "out" / "prepare"
     inputs = prompts.read_prompts(prepared)
-    tokenizer = targets.load_tokenizer(params.target)
     with open_stage(
         "regenerate",
         params,

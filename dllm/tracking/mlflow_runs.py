@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,6 +58,7 @@ class MlflowTracker:
         self._client = connect(self.uri)
         self._is_away = self._is_gone = False
         self._retry_at = 0.0
+        self._sending = threading.RLock()
         with faults_in_one_line(self.uri):
             self.experiment_id = self._experiment_id(root, experiment)
             self.resumed = run_id is not None and self._exists(run_id)
@@ -100,6 +102,10 @@ class MlflowTracker:
         self._send()
 
     def finish(self, status: Status) -> None:
+        with self._sending:  # a signal may end the process from a thread, while the main thread sends
+            self._finish(status)
+
+    def _finish(self, status: Status) -> None:
         if self._is_gone:
             self._journal.remove()
         if self._is_gone or self._journal.is_closed:
@@ -115,6 +121,10 @@ class MlflowTracker:
         self._journal.close()
 
     def _send(self) -> None:
+        with self._sending:
+            self._send_pending()
+
+    def _send_pending(self) -> None:
         began = time.monotonic()
         if self._is_gone or began < self._retry_at or not self._journal.pending:
             return

@@ -26,12 +26,10 @@ def mlflow_server(empty_mlflow_store: Path, tmp_path_factory: pytest.TempPathFac
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(argv, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        # Not urlopen, which keeps the proxies that were set when a test first called it.
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         end = time.monotonic() + 300
         while True:
             try:
-                direct.open(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
                 break
             except OSError:
                 assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()

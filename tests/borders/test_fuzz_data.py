@@ -61,7 +61,6 @@ ROW = {
     "metadata": {"tools": "[]"},
     "reference": 3,
 }
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.zst", ".parquet", ".arrow", ".xz")
 BOUNDED = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60, deadline=None
 )

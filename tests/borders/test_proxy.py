@@ -55,12 +55,15 @@ def address() -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An environment that names none, and gets its own back."""
+def no_proxies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An environment that names none, and gets its own back; urlopen reads it anew in each test, and after them."""
+    urllib.request.install_opener(None)  # type: ignore[arg-type]  # urlopen keeps the proxies of its first call
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "")  # so that what is set there is taken back
     for name in [name for name in os.environ if "proxy" in name.lower()]:
         monkeypatch.delenv(name)
+    yield
+    urllib.request.install_opener(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: ",".join(setting))

@@ -18,7 +18,6 @@ import psutil
 import pytest
 import yaml
 
-from dllm.training import launch
 from tests.arch.source_tree import ROOT, python_files
 from tests.flows.conftest import Project, copy_project, wait_until
 
@@ -105,8 +104,7 @@ def test_ranks_of_one_machine_meet_without_a_store_that_listens(tmp_path: Path) 
     assert not list(tmp_path.glob("dllm-ranks-*"))
 
 
-def test_one_rank_needs_no_other_process() -> None:
-    assert not launch.is_rank()
+def test_dvc_starts_stages_without_torchrun() -> None:
     assert "torchrun" not in (ROOT / "dvc.yaml").read_text()
 
 

@@ -47,6 +47,17 @@ def test_the_first_answer_to_a_key_counts(tmp_path: Path) -> None:
     assert (tmp_path / "j").read_bytes().count(b"\n") == 1
 
 
+def test_a_response_that_replaces_a_forgotten_one_counts_after_a_reopen(tmp_path: Path) -> None:
+    first, second = (Response("0:0:0", (n,), str(n), "stop") for n in (1, 2))
+    with ResponseJournal(tmp_path / "j") as journal:
+        journal.append(first)
+        journal.forget(first.key)
+        journal.append(second)
+    with ResponseJournal(tmp_path / "j") as journal:
+        assert journal.read(first.key) == second
+        assert len(journal) == 1
+
+
 @given(cut=st.integers(min_value=0, max_value=10_000))
 @settings(deadline=None)
 def test_cut_anywhere_it_holds_every_whole_line_and_goes_on(tmp_path_factory, cut: int) -> None:
