@@ -29,6 +29,7 @@ from dllm.errors import ConfigError, ServerError, StageError
 from dllm.models import builtin, targets
 from dllm.outside import one_line
 from dllm.process import children as process
+from dllm.process import signals
 
 HOST = "127.0.0.1"
 LOG = Path("logs") / "sglang.log"
@@ -45,6 +46,9 @@ CPU_MODULES = Path(__file__).with_name("sglang_cpu")
 LOG_END = 200_000
 """Bytes at the end of the log that are searched for the reason of a failure."""
 LOOK_EVERY_S = 0.5
+POLL_INTERVAL_S = 0.05
+ENDING_S = 2.0
+"""From the first request that a server refuses to the end of its process, where it is ending."""
 _ERROR = re.compile(r"(?:^|\s)(?:\w+\.)*[A-Z]\w*(?:Error|Exception)\b:? |: error: ")
 _STAMP = re.compile(r"^\[[\d-]+ [\d:]+[^\]]*\] |\x1b\[[\d;]*m")
 
@@ -91,8 +95,15 @@ class Server:
             ServerError: it has ended.
         """
         while not self.ended:
-            time.sleep(LOOK_EVERY_S)
+            signals.sleep(LOOK_EVERY_S)
         raise self.error("SGLang has ended")
+
+    def ends_within(self, seconds: float) -> bool:
+        """Wait for the server's end, for so long at most; return whether it has ended."""
+        end = time.monotonic() + seconds
+        while not self.ended and time.monotonic() < end:
+            signals.sleep(POLL_INTERVAL_S)
+        return self.ended
 
     def error(self, what: str, hint: str | None = None) -> ServerError:
         """Make an error of one line: what is wrong, the exit code where it has ended, and the reason in its log."""
@@ -120,7 +131,7 @@ def served(params: Params, root: Path) -> Iterator[str]:
         try:
             yield server.url
         except ServerError:
-            if server.ended:
+            if server.ends_within(ENDING_S):  # its sockets close before its process is gone
                 raise server.error("SGLang ended while it was in use") from None
             raise
 
