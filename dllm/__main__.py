@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments
-    # First of all: until here a signal ends the process by itself. Even imports take a while.
+    # Outside the block below, while Python starts and ends, a signal ends the process by itself: Python's own handler
+    # of SIGINT would raise inside a destructor, where the exception is printed and lost.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # First of all. Even imports take a while.
     with signals.handled(signal.SIGTERM, signal.SIGINT):
         follow_parent()
         outlive_readers()

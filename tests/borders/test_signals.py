@@ -120,6 +120,21 @@ def test_nohup_keeps_a_process_alive() -> None:
     assert run(code, before=signal.SIGHUP) == (0, "alive\n", "")
 
 
+AT_EXIT = """
+import atexit, os, signal
+from dllm.__main__ import main
+atexit.register(lambda: os.kill(os.getpid(), int(os.environ["NUMBER"])))
+main(["recipe", "list"])
+"""
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_signal_while_python_ends_prints_nothing(number: signal.Signals) -> None:
+    code, said, complaint = run(AT_EXIT, NUMBER=str(int(number)))
+    assert (code, complaint) == (-number, "")
+    assert "tiny-dflash" in said
+
+
 FORKS = """
 import os, signal, time
 from dllm.process import signals
