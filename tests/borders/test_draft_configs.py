@@ -46,8 +46,9 @@ def _changed(saved: Path, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 SAME = {
-    "nested block size": {"block_size": GONE, "dflash_config/block_size": 4},
-    "both block sizes": {"dflash_config/block_size": 4},
+    "nested block size": {"block_size": GONE},
+    "block size at the top": {"dflash_config/block_size": GONE},
+    "no causality": {"is_causal": GONE, "dflash_config/causal": GONE},
     "new RoPE layout": {"rope_theta": GONE, "rope_parameters/rope_type": "default", "rope_parameters/rope_theta": 1e4},
     "explicit causality": {"is_causal": False, "dflash_config/causal": False},
     "is_causal wins": {"is_causal": False, "dflash_config/causal": None},
@@ -61,7 +62,7 @@ REFUSED = {
     "window without causality": ({"layer_types": ["sliding_attention"], "sliding_window": 8, "use_sliding_window": True,
                                   "is_causal": False}, "is_causal"),
     "causal at the top": ({"is_causal": True}, "is_causal"),
-    "causal inside": ({"dflash_config/causal": True}, "causal"),
+    "causal inside": ({"is_causal": GONE, "dflash_config/causal": True}, "causal"),
     "no layer ids": ({"dflash_config/target_layer_ids": GONE}, "target_layer_ids"),
     "null layer ids": ({"dflash_config/target_layer_ids": None}, "target_layer_ids"),
     "negative layer": ({"dflash_config/target_layer_ids": [-1, 3, 5]}, "target_layer_ids"),

@@ -53,14 +53,18 @@ class DFlashConfig:
     sliding_window: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the `config.json` of a published draft (Qwen3 fields, `dflash_config` inside)."""
+        """Return the `config.json` of a published draft (Qwen3 fields, `dflash_config` inside).
+
+        Engines differ in the place where they read block size and causality, and in what they take for granted where
+        it is missing: both stand in both places.
+        """
         plain = asdict(self)
         for key in ("mask_token_id", "target_layer_ids", "sliding_window"):
             plain.pop(key)
         if self.num_target_layers is None:
             plain.pop("num_target_layers")
         window = self.sliding_window
-        kind = "full_attention" if window is None else "sliding_attention"
+        kind, is_causal = ("full_attention", False) if window is None else ("sliding_attention", True)
         return {
             "architectures": ["DFlashDraftModel"],
             "model_type": "qwen3",
@@ -68,12 +72,15 @@ class DFlashConfig:
             "attention_bias": False,
             "attention_dropout": 0.0,
             "dflash_config": {
+                "block_size": self.block_size,
+                "causal": is_causal,
                 "mask_token_id": self.mask_token_id,
                 "target_layer_ids": list(self.target_layer_ids),
             },
             "dtype": "bfloat16",
             "hidden_act": "silu",
             "initializer_range": 0.02,
+            "is_causal": is_causal,
             "layer_types": [kind] * self.num_hidden_layers,
             "rope_scaling": None,
             "sliding_window": window,
