@@ -191,23 +191,32 @@ class DFlashDraft(Draft):
 
         Source: DFlash, section 4.2 and appendix A.1 (attention mask of training).
         """
+        return self.forward_blocks(embeds_BNLD, self.read_context(features_BSF), anchor_BN, keep_BN)
+
+    def read_context(self, features_BSF: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return the context's keys and values in each layer."""
         context_BSD = self.project(features_BSF)
+        position_S = torch.arange(context_BSD.shape[1], device=context_BSD.device)
+        rope = Rope(position_S, self.config, context_BSD.dtype)
+        return [layer.self_attn.keys_values(context_BSD, rope) for layer in self._typed_layers()]
+
+    def forward_blocks(
+        self, embeds_BNLD: Tensor, context: list[tuple[Tensor, Tensor]], anchor_BN: Tensor, keep_BN: Tensor
+    ) -> Tensor:
+        """Run many blocks of each sequence on the keys and values of its context."""
         slots = embeds_BNLD.shape[2]
         offset_L = torch.arange(slots, device=anchor_BN.device)
         block_rope = Rope(anchor_BN[..., None] + offset_L, self.config, embeds_BNLD.dtype)
-        context_rope = Rope(torch.arange(context_BSD.shape[1], device=anchor_BN.device), self.config, context_BSD.dtype)
         visible_BN = torch.where(keep_BN, anchor_BN, 0)
         x_BNLD = embeds_BNLD
-        for index, layer in enumerate(self._typed_layers()):
+        for index, (layer, (key, value)) in enumerate(zip(self._typed_layers(), context, strict=True)):
             attn = layer.self_attn
-            context = attn.keys_values(context_BSD, context_rope)
             normed = layer.input_layernorm(x_BNLD)
             block = attn.keys_values(normed, block_rope)
             query = attn.queries(normed, block_rope)
             if index == len(self.layers) - 1:  # the anchor's own output is not used
                 query, x_BNLD = query[:, :, 1:], x_BNLD[:, :, 1:]
-            window = self.config.sliding_window
-            mixed = block_attention(query, context[0], context[1], block[0], block[1], visible_BN, window)
+            mixed = block_attention(query, key, value, block[0], block[1], visible_BN, self.config.sliding_window)
             x_BNLD = layer.finish(x_BNLD, mixed)
         return self.norm(x_BNLD)
 
