@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from dllm.errors import ModelError
 from dllm.models.config_keys import refuse_other_values, refuse_unknown
@@ -36,6 +36,10 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 class DFlashConfig:
     """Everything that determines a DFlash draft's network and its inputs."""
 
+    family: ClassVar[str] = "DFlash"
+    architecture: ClassVar[str] = "DFlashDraftModel"
+    nested: ClassVar[tuple[str, ...]] = ("mask_token_id", "target_layer_ids")
+    """Fields that are written into `dflash_config`."""
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -78,19 +82,18 @@ class DFlashConfig:
         it is missing: both stand in both places.
         """
         plain = asdict(self)
-        for key in ("mask_token_id", "target_layer_ids"):
-            plain.pop(key)
+        nested = {key: plain.pop(key) for key in self.nested}
         if self.num_target_layers is None:
             plain.pop("num_target_layers")
         return {
-            "architectures": ["DFlashDraftModel"],
+            "architectures": [self.architecture],
             "model_type": "qwen3",
             **plain,
             "attention_dropout": 0.0,
             "dflash_config": {
                 "block_size": self.block_size,
                 "causal": self.is_causal,
-                "mask_token_id": self.mask_token_id,
+                **nested,
                 "target_layer_ids": list(self.target_layer_ids),
             },
             "dtype": "bfloat16",
@@ -118,7 +121,7 @@ class DFlashConfig:
         refuse_other_values(inner, ONLY, where, "dflash_config")
         names = {field.name for field in fields(cls)}
         refuse_unknown(raw, names | ONLY.keys() | READ, where)
-        refuse_unknown(inner, INNER | ONLY.keys(), where, "dflash_config")
+        refuse_unknown(inner, INNER | ONLY.keys() | set(cls.nested), where, "dflash_config")
         flat = dict(raw)
         for key, value in inner.items():
             if value is None:
@@ -131,7 +134,7 @@ class DFlashConfig:
         flat.setdefault("num_target_layers", None)
         missing = [name for name in sorted(names) if flat.get(name) is None and name not in OPTIONAL]
         if missing:
-            raise ModelError(f"not a DFlash draft: its config lacks {', '.join(missing)}", where=where)
+            raise ModelError(f"not a {cls.family} draft: its config lacks {', '.join(missing)}", where=where)
         known = {name: flat[name] for name in names}
         return cls(**{**known, "target_layer_ids": _checked(known, where)})
 

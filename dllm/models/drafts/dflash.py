@@ -10,7 +10,7 @@ G key/value heads, R = H / G, E head dim.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -93,8 +93,18 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """Add the attention output, then the MLP. Shapes: x (..., D), mixed (..., H*E)."""
+    def enter(self, x: Tensor) -> tuple[Tensor, Any]:
+        """Return what the block's queries, keys and values are projected from, and what `finish` needs besides.
+
+        Shapes: x (..., L, D).
+        """
+        return self.input_layernorm(x), None
+
+    def finish(self, x: Tensor, mixed: Tensor, entered: Any) -> Tensor:
+        """Add the attention output, then the MLP.
+
+        Shapes: x (..., L, D), mixed (..., L, H*E); entered from `enter`.
+        """
         x = x + self.self_attn.o_proj(mixed)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -143,6 +153,10 @@ class DFlashDraft(Draft):
     """
 
     architectures = ("DFlashDraftModel", "Qwen3DFlashDraftModel")
+    config_type: ClassVar[type[DFlashConfig]] = DFlashConfig
+    layer_type: ClassVar[type[Layer]] = Layer
+    mixes_slots: ClassVar[bool] = False
+    """Whether a layer mixes slots outside its attention: then the last one needs the anchor's slot, too."""
     config: DFlashConfig
 
     def __init__(self, config: DFlashConfig) -> None:
@@ -150,7 +164,7 @@ class DFlashDraft(Draft):
         self.config = config
         self.fc = Linear(config.hidden_size * len(config.target_layer_ids), config.hidden_size)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_type(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     @classmethod
@@ -161,7 +175,7 @@ class DFlashDraft(Draft):
     @classmethod
     def read_config(cls, raw: Mapping[str, Any], where: str) -> DFlashConfig:
         """Read a published `config.json`."""
-        return DFlashConfig.from_json(raw, where)
+        return cls.config_type.from_json(raw, where)
 
     @classmethod
     def config_for(
@@ -209,14 +223,14 @@ class DFlashDraft(Draft):
         for index, layer in enumerate(self._typed_layers()):
             attn = layer.self_attn
             context = attn.keys_values(context_BSD, context_rope)
-            normed = layer.input_layernorm(x_BNLD)
+            normed, entered = layer.enter(x_BNLD)
             block = attn.keys_values(normed, block_rope)
             query = attn.queries(normed, block_rope)
-            if index == len(self.layers) - 1:  # the anchor's own output is not used
+            if index == len(self.layers) - 1 and not self.mixes_slots:  # the anchor's own output is not used
                 query, x_BNLD = query[:, :, 1:], x_BNLD[:, :, 1:]
             mixed = block_attention(query, *context, *block, visible_BN, *self.config.layer_attention(index))
-            x_BNLD = layer.finish(x_BNLD, mixed)
-        return self.norm(x_BNLD)
+            x_BNLD = layer.finish(x_BNLD, mixed, entered)
+        return self.norm(x_BNLD[:, :, 1 - slots :])
 
     def train_flops(
         self, *, context_tokens: int, blocks: int, visible_tokens: int, predictions: int, vocab: int
@@ -269,13 +283,13 @@ class DFlashDraft(Draft):
         for index, layer in enumerate(self._typed_layers()):
             attn = layer.self_attn
             context = cache.extend(index, *attn.keys_values(context_BSD, context_rope), spans[index][0])
-            normed = layer.input_layernorm(x_BLD)
+            normed, entered = layer.enter(x_BLD)
             block = attn.keys_values(normed, block_rope)
             key, value = (torch.cat(pair, 1).transpose(1, 2) for pair in zip(context, block, strict=True))
             query = attn.queries(normed, block_rope).transpose(1, 2)
             mask_LT = visible_to_block(slots, key.shape[2], *spans[index], device)
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_LT, enable_gqa=True)
-            x_BLD = layer.finish(x_BLD, mixed.transpose(1, 2).flatten(2))
+            x_BLD = layer.finish(x_BLD, mixed.transpose(1, 2).flatten(2), entered)
         return self.norm(x_BLD)
 
     def _typed_layers(self) -> list[Layer]:

@@ -121,10 +121,10 @@ def oracle_forward(draft, features, embeds, anchors):
     block_ropes = Rope(anchors[..., None] + slots, draft.config, torch.float32)
     x = embeds
     for index, layer in enumerate(draft.layers):
-        normed = layer.input_layernorm(x)
+        normed, entered = layer.enter(x)
         parts = [layer.self_attn.queries(normed, block_ropes), *layer.self_attn.keys_values(context, ropes)]
         parts += layer.self_attn.keys_values(normed, block_ropes)
-        x = layer.finish(x, oracle(*parts, visible, *draft.config.layer_attention(index)))
+        x = layer.finish(x, oracle(*parts, visible, *draft.config.layer_attention(index)), entered)
     return draft.norm(x)[:, :, 1:]
 
 
