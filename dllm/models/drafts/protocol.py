@@ -71,7 +71,15 @@ class DraftSettings(Protocol):
 
     @property
     def sliding_window(self) -> int | None:
-        """Context window of every layer; None sees the whole context."""
+        """Context window of the sliding layers."""
+
+    @property
+    def layer_types(self) -> Sequence[str] | None:
+        """Attention of each layer, `full_attention` or `sliding_attention`; None: sliding with a window, else full."""
+
+    @property
+    def causal(self) -> bool | None:
+        """Whether slots of a block see only those before them; None: in sliding layers."""
 
 
 @dataclass(frozen=True)
