@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dllm.models.drafts.attention import block_attention
 from dllm.models.drafts.config import DFlashConfig, for_target
-from dllm.models.drafts.protocol import Draft, DraftSettings, Proposal, TargetIO
+from dllm.models.drafts.protocol import Draft, DraftSettings, Proposal, Sampling, TargetIO
 
 
 class Linear(nn.Linear):
@@ -250,13 +250,21 @@ class DFlashDraft(Draft):
         return ContextCache(len(self.layers))
 
     def propose(
-        self, anchor_id: int, num_tokens: int, features_BSF: Tensor, start: int, cache: ContextCache, target: TargetIO
+        self,
+        anchor_id: int,
+        num_tokens: int,
+        features_BSF: Tensor,
+        start: int,
+        cache: ContextCache,
+        target: TargetIO,
+        sampling: Sampling | None = None,
     ) -> Proposal:
         """Propose the most probable token at each slot, all in one pass over an anchor and masks."""
         ids_BL = torch.full((1, num_tokens + 1), self.config.mask_token_id, device=features_BSF.device)
         ids_BL[0, 0] = anchor_id
         hidden_BLD = self.run_block(target.embed(ids_BL), features_BSF, start, cache)
-        return Proposal(target.head(hidden_BLD[:, 1:]).argmax(-1)[0])
+        # Rows of two dimensions: for a view of three, the product would copy the head.
+        return Proposal(target.head(hidden_BLD[0, 1:]).argmax(-1))
 
     def run_block(self, embeds_BLD: Tensor, features_BSF: Tensor, start: int, cache: ContextCache) -> Tensor:
         """Add new context rows to the cache, then run one block at `start`.
