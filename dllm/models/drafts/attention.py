@@ -45,10 +45,12 @@ def block_attention(
     parts = []
     for begin in range(0, blocks, group):
         part = slice(begin, begin + group)
-        # No block of the group attends further; as anchors are sorted, this saves half of the work.
-        seen = max(1, int(visible_BN[:, part].max()))
-        inputs = [query_BNQHE[:, part], key_BSGE[:, :seen], value_BSGE[:, :seen]]
-        inputs += [block_key_BNLGE[:, part], block_value_BNLGE[:, part], visible_BN[:, part]]
+        # No block of the group attends further, nor before its window; as anchors are sorted, this saves half the work.
+        visible_Bn = visible_BN[:, part]
+        seen = max(1, int(visible_Bn.max()))
+        first = 0 if window is None else max(0, int(visible_Bn.where(visible_Bn > 0, seen).min()) + 1 - window)
+        inputs = [query_BNQHE[:, part], key_BSGE[:, first:seen], value_BSGE[:, first:seen]]
+        inputs += [block_key_BNLGE[:, part], block_value_BNLGE[:, part], visible_Bn - first]
         parts.append(checkpoint(_attend, *inputs, window, is_causal, use_reentrant=False))
     return torch.cat(parts, 1)
 

@@ -89,6 +89,15 @@ class TargetIO:
     embed: nn.Module
     head: nn.Module
 
+    @classmethod
+    def of(cls, model: Any) -> TargetIO:
+        """Return those of a transformers model.
+
+        Embeddings are rows of the matrix, as in training, also where the model's own are scaled (Gemma).
+        """
+        embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+        return cls(embed if type(embed) is nn.Embedding else nn.Embedding.from_pretrained(embed.weight), head)
+
 
 @dataclass(frozen=True)
 class Proposal:
