@@ -101,6 +101,19 @@ DRAFT_SETTINGS: Registry[Any] = Registry(
 """Settings that draft architectures have of their own, by the architecture's name: subclasses of
 `dllm.config.section.Section`, sections of `train.dflash.draft`. Their modules don't import torch."""
 
+SERVING_ENGINES: Registry[Any] = Registry(
+    "serving_engines",
+    {
+        "sglang": "dllm.models.drafts.serving:SGLANG",
+        "vllm": "dllm.models.drafts.serving:VLLM",
+        "lmdeploy": "dllm.models.drafts.serving:LMDEPLOY",
+        "trtllm": "dllm.models.drafts.serving:TRTLLM",
+        "llamacpp": "dllm.models.drafts.serving:LLAMACPP",
+        "z-lab": "dllm.models.drafts.serving:ZLAB",
+    },
+)
+"""Who decodes with an exported draft, `export --for`: instances of `dllm.models.drafts.serving.ServingEngine`."""
+
 DIFFUSION_LMS: Registry[Any] = Registry(
     "diffusion_lms",
     {
@@ -128,6 +141,7 @@ SOURCES: Registry[Any] = Registry(
         "humaneval": "dllm.prompts.builtin:HUMANEVAL",
         "aime": "dllm.prompts.builtin:AIME",
         "arithmetic": "dllm.prompts.builtin:ARITHMETIC",
+        "reasoning-gym": "dllm.prompts.gym:REASONING_GYM",
     },
 )
 """Prompt sources, built-in values of `prepare.sources[].name`: instances of `dllm.prompts.sources.PromptSource`."""

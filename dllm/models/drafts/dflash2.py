@@ -7,7 +7,7 @@ channels, C channels of a group, F tapped features, V vocabulary, M slots that h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -144,9 +144,9 @@ class DFlash2Draft(DFlashDraft):
     def config_for(
         cls, target_config: Any, settings: DraftSettings, *, block_size: int, mask_token_id: int
     ) -> DFlash2Config:
-        """Size a new draft by its target and `train.dflash.draft.dflash2`."""
+        """Size a new draft by its target and `train.dflash.draft.dflash2`; unless settings say so, it isn't causal."""
         plain = super().config_for(target_config, settings, block_size=block_size, mask_token_id=mask_token_id)
-        return _extended(plain, _own(settings))
+        return _extended(replace(plain, is_causal=bool(settings.causal)), _own(settings))
 
     @classmethod
     def start_from(cls, published: Draft, settings: DraftSettings, seed: int) -> Draft:
@@ -247,9 +247,17 @@ class DFlash2Draft(DFlashDraft):
         target: TargetIO,
         sampling: Sampling | None = None,
     ) -> Proposal:
-        """Propose the tokens of the selector's walk from the anchor, the most probable ones or sampled ones."""
+        """Propose the tokens of the selector's walk from the anchor, the best ones or sampled ones."""
         hidden_PD = self.draft_hidden(anchor_id, num_tokens, features_BSF, start, cache, target)
-        return self.candidate_selector.walk(anchor_id, hidden_PD, target.head(hidden_PD), sampling)
+        if sampling is not None:
+            return self.candidate_selector.sample(anchor_id, hidden_PD, target.head(hidden_PD), sampling)
+        anchor_ids = torch.tensor([anchor_id], device=hidden_PD.device)
+        return Proposal(self.greedy_tokens(hidden_PD[None], anchor_ids, target)[0])
+
+    def greedy_tokens(self, hidden_NPD: Tensor, anchor_ids_N: Tensor, target: TargetIO) -> Tensor:
+        """Walk each block from its anchor."""
+        logits_MV: Tensor = target.head(hidden_NPD.flatten(0, 1))
+        return self.candidate_selector.greedy(anchor_ids_N, hidden_NPD, logits_MV.unflatten(0, hidden_NPD.shape[:2]))
 
     def _convolutions(self) -> list[Convolution]:
         return [module for module in self.modules() if isinstance(module, Convolution)]

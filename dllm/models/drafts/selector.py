@@ -1,6 +1,7 @@
 """The candidate selector of DFlash 2: choose among each slot's most probable tokens by the token before it.
 
-Shape suffixes: M slots, P draft tokens of a block, K candidates of a slot, R rank, D hidden, V vocabulary.
+Shape suffixes: M slots, N blocks, P draft tokens of a block, Q = P - 1, K candidates of a slot, R rank, D hidden, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -61,31 +62,38 @@ class CandidateSelector(nn.Module):
         after_MKR = F.embedding(ids_MK, self.successor_codebook).to(hidden_MD.dtype)
         return logits_MK.float() + (after_MKR @ query_MR[..., None])[..., 0].float()
 
-    def walk(self, anchor_id: int, hidden_PD: Tensor, logits_PV: Tensor, sampling: Sampling | None = None) -> Proposal:
-        """Choose the tokens of a block one after the other, the first after the anchor.
+    def greedy(self, anchor_ids_N: Tensor, hidden_NPD: Tensor, logits_NPV: Tensor) -> Tensor:
+        """Choose the best candidate of each slot after the one before, the first after the anchor. Shapes: (N, P)."""
+        first_NK, pairs_NQKK, ids_NPK = self._pairs(anchor_ids_N, hidden_NPD, logits_NPV)
+        chosen = [first_NK.argmax(-1, keepdim=True)]
+        for best_NK in pairs_NQKK.argmax(-1).unbind(1):
+            chosen.append(best_NK.gather(1, chosen[-1]))
+        return ids_NPK.gather(2, torch.cat(chosen, 1)[..., None])[..., 0]
 
-        All pairs of neighbouring candidates are scored at once, so that a step is a look-up.
+    def sample(self, anchor_id: int, hidden_PD: Tensor, logits_PV: Tensor, sampling: Sampling) -> Proposal:
+        """Draw the tokens of one block one after the other, each from the softmax over its slot's candidates."""
+        anchor_ids = torch.tensor([anchor_id], device=hidden_PD.device)
+        (scores_K,), (pairs_QKK,), (ids_PK,) = self._pairs(anchor_ids, hidden_PD[None], logits_PV[None])
+        laws, chosen = [sampling.law(scores_K)[None]], []
+        for scores_KK in (*pairs_QKK, None):
+            chosen.append(sampling.draw(laws[-1]))
+            if scores_KK is not None:
+                laws.append(sampling.law(scores_KK[chosen[-1]]))
+        probs_PK = torch.cat(laws)
+        probs_PV = probs_PK.new_zeros(logits_PV.shape).scatter_(1, ids_PK, probs_PK)
+        return Proposal(ids_PK.gather(1, torch.cat(chosen)[:, None])[:, 0], probs_PV)
+
+    def _pairs(self, anchor_ids_N: Tensor, hidden_NPD: Tensor, logits_NPV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Score all pairs of neighbouring candidates at once, so that a step of a walk is a look-up.
+
+        Shapes: returns first_NK, each block's first candidates after its anchor; pairs_NQKK, Q = P - 1, by slot,
+            predecessor and candidate; ids_NPK.
         """
-        logits_PK, ids_PK = top_candidates(logits_PV, min(self.top_k, logits_PV.shape[-1]))
-        after_PKR = self.successor_codebook[ids_PK] * self.hidden_projection(hidden_PD)[:, None]
-        first_K = logits_PK[0].float() + (after_PKR[0] @ self.predecessor_codebook[anchor_id]).float()
-        pairs = (self.predecessor_codebook[ids_PK[:-1]] @ after_PKR[1:].mT).float()
-        scores_PKK = logits_PK[1:, None].float() + pairs  # by slot, predecessor and candidate
-        if sampling is not None:
-            return _sampled(first_K, scores_PKK, ids_PK, logits_PV.shape[-1], sampling)
-        first, *best = torch.cat([first_K.argmax()[None], scores_PKK.argmax(-1).flatten()]).tolist()
-        chosen = [first]
-        for slot in range(len(scores_PKK)):
-            chosen.append(best[slot * ids_PK.shape[1] + chosen[-1]])
-        return Proposal(ids_PK.gather(1, torch.tensor(chosen, device=ids_PK.device)[:, None])[:, 0])
-
-
-def _sampled(first_K: Tensor, scores_PKK: Tensor, ids_PK: Tensor, vocab: int, sampling: Sampling) -> Proposal:
-    probs_1K = sampling.law(first_K)[None]
-    laws, chosen = [probs_1K], [sampling.draw(probs_1K)]
-    for scores_KK in scores_PKK:
-        laws.append(sampling.law(scores_KK[chosen[-1]]))
-        chosen.append(sampling.draw(laws[-1]))
-    probs_PK = torch.cat(laws)
-    probs_PV = probs_PK.new_zeros(len(probs_PK), vocab).scatter_(1, ids_PK, probs_PK)
-    return Proposal(ids_PK.gather(1, torch.cat(chosen)[:, None])[:, 0], probs_PV)
+        number = min(self.top_k, logits_NPV.shape[-1])
+        logits_MK, ids_MK = top_candidates(logits_NPV.flatten(0, 1), number)
+        logits_NPK, ids_NPK = (each.unflatten(0, hidden_NPD.shape[:2]) for each in (logits_MK.float(), ids_MK))
+        after_NPKR = self.successor_codebook[ids_NPK] * self.hidden_projection(hidden_NPD)[..., None, :]
+        anchor_NR1 = self.predecessor_codebook[anchor_ids_N][..., None]
+        first_NK = logits_NPK[:, 0] + (after_NPKR[:, 0] @ anchor_NR1)[..., 0].float()
+        pairs_NQKK = (self.predecessor_codebook[ids_NPK[:, :-1]] @ after_NPKR[:, 1:].mT).float()
+        return first_NK, logits_NPK[:, 1:, None] + pairs_NQKK, ids_NPK

@@ -42,7 +42,7 @@ def scores_after(selector: CandidateSelector, before: int, hidden_D, logits_V) -
 
 @pytest.mark.parametrize("slots", [1, 2, 7])
 def test_a_greedy_walk_takes_the_best_candidate_after_the_last(slots: int) -> None:
-    selector = drawn_selector()
+    selector, wants, parts = drawn_selector(), [], []
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         hidden_PD, logits_PV = torch.randn(slots, 8, generator=generator), torch.randn(slots, 60, generator=generator)
@@ -51,8 +51,11 @@ def test_a_greedy_walk_takes_the_best_candidate_after_the_last(slots: int) -> No
             scores = scores_after(selector, before, hidden_D, logits_V)
             before = max(scores, key=scores.__getitem__)
             want.append(before)
-        found = selector.walk(seed, hidden_PD, logits_PV)
-        assert found.ids_P.tolist() == want and found.probs_PV is None
+        wants.append(want)
+        parts.append((hidden_PD, logits_PV))
+        assert selector.greedy(torch.tensor([seed]), hidden_PD[None], logits_PV[None]).tolist() == [want]
+    hidden_NPD, logits_NPV = (torch.stack(each) for each in zip(*parts, strict=True))
+    assert selector.greedy(torch.arange(20), hidden_NPD, logits_NPV).tolist() == wants
 
 
 def test_a_sampled_walk_draws_from_the_law_that_it_returns() -> None:
@@ -61,7 +64,7 @@ def test_a_sampled_walk_draws_from_the_law_that_it_returns() -> None:
     sampling = Sampling(0.7, torch.Generator().manual_seed(0))
     firsts = torch.zeros(60)
     for _ in range(300):
-        found = selector.walk(9, hidden_PD, logits_PV, sampling)
+        found = selector.sample(9, hidden_PD, logits_PV, sampling)
         before = 9
         for p, token in enumerate(found.ids_P.tolist()):
             scores = scores_after(selector, before, hidden_PD[p], logits_PV[p])
@@ -77,5 +80,5 @@ def test_a_sampled_walk_draws_from_the_law_that_it_returns() -> None:
 def test_more_candidates_than_logits_are_all_of_them() -> None:
     selector = drawn_selector(top_k=50)
     assert CandidateSelector(8, 6, 5, 16).top_k == 6
-    found = selector.walk(1, torch.randn(2, 8), torch.randn(2, 7))
-    assert len(found.ids_P) == 2 and int(found.ids_P.max()) < 7
+    found = selector.greedy(torch.tensor([1]), torch.randn(1, 2, 8), torch.randn(1, 2, 7))
+    assert found.shape == (1, 2) and int(found.max()) < 7
