@@ -32,11 +32,12 @@ def model():
 
 
 def new_draft(model, family: str) -> Draft:
-    plain = for_target(model.config, num_hidden_layers=2, block_size=BLOCK, mask_token_id=3, taps=3)
-    draft: Draft = DFlashDraft(plain)
-    if family == "dflash2":
-        sizes = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 16, "selector_top_k": 8}
-        draft = DFlash2Draft(DFlash2Config(**vars(plain), **sizes))
+    sizes = {"num_hidden_layers": 2, "block_size": BLOCK, "mask_token_id": 3, "taps": 3}
+    draft: Draft = DFlashDraft(for_target(model.config, **sizes))
+    if family == "dflash2":  # windows that are not causal, as in the published ones, and shorter than the context
+        plain = for_target(model.config, **sizes, sliding_window=11, is_causal=False)
+        own = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 16, "selector_top_k": 8}
+        draft = DFlash2Draft(DFlash2Config(**vars(plain), **own))
     draft.reset_parameters(0)
     return draft
 
