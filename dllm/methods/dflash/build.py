@@ -62,7 +62,7 @@ def initial_draft(settings: Dflash, target: Any, tokenizer: Any, seed: int) -> D
     """
     family: type[Draft] = DRAFTS[settings.draft.architecture]
     if settings.draft.init != "random":
-        draft = family.start_from(load_draft(settings.draft.init, target.config))
+        draft = family.start_from(load_draft(settings.draft.init, target.config), settings.draft, seed)
         trained_id = draft.config.mask_token_id
         if settings.mask_token_id not in (None, trained_id):
             raise ModelError(

@@ -24,7 +24,6 @@ from dllm.registry import DRAFTS
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FOREIGN = {
-    "dflash2": "DFlash 2",
     "dspark": "DSpark",
     "eagle": "EAGLE",
     "medusa": "Medusa",
