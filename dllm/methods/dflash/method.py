@@ -43,6 +43,12 @@ class DflashMethod:
 
         check_models(cast(Dflash, params.train.method_settings), params.target)
 
+    def identity(self, params: Params) -> Mapping[str, Any]:
+        from dllm.models.drafts.checkpoint import draft_identity
+
+        draft = cast(Dflash, params.train.method_settings).draft
+        return {} if draft.init == "random" else {"draft": draft_identity(draft.init, draft.revision)}
+
     def build(self, ctx: TrainContext[Dflash]) -> DflashStrategy:
         from dllm.methods.dflash.build import initial_draft
         from dllm.methods.dflash.features import CachedFeatures, OnlineFeatures

@@ -17,6 +17,8 @@ class _Draft(Section):
     """Draft architecture."""
     init: str = "random"
     """`random` (with the shapes of the target), or a published draft: a directory or a Hugging Face id."""
+    revision: str | None = None
+    """Commit, branch or tag of a published draft on Hugging Face; null takes the newest. The commit is recorded."""
     num_hidden_layers: Layers = 5
     num_target_layers_tapped: Layers = 5
     """Number of evenly spaced target layers whose hidden states the draft reads, if `target_layer_ids` is null."""
@@ -35,6 +37,8 @@ class _Draft(Section):
         ids = self.target_layer_ids or []
         if len(set(ids)) < len(ids):
             raise ValueError("target_layer_ids names a layer twice")
+        if self.init == "random" and self.revision is not None:
+            raise ValueError("revision is that of a published draft, and init is random")
         shape = ("target_layer_ids", "sliding_window", "layer_types", "causal")
         given = [name for name in shape if getattr(self, name) is not None]
         if self.init != "random" and given:
