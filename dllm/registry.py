@@ -129,6 +129,7 @@ SOURCES: Registry[Any] = Registry(
         "humaneval": "dllm.prompts.builtin:HUMANEVAL",
         "aime": "dllm.prompts.builtin:AIME",
         "arithmetic": "dllm.prompts.builtin:ARITHMETIC",
+        "reasoning-gym": "dllm.prompts.gym:REASONING_GYM",
     },
 )
 """Prompt sources, built-in values of `prepare.sources[].name`: instances of `dllm.prompts.sources.PromptSource`."""
