@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from dllm.decoding.acceptance import RoundCounts
 from dllm.decoding.sampling import TargetSampling, Verified, verify
 from dllm.errors import DataError, ModelError
 from dllm.models.drafts.protocol import Draft, TargetIO
+from dllm.models.packing import packed_linears
 from dllm.models.taps import capture
 
 
@@ -111,6 +113,13 @@ class Decoder:
         weight = next(draft.parameters(), None)
         if weight is not None and (weight.dtype, weight.device) != (model.dtype, model.device):
             self.draft = copy.deepcopy(draft).to(model.device, model.dtype)
+
+    @contextmanager
+    def packed(self) -> Iterator[None]:
+        """Multiply by packed weights while the context lasts, where that is faster: for other decoders of the same
+        model as well."""
+        with packed_linears(self.model, *([] if self.draft is None else [self.draft])):
+            yield
 
     def decode(
         self,
