@@ -71,7 +71,15 @@ class DraftSettings(Protocol):
 
     @property
     def sliding_window(self) -> int | None:
-        """Context window of every layer; None sees the whole context."""
+        """Context window of the sliding layers."""
+
+    @property
+    def layer_types(self) -> Sequence[str] | None:
+        """Attention of each layer, `full_attention` or `sliding_attention`; None: sliding with a window, else full."""
+
+    @property
+    def causal(self) -> bool | None:
+        """Whether slots of a block see only those before them; None: in sliding layers."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +221,26 @@ class Draft(nn.Module, ABC):
             (int64), keep_BN bool (a dropped block sees itself only). Returns hidden_BNPD, what the head reads: row p
             predicts the token at anchor + 1 + p.
         """
+
+    def read_context(self, features_BSF: Tensor) -> Any:
+        """Return what blocks read of the features, computed once for several calls of `forward_blocks`."""
+        return features_BSF
+
+    def forward_blocks(self, embeds_BNLD: Tensor, context: Any, anchor_BN: Tensor, keep_BN: Tensor) -> Tensor:
+        """Run blocks as `forward` does, on what `read_context` returned for their sequences.
+
+        Shapes: as in `forward`; of a last block that the target's positions cut, L is less than block_size.
+        """
+        hidden_BNPD: Tensor = self(embeds_BNLD, context, anchor_BN, keep_BN)
+        return hidden_BNPD
+
+    def greedy_tokens(self, hidden_NPD: Tensor, anchor_ids_N: Tensor, target: TargetIO) -> Tensor:
+        """Choose the draft tokens of blocks, as `propose` chooses them without random numbers.
+
+        Shapes: hidden_NPD of blocks with these tokens at their anchors; returns ids_NP int64.
+        """
+        logits_MV: Tensor = target.head(hidden_NPD.flatten(0, 1))
+        return logits_MV.argmax(-1).unflatten(0, hidden_NPD.shape[:2])
 
     def extra_loss(self, slots: ScoredSlots, weights_M: Tensor) -> Tensor | None:
         """Return the sum of this family's own loss terms, which is added to the loss's numerator; None has no terms."""
