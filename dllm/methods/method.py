@@ -48,6 +48,8 @@ class TrainContext(Generic[Settings]):
     target: Mapping[str, Any]
     """Identity of the target."""
     splits: Mapping[Split, Sequence[Example]]
+    work: Path
+    """Scratch of this configuration, the same for all ranks."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def _train(params: Params, root: Path, stage: Stage, ranks: Ranks, identity: dic
             print(f"train: {line}", file=sys.stderr, flush=True)
         stage.record["ranks"] = ranks.world
     splits: dict[Split, list[Example]] = {"train": train.kept, "heldout": heldout.kept}
-    ctx = TrainContext(params, params.train.method_settings, root, ranks, identity, splits)
+    ctx = TrainContext(params, params.train.method_settings, root, ranks, identity, splits, stage.work)
     strategy = method.build(ctx)
     dtype = getattr(torch, params.train.compute_dtype)
     loop = Loop(strategy, params.train, ranks, work=stage.work, tracker=stage.tracker, mfu_dtype=dtype)

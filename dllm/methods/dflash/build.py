@@ -64,7 +64,8 @@ def initial_draft(settings: Dflash, target: Any, tokenizer: Any, seed: int) -> D
     """
     family: type[Draft] = DRAFTS[settings.draft.architecture]
     if settings.draft.init != "random":
-        draft = family.start_from(load_draft(settings.draft.init, target.config, settings.draft.revision))
+        published = load_draft(settings.draft.init, target.config, settings.draft.revision)
+        draft = family.start_from(published, settings.draft, seed)
         draft.config = _published_config(settings, draft.config, target, tokenizer)
         return draft
     draft = family(new_config(settings, target, tokenizer))

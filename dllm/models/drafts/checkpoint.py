@@ -77,6 +77,13 @@ def load_draft(source: str | Path, target_config: Any = None, revision: str | No
     return draft
 
 
+def stored_dtype(directory: Path) -> torch.dtype:
+    """Return the dtype of a draft's weights as its config.json names it; bfloat16 where it names none."""
+    raw = json.loads((directory / CONFIG).read_text())
+    named = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype")), None)
+    return named if isinstance(named, torch.dtype) and named.is_floating_point else torch.bfloat16
+
+
 def draft_directory(source: str | Path, revision: str | None = None, *, weights: bool = False) -> Path:
     """Return a draft's directory, downloaded from the Hugging Face hub on first use.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from dllm.errors import ModelError
 from dllm.models.config_keys import refuse_other_values, refuse_unknown
@@ -115,7 +115,7 @@ class DFlashConfig:
         }
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any], where: str = "config.json") -> DFlashConfig:
+    def from_json(cls, raw: Mapping[str, Any], where: str = "config.json") -> Self:
         """Read a published `config.json`: every key is read, known to shape nothing, or refused.
 
         Raises:
