@@ -231,6 +231,20 @@ class Draft(nn.Module, ABC):
         """Draw new weights from the given seed."""
 
     @classmethod
+    def check_start(cls, published: type[Draft]) -> None:
+        """Refuse a family that training cannot start from.
+
+        Raises:
+            ModelError: this family cannot start from the other's weights.
+        """
+        if published is not cls:
+            raise ModelError(
+                f"the draft is a {published.architectures[0]}, and a {cls.architectures[0]} is trained",
+                where="train.dflash.draft.init",
+                hint="set train.dflash.draft.architecture to the draft's",
+            )
+
+    @classmethod
     def start_from(cls, published: Draft, settings: DraftSettings, seed: int) -> Draft:
         """Return the draft that training starts from, made of a published one.
 
@@ -242,12 +256,7 @@ class Draft(nn.Module, ABC):
         Raises:
             ModelError: this family cannot start from the other's weights.
         """
-        if type(published) is not cls:
-            raise ModelError(
-                f"the draft is a {type(published).architectures[0]}, and a {cls.architectures[0]} is trained",
-                where="train.dflash.draft.init",
-                hint="set train.dflash.draft.architecture to the draft's",
-            )
+        cls.check_start(type(published))
         return published
 
     @abstractmethod
