@@ -46,7 +46,7 @@ def block_attention(
     for begin in range(0, blocks, group):
         part = slice(begin, begin + group)
         # No block of the group attends further; as anchors are sorted, this saves half of the work.
-        seen = max(1, int(visible_BN[:, part].max()))
+        seen = context if visible_BN.is_meta else max(1, int(visible_BN[:, part].max()))
         inputs = [query_BNQHE[:, part], key_BSGE[:, :seen], value_BSGE[:, :seen]]
         inputs += [block_key_BNLGE[:, part], block_value_BNLGE[:, part], visible_BN[:, part]]
         parts.append(checkpoint(_attend, *inputs, window, is_causal, use_reentrant=False))
