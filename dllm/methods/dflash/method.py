@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 from dllm.config.section import Section
 from dllm.methods.dflash.settings import Dflash
 from dllm.methods.figures import DASH, Records, Row, Table, count, number
-from dllm.methods.method import EvaluateContext, Evaluation, Method, Publication, Score, TrainContext
+from dllm.methods.method import EvaluateContext, Evaluation, Method, PlanContext, Publication, Score, TrainContext
 
 if TYPE_CHECKING:
     from dllm.config.params import Params
     from dllm.methods.dflash.strategy import DflashStrategy
     from dllm.training.loop import Outcome
+    from dllm.training.plan import Plan
 
 FEATURES = Path("work", "features")
 """Caches of the target's hidden states, shared by all configurations: gigabytes, faster to read than to compute."""
@@ -48,6 +49,11 @@ class DflashMethod:
 
         draft = cast(Dflash, params.train.method_settings).draft
         return {} if draft.init == "random" else {"draft": draft_identity(draft.init, draft.revision)}
+
+    def plan(self, ctx: PlanContext[Dflash]) -> Plan:
+        from dllm.methods.dflash.plan import plan
+
+        return plan(ctx)
 
     def build(self, ctx: TrainContext[Dflash]) -> DflashStrategy:
         import torch
