@@ -24,6 +24,7 @@ from dllm.decoding.speculative import Decoder
 from dllm.errors import DataError
 from dllm.files import atomic_write
 from dllm.methods.dflash import curve
+from dllm.methods.dflash.sampled import sampled_figures
 from dllm.methods.method import EvaluateContext, Evaluation
 from dllm.models import targets
 from dllm.models.drafts.checkpoint import load_draft
@@ -62,12 +63,16 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
     parts = ctx.work / "prompts"
     with speculative.packed():  # both ways of decoding gain from it
         pairs = _compare(params, parts, comparison, questions, stop_ids)
+        sampled = {}
+        if params.evaluate.temperature:
+            sampled["sampled"] = sampled_figures(speculative, params.evaluate, questions, stop_ids, parts)
     metrics = {
         **figures(pairs, speculative.block_size),
         "by_source": {
             source: figures([p for p in pairs if p.source == source], speculative.block_size)
             for source in sorted({p.source for p in pairs})
         },
+        **sampled,
         "block_size": speculative.block_size,
         "draft_params": sum(parameter.numel() for parameter in draft.parameters()),
         "draft_layers": draft.config.num_hidden_layers,

@@ -35,7 +35,11 @@ class MaskedMethod(Generic[Settings]):
     reads: Mapping[str, str] = {"references": "out/prepare/references.json", "heldout": HELDOUT.as_posix()}
 
     def check(self, params: Params) -> None:
-        """Accept all settings."""
+        if params.evaluate.temperature:
+            raise ValueError(
+                f"evaluate.temperature is {params.evaluate.temperature:g}, and a diffusion LM is evaluated greedily; "
+                "set it to 0"
+            )
 
     def check_models(self, params: Params) -> None:
         from dllm.methods.diffusion.build import check_family
@@ -148,6 +152,7 @@ class HybridMethod(MaskedMethod[Hybrid]):
     settings = Hybrid
 
     def check(self, params: Params) -> None:
+        super().check(params)
         evaluation = getattr(params.evaluate, SECTION) or DiffusionEvaluation()
         if cast(Hybrid, params.train.method_settings).attention == "block" and evaluation.cache != "none":
             raise ValueError(
