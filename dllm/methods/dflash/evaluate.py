@@ -24,6 +24,7 @@ from dllm.errors import DataError
 from dllm.files import atomic_write
 from dllm.methods.dflash import curve
 from dllm.methods.dflash import sets as prompt_sets
+from dllm.methods.dflash.sampled import sampled_figures
 from dllm.methods.dflash.sets import MeasuredSet, Question
 from dllm.methods.method import EvaluateContext, Evaluation
 from dllm.models import targets
@@ -56,6 +57,9 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
     parts = ctx.work / "prompts"
     with speculative.packed():  # both ways of decoding gain from it
         all_pairs = _compare(params, parts, comparison, asked, stop_ids)
+        sampled = {}
+        if params.evaluate.temperature:
+            sampled["sampled"] = sampled_figures(speculative, params.evaluate, questions, stop_ids, parts)
     pairs, of_sets = all_pairs[: len(questions)], all_pairs[len(questions) :]
     metrics = {
         **figures(pairs, speculative.block_size),
@@ -63,6 +67,7 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
             source: figures([p for p in pairs if p.source == source], speculative.block_size)
             for source in sorted({p.source for p in pairs})
         },
+        **sampled,
         "block_size": speculative.block_size,
         "draft_params": sum(parameter.numel() for parameter in draft.parameters()),
         "draft_layers": draft.config.num_hidden_layers,

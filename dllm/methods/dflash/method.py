@@ -118,6 +118,8 @@ class DflashMethod:
         yield "draft_acc, held-out text", number(trained.get("val_draft_acc"), 3)
         yield "τ micro, held-out prompts", number(found.get("tau_micro"), 2)
         yield "τ macro, held-out prompts", number(found.get("tau_macro"), 2)
+        if sampled := found.get("sampled"):
+            yield f"τ micro, sampled at temperature {sampled['temperature']:g}", number(sampled["tau_micro"], 2)
         yield "tokens/s autoregressive", number(found.get("tokens_per_s_ar"), 1)
         yield "tokens/s speculative", number(found.get("tokens_per_s_spec"), 1)
         yield "speculative / autoregressive", f"{number(found.get('speedup'), 2)} ×"
