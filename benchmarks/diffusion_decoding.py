@@ -26,7 +26,7 @@ import yaml
 
 from dllm.config import recipe_book
 from dllm.config.load import parse_params
-from dllm.decoding.settings import Settings
+from dllm.decoding.settings import CacheKind, Settings
 from dllm.methods.diffusion.responses import Generated, figures, generate_responses
 from dllm.models.diffusion.families import load_checkpoint
 from dllm.models.diffusion.protocol import DiffusionLM
@@ -37,7 +37,8 @@ from dllm.responses.shards import Row
 
 RECIPE, SAMPLER, NEW_TOKENS, POINT = "tiny-mdlm", "llada", 256, 0.01
 PLAIN = Settings(max_new_tokens=NEW_TOKENS)
-CACHES, BLOCKS, THRESHOLDS = ("dual", "prefix"), (32, 64, 256), (0.5, 0.7, 0.9, 0.95)
+CACHES: tuple[CacheKind, ...] = ("dual", "prefix")
+BLOCKS, THRESHOLDS = (32, 64, 256), (0.5, 0.7, 0.9, 0.95)
 
 
 def heldout_rows(model: DiffusionLM) -> list[Row]:

@@ -19,8 +19,8 @@ from dllm.config.params import Prepare, Source, Target
 from dllm.engines.engine import Request, RequestList, Response
 from dllm.engines.local import LocalEngine
 from dllm.models import targets
-from dllm.prompts import table as prompts
 from dllm.prompts import template as chat
+from dllm.prompts.stream import collect
 
 TARGET = Target(model="builtin:smollm2-135m-instruct")
 PROMPTS, NEW_TOKENS, BATCH, SLOTS, ROUNDS = 256, 64, 16, 128, 3
@@ -66,7 +66,7 @@ def theirs(model: Any, tokenizer: Any, stops: set[int], requests: Sequence[Reque
 def make_requests(tokenizer: Any) -> list[Request]:
     """Make requests of GSM8K questions."""
     sources = [Source(name="gsm8k", limit=PROMPTS)]
-    asked, _ = prompts.collect(Prepare(sources=sources), Path())
+    asked, _ = collect(Prepare(sources=sources), Path())
     return [
         Request(p.id, tuple(chat.prompt_ids(tokenizer, p.messages)), p.messages, NEW_TOKENS, 0.0, 1.0, 0) for p in asked
     ]

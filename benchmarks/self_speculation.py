@@ -29,7 +29,7 @@ import yaml
 from dllm.config import recipe_book
 from dllm.config.load import parse_params
 from dllm.decoding.causal import decode_causally, speculate_on_itself
-from dllm.decoding.settings import Settings
+from dllm.decoding.settings import LengthSettings, SelfSpeculationSettings, Settings
 from dllm.decoding.unmasking import Generation, sample
 from dllm.models.diffusion.families import load_checkpoint
 from dllm.models.diffusion.protocol import DiffusionLM
@@ -37,7 +37,7 @@ from dllm.prompts.stream import collect
 from dllm.prompts.table import HELDOUT
 from dllm.prompts.template import prompt_ids
 
-Decode = Callable[[DiffusionLM, Sequence[Sequence[int]], Settings], list[Generation]]
+Decode = Callable[..., list[Generation]]
 THRESHOLD = 0.9
 PAIRS = (("cached", "uncached"), ("self-spec", "ar"))
 """What is compared: the first's rate over the second's, at the second's ids."""
@@ -50,19 +50,19 @@ def heldout(recipe: str, model: DiffusionLM, number: int) -> list[list[int]]:
     return [prompt_ids(model.tokenizer, prompt.messages) for prompt in found[:number]]
 
 
-def ways(model: DiffusionLM, new_tokens: int) -> dict[str, tuple[Decode, Settings]]:
+def ways(model: DiffusionLM, new_tokens: int) -> dict[str, tuple[Decode, LengthSettings]]:
     """Name what is measured."""
     plain = Settings(max_new_tokens=new_tokens, block_size=model.config.block_size)
     blocks = replace(plain, threshold=THRESHOLD)
     return {
         "cached": (sample, replace(blocks, cache="block")),
         "uncached": (sample, blocks),
-        "self-spec": (speculate_on_itself, plain),
+        "self-spec": (speculate_on_itself, SelfSpeculationSettings(new_tokens, block_size=plain.block_size)),
         "ar": (decode_causally, plain),
     }
 
 
-def timed(model: DiffusionLM, decode: Decode, settings: Settings, prompts: Sequence[list[int]]) -> dict[str, Any]:
+def timed(model: DiffusionLM, decode: Decode, settings: LengthSettings, prompts: Sequence[list[int]]) -> dict[str, Any]:
     """Generate from the prompts one at a time. Units: tokens per second, and tokens per forward pass."""
     began = time.perf_counter()
     answers = [decode(model, [prompt], settings)[0] for prompt in prompts]

@@ -89,6 +89,19 @@ METHODS: Registry[Any] = Registry(
 DRAFTS: Registry[Any] = Registry("drafts", {"dflash": "dllm.models.drafts.dflash:DFlashDraft"})
 """Draft architectures: classes like `dllm.models.drafts.protocol.Draft`; `train.dflash.draft.architecture`."""
 
+SERVING_ENGINES: Registry[Any] = Registry(
+    "serving_engines",
+    {
+        "sglang": "dllm.models.drafts.serving:SGLANG",
+        "vllm": "dllm.models.drafts.serving:VLLM",
+        "lmdeploy": "dllm.models.drafts.serving:LMDEPLOY",
+        "trtllm": "dllm.models.drafts.serving:TRTLLM",
+        "llamacpp": "dllm.models.drafts.serving:LLAMACPP",
+        "z-lab": "dllm.models.drafts.serving:ZLAB",
+    },
+)
+"""Who decodes with an exported draft, `export --for`: instances of `dllm.models.drafts.serving.ServingEngine`."""
+
 DIFFUSION_LMS: Registry[Any] = Registry(
     "diffusion_lms",
     {
@@ -116,6 +129,7 @@ SOURCES: Registry[Any] = Registry(
         "humaneval": "dllm.prompts.builtin:HUMANEVAL",
         "aime": "dllm.prompts.builtin:AIME",
         "arithmetic": "dllm.prompts.builtin:ARITHMETIC",
+        "reasoning-gym": "dllm.prompts.gym:REASONING_GYM",
     },
 )
 """Prompt sources, built-in values of `prepare.sources[].name`: instances of `dllm.prompts.sources.PromptSource`."""

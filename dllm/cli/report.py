@@ -59,6 +59,9 @@ def _data(metrics: Records) -> Iterator[Row]:
     found, trained = metrics.get("regenerate", {}), metrics.get("train", {})
     yield "prompts regenerated", f"{count(found.get('prompts'))} ({count(found.get('rows'))} responses)"
     yield "tokens regenerated", count(found.get("tokens"))
+    cut = found.get("cut_share")
+    lengths = f"{number(found.get('tokens_per_response'), 1)}, {DASH if cut is None else f'{cut:.0%}'} cut by the limit"
+    yield "tokens per response", lengths
     yield "optimizer steps", f"{count(trained.get('steps'))} (best at {count(trained.get('best_step'))})"
 
 

@@ -44,13 +44,13 @@ class Source(Section):
     """Where prompts come from."""
 
     name: str
-    """`gsm8k`, `humaneval`, `aime`, `arithmetic` (built in), a Hugging Face dataset id, or a file or folder of parquet,
-    Arrow, JSON or JSON Lines."""
+    """`gsm8k`, `humaneval`, `aime`, `arithmetic`, `reasoning-gym` (built in), a Hugging Face dataset id, or a file or
+    folder of parquet, Arrow, JSON or JSON Lines."""
     split: str = "train"
     """Split of a Hugging Face dataset, where slices such as `train[:1000]` are understood, or of a folder whose files
     are named after splits."""
     subset: str | None = None
-    """Configuration name of a Hugging Face dataset."""
+    """Configuration name of a Hugging Face dataset, or task of `reasoning-gym`, such as `gsm_symbolic`."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face dataset; null takes the newest."""
     column: str | None = None
@@ -59,6 +59,10 @@ class Source(Section):
     """Columns that are left out although they belong to the prompt, such as `input`; null ignores none."""
     max_bad_rows: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of rows that may be set aside because they cannot be read; null allows 1 %."""
+    size: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Prompts to generate, duplicates included, where a source generates them; null takes 1,000."""
+    seed: Seed | None = None
+    """Seed of a source that generates; null takes 0."""
     limit: PositiveInt | None = None
     """At most so many prompts, the first by id hash."""
 

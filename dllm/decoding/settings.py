@@ -97,6 +97,30 @@ class CausalSettings(SeededSettings):
 
 
 @dataclass(frozen=True)
+class SampledSettings(CausalSettings):
+    """Settings of decoding with an ordinary causal model."""
+
+    top_k: int = setting(0, "Sample from so many of the most probable tokens; 0: all.", low=0)
+
+    @override
+    def checks(self) -> list[tuple[bool, str, str | None]]:
+        named = [name for name, cuts in (("top_p", self.top_p < 1), ("top_k", self.top_k > 0)) if cuts]
+        return [
+            *super().checks(),
+            (
+                self.temperature > 0 or not named,
+                f"{', '.join(named)}: for sampling, and temperature 0 is greedy",
+                "give a temperature too",
+            ),
+        ]
+
+
+@dataclass(frozen=True)
+class DraftSettings(BlockSettings, SampledSettings):
+    """Settings of speculative decoding with a draft."""
+
+
+@dataclass(frozen=True)
 class SelfSpeculationSettings(BlockSettings, SeededSettings):
     """Settings of self-speculation."""
 

@@ -1,4 +1,4 @@
-"""Greedy decoding of one sequence: speculative with a draft, or one token at a time without.
+"""Decoding of one sequence, greedily or by sampling: speculative with a draft, or one token at a time without.
 
 Owns the only decoding loop that is timed. Both arms run the same code, so that their times can be compared; without a
 draft a round is a single target step.
@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from dllm.decoding.acceptance import RoundCounts
+from dllm.decoding.sampling import TargetSampling, Verified, verify
 from dllm.errors import DataError, ModelError
 from dllm.models.drafts.protocol import Draft, TargetIO
 from dllm.models.taps import capture
@@ -41,6 +42,8 @@ class Round:
     seconds: float
     is_prefill: bool = False
     """Whether it is the first pass, over the prompt, which brings one token and is no round of decoding."""
+    chances: tuple[float, ...] = ()
+    """As in `dllm.decoding.sampling.Verified`, up to a stop id; empty if decoding is greedy."""
 
 
 @dataclass
@@ -70,7 +73,7 @@ class Generation:
 
 
 class Decoder:
-    """Generates responses greedily with a target and, optionally, a draft.
+    """Generates responses with a target and, optionally, a draft.
 
     Args:
         model: the target, a transformers causal model in evaluation mode.
@@ -110,20 +113,35 @@ class Decoder:
             self.draft = copy.deepcopy(draft).to(model.device, model.dtype)
 
     def decode(
-        self, prompt_ids: Sequence[int], *, max_new_tokens: int, stop_ids: Collection[int] = ()
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        stop_ids: Collection[int] = (),
+        sampling: TargetSampling | None = None,
     ) -> Iterator[Round]:
         """Decode one response, round by round.
 
         It ends after the first stop id, at `max_new_tokens`, or where the target's positions end.
 
+        Args:
+            sampling: None decodes greedily.
+
         Raises:
             DataError: the prompt is empty or leaves no position for a response.
         """
-        return Decoding(self, prompt_ids, max_new_tokens, stop_ids).rounds()
+        return Decoding(self, prompt_ids, max_new_tokens, stop_ids, sampling).rounds()
 
-    def generate(self, prompt_ids: Sequence[int], *, max_new_tokens: int, stop_ids: Collection[int] = ()) -> Generation:
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        stop_ids: Collection[int] = (),
+        sampling: TargetSampling | None = None,
+    ) -> Generation:
         """Decode one response to its end."""
-        first, *rounds = self.decode(prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+        first, *rounds = self.decode(prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling)
         token_ids = [token for r in (first, *rounds) for token in r.tokens]
         return Generation(token_ids, rounds, first.seconds, stopped=token_ids[-1] in stop_ids)
 
@@ -136,6 +154,7 @@ class Decoding:
     prompt_ids: Sequence[int]
     max_new_tokens: int
     stop_ids: Collection[int]
+    sampling: TargetSampling | None = None
     start: int = 0
     newest: int = -1
     cache: DynamicCache = field(init=False)
@@ -168,15 +187,15 @@ class Decoding:
         stopped = self.newest in self.stop_ids
         while left > 0 and not stopped:
             began = time.perf_counter()
-            tokens, drafted = self._step()
-            accepted = len(tokens) - 1
+            verified, drafted = self._step()
+            tokens, chances, accepted = verified.tokens, verified.chances, len(verified.tokens) - 1
             for index, token in enumerate(tokens):
                 if token in self.stop_ids:
-                    stopped, tokens = True, tokens[: index + 1]
+                    stopped, tokens, chances = True, tokens[: index + 1], chances[: index + 1]
                     accepted = min(accepted, index + 1)
                     break
             counts = RoundCounts(len(tokens), accepted, drafted)
-            yield Round(tuple(tokens[:left]), counts, time.perf_counter() - began)
+            yield Round(tokens[:left], counts, time.perf_counter() - began, chances=chances)
             left -= len(tokens)
 
     @torch.inference_mode()
@@ -187,35 +206,38 @@ class Decoding:
             if not self.cache.is_croppable:
                 raise ModelError("this target keeps a recurrent state and cannot take back rejected tokens")
             self.cache.crop(0)
-        self.start, self.newest = ids_BS.shape[1], int(logits_BLV[0, -1].argmax())
+        self.start, self.newest = ids_BS.shape[1], verify(None, logits_BLV[0, -1:], self.sampling).tokens[0]
 
     @torch.inference_mode()
-    def _step(self) -> tuple[list[int], int]:
-        """Draft a block and verify it; return the accepted tokens and the bonus token, and how many were drafted."""
+    def _step(self) -> tuple[Verified, int]:
+        """Draft a block and verify it; return what it brought, and how many tokens were drafted."""
         draft = self.decoder.draft
         slots = min(self.decoder.block_size, self.decoder.limit - self.start)
         block_BL = self.block_BL[:, :slots]
         block_BL[0, 0] = self.newest
-        if draft is None or slots == 1:
-            logits_BLV = self._forward(block_BL, tapped=False)
-            self.start, self.newest = self.start + 1, int(logits_BLV[0, 0].argmax())
-            return [self.newest], 0
-        assert self.features_BSF is not None
-        proposal = draft.propose(
-            self.newest, slots - 1, self.features_BSF, self.start, self.context, self.decoder.target
-        )
-        drafted = len(proposal.ids_P)
-        block_BL = block_BL[:, : drafted + 1]
-        block_BL[0, 1:] = proposal.ids_P
-        logits_BLV = self._forward(block_BL, tapped=True)
-        proposed, truth = torch.cat([block_BL, logits_BLV.argmax(-1)]).tolist()
-        accepted = 0
-        while accepted < drafted and proposed[accepted + 1] == truth[accepted]:
-            accepted += 1
-        self.cache.crop(accepted - drafted)
-        self.features_BSF = self.features_BSF[:, : accepted + 1]
-        self.start, self.newest = self.start + accepted + 1, truth[accepted]
-        return truth[: accepted + 1], drafted
+        proposal, drafted = None, 0
+        if draft is not None and slots > 1:
+            assert self.features_BSF is not None
+            proposal = draft.propose(
+                self.newest,
+                slots - 1,
+                self.features_BSF,
+                self.start,
+                self.context,
+                self.decoder.target,
+                None if self.sampling is None else self.sampling.sampling,
+            )
+            drafted = len(proposal.ids_P)
+            block_BL = block_BL[:, : drafted + 1]
+            block_BL[0, 1:] = proposal.ids_P
+        logits_BLV = self._forward(block_BL, tapped=proposal is not None)
+        verified = verify(proposal, logits_BLV[0], self.sampling)
+        accepted = len(verified.tokens) - 1
+        if proposal is not None and self.features_BSF is not None:
+            self.cache.crop(accepted - drafted)
+            self.features_BSF = self.features_BSF[:, : accepted + 1]
+        self.start, self.newest = self.start + accepted + 1, verified.tokens[-1]
+        return verified, drafted
 
     def _forward(self, ids_BS: Tensor, *, tapped: bool, **options: Any) -> Tensor:
         model, draft = self.decoder.model, self.decoder.draft

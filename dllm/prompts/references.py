@@ -20,17 +20,17 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def is_right(text: str, reference: str) -> bool:
-    """Return whether a text arrives at the reference: by its last number, else by its last line.
+    """Return whether a text arrives at the reference: by its last number, else by its last lines.
 
-    Numbers are compared by value: `$1,200.` equals `1200.00`.
+    Numbers are compared by value: `$1,200.` equals `1200.00`. Of the text as many lines count as the reference has.
     Source: the flexible extraction of lm-evaluation-harness's gsm8k.
     """
     number = _NUMBER.fullmatch(reference.strip().lstrip("$"))
     if number is not None:
         found = _NUMBER.findall(text)
         return bool(found) and _value(found[-1]) == _value(number.group())
-    lines = text.strip().splitlines()
-    return bool(lines) and lines[-1].strip() == reference.strip()
+    wanted = [line.strip() for line in reference.strip().splitlines()]
+    return bool(wanted) and [line.strip() for line in text.strip().splitlines()[-len(wanted) :]] == wanted
 
 
 def _value(number: str) -> Decimal:

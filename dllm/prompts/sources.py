@@ -26,7 +26,7 @@ from dllm.registry import SOURCES
 from dllm.tracking import provenance
 
 SPLIT = str(Source.model_fields["split"].default)
-OPTIONS = frozenset({"split", "subset", "revision", "column", "ignore_columns"})
+OPTIONS = frozenset({"split", "subset", "revision", "column", "ignore_columns", "size", "seed"})
 """Options of a source that not every kind of source has."""
 GIVE_UP_ROWS = 1000
 """Rows without the chat's column after which a source is refused."""
@@ -92,7 +92,7 @@ def find(source: Source, root: Path) -> PromptSource:
     near = difflib.get_close_matches(source.name.lower().replace("_", ""), list(SOURCES), n=1, cutoff=0.7)
     if near and "/" not in source.name:
         raise DataError("no such source", where=_key(source), hint=f"did you mean {near[0]}?")
-    return HUB
+    return _checked(HUB, source, "a dataset of the hub")
 
 
 def _checked(found: PromptSource, source: Source, what: str) -> PromptSource:
@@ -197,6 +197,8 @@ class FileSource(TableSource):
 
 class HubSource(TableSource):
     """A split of a dataset on the Hugging Face hub."""
+
+    options = frozenset({"split", "subset", "revision", "column", "ignore_columns"})
 
     def inputs(self, source: Source, root: Path) -> dict[str, Path]:
         """Return nothing: the cache of `datasets` is no input of ours."""

@@ -72,6 +72,11 @@ class ManifestCounts:
         self.sources[row.source] += 1
         self.flags.update(row.flags)
 
+    def lengths(self) -> dict[str, float]:
+        """Return the mean tokens of a response, and the share of responses that the limit of tokens cut."""
+        rows = max(1, self.rows)
+        return {"tokens_per_response": self.tokens / rows, "cut_share": self.finish_reasons["length"] / rows}
+
     def __add__(self, other: ManifestCounts) -> ManifestCounts:
         total = ManifestCounts()
         for each in fields(self):

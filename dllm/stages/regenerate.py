@@ -66,7 +66,7 @@ def _publish(stage: Stage, num_prompts: int, regenerated: Regenerated) -> dict[s
         **counts,
         "shards": regenerated.entries,
     }
-    metrics = {"prompts": num_prompts, **counts, **regenerated.pace}
+    metrics = {"prompts": num_prompts, **counts, **regenerated.counts.lengths(), **regenerated.pace}
     stage.record["served"] = regenerated.served
     stage.publish(core.write_records(regenerated, manifest), metrics)
     core.remove_others(regenerated)

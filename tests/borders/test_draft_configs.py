@@ -14,7 +14,7 @@ from dllm.config.params import Target
 from dllm.errors import ModelError
 from dllm.models import checkpoints, targets
 from dllm.models.drafts import checkpoint as export
-from dllm.models.drafts.config import DFlashConfig
+from dllm.models.drafts.config import FULL, SLIDING, DFlashConfig
 from dllm.models.drafts.dflash import DFlashDraft
 from tests.decoding import stand_in_drafts
 
@@ -46,8 +46,15 @@ def _changed(saved: Path, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 SAME = {
-    "nested block size": {"block_size": GONE, "dflash_config/block_size": 4},
-    "both block sizes": {"dflash_config/block_size": 4},
+    "nested block size": {"block_size": GONE},
+    "block size at the top": {"dflash_config/block_size": GONE},
+    "no causality": {"is_causal": GONE, "dflash_config/causal": GONE},
+    "null causality": {"is_causal": None, "dflash_config/causal": None},
+    "causality inside": {"is_causal": GONE, "dflash_config/causal": False},
+    "causality at the top": {"is_causal": False, "dflash_config/causal": True},
+    "no layer types": {"layer_types": GONE, "sliding_window": 2048, "max_window_layers": 1},
+    "a window that no layer has": {"sliding_window": 2048, "use_sliding_window": True},
+    "no bias": {"attention_bias": None},
     "new RoPE layout": {"rope_theta": GONE, "rope_parameters/rope_type": "default", "rope_parameters/rope_theta": 1e4},
     "explicit causality": {"is_causal": False, "dflash_config/causal": False},
     "is_causal wins": {"is_causal": False, "dflash_config/causal": None},
@@ -57,11 +64,29 @@ SAME = {
     "one number written otherwise": {"rope_theta": 10000},
 }
 
+WINDOW = {"layer_types": [SLIDING], "sliding_window": 8, "use_sliding_window": True}
+MIXED = WINDOW | {"num_hidden_layers": 3, "layer_types": [SLIDING, FULL, SLIDING]}
+UNSAID = {"is_causal": GONE, "dflash_config/causal": GONE}
+
+OBEYED = {
+    "window": (WINDOW | UNSAID, [(8, True)]),
+    "window of older files": (WINDOW | UNSAID | {"use_sliding_window": GONE, "max_window_layers": 1}, [(8, True)]),
+    "window that is not causal": (WINDOW | {"is_causal": False}, [(8, False)]),
+    "window that is not causal, said inside": (WINDOW | UNSAID | {"dflash_config/causal": False}, [(8, False)]),
+    "full and causal": ({"is_causal": True}, [(None, True)]),
+    "full and causal, said inside": (UNSAID | {"dflash_config/causal": True}, [(None, True)]),
+    "full and causal, against what is said inside": ({"is_causal": True, "dflash_config/causal": False},
+                                                     [(None, True)]),
+    "mixed": (MIXED | UNSAID, [(8, True), (None, False), (8, True)]),
+    "mixed with null": (MIXED | {"is_causal": None, "dflash_config/causal": None},
+                        [(8, True), (None, False), (8, True)]),
+    "mixed and causal": (MIXED | {"is_causal": True}, [(8, True), (None, True), (8, True)]),
+    "mixed and not causal": (MIXED | {"is_causal": False}, [(8, False), (None, False), (8, False)]),
+}  # fmt: skip
+
 REFUSED = {
-    "window without causality": ({"layer_types": ["sliding_attention"], "sliding_window": 8, "use_sliding_window": True,
-                                  "is_causal": False}, "is_causal"),
-    "causal at the top": ({"is_causal": True}, "is_causal"),
-    "causal inside": ({"dflash_config/causal": True}, "causal"),
+    "causality as a number": ({"is_causal": 1}, "is_causal"),
+    "causality as text, inside": (UNSAID | {"dflash_config/causal": "yes"}, "causal"),
     "no layer ids": ({"dflash_config/target_layer_ids": GONE}, "target_layer_ids"),
     "null layer ids": ({"dflash_config/target_layer_ids": None}, "target_layer_ids"),
     "negative layer": ({"dflash_config/target_layer_ids": [-1, 3, 5]}, "target_layer_ids"),
@@ -72,15 +97,21 @@ REFUSED = {
     "mask beyond the vocabulary": ({"dflash_config/mask_token_id": 10**6}, "mask id"),
     "two block sizes": ({"dflash_config/block_size": 8}, "block_size"),
     "block of one": ({"block_size": 1}, "block_size"),
-    "attention bias": ({"attention_bias": True}, "attention_bias"),
+    "attention bias without biases": ({"attention_bias": True}, "lacks layers.0.self_attn.k_proj.bias"),
+    "attention bias as text": ({"attention_bias": "qkv"}, "attention_bias"),
+    "attention bias inside": ({"dflash_config/attention_bias": True}, "dflash_config.attention_bias"),
+    "scaled embeddings": ({"dflash_config/input_embedding_scale": 8.0}, "input_embedding_scale"),
+    "value scale": ({"attention_value_scale": 0.5}, "attention_value_scale"),
+    "windows by other keys": ({"dflash_config/use_swa": True, "dflash_config/swa_window_size": 1024}, "use_swa"),
     "sinks": ({"dflash_config/attention_sink_bias": True}, "attention_sink_bias"),
     "multiplier": ({"output_multiplier": 0.5}, "output_multiplier"),
     "soft-capping": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
     "another activation": ({"hidden_act": "gelu"}, "hidden_act"),
     "a key of tomorrow": ({"residual_gate": 0.5}, "residual_gate"),
     "a key of tomorrow inside": ({"dflash_config/num_experts": 4}, "dflash_config.num_experts"),
-    "mixed layers": ({"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"],
-                      "sliding_window": 8}, "mixed"),
+    "mixed layers without a window": (MIXED | {"sliding_window": None}, "sliding_window"),
+    "mixed layers with a window of nothing": (MIXED | {"sliding_window": 0}, "sliding_window"),
+    "a thousand layers and more": ({"num_hidden_layers": 10**30, "layer_types": GONE}, "num_hidden_layers"),
     "unknown layers": ({"layer_types": ["linear_attention"]}, "linear_attention"),
     "too few layer types": ({"num_hidden_layers": 2}, "layer_types"),
     "window without layer types": ({"layer_types": GONE, "use_sliding_window": True, "sliding_window": 8},
@@ -111,6 +142,15 @@ REFUSED = {
 def test_other_spellings_of_the_same_draft_give_the_same_config(saved: Path, changes: dict[str, Any]) -> None:
     raw = _changed(saved, changes)
     assert DFlashConfig.from_json(raw) == DFlashConfig.from_json(_changed(saved, {}))
+
+
+@pytest.mark.parametrize(("changes", "layers"), OBEYED.values(), ids=OBEYED)
+def test_windows_and_causality_are_read_by_one_rule(
+    saved: Path, changes: dict[str, Any], layers: list[tuple[int | None, bool]]
+) -> None:
+    config = DFlashConfig.from_json(_changed(saved, changes))
+    assert [config.layer_attention(index) for index in range(config.num_hidden_layers)] == layers
+    assert DFlashConfig.from_json(config.to_json()) == config
 
 
 @pytest.mark.parametrize(("changes", "said"), REFUSED.values(), ids=REFUSED)

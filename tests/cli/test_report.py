@@ -80,6 +80,7 @@ def test_the_table_tells_the_whole_run(root: Path) -> None:
     expected = {
         "prompts regenerated": f"{answered['prompts']} ({answered['rows']} responses)",
         "tokens regenerated": f"{answered['tokens']:,}",
+        "tokens per response": f"{answered['tokens'] / answered['rows']:.1f}, {answered['cut_share']:.0%} cut",
         "optimizer steps": f"{trained['steps']} (best at {trained['best_step']})",
         "draft parameters": f"{trained['draft_params']:,}",
         "draft_acc, held-out": f"{trained['val_draft_acc']:.3f}",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dllm.models.drafts.config import DFlashConfig, for_target
 from dllm.models.drafts.dflash import ContextCache
-from dllm.models.drafts.protocol import Draft, Proposal, TargetIO
+from dllm.models.drafts.protocol import Draft, Proposal, Sampling, TargetIO
 
 
 def config(model, block_size: int, mask_token_id: int = 3, **more) -> DFlashConfig:
@@ -44,7 +44,14 @@ class ScriptedDraft(Draft):
         return ContextCache(0)
 
     def propose(
-        self, anchor_id: int, num_tokens: int, features_BSF: Tensor, start: int, cache: ContextCache, target: TargetIO
+        self,
+        anchor_id: int,
+        num_tokens: int,
+        features_BSF: Tensor,
+        start: int,
+        cache: ContextCache,
+        target: TargetIO,
+        sampling: Sampling | None = None,
     ) -> Proposal:
         cache.length += features_BSF.shape[1]
         assert cache.length == start, "the context is exactly what stands before the anchor"

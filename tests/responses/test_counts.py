@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,5 +38,7 @@ def test_counts_of_parts_make_the_counts_of_the_whole(rows: list[Row], cut: int,
     whole.rejected, whole.dropped["length"] = rejected, rejected
     assert (one + two).to_json() == (two + one).to_json() == whole.to_json()
     assert ManifestCounts.from_json(json.loads(json.dumps(whole.to_json()))) == whole
+    cut = sum(row.finish_reason == "length" for row in rows)
+    assert whole.lengths()["cut_share"] * len(rows) == pytest.approx(cut)
     assert whole.rows == len(rows) == whole.finish_reasons.total() == whole.splits.total()
     assert whole.tokens == whole.tokens_by_split.total() and {"train", "heldout"} <= whole.tokens_by_split.keys()

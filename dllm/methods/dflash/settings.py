@@ -23,13 +23,27 @@ class Draft(Section):
     target_layer_ids: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
     """0-based decoder layers of the target whose outputs the draft reads."""
     sliding_window: TokenCount | None = None
-    """Context window of every draft layer; null attends to the whole context."""
+    """How many positions a slot of a sliding layer sees, itself included."""
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
+    """Attention of each draft layer; null: all sliding with a sliding_window, all full without."""
+    causal: bool | None = None
+    """Whether positions of a block attend only to those before them; null: in sliding layers only, as DFlash."""
 
     @model_validator(mode="after")
-    def _taps_differ(self) -> Draft:
+    def _agree(self) -> Draft:
         ids = self.target_layer_ids or []
         if len(set(ids)) < len(ids):
             raise ValueError("target_layer_ids names a layer twice")
+        shape = ("target_layer_ids", "sliding_window", "layer_types", "causal")
+        given = [name for name in shape if getattr(self, name) is not None]
+        if self.init != "random" and given:
+            raise ValueError(f"{given[0]} must be null: the published draft that init names has its own")
+        if self.layer_types is None:
+            return self
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types must name {self.num_hidden_layers} layers, as num_hidden_layers says")
+        if (self.sliding_window is None) == ("sliding_attention" in self.layer_types):
+            raise ValueError("layer_types with sliding_attention and a sliding_window need each other")
         return self
 
 
@@ -64,6 +78,9 @@ class Dflash(Section):
     def _block_has_masks(self) -> Dflash:
         if self.block_size == 1:
             raise ValueError("block_size must be 0 (the draft's) or at least 2: a block of 1 has nothing to predict")
+        window = self.draft.sliding_window
+        if window is not None and window < self.block_size:
+            raise ValueError(f"draft.sliding_window {window} is below block_size {self.block_size}")
         if self.block_size == 0 and self.draft.init == "random":
             raise ValueError("block_size 0 reads the draft's, but draft.init makes a new draft; name a size such as 16")
         return self

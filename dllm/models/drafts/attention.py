@@ -25,19 +25,23 @@ def block_attention(
     block_value_BNLGE: Tensor,
     visible_BN: Tensor,
     window: int | None = None,
+    is_causal: bool = False,
 ) -> Tensor:
     """Attend from block slots to the context before their anchor and to their own block.
 
+    Args:
+        window: W hides keys at a distance of W or more: slot o of a block at a sees context j > a + o - W.
+        is_causal: a slot does not see the slots after it.
     Shapes: visible_BN is the number of context rows a block sees (its anchor's position; 0 for a dropped block). The Q
         query slots are the last Q of the block's L. Returns (B, N, Q, H * E).
-    With a window W, slot o of a block at a sees context j > a + o - W and slots up to itself.
-    Source: DFlash, appendix A.1; windows as SGLang serves them.
+    Source: DFlash, appendix A.1; windows as engines serve them.
     """
     batch, blocks, slots, heads, _ = query_BNQHE.shape
     context = key_BSGE.shape[1]
     group = max(1, SCORES_AT_ONCE // max(1, batch * slots * heads * (context + block_key_BNLGE.shape[2])))
     if group >= blocks:
-        return _attend(query_BNQHE, key_BSGE, value_BSGE, block_key_BNLGE, block_value_BNLGE, visible_BN, window)
+        whole = (query_BNQHE, key_BSGE, value_BSGE, block_key_BNLGE, block_value_BNLGE, visible_BN)
+        return _attend(*whole, window, is_causal)
     parts = []
     for begin in range(0, blocks, group):
         part = slice(begin, begin + group)
@@ -45,8 +49,22 @@ def block_attention(
         seen = max(1, int(visible_BN[:, part].max()))
         inputs = [query_BNQHE[:, part], key_BSGE[:, :seen], value_BSGE[:, :seen]]
         inputs += [block_key_BNLGE[:, part], block_value_BNLGE[:, part], visible_BN[:, part]]
-        parts.append(checkpoint(_attend, *inputs, window, use_reentrant=False))
+        parts.append(checkpoint(_attend, *inputs, window, is_causal, use_reentrant=False))
     return torch.cat(parts, 1)
+
+
+def is_hidden(distance: Tensor, window: int | None, is_causal: bool) -> Tensor:
+    """Mark the keys that a query does not attend to, by how far they stand before it (below 0: after it)."""
+    hidden = distance < 0 if is_causal else torch.zeros_like(distance, dtype=torch.bool)
+    return hidden if window is None else hidden | (distance.abs() >= window)
+
+
+def visible_to_block(slots: int, keys: int, window: int | None, is_causal: bool, device: torch.device) -> Tensor | None:
+    """Mark what the slots of one block see of the keys that end with their own. Shapes: (L, T) bool; None: all."""
+    if not is_causal and (window is None or keys <= window):
+        return None
+    place_T = torch.arange(keys, device=device)
+    return ~is_hidden(place_T[keys - slots :, None] - place_T, window, is_causal)
 
 
 def _attend(
@@ -57,6 +75,7 @@ def _attend(
     block_value_BNLGE: Tensor,
     visible_BN: Tensor,
     window: int | None,
+    is_causal: bool,
 ) -> Tensor:
     batch, blocks, slots, heads, size = query_BNQHE.shape
     groups, context, keys = key_BSGE.shape[2], key_BSGE.shape[1], block_key_BNLGE.shape[2]
@@ -68,11 +87,10 @@ def _attend(
     inner = torch.matmul(query, block_key_BNLGE.permute(0, 3, 1, 4, 2)).unflatten(3, (slots, ratio))
     hidden = _hidden(visible_BN, context, window, slots, keys)
     outer = outer.masked_fill(hidden, float("-inf"))
-    if window is not None:
-        slot_Q = torch.arange(keys - slots, keys, device=outer.device)
+    if is_causal or (window is not None and window < keys):
         slot_L = torch.arange(keys, device=outer.device)
-        distance_QL = slot_Q[:, None] - slot_L
-        inner = inner.masked_fill(((distance_QL < 0) | (distance_QL >= window))[:, None], float("-inf"))
+        distance_QL = slot_L[keys - slots :, None] - slot_L
+        inner = inner.masked_fill(is_hidden(distance_QL, window, is_causal)[:, None], float("-inf"))
     weights = torch.softmax(torch.cat([outer, inner], -1), -1, dtype=torch.float32).to(query.dtype)
     outer, inner = weights.split([context, keys], -1)
     mixed = torch.matmul(outer.reshape(batch, groups, -1, context), value_BSGE.permute(0, 2, 1, 3))

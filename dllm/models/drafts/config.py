@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from dllm.errors import ModelError
 from dllm.models.config_keys import refuse_other_values, refuse_unknown
 
 ONLY: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False,),
     "attention_sink_bias": (False,),
     "attention_value_scale": (1.0, 1),
     "final_logit_softcapping": (),
     "hidden_act": ("silu",),
+    "input_embedding_scale": (1.0, 1),
     "mlp_bias": (False,),
     "output_multiplier": (1.0, 1),
     "partial_rotary_factor": (1.0, 1),
@@ -25,17 +25,21 @@ ONLY: dict[str, tuple[Any, ...]] = {
 INNER = frozenset({"block_size", "causal", "mask_token_id", "target_layer_ids", "num_target_layers"})
 """Keys read from `dflash_config`."""
 READ = frozenset(
-    {"dflash_config", "is_causal", "layer_types", "max_window_layers", "rope_parameters", "rope_scaling"}
-    | {"use_sliding_window", *INNER}
+    {"dflash_config", "max_window_layers", "rope_parameters", "rope_scaling", "use_sliding_window", *INNER}
 )
 """Further keys read at the top."""
-OPTIONAL = frozenset({"sliding_window", "num_target_layers"})
+OPTIONAL = frozenset({"num_target_layers", "sliding_window", "is_causal"})
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DFlashConfig:
     """Everything that determines a DFlash draft's network and its inputs."""
 
+    family: ClassVar[str] = "DFlash"
+    architecture: ClassVar[str] = "DFlashDraftModel"
+    nested: ClassVar[tuple[str, ...]] = ("mask_token_id", "target_layer_ids")
+    """Fields that are written into `dflash_config`."""
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -51,35 +55,55 @@ class DFlashConfig:
     target_layer_ids: tuple[int, ...]
     num_target_layers: int | None
     sliding_window: int | None = None
+    """How far before it a slot of a sliding layer sees; in a layer that is not causal, also how far after it."""
+    layer_types: tuple[str, ...] = ()
+    """`full_attention` or `sliding_attention` of each layer; if not given, sliding with a window and full without."""
+    is_causal: bool | None = None
+    """Whether slots see only those before them, in all layers; None: in sliding layers only."""
+    attention_bias: bool = False
+    """Whether the projections of attention have biases."""
+
+    def __post_init__(self) -> None:
+        default = FULL if self.sliding_window is None else SLIDING
+        kinds = self.layer_types or (default,) * self.num_hidden_layers
+        object.__setattr__(self, "layer_types", kinds)
+        if self.is_causal is None and len(set(kinds)) == 1:  # one form for the same network
+            object.__setattr__(self, "is_causal", kinds[0] == SLIDING)
+
+    def layer_attention(self, layer: int) -> tuple[int | None, bool]:
+        """Return a layer's window (None: the whole context), and whether it is causal inside a block."""
+        is_sliding = self.layer_types[layer] == SLIDING
+        return self.sliding_window if is_sliding else None, is_sliding if self.is_causal is None else self.is_causal
 
     def to_json(self) -> dict[str, Any]:
-        """Return the `config.json` of a published draft (Qwen3 fields, `dflash_config` inside)."""
+        """Return the `config.json` of a published draft (Qwen3 fields, `dflash_config` inside).
+
+        Engines differ in the place where they read block size and causality, and in what they take for granted where
+        it is missing: both stand in both places.
+        """
         plain = asdict(self)
-        for key in ("mask_token_id", "target_layer_ids", "sliding_window"):
-            plain.pop(key)
+        nested = {key: plain.pop(key) for key in self.nested}
         if self.num_target_layers is None:
             plain.pop("num_target_layers")
-        window = self.sliding_window
-        kind = "full_attention" if window is None else "sliding_attention"
         return {
-            "architectures": ["DFlashDraftModel"],
+            "architectures": [self.architecture],
             "model_type": "qwen3",
             **plain,
-            "attention_bias": False,
             "attention_dropout": 0.0,
             "dflash_config": {
-                "mask_token_id": self.mask_token_id,
+                "block_size": self.block_size,
+                "causal": self.is_causal,
+                **nested,
                 "target_layer_ids": list(self.target_layer_ids),
             },
             "dtype": "bfloat16",
             "hidden_act": "silu",
             "initializer_range": 0.02,
-            "layer_types": [kind] * self.num_hidden_layers,
+            "layer_types": list(self.layer_types),
             "rope_scaling": None,
-            "sliding_window": window,
             "tie_word_embeddings": False,
             "use_cache": True,
-            "use_sliding_window": window is not None,
+            "use_sliding_window": SLIDING in self.layer_types,
         }
 
     @classmethod
@@ -97,7 +121,7 @@ class DFlashConfig:
         refuse_other_values(inner, ONLY, where, "dflash_config")
         names = {field.name for field in fields(cls)}
         refuse_unknown(raw, names | ONLY.keys() | READ, where)
-        refuse_unknown(inner, INNER | ONLY.keys(), where, "dflash_config")
+        refuse_unknown(inner, INNER | ONLY.keys() | set(cls.nested), where, "dflash_config")
         flat = dict(raw)
         for key, value in inner.items():
             if value is None:
@@ -106,11 +130,11 @@ class DFlashConfig:
                 raise ModelError(f"{key} is {raw[key]}, and {value} inside dflash_config", where=where)
             flat[key] = value
         flat["rope_theta"] = _rope_theta(raw, where)
-        flat["sliding_window"] = _window(raw, flat, where)
+        flat |= _attention(raw, flat, where)
         flat.setdefault("num_target_layers", None)
         missing = [name for name in sorted(names) if flat.get(name) is None and name not in OPTIONAL]
         if missing:
-            raise ModelError(f"not a DFlash draft: its config lacks {', '.join(missing)}", where=where)
+            raise ModelError(f"not a {cls.family} draft: its config lacks {', '.join(missing)}", where=where)
         known = {name: flat[name] for name in names}
         return cls(**{**known, "target_layer_ids": _checked(known, where)})
 
@@ -137,41 +161,47 @@ def _rope_theta(raw: Mapping[str, Any], where: str) -> Any:
     return next((each for each in (theta, top) if each is not None), 10000.0)
 
 
-def _window(raw: Mapping[str, Any], flat: Mapping[str, Any], where: str) -> Any:
-    """Read the context window, and refuse attention that the network does not have.
+def _attention(raw: Mapping[str, Any], flat: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Read types, window, causality and biases of the layers.
 
-    Windowed layers are causal inside a block and full ones are not. `is_causal` overrides `dflash_config.causal`, which
-    overrides that default, as vLLM reads it.
+    `is_causal` overrides `dflash_config.causal`, which overrides the default: sliding layers are causal inside a block,
+    full ones are not.
+    Source: as vLLM reads it.
     """
     kinds, layers = raw.get("layer_types"), raw.get("num_hidden_layers")
+    if layers is not None and (type(layers) is not int or not 1 <= layers <= 1000):
+        raise ModelError(f"num_hidden_layers must be a whole number from 1 to 1000, got {layers!r}", where=where)
     if kinds is None:
         if raw.get("use_sliding_window"):
             raise ModelError("use_sliding_window is true, and layer_types does not say for which layers", where=where)
-        kinds = ["full_attention"]
+        kinds = [FULL] * (layers or 0)
     elif not isinstance(kinds, list) or len(kinds) != layers:
         raise ModelError(f"layer_types must list one type for each of {layers} layers", where=where)
-    if len(set(map(str, kinds))) > 1:
-        raise ModelError(f"layers of mixed attention {sorted(set(map(str, kinds)))} are not supported", where=where)
-    if kinds[0] not in ("full_attention", "sliding_attention"):
-        raise ModelError(f"layer type {kinds[0]!r} is not supported", where=where)
-    has_window = kinds[0] == "sliding_attention"
-    if has_window and (raw.get("sliding_window") is None or raw.get("use_sliding_window") is False):
-        raise ModelError("layer_types are sliding_attention, and no sliding_window is in use", where=where)
-    for key, value in (("is_causal", raw.get("is_causal")), ("dflash_config.causal", flat.get("causal"))):
-        if value is None:
-            continue
-        if value is not has_window:
-            order = "causal" if value else "not causal"
-            raise ModelError(f"{key}: {kinds[0]} that is {order} inside a block is not supported", where=where)
-        break
-    return raw["sliding_window"] if has_window else None
+    if others := [kind for kind in kinds if kind not in (FULL, SLIDING)]:
+        raise ModelError(f"layer_types: {others[0]!r} is not supported, only {FULL} and {SLIDING}", where=where)
+    is_windowed = SLIDING in kinds
+    if is_windowed and (raw.get("sliding_window") is None or raw.get("use_sliding_window") is False):
+        raise ModelError("layer_types has sliding_attention, and no sliding_window is in use", where=where)
+    switches = {key: flat.get(key) for key in ("is_causal", "causal", "attention_bias")}
+    for key, value in switches.items():
+        if value is not None and type(value) is not bool:
+            raise ModelError(f"{key} must be true, false or null, got {value!r}", where=where)
+    is_causal = switches["causal"] if switches["is_causal"] is None else switches["is_causal"]
+    return {
+        "layer_types": tuple(kinds),
+        "sliding_window": raw["sliding_window"] if is_windowed else None,
+        "is_causal": is_causal,
+        "attention_bias": bool(switches["attention_bias"]),
+    }
 
 
 def _checked(known: Mapping[str, Any], where: str) -> tuple[int, ...]:
     """Check types and ranges; return the tapped layers as a tuple."""
     for name, value in known.items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if name == "target_layer_ids" or (value is None and name in OPTIONAL):
+        if name in ("target_layer_ids", "layer_types", "is_causal", "attention_bias"):
+            continue  # checked where they are read
+        if value is None and name in OPTIONAL:
             continue
         if name in ("rms_norm_eps", "rope_theta"):
             if not is_number or not 0 < value < float("inf"):
@@ -199,6 +229,8 @@ def for_target(
     taps: int = 5,
     target_layer_ids: tuple[int, ...] | None = None,
     sliding_window: int | None = None,
+    layer_types: tuple[str, ...] | None = None,
+    is_causal: bool | None = None,
 ) -> DFlashConfig:
     """Size a new draft by a target's transformers config: same width, heads, RoPE and vocabulary.
 
@@ -238,6 +270,8 @@ def for_target(
         target_layer_ids=ids,
         num_target_layers=layers,
         sliding_window=sliding_window,
+        layer_types=layer_types or (),
+        is_causal=is_causal,
     )
 
 

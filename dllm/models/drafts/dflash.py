@@ -10,26 +10,26 @@ G key/value heads, R = H / G, E head dim.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dllm.models.drafts.attention import block_attention
+from dllm.models.drafts.attention import block_attention, visible_to_block
 from dllm.models.drafts.config import DFlashConfig, for_target
-from dllm.models.drafts.protocol import Draft, DraftSettings, Proposal, TargetIO
+from dllm.models.drafts.protocol import Draft, DraftSettings, Proposal, Sampling, TargetIO
 
 
 class Linear(nn.Linear):
     """Multiply by float32 master weights, cast to the input's dtype."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+        super().__init__(inputs, outputs, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x W^T in x's dtype."""
-        return F.linear(x, self.weight.to(x.dtype))
+        """Return x W^T + b in x's dtype."""
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -50,12 +50,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: DFlashConfig) -> None:
         super().__init__()
-        hidden, size = config.hidden_size, config.head_dim
+        hidden, size, bias = config.hidden_size, config.head_dim, config.attention_bias
         self.heads, self.kv_heads, self.size = config.num_attention_heads, config.num_key_value_heads, size
-        self.q_proj = Linear(hidden, self.heads * size)
-        self.k_proj = Linear(hidden, self.kv_heads * size)
-        self.v_proj = Linear(hidden, self.kv_heads * size)
-        self.o_proj = Linear(self.heads * size, hidden)
+        self.q_proj = Linear(hidden, self.heads * size, bias)
+        self.k_proj = Linear(hidden, self.kv_heads * size, bias)
+        self.v_proj = Linear(hidden, self.kv_heads * size, bias)
+        self.o_proj = Linear(self.heads * size, hidden, bias)
         self.q_norm = RMSNorm(size, config.rms_norm_eps)
         self.k_norm = RMSNorm(size, config.rms_norm_eps)
 
@@ -93,8 +93,18 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """Add the attention output, then the MLP. Shapes: x (..., D), mixed (..., H*E)."""
+    def enter(self, x: Tensor) -> tuple[Tensor, Any]:
+        """Return what the block's queries, keys and values are projected from, and what `finish` needs besides.
+
+        Shapes: x (..., L, D).
+        """
+        return self.input_layernorm(x), None
+
+    def finish(self, x: Tensor, mixed: Tensor, entered: Any) -> Tensor:
+        """Add the attention output, then the MLP.
+
+        Shapes: x (..., L, D), mixed (..., L, H*E); entered from `enter`.
+        """
         x = x + self.self_attn.o_proj(mixed)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -116,18 +126,21 @@ class Rope:
 
 
 class ContextCache:
-    """Keys and values of the context in each draft layer; those of blocks are not kept."""
+    """Keys and values of the context in each draft layer, as far as its window; those of blocks are not kept."""
 
     def __init__(self, layers: int) -> None:
         self.length = 0
         self.keys: list[Tensor | None] = [None] * layers
         self.values: list[Tensor | None] = [None] * layers
 
-    def extend(self, layer: int, key_BSGE: Tensor, value_BSGE: Tensor) -> tuple[Tensor, Tensor]:
-        """Append rows to a layer and return all of its keys and values."""
+    def extend(self, layer: int, key_BSGE: Tensor, value_BSGE: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        """Append rows to a layer; return its keys and values, of which a window's next block sees window - 1."""
         old_key, old_value = self.keys[layer], self.values[layer]
         key = key_BSGE if old_key is None else torch.cat([old_key, key_BSGE], 1)
         value = value_BSGE if old_value is None else torch.cat([old_value, value_BSGE], 1)
+        if window is not None:
+            unseen = max(0, key.shape[1] + 1 - window)
+            key, value = key[:, unseen:], value[:, unseen:]
         self.keys[layer], self.values[layer] = key, value
         return key, value
 
@@ -140,6 +153,10 @@ class DFlashDraft(Draft):
     """
 
     architectures = ("DFlashDraftModel", "Qwen3DFlashDraftModel")
+    config_type: ClassVar[type[DFlashConfig]] = DFlashConfig
+    layer_type: ClassVar[type[Layer]] = Layer
+    mixes_slots: ClassVar[bool] = False
+    """Whether a layer mixes slots outside its attention: then the last one needs the anchor's slot, too."""
     config: DFlashConfig
 
     def __init__(self, config: DFlashConfig) -> None:
@@ -147,7 +164,7 @@ class DFlashDraft(Draft):
         self.config = config
         self.fc = Linear(config.hidden_size * len(config.target_layer_ids), config.hidden_size)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_type(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     @classmethod
@@ -158,7 +175,7 @@ class DFlashDraft(Draft):
     @classmethod
     def read_config(cls, raw: Mapping[str, Any], where: str) -> DFlashConfig:
         """Read a published `config.json`."""
-        return DFlashConfig.from_json(raw, where)
+        return cls.config_type.from_json(raw, where)
 
     @classmethod
     def config_for(
@@ -173,14 +190,19 @@ class DFlashDraft(Draft):
             taps=settings.num_target_layers_tapped,
             target_layer_ids=tuple(settings.target_layer_ids) if settings.target_layer_ids else None,
             sliding_window=settings.sliding_window,
+            layer_types=tuple(settings.layer_types) if settings.layer_types else None,
+            is_causal=settings.causal,
         )
 
     def reset_parameters(self, seed: int, std: float = 0.02) -> None:
-        """Draw all matrices from N(0, std^2) with the given seed and set all norms to one."""
+        """Draw all matrices from N(0, std^2) with the given seed; set all norms to one and all biases to zero."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.normal_(0, std, generator=generator) if parameter.ndim > 1 else parameter.fill_(1)
+            for name, parameter in self.named_parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0, std, generator=generator)
+                else:
+                    parameter.fill_(0 if name.endswith("bias") else 1)
 
     def project(self, features_BSF: Tensor) -> Tensor:
         """Turn tapped features into the context that every layer reads. Shapes: (B, S, F) -> (B, S, D)."""
@@ -211,14 +233,14 @@ class DFlashDraft(Draft):
         x_BNLD = embeds_BNLD
         for index, (layer, (key, value)) in enumerate(zip(self._typed_layers(), context, strict=True)):
             attn = layer.self_attn
-            normed = layer.input_layernorm(x_BNLD)
+            normed, entered = layer.enter(x_BNLD)
             block = attn.keys_values(normed, block_rope)
             query = attn.queries(normed, block_rope)
-            if index == len(self.layers) - 1:  # the anchor's own output is not used
+            if index == len(self.layers) - 1 and not self.mixes_slots:  # the anchor's own output is not used
                 query, x_BNLD = query[:, :, 1:], x_BNLD[:, :, 1:]
-            mixed = block_attention(query, key, value, block[0], block[1], visible_BN, self.config.sliding_window)
-            x_BNLD = layer.finish(x_BNLD, mixed)
-        return self.norm(x_BNLD)
+            mixed = block_attention(query, key, value, *block, visible_BN, *self.config.layer_attention(index))
+            x_BNLD = layer.finish(x_BNLD, mixed, entered)
+        return self.norm(x_BNLD[:, :, 1 - slots :])
 
     def train_flops(
         self, *, context_tokens: int, blocks: int, visible_tokens: int, predictions: int, vocab: int
@@ -245,13 +267,21 @@ class DFlashDraft(Draft):
         return ContextCache(len(self.layers))
 
     def propose(
-        self, anchor_id: int, num_tokens: int, features_BSF: Tensor, start: int, cache: ContextCache, target: TargetIO
+        self,
+        anchor_id: int,
+        num_tokens: int,
+        features_BSF: Tensor,
+        start: int,
+        cache: ContextCache,
+        target: TargetIO,
+        sampling: Sampling | None = None,
     ) -> Proposal:
         """Propose the most probable token at each slot, all in one pass over an anchor and masks."""
         ids_BL = torch.full((1, num_tokens + 1), self.config.mask_token_id, device=features_BSF.device)
         ids_BL[0, 0] = anchor_id
         hidden_BLD = self.run_block(target.embed(ids_BL), features_BSF, start, cache)
-        return Proposal(target.head(hidden_BLD[:, 1:]).argmax(-1)[0])
+        # Rows of two dimensions: for a view of three, the product would copy the head.
+        return Proposal(target.head(hidden_BLD[0, 1:]).argmax(-1))
 
     def run_block(self, embeds_BLD: Tensor, features_BSF: Tensor, start: int, cache: ContextCache) -> Tensor:
         """Add new context rows to the cache, then run one block at `start`.
@@ -260,32 +290,25 @@ class DFlashDraft(Draft):
             positions are cache.length and on. Returns hidden_BLD; row 0, the anchor's, predicts nothing.
         """
         device, slots = embeds_BLD.device, embeds_BLD.shape[1]
-        context_BSD = self.project(features_BSF)
-        rows = context_BSD.shape[1]
-        context_rope = Rope(cache.length + torch.arange(rows, device=device), self.config, context_BSD.dtype)
+        rows = features_BSF.shape[1]
+        spans = [self.config.layer_attention(index) for index in range(len(self.layers))]
+        unseen = max(0, min(rows + 1 - window if window else 0 for window, _ in spans))  # by any slot of any layer
+        context_BSD = self.project(features_BSF[:, unseen:])
+        context_rope = Rope(cache.length + torch.arange(unseen, rows, device=device), self.config, context_BSD.dtype)
         block_rope = Rope(start + torch.arange(slots, device=device), self.config, embeds_BLD.dtype)
         cache.length += rows
-        mask_LT = self._window_mask(slots, cache.length, start, device)
         x_BLD = embeds_BLD
         for index, layer in enumerate(self._typed_layers()):
             attn = layer.self_attn
-            context = cache.extend(index, *attn.keys_values(context_BSD, context_rope))
-            normed = layer.input_layernorm(x_BLD)
+            context = cache.extend(index, *attn.keys_values(context_BSD, context_rope), spans[index][0])
+            normed, entered = layer.enter(x_BLD)
             block = attn.keys_values(normed, block_rope)
             key, value = (torch.cat(pair, 1).transpose(1, 2) for pair in zip(context, block, strict=True))
             query = attn.queries(normed, block_rope).transpose(1, 2)
+            mask_LT = visible_to_block(slots, key.shape[2], *spans[index], device)
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_LT, enable_gqa=True)
-            x_BLD = layer.finish(x_BLD, mixed.transpose(1, 2).flatten(2))
+            x_BLD = layer.finish(x_BLD, mixed.transpose(1, 2).flatten(2), entered)
         return self.norm(x_BLD)
 
     def _typed_layers(self) -> list[Layer]:
         return [cast(Layer, layer) for layer in self.layers]
-
-    def _window_mask(self, slots: int, length: int, start: int, device: torch.device) -> Tensor | None:
-        window = self.config.sliding_window
-        if window is None:
-            return None
-        position_L = start + torch.arange(slots, device=device)
-        position_T = torch.cat([torch.arange(length, device=device), position_L])
-        distance_LT = position_L[:, None] - position_T
-        return (distance_LT >= 0) & (distance_LT < window)

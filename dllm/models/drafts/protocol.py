@@ -71,7 +71,15 @@ class DraftSettings(Protocol):
 
     @property
     def sliding_window(self) -> int | None:
-        """Context window of every layer; None sees the whole context."""
+        """Context window of the sliding layers."""
+
+    @property
+    def layer_types(self) -> Sequence[str] | None:
+        """Attention of each layer, `full_attention` or `sliding_attention`; None: sliding with a window, else full."""
+
+    @property
+    def causal(self) -> bool | None:
+        """Whether slots of a block see only those before them; None: in sliding layers."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +94,38 @@ class TargetIO:
 class Proposal:
     """The draft tokens of one block.
 
-    Shapes: ids_P int64; probs_PV the distribution that each was sampled from, which verification needs; None if each is
-        the most probable one.
+    Shapes: ids_P int64; probs_PV the distribution that each was sampled from, given those before it, which verification
+        needs; None if no random number chose them.
     """
 
     ids_P: Tensor
     probs_PV: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a response is sampled: from softmax(logits / temperature), with random numbers of its own.
+
+    Args:
+        temperature: above 0.
+        generator: on the CPU, so that a seed gives the same numbers on any device.
+    """
+
+    temperature: float
+    generator: torch.Generator
+
+    def law(self, logits_PV: Tensor) -> Tensor:
+        """Return the distribution that these logits stand for. Shapes: float64 of the logits' shape."""
+        return torch.softmax(logits_PV.double() / self.temperature, -1)
+
+    def draw(self, probs_PV: Tensor) -> Tensor:
+        """Draw an index from each row with one random number. Shapes: returns int64 (P,); rows need not sum to 1."""
+        total_PV = probs_PV.double().cumsum(-1)
+        uniform_P1 = torch.rand(len(probs_PV), 1, dtype=torch.float64, generator=self.generator)
+        last_P1 = total_PV[:, -1:]
+        # Rounding must not lead past the last index that has a probability.
+        point_P1 = torch.minimum(uniform_P1.to(probs_PV.device) * last_P1, last_P1.nextafter(torch.zeros_like(last_P1)))
+        return torch.searchsorted(total_PV, point_P1, right=True)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -236,7 +270,14 @@ class Draft(nn.Module, ABC):
 
     @abstractmethod
     def propose(
-        self, anchor_id: int, num_tokens: int, features_BSF: Tensor, start: int, cache: Any, target: TargetIO
+        self,
+        anchor_id: int,
+        num_tokens: int,
+        features_BSF: Tensor,
+        start: int,
+        cache: Any,
+        target: TargetIO,
+        sampling: Sampling | None = None,
     ) -> Proposal:
         """Propose the tokens after an anchor, for one sequence.
 
@@ -248,4 +289,6 @@ class Draft(nn.Module, ABC):
             start: the anchor's position.
             cache: from `new_cache`; the proposed block leaves nothing in it.
             target: embeds tokens and maps hidden states to logits.
+            sampling: how to sample the tokens, if their distributions are returned as well; None asks for the most
+                probable ones, which a family may propose in either case.
         """

@@ -1,12 +1,16 @@
 """The structured attention against a plain-loop oracle, and what a block may and may not see."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dllm.models.drafts import attention as structured_attention
 from dllm.models.drafts.attention import block_attention
-from dllm.models.drafts.config import DFlashConfig, layer_ids
-from dllm.models.drafts.dflash import DFlashDraft
+from dllm.models.drafts.config import FULL, SLIDING, DFlashConfig, layer_ids
+from dllm.models.drafts.dflash import DFlashDraft, Rope
 
 
 def tiny_config(**changes) -> DFlashConfig:
@@ -35,7 +39,7 @@ def tiny_draft(seed: int = 0, **changes) -> DFlashDraft:
     return draft
 
 
-def oracle(query, key, value, block_key, block_value, visible, window):
+def oracle(query, key, value, block_key, block_value, visible, window, is_causal):
     """Each query on its own: list what it sees, softmax over that, mix."""
     batch, blocks, slots, heads, size = query.shape
     keys, ratio = block_key.shape[2], heads // key.shape[2]
@@ -45,7 +49,8 @@ def oracle(query, key, value, block_key, block_value, visible, window):
             for q in range(slots):
                 o, a = keys - slots + q, int(visible[b, n])
                 context = [j for j in range(a) if window is None or j >= a + o - (window - 1)]
-                own = [k for k in range(keys) if window is None or (k <= o and o - k < window)]
+                own = [k for k in range(keys) if window is None or abs(o - k) < window]
+                own = [k for k in own if k <= o or not is_causal]
                 for h in range(heads):
                     g = h // ratio
                     rows = torch.stack([key[b, j, g] for j in context] + [block_key[b, n, k, g] for k in own])
@@ -57,15 +62,16 @@ def oracle(query, key, value, block_key, block_value, visible, window):
 
 @pytest.mark.parametrize("window", [None, 4, 2])
 @pytest.mark.parametrize("slots", [4, 3])
+@pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("at_once", [1 << 26, 300])
-def test_equals_the_oracle(monkeypatch, window, slots, at_once):
+def test_equals_the_oracle(monkeypatch, window, slots, is_causal, at_once):
     monkeypatch.setattr(structured_attention, "SCORES_AT_ONCE", at_once)
     torch.manual_seed(0)
     parts = [torch.randn(2, 3, 4, 4, 8)[:, :, 4 - slots :], torch.randn(2, 12, 2, 8), torch.randn(2, 12, 2, 8)]
     parts += [torch.randn(2, 3, 4, 2, 8), torch.randn(2, 3, 4, 2, 8)]
     visible = torch.tensor([[0, 6, 11], [2, 2, 9]])
-    got = block_attention(*parts, visible, window)
-    torch.testing.assert_close(got, oracle(*parts, visible, window), atol=1e-5, rtol=1e-5)
+    got = block_attention(*parts, visible, window, is_causal)
+    torch.testing.assert_close(got, oracle(*parts, visible, window, is_causal), atol=1e-5, rtol=1e-5)
 
 
 def test_groups_of_blocks_give_the_same_gradient(monkeypatch):
@@ -97,13 +103,80 @@ def run(draft, features, embeds, anchors, keep=None):
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_training_forward_equals_separate_decoding_calls(window):
-    draft = tiny_draft(sliding_window=window)
+@pytest.mark.parametrize("is_causal", [None, True, False])
+def test_training_forward_equals_separate_decoding_calls(window, is_causal):
+    draft = tiny_draft(sliding_window=window, is_causal=is_causal)
     features, embeds, anchors = inputs(draft, [1, 5, 6, 19])
     together = run(draft, features, embeds, anchors)
     for n, anchor in enumerate(anchors[0].tolist()):
         alone = draft.run_block(embeds[:, n], features[:, :anchor], anchor, draft.new_cache())
         torch.testing.assert_close(together[:, n], alone[:, 1:], atol=2e-5, rtol=1e-4)
+
+
+def oracle_forward(draft, features, embeds, anchors):
+    """The draft's layers one by one, every query attending on its own."""
+    visible, slots = anchors, torch.arange(embeds.shape[2])
+    context = draft.project(features)
+    ropes = Rope(torch.arange(context.shape[1]), draft.config, torch.float32)
+    block_ropes = Rope(anchors[..., None] + slots, draft.config, torch.float32)
+    x = embeds
+    for index, layer in enumerate(draft.layers):
+        normed, entered = layer.enter(x)
+        parts = [layer.self_attn.queries(normed, block_ropes), *layer.self_attn.keys_values(context, ropes)]
+        parts += layer.self_attn.keys_values(normed, block_ropes)
+        x = layer.finish(x, oracle(*parts, visible, *draft.config.layer_attention(index)), entered)
+    return draft.norm(x)[:, :, 1:]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kinds=st.lists(st.sampled_from([FULL, SLIDING]), min_size=1, max_size=3),
+    window=st.integers(1, 14),
+    is_causal=st.sampled_from([None, True, False]),
+    bias=st.booleans(),
+    block_size=st.integers(2, 5),
+    anchor=st.integers(0, 12),
+    cuts=st.sets(st.integers(1, 11), max_size=3),
+)
+def test_oracle_training_and_cached_decoding_agree(kinds, window, is_causal, bias, block_size, anchor, cuts):
+    draft = tiny_draft(
+        num_hidden_layers=len(kinds), layer_types=tuple(kinds), is_causal=is_causal, block_size=block_size,
+        sliding_window=window if SLIDING in kinds else None, attention_bias=bias,
+    )  # fmt: skip
+    with torch.inference_mode():
+        for name, parameter in draft.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+        features, embeds, anchors = inputs(draft, [anchor], 12)
+        expected = oracle_forward(draft, features, embeds, anchors)
+        torch.testing.assert_close(run(draft, features, embeds, anchors), expected, atol=2e-5, rtol=1e-4)
+        cache = draft.new_cache()
+        places = [0, *sorted(cut for cut in cuts if cut < anchor), anchor]
+        for begin, end in pairwise(places):
+            found = draft.run_block(embeds[:, 0], features[:, begin:end], end, cache)
+    torch.testing.assert_close(found[None, :, 1:], expected, atol=2e-5, rtol=1e-4)
+    for index, key in enumerate(cache.keys):
+        reach = draft.config.layer_attention(index)[0]
+        assert key is not None and key.shape[1] == min(anchor, anchor if reach is None else reach - 1)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("window", [13, 64])
+def test_a_window_beyond_the_context_is_full_attention_bit_for_bit(is_causal, window):
+    full = tiny_draft(is_causal=is_causal)
+    windowed = tiny_draft(is_causal=is_causal, sliding_window=window)
+    mixed = tiny_draft(is_causal=is_causal, sliding_window=window, layer_types=(SLIDING, FULL))
+    features, embeds, anchors = inputs(full, [1, 5, 9])
+    expected = run(full, features, embeds, anchors)
+    for draft in (windowed, mixed):
+        assert torch.equal(run(draft, features, embeds, anchors), expected)
+        caches = draft.new_cache(), full.new_cache()
+        for begin, end in ((0, 5), (5, 9)):
+            found, same = (
+                each.run_block(embeds[:, 0], features[:, begin:end], end, cache)
+                for each, cache in zip((draft, full), caches, strict=True)
+            )
+            assert torch.equal(found, same)
 
 
 def test_context_fed_in_parts_equals_context_fed_at_once():
@@ -199,3 +272,16 @@ def test_a_config_survives_its_published_form():
     config = tiny_config(sliding_window=6)
     assert DFlashConfig.from_json(config.to_json()) == config
     assert config.to_json()["architectures"] == ["DFlashDraftModel"]
+
+
+@pytest.mark.parametrize("kinds", [(FULL, FULL), (SLIDING, SLIDING), (FULL, SLIDING)])
+@pytest.mark.parametrize("is_causal", [None, True, False])
+def test_causality_is_published_in_both_places(kinds, is_causal):
+    window = 8 if SLIDING in kinds else None
+    config = tiny_config(layer_types=kinds, is_causal=is_causal, sliding_window=window, attention_bias=True)
+    published = config.to_json()
+    assert DFlashConfig.from_json(published) == config
+    default = None if len(set(kinds)) == 2 else kinds[0] == SLIDING
+    expected = default if is_causal is None else is_causal
+    assert published["is_causal"] is published["dflash_config"]["causal"] is expected
+    assert published["use_sliding_window"] is (SLIDING in kinds)

@@ -119,8 +119,10 @@ def test_embedding_and_head_stay_with_the_target(draft: DFlashDraft, tmp_path: P
     assert not [name for name, tensor in stored.items() if draft.config.vocab_size in tensor.shape]
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["DFlashDraftModel"]
-    assert config["block_size"] == 4
-    assert config["dflash_config"] == {"mask_token_id": 3, "target_layer_ids": list(draft.config.target_layer_ids)}
+    assert config["block_size"] == config["dflash_config"]["block_size"] == 4
+    assert config["is_causal"] is config["dflash_config"]["causal"] is False
+    assert config["dflash_config"]["mask_token_id"] == 3
+    assert config["dflash_config"]["target_layer_ids"] == list(draft.config.target_layer_ids)
 
 
 def damage(directory: Path, change) -> None:

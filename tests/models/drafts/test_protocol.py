@@ -15,6 +15,7 @@ from dllm.methods.dflash.objectives import Weighting, decay
 from dllm.methods.dflash.settings import Dflash
 from dllm.models import targets
 from dllm.models.drafts.checkpoint import family_of
+from dllm.models.drafts.config import FULL, SLIDING
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.drafts.protocol import Draft, Proposal
 from tests.decoding.stand_in_drafts import ScriptedDraft, config, oracle
@@ -46,11 +47,15 @@ def test_a_family_is_found_by_its_architecture(raw: dict, family: type[Draft] | 
 
 def test_a_new_draft_is_sized_by_its_settings(model) -> None:
     settings = Dflash.model_validate(
-        {"draft": {"num_hidden_layers": 2, "target_layer_ids": [1, 4], "sliding_window": 9}}
+        {"block_size": 4, "draft": {"num_hidden_layers": 2, "target_layer_ids": [1, 4], "sliding_window": 9}}
     )
     found = DFlashDraft.config_for(model.config, settings.draft, block_size=4, mask_token_id=3)
     assert (found.num_hidden_layers, found.target_layer_ids, found.sliding_window) == (2, (1, 4), 9)
     assert (found.block_size, found.mask_token_id, found.hidden_size) == (4, 3, model.config.hidden_size)
+    mixed = {"num_hidden_layers": 2, "sliding_window": 9, "layer_types": [SLIDING, FULL], "causal": False}
+    settings = Dflash.model_validate({"block_size": 4, "draft": mixed})
+    found = DFlashDraft.config_for(model.config, settings.draft, block_size=4, mask_token_id=3)
+    assert [found.layer_attention(layer) for layer in (0, 1)] == [(9, False), (None, False)]
 
 
 def test_a_draft_of_another_family_is_no_start(model) -> None:
