@@ -27,7 +27,6 @@ from dllm.methods.dflash import curve
 from dllm.methods.method import EvaluateContext, Evaluation
 from dllm.models import targets
 from dllm.models.drafts.checkpoint import load_draft
-from dllm.models.packing import packed_linears
 from dllm.progress import Progress
 from dllm.prompts import template as chat
 from dllm.prompts.table import HELDOUT, read_prompts
@@ -61,7 +60,7 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
     draft, device = speculative.draft, speculative.model.device
     assert draft is not None
     parts = ctx.work / "prompts"
-    with packed_linears(speculative.model, draft):  # both ways of decoding gain from it
+    with speculative.packed():  # both ways of decoding gain from it
         pairs = _compare(params, parts, comparison, questions, stop_ids)
     metrics = {
         **figures(pairs, speculative.block_size),
