@@ -14,16 +14,20 @@ D hidden, M blocks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from dllm.decoding.acceptance import RoundCounts
 from dllm.models.drafts.protocol import Draft, TargetIO
+from dllm.models.taps import compute
 
+TOKENS_AT_ONCE, TOKENS_A_PASS = 16_384, 2048
+"""Most tokens of texts that are walked together, padding counted; and of a pass of the target over them."""
 BLOCKS_AT_ONCE = 128
 """Blocks that a pass drafts, about: fewer leave the matrix units idle, more walks of one text draft more in vain."""
 LOGITS_AT_ONCE = 1 << 26
@@ -40,6 +44,50 @@ class GreedyText:
     """Whether the last id is a stop id, after which nothing follows."""
 
 
+@dataclass(frozen=True)
+class Walked:
+    """What was found on one text."""
+
+    index: int
+    """Which of the texts."""
+    rounds: list[RoundCounts]
+    greedy_tokens: int
+    """Response tokens to which the target gives the highest logit after the text before them, all in one pass. In
+    float32 they are all, or another model wrote the text."""
+
+
+def walk(
+    model: PreTrainedModel,
+    draft: Draft,
+    texts: Sequence[GreedyText],
+    *,
+    block_size: int = 0,
+    max_new_tokens: int | None = None,
+    max_positions: int | None = None,
+) -> Iterator[Walked]:
+    """Run the target once over each text, and count the rounds that decoding with a draft would take, text by text.
+
+    Args:
+        model: the target, in evaluation mode.
+        draft: in evaluation mode, in the target's dtype.
+        texts: they come back in another order.
+        block_size, max_new_tokens, max_positions: as `Walker` has them.
+    """
+    target = TargetIO(model.get_input_embeddings(), model.get_output_embeddings())
+    walker = Walker(draft, target, block_size, max_positions)
+    for batch in _batches([len(text.ids) for text in texts], TOKENS_AT_ONCE):
+        features: list[Tensor] = []
+        greedy: list[int] = []
+        for part in _batches([len(texts[index].ids) for index in batch], TOKENS_A_PASS):
+            members = [texts[batch[index]] for index in part]
+            known = compute(model, draft.config.target_layer_ids, [text.ids for text in members], with_last=True)
+            width = draft.config.hidden_size
+            features += [known_SX[:, :-width] for known_SX in known]
+            greedy += _count_greedy(target, members, [known_SX[:, -width:] for known_SX in known])
+        rounds = walker.rounds([texts[index] for index in batch], features, max_new_tokens)
+        yield from (Walked(*found) for found in zip(batch, rounds, greedy, strict=True))
+
+
 class Walker:
     """Counts the rounds that decoding with a draft would take.
 
@@ -48,7 +96,7 @@ class Walker:
         target: embeds tokens and maps hidden states to logits, in the same dtype.
         block_size: slots per round; 0 takes the draft's.
         max_positions: the target's, at which decoding cuts the last blocks; None has no limit.
-        blocks_at_once: blocks that a pass drafts, about.
+        blocks_at_once: blocks that a pass drafts, about; None takes BLOCKS_AT_ONCE.
     """
 
     def __init__(
@@ -57,11 +105,11 @@ class Walker:
         target: TargetIO,
         block_size: int = 0,
         max_positions: int | None = None,
-        blocks_at_once: int = BLOCKS_AT_ONCE,
+        blocks_at_once: int | None = None,
     ) -> None:
         self.draft, self.target, self.max_positions = draft, target, max_positions
         self.block_size = block_size or draft.config.block_size
-        self.blocks_at_once = blocks_at_once
+        self.blocks_at_once = blocks_at_once or BLOCKS_AT_ONCE
 
     @torch.inference_mode()
     def rounds(
@@ -187,3 +235,22 @@ def _take(context: Any, rows: Sequence[int]) -> Any:
     if isinstance(context, Tensor):
         return context[list(rows)]
     return type(context)(_take(part, rows) for part in context)
+
+
+@torch.inference_mode()
+def _count_greedy(target: TargetIO, texts: Sequence[GreedyText], last: Sequence[Tensor]) -> list[int]:
+    """Count the response tokens that are the target's argmax. Shapes: last, what it feeds its head, (S, D) each."""
+    counts = []
+    for text, last_SD in zip(texts, last, strict=True):
+        response = torch.tensor(text.ids[text.prompt_length :], device=last_SD.device)
+        counts.append(int((target.head(last_SD[text.prompt_length - 1 : -1]).argmax(-1) == response).sum()))
+    return counts
+
+
+def _batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Yield indices from the longest to the shortest, in batches of at most `tokens` when padded, one at least."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    while order:
+        count = max(1, tokens // lengths[order[0]])
+        yield order[:count]
+        order = order[count:]
