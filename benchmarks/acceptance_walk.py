@@ -1,6 +1,6 @@
 """Acceptance counted on known text, without decoding, against real speculative decoding of the same prompts.
 
-    python benchmarks/acceptance_walk.py [--checkpoint DIR] [--prompts 64] [--decoded 8] [--new-tokens 128] [--json FILE]
+    python benchmarks/acceptance_walk.py [--checkpoint DIR] [--prompts 64] [--decoded 8] [--json FILE]
 
 SmolLM2-135M on GSM8K questions, greedy. Without a checkpoint a draft is trained on half of the responses first, for as
 many steps as give it a usual acceptance length. Both ways in turn, in the target's dtype: seconds per response of real
@@ -95,10 +95,7 @@ def main() -> int:
     model = targets.load_target(TARGET)
     stops = chat.stop_ids(tokenizer, model.generation_config, model.config.get_text_config())
     texts = generate(model, tokenizer, stops, args.prompts, args.new_tokens)
-    if args.checkpoint:
-        trained = load_draft(args.checkpoint, model.config)
-    else:
-        trained = train(model, tokenizer, texts[::2])
+    trained = load_draft(args.checkpoint, model.config) if args.checkpoint else train(model, tokenizer, texts[::2])
     draft = load_copy(trained, model)
     positions = model.config.max_position_embeddings
     options = {"max_new_tokens": args.new_tokens, "max_positions": positions}

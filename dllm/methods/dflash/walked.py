@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from dllm.decoding.together import decode_together
 from dllm.decoding.walk import GreedyText, Walked, walk
 from dllm.errors import StageError
 from dllm.files import atomic_write
+from dllm.methods.dflash.sets import Question
 from dllm.methods.dflash.settings import Walk
 from dllm.methods.method import EvaluateContext
 from dllm.models import targets
@@ -28,15 +28,6 @@ from dllm.progress import Progress
 
 GREEDY = Path("work", "greedy")
 """The greedy responses of targets, a folder for each target, dtype and limit, and a file for each prompt."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """A held-out prompt as ids."""
-
-    id: str
-    source: str
-    ids: tuple[int, ...]
 
 
 def walked_figures(
