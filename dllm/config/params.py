@@ -7,10 +7,9 @@ docs/operations.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, create_model, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from dllm.config.section import (
     Fraction,
@@ -22,6 +21,7 @@ from dllm.config.section import (
     Seed,
     Size,
     TokenCount,
+    with_sections,
 )
 from dllm.registry import ENGINES, METHODS
 
@@ -223,14 +223,6 @@ class _Evaluate(Section):
     """Prompts decoded again in float32 to check that speculative and autoregressive decoding give the same ids."""
 
 
-def _sections(base: type[Section], name: str, settings: Mapping[str, type[Section]], about: str) -> Any:
-    """Add optional sections of methods to a model."""
-    fields: dict[str, Any] = {
-        key: (section | None, Field(default=None, description=about)) for key, section in settings.items()
-    }
-    return create_model(name, __base__=base, __module__=__name__, __doc__=base.__doc__, **fields)
-
-
 if TYPE_CHECKING:  # the sections of methods are typed where they are used, in dllm/methods/
 
     class Train(_Train):
@@ -240,13 +232,13 @@ if TYPE_CHECKING:  # the sections of methods are typed where they are used, in d
         """Decoding of held-out prompts, with the sections that methods add."""
 
 else:
-    Train = _sections(
+    Train = with_sections(
         _Train,
         "Train",
         {name: method.settings for name, method in METHODS.items()},
         "Settings of the method of this name; required by no other mode.",
     )
-    Evaluate = _sections(
+    Evaluate = with_sections(
         _Evaluate,
         "Evaluate",
         {name: section for _, method in METHODS.items() for name, section in method.evaluation.items()},

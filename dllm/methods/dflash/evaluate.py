@@ -28,7 +28,6 @@ from dllm.methods.dflash.sets import MeasuredSet, Question
 from dllm.methods.method import EvaluateContext, Evaluation
 from dllm.models import targets
 from dllm.models.drafts.checkpoint import load_draft
-from dllm.models.packing import packed_linears
 from dllm.progress import Progress
 from dllm.prompts import template as chat
 from dllm.prompts.table import HELDOUT, read_prompts
@@ -55,7 +54,7 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
     draft, device = speculative.draft, speculative.model.device
     assert draft is not None
     parts = ctx.work / "prompts"
-    with packed_linears(speculative.model, draft):  # both ways of decoding gain from it
+    with speculative.packed():  # both ways of decoding gain from it
         all_pairs = _compare(params, parts, comparison, asked, stop_ids)
     pairs, of_sets = all_pairs[: len(questions)], all_pairs[len(questions) :]
     metrics = {

@@ -43,8 +43,17 @@ class DflashMethod:
 
         check_models(cast(Dflash, params.train.method_settings), params.target)
 
+    def identity(self, params: Params) -> Mapping[str, Any]:
+        from dllm.models.drafts.checkpoint import draft_identity
+
+        draft = cast(Dflash, params.train.method_settings).draft
+        return {} if draft.init == "random" else {"draft": draft_identity(draft.init, draft.revision)}
+
     def build(self, ctx: TrainContext[Dflash]) -> DflashStrategy:
+        import torch
+
         from dllm.methods.dflash.build import initial_draft
+        from dllm.methods.dflash.dry_run import dry_run
         from dllm.methods.dflash.features import CachedFeatures, OnlineFeatures
         from dllm.methods.dflash.strategy import DflashStrategy
         from dllm.models import targets
@@ -53,6 +62,8 @@ class DflashMethod:
         target = targets.load_target(params.target, device=ctx.ranks.device)
         tokenizer = targets.load_tokenizer(params.target)
         draft = initial_draft(settings, target, tokenizer, params.train.seed).to(ctx.ranks.device)
+        if ctx.ranks.is_main:
+            dry_run(draft, getattr(torch, params.train.compute_dtype), ctx.work / "dry-run")
         embedding_VD: Any = target.get_input_embeddings().weight
         head_VD: Any = target.get_output_embeddings().weight
         layer_ids = draft.config.target_layer_ids

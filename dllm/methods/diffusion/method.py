@@ -48,6 +48,9 @@ class MaskedMethod(Generic[Settings]):
         check_family(params.target, params.train)
         check_config(params.target, locate(params.target, weights=False))
 
+    def identity(self, params: Params) -> Mapping[str, Any]:
+        return {}
+
     def strategy(
         self, model: DiffusionLM, splits: Mapping[Split, Sequence[Example]], settings: Train
     ) -> MaskedStrategy:
