@@ -136,7 +136,6 @@ def record(measured: MeasuredSet, metrics: Mapping[str, Any], params: Params, ar
         metrics: with the block size that was decoded.
         architecture: of the draft, as its config.json names it.
     """
-    temperature = float(getattr(params.evaluate, "temperature", 0.0))
     return {
         "thinking": measured.thinking,
         **measured.counts,
@@ -145,7 +144,7 @@ def record(measured: MeasuredSet, metrics: Mapping[str, Any], params: Params, ar
             target=params.target.model,
             draft=architecture,
             block_size=metrics["block_size"],
-            temperature=temperature,
+            temperature=0.0,  # the figures are of greedy decoding
             thinking=measured.thinking,
         ),
     }
