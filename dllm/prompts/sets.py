@@ -34,15 +34,12 @@ class PromptSet:
     Args:
         question: gives the question of a row, in the words of the data.
         template: the user turn, with QUESTION in it.
-        note: in what the prompts differ from those of published figures, if they do.
     """
 
     options = frozenset[str]()
 
-    def __init__(
-        self, question: Callable[[Mapping[str, Any]], str], template: str = QUESTION, note: str | None = None
-    ) -> None:
-        self.question, self.template, self.note = question, template, note
+    def __init__(self, question: Callable[[Mapping[str, Any]], str], template: str = QUESTION) -> None:
+        self.question, self.template = question, template
 
     def bare(self, text: str) -> str:
         """Return the question of a user turn that this set has made."""
@@ -138,8 +135,7 @@ MBPP = HubSet(
 )
 MT_BENCH = HubSet(
     _hub("HuggingFaceH4/mt_bench_prompts", "e3a795c5e9a82ee40611c416b8a7786c73198991", "train"),
-    lambda row: row["prompt"][0],
-    note="first turns; published figures are of both",
+    lambda row: row["prompt"][0],  # the first of two turns
 )
 ALPACA = HubSet(_hub("tatsu-lab/alpaca", "dce01c9b08f87459cf36a430d809084718273017", "train"), _alpaca)
 
