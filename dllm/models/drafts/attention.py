@@ -47,12 +47,17 @@ def block_attention(
         part = slice(begin, begin + group)
         # No block of the group attends further, nor before its window; as anchors are sorted, this saves half the work.
         visible_Bn = visible_BN[:, part]
-        seen = max(1, int(visible_Bn.max()))
-        first = 0 if window is None else max(0, int(visible_Bn.where(visible_Bn > 0, seen).min()) + 1 - window)
+        first, seen = (0, context) if visible_Bn.is_meta else _span(visible_Bn, window)
         inputs = [query_BNQHE[:, part], key_BSGE[:, first:seen], value_BSGE[:, first:seen]]
         inputs += [block_key_BNLGE[:, part], block_value_BNLGE[:, part], visible_Bn - first]
         parts.append(checkpoint(_attend, *inputs, window, is_causal, use_reentrant=False))
     return torch.cat(parts, 1)
+
+
+def _span(visible_Bn: Tensor, window: int | None) -> tuple[int, int]:
+    """Return the first context row that any of these blocks sees, and the one after the last."""
+    seen = max(1, int(visible_Bn.max()))
+    return 0 if window is None else max(0, int(visible_Bn.where(visible_Bn > 0, seen).min()) + 1 - window), seen
 
 
 def is_hidden(distance: Tensor, window: int | None, is_causal: bool) -> Tensor:
