@@ -146,6 +146,19 @@ SOURCES: Registry[Any] = Registry(
 )
 """Prompt sources, built-in values of `prepare.sources[].name`: instances of `dllm.prompts.sources.PromptSource`."""
 
+PROMPT_SETS: Registry[Any] = Registry(
+    "prompt_sets",
+    {
+        "gsm8k": "dllm.prompts.sets:GSM8K",
+        "math500": "dllm.prompts.sets:MATH500",
+        "humaneval": "dllm.prompts.sets:HUMANEVAL",
+        "mbpp": "dllm.prompts.sets:MBPP",
+        "mt-bench": "dllm.prompts.sets:MT_BENCH",
+        "alpaca": "dllm.prompts.sets:ALPACA",
+    },
+)
+"""Published prompt sets, names in `evaluate.sets`: like a prompt source, with instructions around the questions."""
+
 ENGINES: Registry[Any] = Registry(
     "engines",
     {

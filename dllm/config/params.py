@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from dllm.config.section import (
     Fraction,
@@ -199,17 +199,43 @@ class _Train(Section):
         return self
 
 
+def _named(entries: Any) -> Any:
+    """Let a name stand for a source without options."""
+    is_list = isinstance(entries, list)
+    return [{"name": each} if isinstance(each, str) else each for each in entries] if is_list else entries
+
+
 class _Evaluate(Section):
     """Decoding of held-out prompts: what every method shares."""
 
     num_prompts: PositiveInt = 64
-    """Held-out prompts per source."""
+    """Held-out prompts per source, and prompts per set and thinking mode."""
+    sets: Annotated[list[Source] | None, BeforeValidator(_named)] = None
+    """Prompt sets to measure on beside the held-out prompts: `gsm8k`, `math500`, `humaneval`, `mbpp`, `mt-bench`,
+    `alpaca` (as published), or sources as in `prepare.sources`; names, or mappings with `name` and `limit`."""
+    thinking: Annotated[list[bool], Field(min_length=1, max_length=2)] | None = None
+    """Thinking modes in which each set is measured; null takes `target.enable_thinking` alone."""
     max_new_tokens: TokenCount = 256
     block_size: Annotated[int, Field(ge=0, le=2**16)] = 0
     """Block size at decoding; 0 takes that of the checkpoint. A draft may be decoded with smaller blocks than its
     own."""
     identity_prompts: NonNegativeInt = 4
     """Prompts decoded again in float32 to check that speculative and autoregressive decoding give the same ids."""
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """Above 0, held-out prompts are decoded by sampling as well, and its acceptance length is reported beside that of
+    greedy decoding; null leaves it out."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Sample from the target's smallest set of tokens with this probability; null takes all."""
+    top_k: PositiveInt | None = None
+    """Sample from so many of the target's most probable tokens; null takes all."""
+
+    @model_validator(mode="after")
+    def _check_sampling(self) -> Self:
+        if self.temperature and self.temperature < 1e-6:
+            raise ValueError("temperature must be 0, or a number from 1e-6 to 2")
+        if not self.temperature and (self.top_p or self.top_k):
+            raise ValueError("top_p and top_k require sampling, which temperature leaves out; raise temperature")
+        return self
 
 
 if TYPE_CHECKING:  # the sections of methods are typed where they are used, in dllm/methods/
@@ -280,5 +306,13 @@ class Params(Section):
     def _check_together(self) -> Params:
         if self.evaluate.block_size == 1:
             raise ValueError("evaluate.block_size must be 0 (that of the checkpoint) or at least 2")
+        modes = self.evaluate.thinking or []
+        if len(modes) != len(set(modes)):
+            raise ValueError("evaluate.thinking names a mode twice")
+        sets = [(each.name, each.subset) for each in self.evaluate.sets or []]
+        if len(sets) != len(set(sets)):
+            raise ValueError("evaluate.sets names a set twice")
+        if modes and not sets:
+            raise ValueError("evaluate.thinking is for evaluate.sets, and there are none; leave it out")
         METHODS[self.train.mode].check(self)
         return self

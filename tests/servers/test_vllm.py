@@ -7,6 +7,7 @@ is accepted.
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import time
 from collections import Counter
@@ -41,8 +42,8 @@ ENVIRONMENT = {
 
 
 @contextmanager
-def vllm(project: Project, *more: str) -> Iterator[str]:
-    """Serve the target and yield the address."""
+def vllm(project: Project, *more: str, cwd: Path | None = None) -> Iterator[str]:
+    """Serve the target, from a folder if one is named, and yield the address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -54,7 +55,7 @@ def vllm(project: Project, *more: str) -> Iterator[str]:
     ]  # fmt: skip
     environment = {**ENVIRONMENT, "PATH": f"{bin}:{os.environ['PATH']}"}
     log = project.root / "logs" / "vllm.log"
-    with process.background(argv, env=environment, cwd=project.root, log_file=log, grace_s=20) as child:
+    with process.background(argv, env=environment, cwd=cwd or project.root, log_file=log, grace_s=20) as child:
         url = f"http://127.0.0.1:{port}/v1"
         wait_until_ready(url, SERVED, child, name="vllm", path=None, timeout_s=START_S)
         assert not child.ended, "\n".join(child.tail)
@@ -82,8 +83,7 @@ def test_it_accepts_of_a_draft_what_evaluate_says(project: Project, tmp_path: Pa
         del model
     block = load_draft(checkpoint).config.block_size
     asked = questions(project, checkpoint)
-    speculative = f'{{"method": "dflash", "model": "{checkpoint.resolve()}", "num_speculative_tokens": {block - 1}}}'
-    with vllm(project, "--speculative-config", speculative) as url:
+    with vllm(project, *speculation(project, checkpoint, tmp_path / "exported"), cwd=tmp_path / "exported") as url:
         before, began = metrics(url), time.monotonic()
         words = [ask(url, prompt.messages, ANSWER_TOKENS) for prompt in asked]
         seconds, after = time.monotonic() - began, metrics(url)
@@ -100,6 +100,15 @@ def test_it_accepts_of_a_draft_what_evaluate_says(project: Project, tmp_path: Pa
     assert abs(1 + sum(theirs) - ours.tau_micro) < 0.15 * ours.tau_micro
     if trained:
         assert theirs[0] > 0.2, "an engine that maps our weights wrongly accepts nothing"
+
+
+def speculation(project: Project, checkpoint: Path, folder: Path) -> list[str]:
+    """Export a draft for vLLM; return the options of its card's command, which name the draft as the current folder."""
+    project.run("export", "--checkpoint", str(checkpoint.resolve()), "--to", str(folder), "--for", "vllm")
+    command = (folder / "README.md").read_text().split("```sh\n")[1].split("```")[0]
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:2] == ["vllm", "serve"] and words[3] == "--speculative-config"
+    return words[3:]
 
 
 def given_draft() -> Path | None:

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dllm.config.section import Section
-from dllm.methods.dflash.settings import Dflash
+from dllm.methods.dflash.settings import Dflash, Walk
 from dllm.methods.figures import DASH, Records, Row, Table, count, number
-from dllm.methods.method import EvaluateContext, Evaluation, Method, Publication, Score, TrainContext
+from dllm.methods.method import EvaluateContext, Evaluation, Method, PlanContext, Publication, Score, TrainContext
 
 if TYPE_CHECKING:
     from dllm.config.params import Params
     from dllm.methods.dflash.strategy import DflashStrategy
     from dllm.training.loop import Outcome
+    from dllm.training.plan import Plan
 
 FEATURES = Path("work", "features")
 """Caches of the target's hidden states, shared by all configurations: gigabytes, faster to read than to compute."""
@@ -27,7 +28,7 @@ class DflashMethod:
     """Train a DFlash draft, and measure its acceptance length in speculative decoding."""
 
     settings = Dflash
-    evaluation: Mapping[str, type[Section]] = {}
+    evaluation: Mapping[str, type[Section]] = {"walk": Walk}
     reads: Mapping[str, str] = {"prompts": "out/prepare/prompts.parquet"}
 
     def check(self, params: Params) -> None:
@@ -43,8 +44,22 @@ class DflashMethod:
 
         check_models(cast(Dflash, params.train.method_settings), params.target)
 
+    def identity(self, params: Params) -> Mapping[str, Any]:
+        from dllm.models.drafts.checkpoint import draft_identity
+
+        draft = cast(Dflash, params.train.method_settings).draft
+        return {} if draft.init == "random" else {"draft": draft_identity(draft.init, draft.revision)}
+
+    def plan(self, ctx: PlanContext[Dflash]) -> Plan:
+        from dllm.methods.dflash.plan import plan
+
+        return plan(ctx)
+
     def build(self, ctx: TrainContext[Dflash]) -> DflashStrategy:
+        import torch
+
         from dllm.methods.dflash.build import initial_draft
+        from dllm.methods.dflash.dry_run import dry_run
         from dllm.methods.dflash.features import CachedFeatures, OnlineFeatures
         from dllm.methods.dflash.strategy import DflashStrategy
         from dllm.models import targets
@@ -53,6 +68,8 @@ class DflashMethod:
         target = targets.load_target(params.target, device=ctx.ranks.device)
         tokenizer = targets.load_tokenizer(params.target)
         draft = initial_draft(settings, target, tokenizer, params.train.seed).to(ctx.ranks.device)
+        if ctx.ranks.is_main:
+            dry_run(draft, getattr(torch, params.train.compute_dtype), ctx.work / "dry-run")
         embedding_VD: Any = target.get_input_embeddings().weight
         head_VD: Any = target.get_output_embeddings().weight
         layer_ids = draft.config.target_layer_ids
@@ -93,14 +110,20 @@ class DflashMethod:
         return evaluate(ctx)
 
     def score(self, metrics: Mapping[str, Any]) -> Score:
-        return Score("tau_micro", "τ", metrics["tau_micro"])
+        return Score("tau_micro", "τ", metrics.get("walked", metrics)["tau_micro"])
 
     def rows(self, metrics: Records) -> Iterator[Row]:
         trained, found = metrics.get("train", {}), metrics.get("evaluate", {})
         yield "draft parameters", count(trained.get("draft_params"))
         yield "draft_acc, held-out text", number(trained.get("val_draft_acc"), 3)
+        if walked := found.get("walked"):
+            low, high = walked["tau_interval"] or (None, None)
+            label = f"τ micro, {walked['prompts']} held-out prompts (95 % interval)"
+            yield label, f"{number(walked['tau_micro'], 2)} ({number(low, 2)} to {number(high, 2)})"
         yield "τ micro, held-out prompts", number(found.get("tau_micro"), 2)
         yield "τ macro, held-out prompts", number(found.get("tau_macro"), 2)
+        if sampled := found.get("sampled"):
+            yield f"τ micro, sampled at temperature {sampled['temperature']:g}", number(sampled["tau_micro"], 2)
         yield "tokens/s autoregressive", number(found.get("tokens_per_s_ar"), 1)
         yield "tokens/s speculative", number(found.get("tokens_per_s_spec"), 1)
         yield "speculative / autoregressive", f"{number(found.get('speedup'), 2)} ×"
@@ -109,10 +132,13 @@ class DflashMethod:
 
     def tables(self, metrics: Records) -> Iterator[Table]:
         trained, found = metrics.get("train", {}), metrics.get("evaluate", {})
+        if found.get("sets"):
+            yield _sets_table(found["sets"])
+        accepted = found.get("walked", found)
         columns: dict[str, list[float | None]] = {
             "draft_acc_k": [],
-            "accepted given k-1": found.get("conditional_acceptance_by_offset") or [],
-            "accepted": found.get("acceptance_by_offset") or [],
+            "accepted given k-1": accepted.get("conditional_acceptance_by_offset") or [],
+            "accepted": accepted.get("acceptance_by_offset") or [],
         }
         while (accuracy := trained.get(f"val_draft_acc_k{len(columns['draft_acc_k']) + 1}")) is not None:
             columns["draft_acc_k"].append(accuracy)
@@ -130,6 +156,17 @@ class DflashMethod:
                 digits=dict.fromkeys(columns, 3),
                 bar="accepted",
             )
+
+
+def _sets_table(sets: Mapping[str, Any]) -> Table:
+    rows = []
+    for name, each in sets.items():
+        own = {"set": name, "prompts": each["prompts"], "τ": each["tau_micro"], "τ macro": each["tau_macro"]}
+        for beside in each["published"] or [{"tau": None, "by": DASH, "note": None}]:
+            note = f" ({beside['note']})" if beside["note"] else ""
+            rows.append({**own, "published": beside["tau"], "by": beside["by"] + note})
+    about = "Acceptance length on prompt sets, beside published figures of this target, draft, block and temperature."
+    return Table("prompt-sets", "prompt sets", about, rows, digits=dict.fromkeys(("τ", "τ macro", "published"), 2))
 
 
 DFLASH: Method[Dflash] = DflashMethod()

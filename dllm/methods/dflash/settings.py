@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from dllm.config.section import Fraction, Layers, NonNegativeInt, Section, TokenCount, with_sections
+from dllm.config.section import Fraction, Layers, NonNegativeInt, Section, Size, TokenCount, with_sections
 from dllm.registry import DRAFT_SETTINGS, DRAFTS, OBJECTIVES
 
 
@@ -17,6 +17,8 @@ class _Draft(Section):
     """Draft architecture."""
     init: str = "random"
     """`random` (with the shapes of the target), or a published draft: a directory or a Hugging Face id."""
+    revision: str | None = None
+    """Commit, branch or tag of a published draft on Hugging Face; null takes the newest. The commit is recorded."""
     num_hidden_layers: Layers = 5
     num_target_layers_tapped: Layers = 5
     """Number of evenly spaced target layers whose hidden states the draft reads, if `target_layer_ids` is null."""
@@ -35,6 +37,8 @@ class _Draft(Section):
         ids = self.target_layer_ids or []
         if len(set(ids)) < len(ids):
             raise ValueError("target_layer_ids names a layer twice")
+        if self.init == "random" and self.revision is not None:
+            raise ValueError("revision is that of a published draft, and init is random")
         shape = ("target_layer_ids", "sliding_window", "layer_types", "causal")
         given = [name for name in shape if getattr(self, name) is not None]
         if self.init != "random" and given:
@@ -111,3 +115,12 @@ class Dflash(Section):
         if self.block_size == 0 and self.draft.init == "random":
             raise ValueError("block_size 0 reads the draft's, but draft.init makes a new draft; name a size such as 16")
         return self
+
+
+class Walk(Section):
+    """Acceptance on many held-out prompts, counted on the target's own greedy responses without decoding."""
+
+    prompts: NonNegativeInt = 128
+    """Held-out prompts per source; 0 leaves it out."""
+    batch_size: Size = 64
+    """Prompts whose greedy responses are generated together; they are kept in `work/greedy/`."""

@@ -19,13 +19,23 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "output_multiplier": (1.0, 1),
     "partial_rotary_factor": (1.0, 1),
     "projector_type": (),
+    "qk_norm": (True,),
+    "use_qk_norm": (True,),
     "use_swa": (False,),
 }
 """Switches that published drafts have, and the values at which the network is ours; an absent one is off."""
 INNER = frozenset({"block_size", "causal", "mask_token_id", "target_layer_ids", "num_target_layers"})
 """Keys read from `dflash_config`."""
 READ = frozenset(
-    {"dflash_config", "max_window_layers", "rope_parameters", "rope_scaling", "use_sliding_window", *INNER}
+    {
+        "dflash_config",
+        "initial_context_length",
+        "max_window_layers",
+        "rope_parameters",
+        "rope_scaling",
+        "use_sliding_window",
+        *INNER,
+    }
 )
 """Further keys read at the top."""
 OPTIONAL = frozenset({"num_target_layers", "sliding_window", "is_causal"})
@@ -139,7 +149,12 @@ class DFlashConfig:
         return cls(**{**known, "target_layer_ids": _checked(known, where)})
 
     def with_block_size(self, block_size: int) -> DFlashConfig:
-        """Return the same draft for blocks of another size."""
+        """Return the same draft for blocks of another size.
+
+        Raises:
+            ModelError: its window is smaller.
+        """
+        _check_window(self.sliding_window, block_size, "train.dflash.block_size")
         return replace(self, block_size=block_size)
 
 
@@ -212,12 +227,18 @@ def _checked(known: Mapping[str, Any], where: str) -> tuple[int, ...]:
         raise ModelError("a block_size of 1 leaves nothing to predict", where=where)
     if known["num_attention_heads"] % known["num_key_value_heads"]:
         raise ModelError("num_attention_heads is no multiple of num_key_value_heads", where=where)
+    _check_window(known["sliding_window"], known["block_size"], where)
     ids = known["target_layer_ids"]
     if not isinstance(ids, (list, tuple)) or not all(type(id) is int and id >= 0 for id in ids) or not ids:
         raise ModelError(f"target_layer_ids must list layers counted from 0, got {ids!r}", where=where)
     if list(ids) != sorted(set(ids)):
         raise ModelError(f"target_layer_ids must rise, got {ids!r}", where=where)
     return tuple(ids)
+
+
+def _check_window(window: int | None, block_size: int, where: str) -> None:
+    if window is not None and window < block_size:
+        raise ModelError(f"a sliding_window of {window} is smaller than a block of {block_size}", where=where)
 
 
 def for_target(
