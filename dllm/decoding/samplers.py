@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from typing_extensions import override
 
 from dllm.decoding.settings import (
-    BlockSettings,
     CausalSettings,
+    DraftSettings,
     LengthSettings,
+    SampledSettings,
     SelfSpeculationSettings,
     Settings,
     UnmaskingSettings,
@@ -164,9 +165,9 @@ class Sampler:
 
 
 class DFlash(Sampler):
-    """Speculative decoding with a draft; greedy."""
+    """Speculative decoding with a draft; above temperature 0 each token has the target's distribution."""
 
-    name, settings = "dflash", {"draft": BlockSettings}
+    name, settings = "dflash", {"draft": DraftSettings}
 
     @override
     def decoder(self, model: Any, load_draft: Callable[[], Any], settings: Any) -> Decoder:
@@ -176,10 +177,10 @@ class DFlash(Sampler):
 
 
 class Ar(Sampler):
-    """One token per pass: a draft's target or a plain causal model, greedily; or a diffusion model's causal side."""
+    """One token per pass: a draft's target, a plain causal model, or a diffusion model's causal side."""
 
     name, needs_causal, evaluated = "ar", True, True
-    settings: ClassVar = {"draft": LengthSettings, "causal": LengthSettings, "diffusion": CausalSettings}
+    settings: ClassVar = {"draft": SampledSettings, "causal": SampledSettings, "diffusion": CausalSettings}
     implementation = "dllm.decoding.causal:decode_causally"
 
     @override

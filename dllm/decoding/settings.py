@@ -50,7 +50,7 @@ class LengthSettings:
         ConfigError: a value is out of range, or two values contradict each other.
     """
 
-    max_new_tokens: int = setting(256, "Most tokens to generate per prompt.", low=1)
+    max_new_tokens: int = setting(256, "Most tokens to generate per prompt.", low=1, high=2**24)
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -68,28 +68,28 @@ class LengthSettings:
 class BlockSettings(LengthSettings):
     """Settings of a sampler that decodes in blocks."""
 
-    block_size: int | None = setting(None, "Tokens per block; 0, the default, takes the checkpoint's.", low=0)
+    block_size: int | None = setting(
+        None, "Tokens per block; 0, the default, takes the checkpoint's.", low=0, high=2**16
+    )
     """null and 0 take the model's, else everything at once."""
 
 
 @dataclass(frozen=True)
-class SeededSettings(LengthSettings):
+class DrawSettings(LengthSettings):
     """Settings of a sampler that may draw random numbers."""
 
-    temperature: float = setting(0.0, "Softmax temperature; 0 is greedy.", low=0)
-    seed: int = setting(0, "Random seed (temperature > 0, or --remasking random).")
-    early_stop: bool = setting(True, None)
-    """Skip what follows an end token; the text is the same either way."""
+    temperature: float = setting(0.0, "Softmax temperature; 0 is greedy, 2 the highest.", low=0)
+    seed: int = setting(0, "Random seed (temperature > 0, or --remasking random).", low=0, high=2**63 - 1)
 
     @override
     def checks(self) -> list[tuple[bool, str, str | None]]:
-        fine = self.temperature == 0 or 1e-6 <= self.temperature < math.inf
-        return [*super().checks(), (fine, "temperature must be 0, or a number from 1e-6 on", None)]
+        fine = self.temperature == 0 or 1e-6 <= self.temperature <= 2
+        return [*super().checks(), (fine, "temperature must be 0, or a number from 1e-6 to 2", None)]
 
 
 @dataclass(frozen=True)
-class CausalSettings(SeededSettings):
-    """Settings of decoding one token at a time."""
+class NucleusSettings(DrawSettings):
+    """Settings of a sampler that may leave out improbable tokens."""
 
     top_p: float = setting(
         1.0, "Sample from the smallest set of tokens with this probability.", low=0, high=1, above=True
@@ -97,10 +97,23 @@ class CausalSettings(SeededSettings):
 
 
 @dataclass(frozen=True)
-class SampledSettings(CausalSettings):
+class SeededSettings(DrawSettings):
+    """Settings of decoding with a diffusion model."""
+
+    early_stop: bool = setting(True, None)
+    """Skip what follows an end token; the text is the same either way."""
+
+
+@dataclass(frozen=True)
+class CausalSettings(SeededSettings, NucleusSettings):
+    """Settings of decoding one token at a time with a diffusion model."""
+
+
+@dataclass(frozen=True)
+class SampledSettings(NucleusSettings):
     """Settings of decoding with an ordinary causal model."""
 
-    top_k: int = setting(0, "Sample from so many of the most probable tokens; 0: all.", low=0)
+    top_k: int = setting(0, "Sample from so many of the most probable tokens; 0: all.", low=0, high=2**24)
 
     @override
     def checks(self) -> list[tuple[bool, str, str | None]]:
@@ -109,7 +122,7 @@ class SampledSettings(CausalSettings):
             *super().checks(),
             (
                 self.temperature > 0 or not named,
-                f"{', '.join(named)}: for sampling, and temperature 0 is greedy",
+                f"{' and '.join(named)} require sampling, and temperature 0 is greedy",
                 "give a temperature too",
             ),
         ]
@@ -130,7 +143,7 @@ class UnmaskingSettings(BlockSettings, CausalSettings):
     """Settings of unmasking a block: how many tokens per pass, and which of them first."""
 
     steps: int | None = setting(
-        None, "Forward passes over all blocks, at least one per block; by default one per token.", low=1
+        None, "Forward passes over all blocks, at least one per block; by default one per token.", low=1, high=2**24
     )
     """A threshold may need fewer."""
     schedule: Schedule = setting("even", "How tokens are spread over --steps; cosine: few first.")  # noqa: RUF009
@@ -198,7 +211,7 @@ class Settings(UnmaskingSettings):
         None, "Replace a block's tokens where another one's probability is above this.", low=0, high=1
     )
     """Source: LLaDA2.1."""
-    max_post_steps: int = setting(16, "Most passes per block that only edit.", low=0)
+    max_post_steps: int = setting(16, "Most passes per block that only edit.", low=0, high=2**24)
 
     @override
     def checks(self) -> list[tuple[bool, str, str | None]]:
@@ -223,7 +236,7 @@ def _check_range(name: str, value: Any, *, low: float | None, high: float | None
         return
     wrong = ""
     if math.isnan(value):
-        wrong = "must be a number" if name != "temperature" else "must be 0, or a number from 1e-6 on"
+        wrong = "must be a number" if name != "temperature" else "must be 0, or a number from 1e-6 to 2"
     elif low is not None and (value < low or (above and value == low)):
         wrong = f"must be {'above' if above else 'at least'} {low:g}"
     elif high is not None and value > high:

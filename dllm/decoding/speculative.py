@@ -14,7 +14,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from dllm.decoding.acceptance import RoundCounts
-from dllm.decoding.sampling import TargetSampling, Verified, verify
+from dllm.decoding.sampling import TargetSampling, verify
 from dllm.errors import DataError, ModelError
-from dllm.models.drafts.protocol import Draft, TargetIO
+from dllm.models.drafts.protocol import Draft, Proposal, TargetIO
+from dllm.models.packing import packed_linears
 from dllm.models.taps import capture
 
 
@@ -60,6 +62,12 @@ class Generation:
     prefill_s: float
     stopped: bool
     """Whether a stop id ended it, rather than its limit."""
+
+    @classmethod
+    def of(cls, first: Round, rounds: list[Round], stop_ids: Collection[int]) -> Generation:
+        """Put a response together from its prefill and its rounds."""
+        token_ids = [token for each in (first, *rounds) for token in each.tokens]
+        return cls(token_ids, rounds, first.seconds, stopped=token_ids[-1] in stop_ids)
 
     @property
     def decode_s(self) -> float:
@@ -112,6 +120,13 @@ class Decoder:
         if weight is not None and (weight.dtype, weight.device) != (model.dtype, model.device):
             self.draft = copy.deepcopy(draft).to(model.device, model.dtype)
 
+    @contextmanager
+    def packed(self) -> Iterator[None]:
+        """Multiply by packed weights while the context lasts, where that is faster: for other decoders of the same
+        model as well."""
+        with packed_linears(self.model, *([] if self.draft is None else [self.draft])):
+            yield
+
     def decode(
         self,
         prompt_ids: Sequence[int],
@@ -142,8 +157,15 @@ class Decoder:
     ) -> Generation:
         """Decode one response to its end."""
         first, *rounds = self.decode(prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling)
-        token_ids = [token for r in (first, *rounds) for token in r.tokens]
-        return Generation(token_ids, rounds, first.seconds, stopped=token_ids[-1] in stop_ids)
+        return Generation.of(first, rounds, stop_ids)
+
+    def forward(self, ids_BS: Tensor, cache: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """Run the target. Shapes: returns logits_BSV, and features_BSF for a draft."""
+        if self.draft is None:
+            return self.model(input_ids=ids_BS, past_key_values=cache, use_cache=True, **options).logits, None
+        with capture(self.model, self.draft.config.target_layer_ids) as tap:
+            logits_BSV = self.model(input_ids=ids_BS, past_key_values=cache, use_cache=True, **options).logits
+        return logits_BSV, tap.read()
 
 
 @dataclass
@@ -157,6 +179,8 @@ class Decoding:
     sampling: TargetSampling | None = None
     start: int = 0
     newest: int = -1
+    left: int = field(init=False)
+    """Tokens to generate at most."""
     cache: DynamicCache = field(init=False)
     context: Any = None
     """The draft's cache."""
@@ -170,80 +194,81 @@ class Decoding:
                 f"a prompt of {len(self.prompt_ids)} tokens leaves no room for a response: the target has "
                 f"{self.decoder.limit} positions"
             )
-        self.max_new_tokens = min(self.max_new_tokens, room)
+        self.left = min(self.max_new_tokens, room)
         self.cache = DynamicCache(config=self.decoder.model.config)
-        draft, device = self.decoder.draft, self.decoder.model.device
-        self.block_BL = torch.full((1, self.decoder.block_size), 0, device=device)
-        if draft is not None:
-            self.context = draft.new_cache()
+        if self.decoder.draft is not None:
+            self.context = self.decoder.draft.new_cache()
             self.cache.activate_past_recording()  # lets sliding-window layers take tokens back
 
     def rounds(self) -> Iterator[Round]:
         """Yield the prefill, then one round after another until the response ends."""
-        began = time.perf_counter()
-        self._prefill()
-        left = self.max_new_tokens - 1
-        yield Round((self.newest,), RoundCounts(1, 0, 0), time.perf_counter() - began, is_prefill=True)
-        stopped = self.newest in self.stop_ids
-        while left > 0 and not stopped:
-            began = time.perf_counter()
-            verified, drafted = self._step()
-            tokens, chances, accepted = verified.tokens, verified.chances, len(verified.tokens) - 1
-            for index, token in enumerate(tokens):
-                if token in self.stop_ids:
-                    stopped, tokens, chances = True, tokens[: index + 1], chances[: index + 1]
-                    accepted = min(accepted, index + 1)
-                    break
-            counts = RoundCounts(len(tokens), accepted, drafted)
-            yield Round(tokens[:left], counts, time.perf_counter() - began, chances=chances)
-            left -= len(tokens)
+        yield self.prefill()
+        while self.left > 0:
+            yield self._round()
 
     @torch.inference_mode()
-    def _prefill(self) -> None:
+    def prefill(self) -> Round:
+        """Run the prompt, which brings the first token."""
+        began = time.perf_counter()
         ids_BS = torch.tensor([list(self.prompt_ids)], device=self.decoder.model.device)
-        logits_BLV = self._forward(ids_BS, tapped=self.decoder.draft is not None, logits_to_keep=1)
+        logits_BLV, self.features_BSF = self.decoder.forward(ids_BS, self.cache, logits_to_keep=1)
         if self.decoder.draft is not None:
             if not self.cache.is_croppable:
                 raise ModelError("this target keeps a recurrent state and cannot take back rejected tokens")
             self.cache.crop(0)
-        self.start, self.newest = ids_BS.shape[1], verify(None, logits_BLV[0, -1:], self.sampling).tokens[0]
+        self.start = ids_BS.shape[1]
+        (self.newest,) = verify(None, logits_BLV[0, -1:], self.sampling).tokens
+        self.left = 0 if self.newest in self.stop_ids else self.left - 1
+        return Round((self.newest,), RoundCounts(1, 0, 0), time.perf_counter() - began, is_prefill=True)
+
+    def propose(self) -> Proposal | None:
+        """Draft the next tokens, as many as fit the target's positions; None if there is no draft or no room."""
+        draft, room = self.decoder.draft, self.decoder.limit - self.start
+        if draft is None or room == 1:
+            return None
+        assert self.features_BSF is not None
+        return draft.propose(
+            self.newest,
+            min(self.decoder.block_size, room) - 1,
+            self.features_BSF,
+            self.start,
+            self.context,
+            self.decoder.target,
+            None if self.sampling is None else self.sampling.sampling,
+        )
+
+    def accept(self, proposal: Proposal | None, logits_LV: Tensor, features_LF: Tensor | None) -> Round:
+        """Verify draft tokens by the target's pass over them, and go on to the newest token; `seconds` is 0.
+
+        Shapes: a row for the token before the draft tokens, and one for each of them.
+        """
+        verified = verify(proposal, logits_LV, self.sampling)
+        tokens, chances, drafted = verified.tokens, verified.chances, len(logits_LV) - 1
+        accepted = len(tokens) - 1
+        if features_LF is not None:
+            self.features_BSF = features_LF[None, : accepted + 1]
+        self.start, self.newest = self.start + accepted + 1, tokens[-1]
+        ends = next((index for index, token in enumerate(tokens, 1) if token in self.stop_ids), None)
+        if ends is not None:
+            tokens, chances, accepted = tokens[:ends], chances[:ends], min(accepted, ends)
+        counts = RoundCounts(len(tokens), accepted, drafted)
+        tokens = tokens[: self.left]
+        self.left = 0 if ends is not None else self.left - len(tokens)
+        return Round(tokens, counts, 0.0, chances=chances)
 
     @torch.inference_mode()
-    def _step(self) -> tuple[Verified, int]:
-        """Draft a block and verify it; return what it brought, and how many tokens were drafted."""
-        draft = self.decoder.draft
-        slots = min(self.decoder.block_size, self.decoder.limit - self.start)
-        block_BL = self.block_BL[:, :slots]
-        block_BL[0, 0] = self.newest
-        proposal, drafted = None, 0
-        if draft is not None and slots > 1:
-            assert self.features_BSF is not None
-            proposal = draft.propose(
-                self.newest,
-                slots - 1,
-                self.features_BSF,
-                self.start,
-                self.context,
-                self.decoder.target,
-                None if self.sampling is None else self.sampling.sampling,
-            )
-            drafted = len(proposal.ids_P)
-            block_BL = block_BL[:, : drafted + 1]
-            block_BL[0, 1:] = proposal.ids_P
-        logits_BLV = self._forward(block_BL, tapped=proposal is not None)
-        verified = verify(proposal, logits_BLV[0], self.sampling)
-        accepted = len(verified.tokens) - 1
-        if proposal is not None and self.features_BSF is not None:
-            self.cache.crop(accepted - drafted)
-            self.features_BSF = self.features_BSF[:, : accepted + 1]
-        self.start, self.newest = self.start + accepted + 1, verified.tokens[-1]
-        return verified, drafted
+    def _round(self) -> Round:
+        began, before = time.perf_counter(), self.start
+        proposal = self.propose()
+        ids_BL = block_ids(self.newest, proposal, self.decoder.model.device)
+        logits_BLV, features_BLF = self.decoder.forward(ids_BL, self.cache)
+        found = self.accept(proposal, logits_BLV[0], None if features_BLF is None else features_BLF[0])
+        if proposal is not None:
+            self.cache.crop(self.start - before - ids_BL.shape[1])
+        return replace(found, seconds=time.perf_counter() - began)
 
-    def _forward(self, ids_BS: Tensor, *, tapped: bool, **options: Any) -> Tensor:
-        model, draft = self.decoder.model, self.decoder.draft
-        if draft is None or not tapped:
-            return model(input_ids=ids_BS, past_key_values=self.cache, use_cache=True, **options).logits
-        with capture(model, draft.config.target_layer_ids) as tap:
-            logits_BLV = model(input_ids=ids_BS, past_key_values=self.cache, use_cache=True, **options).logits
-        self.features_BSF = tap.read()
-        return logits_BLV
+
+def block_ids(newest: int, proposal: Proposal | None, device: torch.device) -> Tensor:
+    """Return the tokens of a target step: the newest and the draft's. Shapes: (1, L)."""
+    newest_1 = torch.tensor([newest], device=device)
+    return (newest_1 if proposal is None else torch.cat([newest_1, proposal.ids_P]))[None]

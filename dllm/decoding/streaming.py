@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from dllm.config.params import Target
 from dllm.decoding.encoding import check_room, checked
 from dllm.decoding.samplers import Sampler
-from dllm.decoding.settings import LengthSettings
+from dllm.decoding.sampling import samplings
+from dllm.decoding.settings import SampledSettings
 from dllm.decoding.speculative import Decoder, Round
 from dllm.models import targets
 from dllm.models.checkpoints import Checkpoint
@@ -24,10 +25,10 @@ def generate(
     target: Target,
     texts: Sequence[str],
     sampler: Sampler,
-    settings: LengthSettings,
+    settings: SampledSettings,
     stream: TextIO | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Generate from each text, one chat each, greedily; yield its record, in order.
+    """Generate from each text, one chat each; yield its record, in order.
 
     Args:
         checkpoint: the draft, where the sampler uses one.
@@ -46,19 +47,22 @@ def generate(
         ids = chat.prompt_ids(tokenizer, [{"role": "user", "content": checked(text, number)}], target.enable_thinking)
         check_room(len(ids), settings.max_new_tokens, decoder.limit, number)
         encoded.append((text, ids))
-    for text, ids in encoded:
-        response = StreamedResponse(tokenizer, stream)
-        for each in decoder.decode(ids, max_new_tokens=settings.max_new_tokens, stop_ids=stop_ids):
-            response.add(each)
-        response.finish(decoder)
-        yield {
-            "prompt": text,
-            **response.figures(stop_ids),
-            "sampler": sampler.name,
-            "block_size": decoder.block_size,
-            "target": target.model,
-            "checkpoint": str(checkpoint.path),
-        }
+    with decoder.packed():
+        for (text, ids), sampling in zip(encoded, samplings([ids for _, ids in encoded], settings), strict=True):
+            response = StreamedResponse(tokenizer, stream)
+            for each in decoder.decode(
+                ids, max_new_tokens=settings.max_new_tokens, stop_ids=stop_ids, sampling=sampling
+            ):
+                response.add(each)
+            response.finish(decoder)
+            yield {
+                "prompt": text,
+                **response.figures(stop_ids),
+                "sampler": sampler.name,
+                "block_size": decoder.block_size,
+                "target": target.model,
+                "checkpoint": str(checkpoint.path),
+            }
 
 
 @dataclass

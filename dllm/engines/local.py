@@ -21,10 +21,10 @@ from torch import Tensor
 
 from dllm.config.params import Params, Regenerate
 from dllm.engines.engine import EngineStats, Request, RequestSource, Response
-from dllm.engines.slots import SlotCache, slot_attention
 from dllm.errors import ModelError
 from dllm.models import targets
 from dllm.models.packing import packed_linears
+from dllm.models.slots import SlotCache, slot_attention
 from dllm.prompts import template as chat
 
 REFILL = 16
@@ -171,9 +171,8 @@ class _Decoding:
 
     def _step(self) -> Iterator[Response]:
         last_B1 = torch.tensor([[tokens[-1] if tokens else 0] for tokens in self.tokens])
-        self.cache.decode(self.length_B, self.device)
-        unseen_BT = torch.arange(self.cache.seen) > self.length_B[:, None]
-        mask_B11T = torch.zeros(unseen_BT.shape).masked_fill(unseen_BT, float("-inf"))[:, None, None]
+        unseen_B1T = self.cache.decode(self.length_B[:, None], self.device)
+        mask_B11T = torch.zeros(unseen_B1T.shape).masked_fill(unseen_B1T, float("-inf"))[:, None]
         mask_B11T = mask_B11T.to(self.device, self.engine.model.dtype)
         hidden_B1D = self._decode(last_B1, self.length_B[:, None], mask_B11T)
         self.length_B += torch.tensor([row is not None for row in self.rows])

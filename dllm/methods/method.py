@@ -140,6 +140,9 @@ class Method(Protocol[Settings]):
             ConfigError, ModelError: the target cannot be trained so, or its shapes are not known.
         """
 
+    def identity(self, params: Params) -> Mapping[str, Any]:
+        """Return ids, revisions and digests of models other than the target that training starts from."""
+
     def build(self, ctx: TrainContext[Settings]) -> Strategy:
         """Load the models and data that are trained; all ranks call it."""
 

@@ -16,7 +16,8 @@ from dllm.errors import ConfigError, ModelError
 from dllm.models import builtin, targets
 from dllm.models.diffusion.config import DiffusionConfig, config_at, read_config
 from dllm.models.diffusion.families import family_at
-from dllm.models.drafts.checkpoint import family_of, foreign_family
+from dllm.models.drafts.checkpoint import family_of
+from dllm.models.drafts.foreign import foreign_family
 from dllm.tracking.provenance import RECORDS
 from dllm.tracking.runs import REGISTERED
 

@@ -44,7 +44,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
             sections=[params.target, params.train],
             determining=[params.target, other_work.determining(params.train, ranks.world)],
             inputs={"regenerate": root / "out" / "regenerate"},
-            identity={"target": identity, "method": params.train.mode},
+            identity={"target": identity, "method": params.train.mode, **METHODS[params.train.mode].identity(params)},
             root=root,
             is_main=ranks.is_main,
         ) as stage:

@@ -71,6 +71,19 @@ def test_the_streamed_text_is_the_answer(root: Path, sampler: str) -> None:
     assert ("τ 1." in summary and "tokens per round: 1" in summary) == (sampler == "dflash")
 
 
+@pytest.mark.parametrize("sampler", ["dflash", "ar"])
+def test_a_seed_gives_the_same_text_and_equal_prompts_draw_differently(root: Path, sampler: str) -> None:
+    def texts(prompts: list[str], **named) -> list[list[int]]:
+        named = {"max_new_tokens": 8, "temperature": 1.0, **named}
+        options, stream = GenerateOptions(sampler, settings=named), io.StringIO()
+        found = generation.generate(checkpoint="out/train", prompts=prompts, root=root, options=options, stream=stream)
+        return [record["token_ids"] for record in found]
+
+    one, again, other = texts(["a", "a"]), texts(["a", "b", "a"]), texts(["a"], seed=1)
+    assert one == [again[0], again[2]] and one[0] != one[1] and one[0] != other[0]
+    assert texts(["a"], top_k=1) == texts(["a"], temperature=0.0)
+
+
 def test_text_comes_out_in_whole_characters(root: Path) -> None:
     from dllm.decoding.acceptance import RoundCounts
     from dllm.decoding.speculative import Round
@@ -144,6 +157,13 @@ def test_a_draft_refuses_what_only_diffusion_models_do(root: Path) -> None:
     assert "--batch-size is for diffusion models" in refused(root, batch_size=3)
     assert "--trust-remote-code is for diffusion models" in refused(root, trust_remote_code=True)
     assert "no use for --block-size" in refused(root, sampler="ar", settings={"block_size": 4})
+    for sampler in ("dflash", "ar"):
+        said = refused(root, sampler=sampler, settings={"top_p": 0.9, "top_k": 5})
+        assert "top_p and top_k require sampling, and temperature 0 is greedy; give a temperature" in said
+        for wrong in (1e-9, 3.0, float("nan"), float("inf")):
+            assert "temperature must be 0, or a number" in refused(
+                root, sampler=sampler, settings={"temperature": wrong}
+            )
 
 
 def test_a_diffusion_model_refuses_what_only_drafts_do(root: Path) -> None:

@@ -59,6 +59,12 @@ REFUSED = [
     ("train.dflash.draft", {"init": "org/draft", "target_layer_ids": [1]}, "target_layer_ids must be null"),
     ("evaluate.block_size", 32, "larger than train.dflash.block_size 16"),
     ("evaluate.block_size", 1, "evaluate.block_size must be 0"),
+    ("evaluate.sets", [{"name": "gsm8k", "limits": 3}], "evaluate.sets.0.limits: unknown key; did you mean limit?"),
+    ("evaluate.sets", ["gsm8k", "gsm8k"], "evaluate.sets names a set twice"),
+    ("evaluate.sets", "gsm8k", "evaluate.sets: Input should be a valid list"),
+    ("evaluate.thinking", [], "evaluate.thinking"),
+    ("evaluate.thinking", [True], "evaluate.thinking is for evaluate.sets, and there are none"),
+    ("evaluate.thinking", [True, True], "evaluate.thinking names a mode twice"),
     ("register", {}, "register.model_name: missing"),
 ]
 
@@ -69,6 +75,13 @@ def test_a_bad_value_is_refused_by_its_path(path: str, value: object, said: str)
         parse_params(_with(path, value))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_set_is_a_name_or_a_source() -> None:
+    named = parse_params(_with("evaluate.sets", ["gsm8k", {"name": "math500", "limit": 8}])).evaluate.sets
+    assert named is not None and [(each.name, each.limit) for each in named] == [("gsm8k", None), ("math500", 8)]
+    with pytest.raises(ConfigError, match=r"evaluate\.sets measures acceptance of drafts, and train\.mode is mdlm"):
+        parse_params(_with("train.mode", "mdlm") | {"evaluate": {"sets": ["gsm8k"]}})
 
 
 def test_values_never_change_after_loading() -> None:

@@ -109,7 +109,9 @@ def test_every_sampler_says_what_it_takes_and_its_defaults_are_among_them() -> N
         assert all(issubclass(each, LengthSettings) for each in sampler.settings.values())
         assert sampler.defaults.keys() <= field_names(sampler.settings.get("diffusion"))
     assert field_names(SAMPLERS["ar"].settings["diffusion"]) == field_names(CausalSettings)
-    assert field_names(SAMPLERS["ar"].settings["draft"]) == {"max_new_tokens"}
+    sampled = {"max_new_tokens", "temperature", "seed", "top_p", "top_k"}
+    assert field_names(SAMPLERS["ar"].settings["draft"]) == sampled
+    assert field_names(SAMPLERS["dflash"].settings["draft"]) == {*sampled, "block_size"}
 
 
 def test_the_default_sampler_fits_the_model() -> None:

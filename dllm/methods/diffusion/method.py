@@ -36,7 +36,10 @@ class MaskedMethod(Generic[Settings]):
     reads: Mapping[str, str] = {"references": "out/prepare/references.json", "heldout": HELDOUT.as_posix()}
 
     def check(self, params: Params) -> None:
-        """Accept all settings."""
+        """Refuse prompt sets, which are for drafts."""
+        if params.evaluate.sets is not None:
+            mode = params.train.mode
+            raise ValueError(f"evaluate.sets measures acceptance of drafts, and train.mode is {mode}; leave it out")
 
     def check_models(self, params: Params) -> None:
         from dllm.methods.diffusion.build import check_family
@@ -50,6 +53,9 @@ class MaskedMethod(Generic[Settings]):
         from dllm.methods.diffusion.plan import plan
 
         return plan(ctx)
+
+    def identity(self, params: Params) -> Mapping[str, Any]:
+        return {}
 
     def strategy(
         self, model: DiffusionLM, splits: Mapping[Split, Sequence[Example]], settings: Train
@@ -154,6 +160,7 @@ class HybridMethod(MaskedMethod[Hybrid]):
     settings = Hybrid
 
     def check(self, params: Params) -> None:
+        super().check(params)
         evaluation = getattr(params.evaluate, SECTION) or DiffusionEvaluation()
         if cast(Hybrid, params.train.method_settings).attention == "block" and evaluation.cache != "none":
             raise ValueError(

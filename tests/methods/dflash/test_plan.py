@@ -69,7 +69,14 @@ class Step:
     def gradient(self) -> int:
         """Compute a gradient; return the number of scored slots."""
         sums = dflash_terms(
-            self.draft, self.embedding, self.embedding, self.batch, self.anchors, gamma=4.0, chunk=CHUNK
+            self.draft,
+            self.embedding,
+            self.embedding,
+            self.batch,
+            self.anchors,
+            gamma=4.0,
+            chunk=CHUNK,
+            draft_settings=self.settings.draft,
         )
         sums.numerator.backward()  # type: ignore[no-untyped-call]
         return int(sums.count_P.sum())

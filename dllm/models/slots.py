@@ -3,20 +3,21 @@
 Each row has a slot that is written in place, so nothing is copied as responses grow. A row's results do not depend on
 the batch: prompts are concatenated and each attends to itself only.
 
-Shape suffixes: B slots, S tokens of several prompts concatenated, T cache positions, H query heads, G key/value heads,
-R = H / G, E head dim.
+Shape suffixes: B slots, L new tokens per slot, S tokens of several prompts concatenated, T cache positions, H query
+heads, G key/value heads, R = H / G, E head dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 ATTENTION = "dllm_slots"
 POSITION_MULTIPLE = 16
@@ -50,20 +51,31 @@ class SlotCache:
         """Treat the next pass as concatenated prompts: for each its slots (one per sample) and its slice."""
         self.prompts = prompts
 
-    def decode(self, length_B: Tensor, device: torch.device) -> None:
-        """Treat the next pass as one token per slot, each at its own position."""
+    def decode(self, position_BL: Tensor, device: torch.device) -> Tensor:
+        """Treat the next pass as new tokens of every slot; return which positions each does not attend to.
+
+        Shapes: returns unseen_BLT bool. Tokens that a slot rejects later are overwritten by those at their positions.
+        """
         self.prompts = None
-        self.at = (torch.arange(len(length_B), device=device), length_B.to(device))
-        self.seen = min(self.positions, -(-(int(length_B.max()) + 1) // POSITION_MULTIPLE) * POSITION_MULTIPLE)
+        self.at = (torch.arange(len(position_BL), device=device)[:, None], position_BL.to(device))
+        self.seen = min(self.positions, -(-(int(position_BL.max()) + 1) // POSITION_MULTIPLE) * POSITION_MULTIPLE)
+        return torch.arange(self.seen) > position_BL[..., None]
+
+    def load(self, slot: int, cache: DynamicCache) -> None:
+        """Fill a slot with the keys and values of one sequence."""
+        for layer, held in enumerate(cache.layers):
+            key, value = cast(DynamicLayer, held).keys, cast(DynamicLayer, held).values
+            assert key is not None and value is not None
+            self._allocate(layer, key, value)
+            self.keys[layer][slot, :, : key.shape[2]] = key[0]
+            self.values[layer][slot, :, : value.shape[2]] = value[0]
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Store new keys and values, and return those that the queries attend to.
 
-        Shapes: (1, G, S, E) in prefill, (B, G, 1, E) in decoding.
+        Shapes: (1, G, S, E) in prefill, (B, G, L, E) in decoding.
         """
-        if not len(self.keys[layer]):
-            self.keys[layer] = key.new_zeros(self.slots, key.shape[1], self.positions, key.shape[3])
-            self.values[layer] = value.new_zeros(self.slots, value.shape[1], self.positions, value.shape[3])
+        self._allocate(layer, key, value)
         keys, values = self.keys[layer], self.values[layer]
         if self.prompts is not None:
             for slots_of_prompt, part in self.prompts:
@@ -71,8 +83,8 @@ class SlotCache:
                 values[slots_of_prompt, :, : part.stop - part.start] = value[0, :, part]
             return key, value
         slots, positions = self.at
-        keys[slots, :, positions] = key[:, :, 0]
-        values[slots, :, positions] = value[:, :, 0]
+        keys[slots, :, positions] = key.transpose(1, 2)
+        values[slots, :, positions] = value.transpose(1, 2)
         return keys[:, :, : self.seen], values[:, :, : self.seen]
 
     def keep(self, slots: Sequence[int]) -> None:
@@ -91,6 +103,11 @@ class SlotCache:
     def get_seq_length(self, layer: int = 0) -> int:
         """Return 0: positions are always passed explicitly."""
         return 0
+
+    def _allocate(self, layer: int, key: Tensor, value: Tensor) -> None:
+        if not len(self.keys[layer]):
+            self.keys[layer] = key.new_zeros(self.slots, key.shape[1], self.positions, key.shape[3])
+            self.values[layer] = value.new_zeros(self.slots, value.shape[1], self.positions, value.shape[3])
 
     def _grown(self, old: Tensor) -> Tensor:
         if not len(old):
