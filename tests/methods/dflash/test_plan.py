@@ -128,7 +128,12 @@ def test_a_targets_operations_are_those_that_torch_counts() -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "draft", "target"),
-    [("qwen3-4b-dflash", 537_427_200, 4_022_468_096), ("qwen3-8b-dflash", 1_048_626_432, 8_190_735_360)],
+    [
+        ("qwen3-4b-dflash", 537_427_200, 4_022_468_096),
+        ("qwen3-8b-dflash", 1_048_626_432, 8_190_735_360),
+        ("qwen3-4b-dflash2", 632_360_192, 4_022_468_096),
+        ("qwen3-8b-dflash2", 1_169_573_120, 8_190_735_360),
+    ],
 )
 def test_recipes_of_well_known_targets_are_planned_without_their_repositories(
     recipe: str, draft: int, target: int
