@@ -133,15 +133,15 @@ class Method(Protocol[Settings]):
             ConfigError, ModelError: one cannot; the line says why.
         """
 
+    def identity(self, params: Params) -> Mapping[str, Any]:
+        """Return ids, revisions and digests of models other than the target that training starts from."""
+
     def plan(self, ctx: PlanContext[Settings]) -> Plan:
         """Count parameters, memory and operations of a run from shapes alone.
 
         Raises:
             ConfigError, ModelError: the target cannot be trained so, or its shapes are not known.
         """
-
-    def identity(self, params: Params) -> Mapping[str, Any]:
-        """Return ids, revisions and digests of models other than the target that training starts from."""
 
     def build(self, ctx: TrainContext[Settings]) -> Strategy:
         """Load the models and data that are trained; all ranks call it."""

@@ -14,6 +14,7 @@ from dllm.config.params import Target
 from dllm.errors import ModelError
 from dllm.models import checkpoints, targets
 from dllm.models.drafts import checkpoint as export
+from dllm.models.drafts import serving
 from dllm.models.drafts.config import FULL, SLIDING, DFlashConfig
 from dllm.models.drafts.dflash import DFlashDraft
 from tests.decoding import stand_in_drafts
@@ -111,6 +112,7 @@ REFUSED = {
     "attention bias as text": ({"attention_bias": "qkv"}, "attention_bias"),
     "attention bias inside": ({"dflash_config/attention_bias": True}, "dflash_config.attention_bias"),
     "scaled embeddings": ({"dflash_config/input_embedding_scale": 8.0}, "input_embedding_scale"),
+    "no norm of queries and keys": ({"use_qk_norm": False}, "use_qk_norm"),
     "value scale": ({"attention_value_scale": 0.5}, "attention_value_scale"),
     "windows by other keys": ({"dflash_config/use_swa": True, "dflash_config/swa_window_size": 1024}, "use_swa"),
     "sinks": ({"dflash_config/attention_sink_bias": True}, "attention_sink_bias"),
@@ -167,6 +169,7 @@ def test_windows_and_causality_are_read_by_one_rule(
     config = DFlashConfig.from_json(_changed(saved, changes))
     assert [config.layer_attention(index) for index in range(config.num_hidden_layers)] == layers
     assert DFlashConfig.from_json(config.to_json()) == config
+    assert serving.layers(config.to_json(), serving.TRAINED) == layers
 
 
 @pytest.mark.parametrize(("changes", "said"), REFUSED.values(), ids=REFUSED)

@@ -104,6 +104,11 @@ REFUSED = {
         "a sliding_window of 8 is smaller than a block of 16",
     ),
     "another family": ({"architectures": ["Qwen3DSparkModel"]}, {}, "DSpark"),
+    "DFlash 2 for DFlash": (
+        {"architectures": ["DFlash2DraftModel"], "conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 8,
+         "selector_top_k": 4}, {},
+        "a DFlash2DraftModel, and a DFlashDraftModel is trained",
+    ),
     "a key of tomorrow": ({"residual_gate": 0.5}, {}, "residual_gate"),
     "a model that is no draft": ({"architectures": ["LlamaForCausalLM"]}, {}, "LlamaForCausalLM"),
 }  # fmt: skip
@@ -126,6 +131,10 @@ def test_a_draft_that_does_not_fit_is_refused_by_prepare_without_its_weights(
     assert said in str(caught.value)
     assert len(str(caught.value)) <= 500
     assert str(caught.value).isprintable()
+
+
+def test_dflash_2_may_start_from_dflash(hub: Path) -> None:
+    preflight.check(_params(architecture="dflash2"))
 
 
 def test_a_revision_of_a_directory_or_of_nothing_is_refused(hub: Path) -> None:

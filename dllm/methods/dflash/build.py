@@ -36,7 +36,9 @@ def check_models(settings: Dflash, target: Target) -> None:
     if settings.draft.init == "random":
         new_config(settings, model, tokenizer)
     else:
-        config = read_config(draft_directory(settings.draft.init, settings.draft.revision))[1]
+        published, config = read_config(draft_directory(settings.draft.init, settings.draft.revision))
+        family: type[Draft] = DRAFTS[settings.draft.architecture]
+        family.check_start(published)
         check_fit(config, model.config, settings.draft.init)
         _published_config(settings, config, model, tokenizer)
 

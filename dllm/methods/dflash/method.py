@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dllm.config.section import Section
-from dllm.methods.dflash.settings import Dflash
+from dllm.methods.dflash.settings import Dflash, Walk
 from dllm.methods.figures import DASH, Records, Row, Table, count, number
 from dllm.methods.method import EvaluateContext, Evaluation, Method, PlanContext, Publication, Score, TrainContext
 
@@ -28,7 +28,7 @@ class DflashMethod:
     """Train a DFlash draft, and measure its acceptance length in speculative decoding."""
 
     settings = Dflash
-    evaluation: Mapping[str, type[Section]] = {}
+    evaluation: Mapping[str, type[Section]] = {"walk": Walk}
     reads: Mapping[str, str] = {"prompts": "out/prepare/prompts.parquet"}
 
     def check(self, params: Params) -> None:
@@ -44,16 +44,16 @@ class DflashMethod:
 
         check_models(cast(Dflash, params.train.method_settings), params.target)
 
-    def plan(self, ctx: PlanContext[Dflash]) -> Plan:
-        from dllm.methods.dflash.plan import plan
-
-        return plan(ctx)
-
     def identity(self, params: Params) -> Mapping[str, Any]:
         from dllm.models.drafts.checkpoint import draft_identity
 
         draft = cast(Dflash, params.train.method_settings).draft
         return {} if draft.init == "random" else {"draft": draft_identity(draft.init, draft.revision)}
+
+    def plan(self, ctx: PlanContext[Dflash]) -> Plan:
+        from dllm.methods.dflash.plan import plan
+
+        return plan(ctx)
 
     def build(self, ctx: TrainContext[Dflash]) -> DflashStrategy:
         import torch
@@ -110,14 +110,20 @@ class DflashMethod:
         return evaluate(ctx)
 
     def score(self, metrics: Mapping[str, Any]) -> Score:
-        return Score("tau_micro", "τ", metrics["tau_micro"])
+        return Score("tau_micro", "τ", metrics.get("walked", metrics)["tau_micro"])
 
     def rows(self, metrics: Records) -> Iterator[Row]:
         trained, found = metrics.get("train", {}), metrics.get("evaluate", {})
         yield "draft parameters", count(trained.get("draft_params"))
         yield "draft_acc, held-out text", number(trained.get("val_draft_acc"), 3)
+        if walked := found.get("walked"):
+            low, high = walked["tau_interval"] or (None, None)
+            label = f"τ micro, {walked['prompts']} held-out prompts (95 % interval)"
+            yield label, f"{number(walked['tau_micro'], 2)} ({number(low, 2)} to {number(high, 2)})"
         yield "τ micro, held-out prompts", number(found.get("tau_micro"), 2)
         yield "τ macro, held-out prompts", number(found.get("tau_macro"), 2)
+        if sampled := found.get("sampled"):
+            yield f"τ micro, sampled at temperature {sampled['temperature']:g}", number(sampled["tau_micro"], 2)
         yield "tokens/s autoregressive", number(found.get("tokens_per_s_ar"), 1)
         yield "tokens/s speculative", number(found.get("tokens_per_s_spec"), 1)
         yield "speculative / autoregressive", f"{number(found.get('speedup'), 2)} ×"
@@ -128,10 +134,11 @@ class DflashMethod:
         trained, found = metrics.get("train", {}), metrics.get("evaluate", {})
         if found.get("sets"):
             yield _sets_table(found["sets"])
+        accepted = found.get("walked", found)
         columns: dict[str, list[float | None]] = {
             "draft_acc_k": [],
-            "accepted given k-1": found.get("conditional_acceptance_by_offset") or [],
-            "accepted": found.get("acceptance_by_offset") or [],
+            "accepted given k-1": accepted.get("conditional_acceptance_by_offset") or [],
+            "accepted": accepted.get("acceptance_by_offset") or [],
         }
         while (accuracy := trained.get(f"val_draft_acc_k{len(columns['draft_acc_k']) + 1}")) is not None:
             columns["draft_acc_k"].append(accuracy)

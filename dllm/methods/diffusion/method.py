@@ -36,10 +36,15 @@ class MaskedMethod(Generic[Settings]):
     reads: Mapping[str, str] = {"references": "out/prepare/references.json", "heldout": HELDOUT.as_posix()}
 
     def check(self, params: Params) -> None:
-        """Refuse prompt sets, which are for drafts."""
+        """Refuse what is measured of drafts alone."""
         if params.evaluate.sets is not None:
             mode = params.train.mode
             raise ValueError(f"evaluate.sets measures acceptance of drafts, and train.mode is {mode}; leave it out")
+        if params.evaluate.temperature:
+            raise ValueError(
+                f"evaluate.temperature is {params.evaluate.temperature:g}, and a diffusion LM is evaluated greedily; "
+                "set it to 0"
+            )
 
     def check_models(self, params: Params) -> None:
         from dllm.methods.diffusion.build import check_family
@@ -49,13 +54,13 @@ class MaskedMethod(Generic[Settings]):
         check_family(params.target, params.train)
         check_config(params.target, locate(params.target, weights=False))
 
+    def identity(self, params: Params) -> Mapping[str, Any]:
+        return {}
+
     def plan(self, ctx: PlanContext[Settings]) -> Plan:
         from dllm.methods.diffusion.plan import plan
 
         return plan(ctx)
-
-    def identity(self, params: Params) -> Mapping[str, Any]:
-        return {}
 
     def strategy(
         self, model: DiffusionLM, splits: Mapping[Split, Sequence[Example]], settings: Train

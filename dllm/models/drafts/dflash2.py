@@ -149,6 +149,12 @@ class DFlash2Draft(DFlashDraft):
         return _extended(replace(plain, is_causal=bool(settings.causal)), _own(settings))
 
     @classmethod
+    def check_start(cls, published: type[Draft]) -> None:
+        """Refuse a family other than DFlash 2 and DFlash."""
+        if published is not DFlashDraft:
+            super().check_start(published)
+
+    @classmethod
     def start_from(cls, published: Draft, settings: DraftSettings, seed: int) -> Draft:
         """Return the draft that training starts from: a DFlash 2 draft as it is, a DFlash draft with what it lacks.
 
