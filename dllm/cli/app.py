@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 
-from dllm.cli import data, generate, lm_eval, recipes, track
+from dllm.cli import data, export, generate, lm_eval, recipes, track
 from dllm.cli import regenerate as regenerate_verb
 from dllm.cli.options import Debug, Overrides, ParamsPath, Root
 from dllm.stages import STAGES
@@ -73,6 +73,7 @@ for _name in STAGES:
 
 
 app.command("generate")(generate.command)
+app.command("export")(export.command)
 app.command("lm-eval")(lm_eval.run)
 
 

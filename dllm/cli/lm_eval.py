@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from dllm.cli.options import (
     sampler_option,
 )
 from dllm.errors import ConfigError
+from dllm.training import launch
 
 KINDS = {
     "exact": "log-likelihoods are exact: token by token, with the causal mask",
@@ -71,6 +73,7 @@ def run(
     ] = [],  # noqa: B006
     batch_size: Annotated[int, option(panel=DECODING, min=1, help="Rows per forward pass.")] = 8,
     seed: Annotated[int, option(panel=DECODING, help="Random seed of masks and of sampling.")] = 0,
+    nproc: Annotated[int, option(panel=DECODING, min=1, help="Processes that share the documents.")] = 1,
     as_json: Annotated[bool, option("--json", panel=OUTPUT, help="Print one JSON object.")] = False,
     root: Root = Path(),
     debug: Debug = False,
@@ -78,6 +81,8 @@ def run(
     """Run tasks of lm-evaluation-harness on a checkpoint; print a table, and whether its likelihoods are exact."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-eval is not installed", hint="pip install 'dllm[lm-eval]'")
+    if nproc > 1 and not launch.is_rank():
+        raise SystemExit(launch.run(sys.orig_argv, nproc))  # the ranks run this very command
     # Otherwise the harness forks a process per core to resample, and draws its own progress bars.
     for name in ("DISABLE_MULTIPROC", "TQDM_DISABLE"):
         os.environ.setdefault(name, "1")

@@ -235,7 +235,12 @@ def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
         if isinstance(part, int):
             continue
         fields = {f.alias or name: f for name, f in model.model_fields.items()}
-        model = fields[part].annotation
-        args = typing.get_args(model)
-        model = next((a for a in (*args, model) if isinstance(a, type) and issubclass(a, BaseModel)), model)
+        model = _section_in(fields[part].annotation)
     return [f.alias or name for name, f in model.model_fields.items()]
+
+
+def _section_in(annotation: Any) -> Any:
+    """Return the section that an annotation holds, alone, in a list or beside None."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in typing.get_args(annotation) if (found := _section_in(part)) is not None), None)

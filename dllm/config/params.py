@@ -7,10 +7,9 @@ docs/operations.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, create_model, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from dllm.config.section import (
     Fraction,
@@ -22,6 +21,7 @@ from dllm.config.section import (
     Seed,
     Size,
     TokenCount,
+    with_sections,
 )
 from dllm.registry import ENGINES, METHODS
 
@@ -199,11 +199,22 @@ class _Train(Section):
         return self
 
 
+def _named(entries: Any) -> Any:
+    """Let a name stand for a source without options."""
+    is_list = isinstance(entries, list)
+    return [{"name": each} if isinstance(each, str) else each for each in entries] if is_list else entries
+
+
 class _Evaluate(Section):
     """Decoding of held-out prompts: what every method shares."""
 
     num_prompts: PositiveInt = 64
-    """Held-out prompts per source."""
+    """Held-out prompts per source, and prompts per set and thinking mode."""
+    sets: Annotated[list[Source] | None, BeforeValidator(_named)] = None
+    """Prompt sets to measure on beside the held-out prompts: `gsm8k`, `math500`, `humaneval`, `mbpp`, `mt-bench`,
+    `alpaca` (as published), or sources as in `prepare.sources`; names, or mappings with `name` and `limit`."""
+    thinking: Annotated[list[bool], Field(min_length=1, max_length=2)] | None = None
+    """Thinking modes in which each set is measured; null takes `target.enable_thinking` alone."""
     max_new_tokens: TokenCount = 256
     block_size: Annotated[int, Field(ge=0, le=2**16)] = 0
     """Block size at decoding; 0 takes that of the checkpoint. A draft may be decoded with smaller blocks than its
@@ -227,14 +238,6 @@ class _Evaluate(Section):
         return self
 
 
-def _sections(base: type[Section], name: str, settings: Mapping[str, type[Section]], about: str) -> Any:
-    """Add optional sections of methods to a model."""
-    fields: dict[str, Any] = {
-        key: (section | None, Field(default=None, description=about)) for key, section in settings.items()
-    }
-    return create_model(name, __base__=base, __module__=__name__, __doc__=base.__doc__, **fields)
-
-
 if TYPE_CHECKING:  # the sections of methods are typed where they are used, in dllm/methods/
 
     class Train(_Train):
@@ -244,13 +247,13 @@ if TYPE_CHECKING:  # the sections of methods are typed where they are used, in d
         """Decoding of held-out prompts, with the sections that methods add."""
 
 else:
-    Train = _sections(
+    Train = with_sections(
         _Train,
         "Train",
         {name: method.settings for name, method in METHODS.items()},
         "Settings of the method of this name; required by no other mode.",
     )
-    Evaluate = _sections(
+    Evaluate = with_sections(
         _Evaluate,
         "Evaluate",
         {name: section for _, method in METHODS.items() for name, section in method.evaluation.items()},
@@ -303,5 +306,13 @@ class Params(Section):
     def _check_together(self) -> Params:
         if self.evaluate.block_size == 1:
             raise ValueError("evaluate.block_size must be 0 (that of the checkpoint) or at least 2")
+        modes = self.evaluate.thinking or []
+        if len(modes) != len(set(modes)):
+            raise ValueError("evaluate.thinking names a mode twice")
+        sets = [(each.name, each.subset) for each in self.evaluate.sets or []]
+        if len(sets) != len(set(sets)):
+            raise ValueError("evaluate.sets names a set twice")
+        if modes and not sets:
+            raise ValueError("evaluate.thinking is for evaluate.sets, and there are none; leave it out")
         METHODS[self.train.mode].check(self)
         return self

@@ -5,9 +5,10 @@ The bounds are far above what any run uses: they refuse slips of the keyboard be
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -29,3 +30,18 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True, allow_inf_nan=False
     )
+
+
+def with_sections(base: type[Section], name: str, settings: Mapping[str, type[Section]], about: str) -> Any:
+    """Return a section like `base` with optional sections inside, of registered members.
+
+    Args:
+        base: what all members share.
+        name: of the new class.
+        settings: the members' sections by key.
+        about: describes each of these keys.
+    """
+    fields: dict[str, Any] = {
+        key: (section | None, Field(default=None, description=about)) for key, section in settings.items()
+    }
+    return create_model(name, __base__=base, __module__=base.__module__, __doc__=base.__doc__, **fields)

@@ -48,6 +48,8 @@ class TrainContext(Generic[Settings]):
     target: Mapping[str, Any]
     """Identity of the target."""
     splits: Mapping[Split, Sequence[Example]]
+    work: Path
+    """Scratch of this configuration, the same for all ranks."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,9 @@ class Method(Protocol[Settings]):
         Raises:
             ConfigError, ModelError: one cannot; the line says why.
         """
+
+    def identity(self, params: Params) -> Mapping[str, Any]:
+        """Return ids, revisions and digests of models other than the target that training starts from."""
 
     def build(self, ctx: TrainContext[Settings]) -> Strategy:
         """Load the models and data that are trained; all ranks call it."""

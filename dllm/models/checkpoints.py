@@ -16,7 +16,8 @@ from dllm.errors import ConfigError, ModelError
 from dllm.models import builtin, targets
 from dllm.models.diffusion.config import DiffusionConfig, config_at, read_config
 from dllm.models.diffusion.families import family_at
-from dllm.models.drafts.checkpoint import family_of, foreign_family
+from dllm.models.drafts.checkpoint import family_of
+from dllm.models.drafts.foreign import foreign_family
 from dllm.tracking.provenance import RECORDS
 from dllm.tracking.runs import REGISTERED
 
@@ -148,13 +149,19 @@ def is_draft(checkpoint: Path) -> bool:
 
 def trained_for(checkpoint: Path) -> dict[str, Any] | None:
     """Read the target's identity from the run.json of the stage that made a checkpoint; None where there is none."""
+    return run_record(checkpoint).get("identity", {}).get("target")
+
+
+def run_record(checkpoint: Path) -> dict[str, Any]:
+    """Read the run.json of the stage that made a checkpoint, with a target; {} where there is none."""
     for folder in (checkpoint, checkpoint.parent):
         try:
-            target = _run_record(folder)["identity"]["target"]
+            record = _run_record(folder)
+            target = record["identity"]["target"]
         except (KeyError, TypeError, ModelError):  # a damaged one is refused where the checkpoint is found
             continue
-        return target if isinstance(target, dict) and "model" in target else None
-    return None
+        return record if isinstance(target, dict) and "model" in target else {}
+    return {}
 
 
 def check_bytes(checkpoint: Path) -> None:

@@ -269,16 +269,20 @@ def best_device() -> torch.device:
 def identity(target: Target) -> dict[str, Any]:
     """Return the model's identity: name, hub commit (None if not from the hub), hashes of its weights and code."""
     path = locate(target)
-    from_hub = not target.model.startswith(builtin.PREFIX) and path.parent.name == "snapshots"
     found = {
         "model": target.model,
-        "revision": path.name if from_hub else None,
+        "revision": None if target.model.startswith(builtin.PREFIX) else hub_commit(path),
         "weights": weights_digest(path),
     }
     if target.trust_remote_code:
         code = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.glob("*.py"))]
         found["code"] = hashlib.sha256("\n".join(code).encode()).hexdigest()
     return found
+
+
+def hub_commit(directory: Path) -> str | None:
+    """Return the commit of a directory in the Hugging Face cache; None for any other directory."""
+    return directory.name if directory.parent.name == "snapshots" else None
 
 
 def weights_digest(directory: Path) -> str:

@@ -62,11 +62,15 @@ class PackageSource:
         """Return nothing: the files are the identity."""
         return {}
 
+    def records(self, source: Source, root: Path) -> Iterator[tuple[str, Any]]:
+        """Read the rows in order, as the files hold them."""
+        for path in self.inputs(source, root).values():
+            yield from records(path)
+
     def rows(self, source: Source, root: Path) -> Iterator[SourceRow]:
         """Read the rows in order."""
-        for path in self.inputs(source, root).values():
-            for place, row in records(path):
-                yield SourceRow(place, self.chat(row), None, self.reference(row))
+        for place, row in self.records(source, root):
+            yield SourceRow(place, self.chat(row), None, self.reference(row))
 
 
 @dataclass(frozen=True)

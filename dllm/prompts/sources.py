@@ -84,19 +84,23 @@ def find(source: Source, root: Path) -> PromptSource:
     """
     if source.name in SOURCES:
         member: PromptSource = SOURCES[source.name]
-        return _checked(member, source, "a built-in source")
+        return checked(member, source, "a built-in source")
     if (root / Path(source.name).expanduser()).exists():
-        return _checked(FILES, source, "files")
+        return checked(FILES, source, "files")
     if source.name.startswith((".", "/", "~")) or kind_of(source.name) is not None or source.name.count("/") > 1:
         raise DataError("no such file or folder", where=_key(source), hint="paths are relative to the project's folder")
     near = difflib.get_close_matches(source.name.lower().replace("_", ""), list(SOURCES), n=1, cutoff=0.7)
     if near and "/" not in source.name:
         raise DataError("no such source", where=_key(source), hint=f"did you mean {near[0]}?")
-    return _checked(HUB, source, "a dataset of the hub")
+    return checked(HUB, source, "a dataset of the hub")
 
 
-def _checked(found: PromptSource, source: Source, what: str) -> PromptSource:
-    """Refuse options that would have no effect; a source without `options` takes all."""
+def checked(found: PromptSource, source: Source, what: str) -> PromptSource:
+    """Refuse options that would have no effect; a source without `options` takes all.
+
+    Raises:
+        ConfigError: there is one.
+    """
     options = getattr(found, "options", frozenset(OPTIONS))
     for name in sorted(OPTIONS - options):
         value = getattr(source, name)
@@ -116,13 +120,16 @@ def identity(source: Source, root: Path) -> dict[str, Any]:
     return find(source, root).identity(source)
 
 
-def rows(source: Source, root: Path, reading: Reading | None = None) -> Iterator[SourceRow]:
+def rows(
+    source: Source, root: Path, reading: Reading | None = None, found: PromptSource | None = None
+) -> Iterator[SourceRow]:
     """Read a source's rows in order; see `PromptSource.rows`.
 
     Args:
         reading: records what became of columns and files, where the source has any.
+        found: what reads the source, where it is known.
     """
-    found = find(source, root)
+    found = find(source, root) if found is None else found
     return found.rows(source, root, reading) if isinstance(found, TableSource) else found.rows(source, root)
 
 
@@ -210,7 +217,7 @@ class HubSource(TableSource):
         Raises:
             DataError: the dataset cannot be loaded.
         """
-        dataset = _load_dataset(source)
+        dataset = self._load(source)
         commit = commit_of(dataset.info.download_checksums or ())
         return {"fingerprint": str(dataset._fingerprint), **({} if commit is None else {"commit": commit})}
 
@@ -222,12 +229,30 @@ class HubSource(TableSource):
 
         number = 0
         try:
-            tables = _load_dataset(source).with_format("arrow").iter(BATCH_ROWS)
+            tables = self._load(source).with_format("arrow").iter(BATCH_ROWS)
             for number, row in enumerate(itertools.chain.from_iterable(map(rows, tables)), 1):
                 yield f"{label(source)} {source.split} row {number}", as_record(row)
         except (pa.ArrowException, OSError) as error:
             place = f"{label(source)} {source.split} row {number + 1}"
             raise DataError(f"cannot read the dataset: {one_line(str(error), 200)}", where=place) from None
+
+    def failed(self, source: Source, reason: str) -> DataError:
+        """Say that a dataset cannot be loaded, and what to do."""
+        return DataError(
+            f"neither a built-in source ({', '.join(SOURCES)}) nor a file nor a dataset that can be loaded: {reason}",
+            where=_key(source),
+            hint="check the name, split, subset and revision, and that the Hugging Face hub can be reached",
+        )
+
+    def _load(self, source: Source) -> Any:
+        # datasets takes 1.2 seconds to import; sources of files and built-in ones do without it.
+        import datasets
+
+        try:
+            return datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
+        except Exception as error:  # of datasets, of the hub's client, or of the loader of any format
+            reason = one_line((str(error).strip() or type(error).__name__).split("\n")[0], 250)
+            raise self.failed(source, reason) from None
 
 
 FILES, HUB = FileSource(), HubSource()
@@ -240,21 +265,6 @@ def commit_of(urls: Iterable[str]) -> str | None:
         urls: addresses of the files, as `datasets` records them beside their checksums.
     """
     return next((found[1] for url in urls if (found := _COMMIT.match(url))), None)
-
-
-def _load_dataset(source: Source) -> Any:
-    # datasets takes 1.2 seconds to import; sources of files and built-in ones do without it.
-    import datasets
-
-    try:
-        return datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
-    except Exception as error:  # of datasets, of the hub's client, or of the loader of any format
-        reason = one_line((str(error).strip() or type(error).__name__).split("\n")[0], 250)
-        raise DataError(
-            f"neither a built-in source ({', '.join(SOURCES)}) nor a file nor a dataset that can be loaded: {reason}",
-            where=_key(source),
-            hint="check the name, split, subset and revision, and that the Hugging Face hub can be reached",
-        ) from None
 
 
 def _prompts(rows: Iterable[Record], source: Source, reading: Reading) -> Iterator[SourceRow]:

@@ -21,6 +21,7 @@ from dllm.outside import one_line
 from dllm.prompts import sources
 from dllm.prompts.readers import BadRow
 from dllm.prompts.reading import Reading
+from dllm.prompts.sources import PromptSource
 from dllm.prompts.table import HELDOUT, TRAIN, Prompt, prompt_id, split_of
 from dllm.prompts.turns import Chat, Unusable, parse_chat
 
@@ -104,6 +105,7 @@ def stream(
     heldout_fraction: float = 0.0,
     known: Collection[str] = (),
     tally: Tally | None = None,
+    found: PromptSource | None = None,
 ) -> Iterator[Prompt]:
     """Read a source's prompts in the order of its rows; duplicates, and rows that cannot be read, are left out.
 
@@ -114,6 +116,7 @@ def stream(
         part: i and n of `--part i/n`, 0 <= i < n: only prompts whose id, a number, is i modulo n.
         known: ids of prompts that are left out as duplicates; they do not count towards the limit.
         tally: counts along.
+        found: what reads the source, where it is known.
 
     Raises:
         ConfigError: an option has no effect on this source.
@@ -122,10 +125,10 @@ def stream(
     tally = Tally() if tally is None else tally
     largest = None
     if source.limit is not None:
-        smallest = heapq.nsmallest(source.limit, (id for id, *_ in _distinct(source, root, known, Tally())))
+        smallest = heapq.nsmallest(source.limit, (id for id, *_ in _distinct(source, root, known, Tally(), found)))
         largest = smallest[-1] if smallest else None
     name = sources.label(source)
-    for id, chat, reference in _distinct(source, root, known, tally):
+    for id, chat, reference in _distinct(source, root, known, tally, found):
         if largest is not None and id > largest:
             tally.over_limit += 1
         elif part is not None and int(id, 16) % part[1] != part[0]:
@@ -215,10 +218,10 @@ def _check_splits(totals: Counter[str], prepare: Prepare, counts: dict[str, Any]
 
 
 def _distinct(
-    source: Source, root: Path, known: Collection[str], tally: Tally
+    source: Source, root: Path, known: Collection[str], tally: Tally, found: PromptSource | None
 ) -> Iterator[tuple[str, Chat, str | None]]:
     seen: set[int] = set()
-    for row in sources.rows(source, root, tally.reading):
+    for row in sources.rows(source, root, tally.reading, found):
         tally.rows += 1
         if isinstance(row.chat, BadRow):
             tally.set_row_aside(row.chat.reason, row.place)

@@ -76,6 +76,18 @@ def answer_ids(
     return rest[: len(rest) - rest[::-1].index(end)]
 
 
+def check_thinking_modes(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuse a chat template that renders the same prompt with thinking on and off.
+
+    Raises:
+        DataError: it does; the line names `where`, the key that asks for a mode.
+    """
+    on, off = (prompt_ids(tokenizer, [{"role": "user", "content": _PROBE}], mode) for mode in (True, False))
+    if on == off:
+        what = "the chat template renders the same prompts with thinking on and off"
+        raise DataError(what, where=where, hint="leave it out")
+
+
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash the chat template into 16 hex digits.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from dllm.config.params import Params
 from dllm.outside import one_line
-from dllm.prompts import references, sources, stream
+from dllm.prompts import references, sets, sources, stream
 from dllm.prompts import table as prompts
 from dllm.stages import preflight
 from dllm.stages.workspace import open_stage
@@ -24,9 +24,11 @@ def run(params: Params, root: Path) -> dict[str, Any]:
     Raises:
         ConfigError, ModelError: an option of a source has no effect on it, or a later stage would refuse the target,
             the draft, the template or the engine.
-        DataError: a source cannot be read, too many of its rows cannot, or a split would be empty.
+        DataError: a source or prompt set cannot be read, too many of its rows cannot, or a split would be empty.
     """
     preflight.check(params)
+    for entry in params.evaluate.sets or []:
+        sets.identity(entry, root)  # loaded now: one that is out of reach must not stop the run after the training
     section = params.prepare
     files = {
         f"{sources.label(source)}/{name}": path

@@ -95,6 +95,34 @@ def read_records(root: Path, file: str) -> Records:
     return {stage: read_record(root, stage, file) for stage in STAGES if (root / "out" / stage / file).is_file()}
 
 
+def lineage(root: Path, checkpoint_digest: str) -> tuple[Records, Records]:
+    """Read run.json and metrics.json of the stages that led to a checkpoint, and of the one that measured it.
+
+    Each is followed by the digest of what the next one has read: what another run has left under out/ is not taken.
+
+    Raises:
+        DataError: a record is damaged.
+    """
+    found, runs = read_records(root, RUN), {}
+    outputs = {stage: run.get(OUTPUTS) or {} for stage, run in found.items()}
+    inputs = {stage: run.get("inputs") or {} for stage, run in found.items()}
+    prefix, of_train = "checkpoint/", outputs.get("train", {})
+    if tree_digest({name.removeprefix(prefix): of_train[name] for name in of_train if name.startswith(prefix)}) == (
+        checkpoint_digest
+    ):
+        runs["train"] = found["train"]
+        of_shards = {name: digest for name, digest in outputs.get("regenerate", {}).items() if name not in RECORDS}
+        if "regenerate" in found and tree_digest(of_shards) == inputs["train"].get("regenerate"):
+            runs["regenerate"] = found["regenerate"]
+            if (prompts := outputs.get("prepare", {}).get("prompts.parquet")) is not None and (
+                prompts == inputs["regenerate"].get("prompts")
+            ):
+                runs["prepare"] = found["prepare"]
+    if inputs.get("evaluate", {}).get("checkpoint") == checkpoint_digest:
+        runs["evaluate"] = found["evaluate"]
+    return runs, {stage: read_record(root, stage, "metrics.json") for stage in runs}
+
+
 def trained_method(runs: Mapping[str, Mapping[str, Any]]) -> str | None:
     """Return the method that train, or else evaluate, recorded in run.json; None for runs of versions that did not."""
     for stage in ("train", "evaluate"):

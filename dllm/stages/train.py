@@ -44,7 +44,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
             sections=[params.target, params.train],
             determining=[params.target, other_work.determining(params.train, ranks.world)],
             inputs={"regenerate": root / "out" / "regenerate"},
-            identity={"target": identity, "method": params.train.mode},
+            identity={"target": identity, "method": params.train.mode, **METHODS[params.train.mode].identity(params)},
             root=root,
             is_main=ranks.is_main,
         ) as stage:
@@ -61,7 +61,7 @@ def _train(params: Params, root: Path, stage: Stage, ranks: Ranks, identity: dic
             print(f"train: {line}", file=sys.stderr, flush=True)
         stage.record["ranks"] = ranks.world
     splits: dict[Split, list[Example]] = {"train": train.kept, "heldout": heldout.kept}
-    ctx = TrainContext(params, params.train.method_settings, root, ranks, identity, splits)
+    ctx = TrainContext(params, params.train.method_settings, root, ranks, identity, splits, stage.work)
     strategy = method.build(ctx)
     dtype = getattr(torch, params.train.compute_dtype)
     loop = Loop(strategy, params.train, ranks, work=stage.work, tracker=stage.tracker, mfu_dtype=dtype)

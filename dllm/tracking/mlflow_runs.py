@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import posixpath
+import re
 import sys
 import tempfile
 import threading
@@ -26,6 +28,8 @@ from dllm.tracking.run_journal import RunJournal, journal_path
 from dllm.tracking.runs import Status, flatten
 from dllm.tracking.store import FAULTS, cause_of, connect, faults_in_one_line
 
+_NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
+NAME_CHARS = 250
 RETRY_AFTER_S = 5.0
 SHARE_OF_TIME = 20.0
 """A try that fails after t seconds is followed by a pause of at least this many t: a store that hangs costs a stage at
@@ -77,15 +81,15 @@ class MlflowTracker:
         self._send()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        self._journal.add(metrics={key: float(value) for key, value in metrics.items()}, step=step)
+        self._journal.add(metrics={_name(key): float(value) for key, value in metrics.items()}, step=step)
         self._send()
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        self._journal.add(params={key: str(value) for key, value in flatten(params).items()})
+        self._journal.add(params={_name(key): str(value) for key, value in flatten(params).items()})
         self._send()
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        self._journal.add(tags={key: str(value) for key, value in tags.items()})
+        self._journal.add(tags={_name(key): str(value) for key, value in tags.items()})
         self._send()
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
@@ -174,6 +178,11 @@ class MlflowTracker:
                 hint="restore it with `mlflow experiments restore`, or give the recipe another name",
             )
         return str(found.experiment_id)
+
+
+def _name(key: str) -> str:
+    """Return a key as MLflow takes it: one that it refuses would cost all that is sent with it."""
+    return posixpath.normpath(_NOT_IN_NAMES.sub("_", key)).lstrip("./")[:NAME_CHARS] or "_"
 
 
 def _warn(text: str) -> None:

@@ -3,16 +3,19 @@
 Every function here goes through `_chunks`: the logits of at most `chunk` rows exist at one time. They differ in what
 has a gradient and in the precision of the softmax.
 
-Shape suffixes: M scored positions, C positions of one chunk, D hidden, V vocabulary, E ties.
+Shape suffixes: M scored positions, C positions of one chunk, D hidden, V vocabulary, K candidates, E ties.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from dllm.models.drafts.selector import top_candidates
 
 
 def _chunks(
@@ -57,12 +60,21 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_MD: Tensor, head_VD: Tensor, labels_M: Tensor, chunk: int, teacher_MD: Tensor, share: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any,
+        hidden_MD: Tensor,
+        head_VD: Tensor,
+        labels_M: Tensor,
+        chunk: int,
+        teacher_MD: Tensor,
+        share: float,
+        candidates: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         rows, device = len(hidden_MD), hidden_MD.device
         nll_M = torch.empty(rows, dtype=torch.float32, device=device)
         soft_M = torch.empty(rows if share else 0, dtype=torch.float32, device=device)
         hit_M = torch.empty(rows, dtype=torch.bool, device=device)
+        top_logits_MK = hidden_MD.new_empty(rows, candidates)
+        top_ids_MK = torch.empty(rows, candidates, dtype=torch.int64, device=device)
         grad_MD = torch.empty_like(hidden_MD) if ctx.needs_input_grad[0] else None
         for part, label_C, logits_CV in _chunks(hidden_MD, labels_M, lambda x_CD: x_CD @ head_VD.T, chunk):
             probs_CV = torch.softmax(logits_CV, -1)
@@ -73,18 +85,36 @@ class _FrozenHead(torch.autograd.Function):
                 soft_M[part] = -(probs_CV.float().clamp_min(1e-37).log_() * teacher_CV).sum(-1)
                 probs_CV.sub_(teacher_CV, alpha=share)
             probs_CV[row_C, label_C] -= 1 - share
-            hit_M[part] = is_argmax(logits_CV, label_C)
+            if candidates:
+                top_CK, ids_CK = top_candidates(logits_CV, candidates)
+                top_logits_MK[part], top_ids_MK[part] = top_CK, ids_CK
+                hit_M[part] = ids_CK.gather(1, top_CK.argmax(-1, keepdim=True))[:, 0] == label_C  # ids rise
+            else:
+                hit_M[part] = is_argmax(logits_CV, label_C)
             if grad_MD is not None:
                 torch.mm(probs_CV, head_VD, out=grad_MD[part])
-        ctx.save_for_backward(grad_MD)
-        ctx.mark_non_differentiable(nll_M, hit_M)
+        ctx.save_for_backward(grad_MD, head_VD, top_ids_MK)
+        ctx.mark_non_differentiable(nll_M, hit_M, top_ids_MK)
         loss_M = nll_M.clone() if not share else (1 - share) * nll_M + share * soft_M
-        return loss_M, nll_M, hit_M
+        return loss_M, nll_M, hit_M, top_logits_MK, top_ids_MK
 
     @staticmethod
-    def backward(ctx: Any, grad_loss_M: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        (grad_MD,) = ctx.saved_tensors
-        return grad_MD * grad_loss_M[:, None].to(grad_MD.dtype), None, None, None, None, None
+    def backward(ctx: Any, grad_loss_M: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_MD, head_VD, top_ids_MK = ctx.saved_tensors
+        grad_MD = grad_MD * grad_loss_M[:, None].to(grad_MD.dtype)
+        if top_ids_MK.shape[1]:
+            grad_MD += F.embedding_bag(top_ids_MK, head_VD, mode="sum", per_sample_weights=grads[2].to(head_VD.dtype))
+        return grad_MD, *[None] * 7
+
+
+class FrozenHeadRows(NamedTuple):
+    """What a frozen head makes of each row; see `frozen_head_cross_entropy`."""
+
+    loss_M: Tensor
+    nll_M: Tensor
+    hit_M: Tensor
+    top_logits_MK: Tensor
+    top_ids_MK: Tensor
 
 
 def frozen_head_cross_entropy(
@@ -94,20 +124,24 @@ def frozen_head_cross_entropy(
     chunk: int,
     teacher_MD: Tensor | None = None,
     share: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each row's loss (differentiable in hidden_MD), its negative log-likelihood, and whether it is a hit.
+    candidates: int = 0,
+) -> FrozenHeadRows:
+    """Return each row's loss, its negative log-likelihood, whether it is a hit, and its largest logits.
 
     The loss is (1 - share) times the negative log-likelihood plus share times the cross-entropy against the teacher's
-    distribution. The softmax is computed in hidden_MD's dtype.
+    distribution. The softmax is computed in hidden_MD's dtype. The loss and the largest logits are differentiable in
+    hidden_MD.
 
     Shapes: hidden_MD, teacher_MD (the teacher's input to the same head) and head_VD of one dtype, labels_M int64.
-        Returns loss_M and nll_M float32, hit_M bool (the label is the argmax).
+        Returns loss_M and nll_M float32, hit_M bool (the label is the argmax), top_logits_MK and top_ids_MK (rising),
+        K = candidates or V if that is less.
     Units: nats.
     Source: Hinton et al. 2015 (distillation), temperature 1.
     """
     if teacher_MD is None:
         teacher_MD, share = hidden_MD.new_empty(0), 0.0
-    return _FrozenHead.apply(hidden_MD, head_VD, labels_M, chunk, teacher_MD, share)
+    number = min(candidates, len(head_VD))
+    return FrozenHeadRows(*_FrozenHead.apply(hidden_MD, head_VD, labels_M, chunk, teacher_MD, share, number))
 
 
 class _TrainedHead(torch.autograd.Function):

@@ -73,7 +73,7 @@ class Loop:
             strategy.train_rows, settings.batch_size * ranks.world * settings.grad_accumulation, settings.seed
         )
         self.total = max(1, round(settings.epochs * self.order.steps_per_epoch))
-        self.optimizer = Optimizers(strategy.model, settings.optimizer)
+        self.optimizer = Optimizers(strategy.model, settings.optimizer, strategy.adamw_rates)
         self.work = work
         work.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(work / "checkpoints", settings.keep_checkpoints)

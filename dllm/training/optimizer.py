@@ -18,13 +18,21 @@ ADAMW_SHARE = 0.1
 
 
 class Optimizers:
-    """One or two torch optimizers that act as one."""
+    """One or two torch optimizers that act as one.
 
-    def __init__(self, model: nn.Module, settings: Optimizer) -> None:
+    Args:
+        model: whose parameters that require gradients are trained.
+        settings: names the optimizer.
+        adamw_rates: parameters that AdamW trains in any case, at a multiple of its rate and without decay, by name.
+    """
+
+    def __init__(self, model: nn.Module, settings: Optimizer, adamw_rates: Mapping[str, float] | None = None) -> None:
+        rates = adamw_rates or {}
         self.settings = settings
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        matrices = [p for p in self.parameters.values() if p.ndim == 2]
-        others = [p for p in self.parameters.values() if p.ndim != 2]
+        plain = [p for name, p in self.parameters.items() if name not in rates]
+        matrices = [p for p in plain if p.ndim == 2]
+        others = [p for p in plain if p.ndim != 2]
         muon = settings.name == "muon"
         self.parts: list[torch.optim.Optimizer] = []
         if muon and matrices:
@@ -38,11 +46,13 @@ class Optimizers:
                 )
             )
         # Norms and other vectors never decay: pulling a gain towards zero is no regularisation.
+        lr = settings.lr * (ADAMW_SHARE if muon else 1)
         groups = [
-            {"params": [] if muon else matrices, "weight_decay": settings.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": [] if muon else matrices, "weight_decay": settings.weight_decay, "peak_lr": lr},
+            {"params": others, "weight_decay": 0.0, "peak_lr": lr},
+            *({"params": [self.parameters[n]], "weight_decay": 0.0, "peak_lr": lr * rate} for n, rate in rates.items()),
         ]
-        groups = [{**g, "peak_lr": settings.lr * (ADAMW_SHARE if muon else 1)} for g in groups if g["params"]]
+        groups = [group for group in groups if group["params"]]
         if groups:
             self.parts.append(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True))
 

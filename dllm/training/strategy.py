@@ -66,6 +66,10 @@ class Strategy(Protocol):
         """Name and length of each additional sum in `LossSums.counts`."""
 
     @property
+    def adamw_rates(self) -> Mapping[str, float]:
+        """Parameters that AdamW trains beside any optimizer, at a multiple of its rate and without decay, by name."""
+
+    @property
     def predictions_name(self) -> str:
         """Plural name of one prediction in metrics, e.g. block_positions."""
 

@@ -84,6 +84,16 @@ OBEYED = {
     "mixed and not causal": (MIXED | {"is_causal": False}, [(8, False), (None, False), (8, False)]),
 }  # fmt: skip
 
+LAYERS = {"num_hidden_layers": 5, "layer_types": GONE, "num_target_layers": GONE}
+PUBLISHED = {
+    "of gpt-oss": LAYERS | {"attention_bias": True, "initial_context_length": 4096, "model_type": "gpt_oss",
+                            "eos_token_id": 200002, "is_causal": GONE, "dflash_config/causal": GONE},
+    "of Qwen3.5": LAYERS | {"max_window_layers": 5, "use_sliding_window": False, "use_cache": True,
+                            "auto_map": {"AutoModel": "dflash.DFlashDraftModel"}, "eos_token_id": 248044},
+    "of Qwen3.6": LAYERS | {"layer_types": [SLIDING] * 4 + [FULL], "sliding_window": 2048, "max_window_layers": 5,
+                            "use_sliding_window": True, "rope_scaling": None, "pad_token_id": None},
+}  # fmt: skip
+
 REFUSED = {
     "causality as a number": ({"is_causal": 1}, "is_causal"),
     "causality as text, inside": (UNSAID | {"dflash_config/causal": "yes"}, "causal"),
@@ -116,6 +126,7 @@ REFUSED = {
     "too few layer types": ({"num_hidden_layers": 2}, "layer_types"),
     "window without layer types": ({"layer_types": GONE, "use_sliding_window": True, "sliding_window": 8},
                                    "layer_types"),
+    "window below the block": (WINDOW | {"sliding_window": 3}, "sliding_window of 3 is smaller than a block of 4"),
     "window that is off": ({"layer_types": ["sliding_attention"], "sliding_window": 8, "use_sliding_window": False},
                            "sliding_window"),
     "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 64.0}}, "yarn"),
@@ -131,6 +142,11 @@ REFUSED = {
     "infinite norm": ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
     "DFlash 2": ({"architectures": ["DFlash2DraftModel"], "dflash_config/selector_rank": 8}, "DFlash 2"),
     "DSpark": ({"architectures": ["Qwen3DSparkModel"]}, "DSpark"),
+    "Domino": ({"architectures": ["Qwen3DominoModel"]}, "Domino"),
+    "LiLiCorr": ({"architectures": ["LiLiCorrDraftModel"]}, "LiLiCorr"),
+    "P-EAGLE": ({"architectures": ["P_EagleForCausalLM"]}, "P-EAGLE"),
+    "Medusa": ({"architectures": ["MedusaModel"], "dflash_config": GONE}, "Medusa"),
+    "MTP": ({"architectures": ["DeepSeekMTPModel"], "dflash_config": GONE}, "multi-token prediction"),
     "EAGLE": ({"architectures": ["LlamaForCausalLMEagle3"], "dflash_config": GONE}, "EAGLE"),
     "speculators": ({"architectures": ["DFlashSpeculator"], "speculators_model_type": "dflash", "dflash_config": GONE},
                     "speculators"),
@@ -166,6 +182,38 @@ def test_what_would_be_decoded_otherwise_is_refused_by_its_name(
     assert said in str(caught.value)
     assert len(str(caught.value)) <= 500
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("changes", PUBLISHED.values(), ids=PUBLISHED)
+def test_what_others_publish_loads(saved: Path, changes: dict[str, Any], tmp_path: Path) -> None:
+    raw = _changed(saved, changes)
+    config = DFlashConfig.from_json(raw)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    shapes = DFlashDraft.tensor_shapes(config)
+    assert ("layers.4.self_attn.o_proj.bias" in shapes) is config.attention_bias
+    save_file({name: torch.full(shape, 0.5) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    target = targets.load_target(Target(model="builtin:tiny"), "float32", "cpu")
+    assert export.load_draft(tmp_path, target.config).config == config
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("d2t", "ids of a reduced vocabulary"),
+        ("layers.0.self_attn.sinks", "attention sinks"),
+        ("layers.0.self_attn.q_proj.bias", "biases that its config does not announce"),
+        ("mask_embedding", "an embedding of its own for masks"),
+        ("markov_head.weight", "DSpark's Markov head"),
+        ("lm_head.weight", "a head of another shape than the target's"),
+        ("something.else", "what no draft has: something.else"),
+    ],
+)
+def test_what_a_draft_should_not_hold_is_named_and_explained(saved: Path, name: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
+    save_file({**load_file(saved / "model.safetensors"), name: torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError) as caught:
+        export.load_draft(tmp_path)
+    assert name in str(caught.value) and said in str(caught.value)
 
 
 def test_the_depth_of_the_target_may_be_absent(saved: Path, tmp_path: Path) -> None:

@@ -3,73 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
 from tests.arch.source_tree import ROOT, python_files
+from tests.borders.sockets import LOOK_EVERY_S, Watch
 from tests.flows.conftest import Project, copy_project, wait_until
-
-LISTENS = "0A"
-LOOK_EVERY_S = 0.3
-
-
-def listening(pids: set[int]) -> set[tuple[str, int]]:
-    """List the addresses at which any of these processes listens: /proc/net/tcp and tcp6, by the sockets they hold."""
-    held = set()
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-                with contextlib.suppress(OSError):
-                    held.add(str(descriptor.readlink()))
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = row.split()
-            if fields[3] == LISTENS and f"socket:[{fields[9]}]" in held:
-                address, port = fields[1].split(":")
-                words = [bytes.fromhex(address)[i : i + 4][::-1] for i in range(0, len(address) // 2, 4)]
-                found.add((str(ipaddress.ip_address(b"".join(words))), int(port, 16)))
-    return found
-
-
-class Watch:
-    """Looks at the sockets of a process and its descendants, again and again."""
-
-    def __init__(self, pid: int) -> None:
-        self.found: set[tuple[str, int]] = set()
-        self._pid, self._over = pid, threading.Event()
-        self._thread = threading.Thread(target=self._look)
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    @property
-    def beyond_loopback(self) -> set[tuple[str, int]]:
-        """Where something listened that other machines can reach."""
-        return {(host, port) for host, port in self.found if not ipaddress.ip_address(host).is_loopback}
-
-    def _look(self) -> None:
-        while not self._over.wait(LOOK_EVERY_S):
-            with contextlib.suppress(psutil.Error):
-                tree = {each.pid for each in psutil.Process(self._pid).children(recursive=True)}
-                self.found |= listening({self._pid, *tree})
 
 
 def test_a_socket_on_all_interfaces_is_seen() -> None:
@@ -135,6 +83,26 @@ def test_a_flow_with_all_its_stages(project: Project) -> None:
         said, _ = flow.communicate()
     assert flow.returncode == 0, said
     assert watch.found, "Prefect's temporary server, and gloo"
+    assert not watch.beyond_loopback
+
+
+VERBS = [
+    "generate --checkpoint out/train/checkpoint --prompt hello --max-new-tokens 4",
+    "data show out/regenerate",
+    "report",
+    "verify",
+    "track sync",
+]
+
+
+@pytest.mark.flows
+@pytest.mark.outage
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_other_verb_listens(project: Project, verb: str) -> None:
+    assert (project.folder / "out/train/checkpoint").exists(), "by the flow above"
+    with running(project, sys.executable, "-m", "dllm", *verb.split()) as process, Watch(process.pid) as watch:
+        said, _ = process.communicate()
+    assert process.returncode == 0, said
     assert not watch.beyond_loopback
 
 

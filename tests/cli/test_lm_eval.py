@@ -3,6 +3,8 @@
 import json
 import math
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import pytest
 from dllm.cli import lm_eval
 from dllm.errors import ConfigError, ModelError
 from dllm.lm_eval.generation_arguments import override
+from tests.arch.source_tree import ROOT
+from tests.borders.sockets import Watch
 from tests.lm_eval.local_tasks import HYBRID, of_one_word, write_task
 from tests.models.diffusion import remote_code
 
@@ -92,6 +96,21 @@ def test_a_uniform_model_needs_the_logarithm_of_its_vocabulary(tasks, checkpoint
     # Choices of one token each are equally likely, and the first of equals is taken.
     assert figures(found)["sea", "acc"] == 0
     assert {row["documents"] for row in found["results"] if row["task"] == "sea"} == {3}
+
+
+@pytest.mark.ranks
+def test_processes_share_the_documents_and_listen_on_loopback(tasks, checkpoints, capsys) -> None:
+    alone = run(tasks, checkpoints / "wet-hybrid", "sea", "twice", capsys=capsys)
+    argv = [sys.executable, "-m", "dllm", "lm-eval", "--checkpoint", checkpoints / "wet-hybrid", "--tasks", "sea,twice"]
+    argv += ["--include-path", tasks, "--root", tasks, "--samples", "8", "--json", "--nproc", "2"]
+    with (
+        subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as ranks,
+        Watch(ranks.pid) as watch,
+    ):
+        out, said = ranks.communicate()
+    assert ranks.returncode == 0, said
+    assert figures(json.loads(out)) == figures(alone)
+    assert watch.found and not watch.beyond_loopback, "gloo's own"
 
 
 @pytest.mark.parametrize("name", ["wet", "wet-hybrid"])

@@ -63,6 +63,12 @@ REFUSED = [
     ("evaluate.temperature", 1e-9, "temperature must be 0, or a number"),
     ("evaluate.top_k", 5, "top_p and top_k require sampling"),
     ("evaluate.top_p", 0.9, "top_p and top_k require sampling"),
+    ("evaluate.sets", [{"name": "gsm8k", "limits": 3}], "evaluate.sets.0.limits: unknown key; did you mean limit?"),
+    ("evaluate.sets", ["gsm8k", "gsm8k"], "evaluate.sets names a set twice"),
+    ("evaluate.sets", "gsm8k", "evaluate.sets: Input should be a valid list"),
+    ("evaluate.thinking", [], "evaluate.thinking"),
+    ("evaluate.thinking", [True], "evaluate.thinking is for evaluate.sets, and there are none"),
+    ("evaluate.thinking", [True, True], "evaluate.thinking names a mode twice"),
     ("register", {}, "register.model_name: missing"),
 ]
 
@@ -73,6 +79,13 @@ def test_a_bad_value_is_refused_by_its_path(path: str, value: object, said: str)
         parse_params(_with(path, value))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_set_is_a_name_or_a_source() -> None:
+    named = parse_params(_with("evaluate.sets", ["gsm8k", {"name": "math500", "limit": 8}])).evaluate.sets
+    assert named is not None and [(each.name, each.limit) for each in named] == [("gsm8k", None), ("math500", 8)]
+    with pytest.raises(ConfigError, match=r"evaluate\.sets measures acceptance of drafts, and train\.mode is mdlm"):
+        parse_params(_with("train.mode", "mdlm") | {"evaluate": {"sets": ["gsm8k"]}})
 
 
 def test_values_never_change_after_loading() -> None:

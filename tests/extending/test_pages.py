@@ -13,15 +13,19 @@ from dllm.config.load import parse_params
 from dllm.decoding.settings import Settings
 from dllm.decoding.unmasking import sample
 from dllm.errors import ModelError
+from dllm.methods.dflash.settings import Draft
 from dllm.models import builtin
 from dllm.models.diffusion.families import load_checkpoint, load_diffusion_lm
+from dllm.models.drafts.checkpoint import save_draft
+from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.drafts.protocol import TargetIO
+from dllm.models.targets import empty_target
 from dllm.responses import shards
 from tests.arch.source_tree import ROOT
 from tests.extending.pages import Shell, blocks, install
 from tests.models.small_models import TINY
 
-PAGES = ("method", "draft", "objective", "model-family", "sampler", "source", "engine")
+PAGES = ("method", "draft", "objective", "model-family", "sampler", "source", "engine", "serving-engine")
 SMALL = (
     "prepare.sources=[{name: gsm8k, limit: 24}]",
     "regenerate.max_new_tokens=8",
@@ -81,6 +85,19 @@ def test_the_draft_proposes_what_it_was_trained_to_predict(tmp_path: Path) -> No
         hidden_BNPD = draft(target.embed(ids_BNL), features_BSF, torch.tensor([[4]]), keep_BN)
         proposal = draft.propose(7, 3, features_BSF, 4, draft.new_cache(), target)
     assert proposal.ids_P.tolist() == target.head(hidden_BNPD[0, 0]).argmax(-1).tolist()
+
+
+@pytest.mark.slow
+def test_a_serving_engine_refuses_what_it_cannot_decode(tmp_path: Path) -> None:
+    config = DFlashDraft.config_for(
+        empty_target(TINY).config, Draft(num_hidden_layers=1, sliding_window=8), block_size=4, mask_token_id=3
+    )
+    draft = DFlashDraft(config)
+    draft.reset_parameters(seed=1)
+    save_draft(draft, tmp_path / "draft")
+    shell = Shell(tmp_path, install("serving-engine", tmp_path))
+    said = shell.dllm("export", "--checkpoint", "draft", "--to", "exported")
+    assert "z-lab, toy" not in said and "Toy 1.0 has no causal attention in a window of 8, as in layer 0" in said
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from dllm.config.load import load_params
 from dllm.config.params import Params
 from dllm.errors import DataError, StageError
+from dllm.models import targets
 from dllm.models.drafts.checkpoint import load_draft
 from dllm.responses.shards import Row, read_manifest, write_manifest
 from dllm.stages import train
@@ -103,6 +104,17 @@ def test_a_run_publishes_a_draft_its_curves_and_its_figures(alone, store) -> Non
     weights = (out / "checkpoint/model.safetensors").read_bytes()
     assert train.run(params, root) == metrics  # nothing to train: published again from the same work
     assert (out / "checkpoint/model.safetensors").read_bytes() == weights
+
+
+def test_a_warm_start_records_the_draft_it_started_from(alone, tmp_path) -> None:
+    published = alone[0] / "out/train/checkpoint"
+    dflash = {**RECIPE["train"]["dflash"], "draft": {"init": str(published)}}
+    train.run(prepare(tmp_path, epochs=0.2, dflash=dflash), tmp_path)
+    identity = json.loads((tmp_path / "out/train/run.json").read_text())["identity"]
+    assert identity["draft"] == {
+        "model": str(published), "revision": None, "weights": targets.weights_digest(published)
+    }  # fmt: skip
+    assert "draft" not in json.loads((alone[0] / "out/train/run.json").read_text())["identity"]
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes_in_the_same_tracked_run(alone, tmp_path, store) -> None:

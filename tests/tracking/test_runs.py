@@ -44,6 +44,19 @@ def test_a_run_keeps_all_it_is_told(root: Path) -> None:
     assert [(m.step, m.value) for m in history] == [(1, 2.0), (2, 1.0)]
 
 
+def test_names_from_data_are_written_as_mlflow_takes_them(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = MlflowTracker(root, "names", "prepare")
+    tracker.set_tags(
+        {"dllm.identity.a/b@train[:9].commit": "c", "dllm.input.~/../x//y": "d", "n" * 300: "e", "..": "f"}
+    )
+    tracker.log_metrics({"by_source.q (1).tau": 2.0})
+    tracker.finish("FINISHED")
+    data = run_of(tracker).data
+    assert data.tags["dllm.identity.a/b_train_:9_.commit"] == "c" and data.tags["n" * 250] == "e"
+    assert data.tags["x/y"] == "d" and data.tags["_"] == "f" and data.metrics == {"by_source.q _1_.tau": 2.0}
+    assert "MLflow refuses" not in capsys.readouterr().err
+
+
 def test_a_resumed_run_goes_on_with_its_first_params(root: Path) -> None:
     first = MlflowTracker(root, "resumed", "train")
     first.log_params({"nproc": 1})

@@ -73,7 +73,7 @@ def test_a_frozen_heads_loss_and_gradient_are_torchs(chunk, share, dtype, atol):
     hidden, head, teacher = torch.randn(17, 24).to(dtype), torch.randn(50, 24).to(dtype), torch.randn(17, 24).to(dtype)
     labels, weights = torch.randint(50, (17,)), torch.rand(17)
     ours = hidden.clone().requires_grad_()
-    loss, nll, hit = frozen_head_cross_entropy(ours, head, labels, chunk, teacher, share)
+    loss, nll, hit, *_ = frozen_head_cross_entropy(ours, head, labels, chunk, teacher, share)
     (loss * weights).sum().backward()
     theirs = hidden.float().requires_grad_()
     logits = theirs @ head.float().T
@@ -89,8 +89,10 @@ def test_a_frozen_heads_loss_and_gradient_are_torchs(chunk, share, dtype, atol):
 
 def test_a_frozen_heads_tie_goes_to_the_first_of_equals_as_in_argmax():
     head = torch.tensor([[1.0], [1.0], [0.0]])
-    *_, hit = frozen_head_cross_entropy(torch.ones(3, 1), head, torch.tensor([0, 1, 2]), 8)
-    assert hit.tolist() == [True, False, False]
+    labels = torch.tensor([0, 1, 2])
+    for candidates in (0, 2):
+        rows = frozen_head_cross_entropy(torch.ones(3, 1), head, labels, 8, candidates=candidates)
+        assert rows.hit_M.tolist() == [True, False, False]
 
 
 def test_torchs_linear_cross_entropy_agrees() -> None:
@@ -98,7 +100,7 @@ def test_torchs_linear_cross_entropy_agrees() -> None:
     loss, _, _ = weighted_cross_entropy(hidden, head, labels, torch.ones_like(weights), 4)
     theirs = F.linear_cross_entropy(hidden, head, labels, reduction="sum")
     assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
-    row_loss, _, _ = frozen_head_cross_entropy(hidden, head.detach(), labels, 4)
+    row_loss, *_ = frozen_head_cross_entropy(hidden, head.detach(), labels, 4)
     assert row_loss.sum().item() == pytest.approx(theirs.item(), rel=1e-5)
 
 

@@ -100,3 +100,23 @@ def test_clipping_scales_the_global_norm_and_reports_the_norm_before() -> None:
     assert sum(float(p.grad.square().sum()) for p in net.parameters() if p.grad is not None) == pytest.approx(
         1, rel=1e-4
     )
+
+
+@pytest.mark.parametrize(("name", "rate"), [("adamw", 0.01), ("muon", ADAMW_SHARE * 0.01)])
+def test_a_parameter_with_a_rate_of_its_own_is_adamws_and_never_decays(name: str, rate: float) -> None:
+    net = model()
+    before = net[0].weight.detach().clone()
+    optimizers = Optimizers(net, Optimizer(name=name, lr=0.01, weight_decay=0.1), {"0.weight": 7.0})
+    for parameter in net.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizers.set_lr(0.5)
+    optimizers.step()
+    assert (net[0].weight.detach() - before).abs().max().item() == pytest.approx(0.5 * 7 * rate, rel=1e-3)
+    assert "exp_avg" in {key.rpartition(":")[2] for key in optimizers.state() if key.startswith("0.weight")}
+    before = net[0].weight.detach().clone()
+    for part in optimizers.parts:
+        part.state.clear()
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers.step()
+    assert torch.equal(net[0].weight, before)

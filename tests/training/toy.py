@@ -30,6 +30,7 @@ class ToyStrategy:
     """Regress onto noise drawn from (split, epoch, row id); each row weighs as many units as it is long."""
 
     predictions_name = "points"
+    adamw_rates: Mapping[str, float] = {}
     shown = ("loss", "hit_rate")
     counts = {"hits": 1, "seen": 1}  # noqa: RUF012 (a constant of the toy)
 

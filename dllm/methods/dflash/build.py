@@ -36,7 +36,9 @@ def check_models(settings: Dflash, target: Target) -> None:
     if settings.draft.init == "random":
         new_config(settings, model, tokenizer)
     else:
-        check_fit(read_config(draft_directory(settings.draft.init))[1], model.config, settings.draft.init)
+        config = read_config(draft_directory(settings.draft.init, settings.draft.revision))[1]
+        check_fit(config, model.config, settings.draft.init)
+        _published_config(settings, config, model, tokenizer)
 
 
 def new_config(settings: Dflash, target: Any, tokenizer: Any) -> DraftConfig:
@@ -62,22 +64,26 @@ def initial_draft(settings: Dflash, target: Any, tokenizer: Any, seed: int) -> D
     """
     family: type[Draft] = DRAFTS[settings.draft.architecture]
     if settings.draft.init != "random":
-        draft = family.start_from(load_draft(settings.draft.init, target.config))
-        trained_id = draft.config.mask_token_id
-        if settings.mask_token_id not in (None, trained_id):
-            raise ModelError(
-                f"the draft was trained with mask id {trained_id}, params say {settings.mask_token_id}",
-                where="train.dflash.mask_token_id",
-                hint="leave it null to take the draft's",
-            )
-        rows = target.get_input_embeddings().weight.shape[0]
-        draft_mask_id(trained_id, tokenizer, rows, _stops(target, tokenizer))
-        if settings.block_size:
-            draft.config = draft.config.with_block_size(settings.block_size)
+        published = load_draft(settings.draft.init, target.config, settings.draft.revision)
+        draft = family.start_from(published, settings.draft, seed)
+        draft.config = _published_config(settings, draft.config, target, tokenizer)
         return draft
     draft = family(new_config(settings, target, tokenizer))
     draft.reset_parameters(seed)
     return draft
+
+
+def _published_config(settings: Dflash, config: DraftConfig, target: Any, tokenizer: Any) -> DraftConfig:
+    """Return a published draft's config with the block size of the settings, after checking both mask ids."""
+    if settings.mask_token_id not in (None, config.mask_token_id):
+        raise ModelError(
+            f"the draft was trained with mask id {config.mask_token_id}, params say {settings.mask_token_id}",
+            where="train.dflash.mask_token_id",
+            hint="leave it null to take the draft's",
+        )
+    rows = target.get_input_embeddings().weight.shape[0]
+    draft_mask_id(config.mask_token_id, tokenizer, rows, _stops(target, tokenizer))
+    return config.with_block_size(settings.block_size) if settings.block_size else config
 
 
 def _stops(target: Any, tokenizer: Any) -> set[int]:

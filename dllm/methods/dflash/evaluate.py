@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,9 @@ from dllm.decoding.speculative import Decoder
 from dllm.errors import DataError
 from dllm.files import atomic_write
 from dllm.methods.dflash import curve
+from dllm.methods.dflash import sets as prompt_sets
 from dllm.methods.dflash.sampled import sampled_figures
+from dllm.methods.dflash.sets import MeasuredSet, Question
 from dllm.methods.method import EvaluateContext, Evaluation
 from dllm.models import targets
 from dllm.models.drafts.checkpoint import load_draft
@@ -35,20 +36,11 @@ from dllm.prompts.table import HELDOUT, read_prompts
 WARM_UP_TOKENS = 16
 
 
-@dataclass(frozen=True)
-class Question:
-    """A held-out prompt as ids."""
-
-    id: str
-    source: str
-    ids: tuple[int, ...]
-
-
 def evaluate(ctx: EvaluateContext) -> Evaluation:
     """Measure the trained draft.
 
     Raises:
-        DataError: there is no held-out prompt that fits the target.
+        DataError: there is no held-out prompt that fits the target, or a prompt set cannot be read.
         ModelError: the target or the draft is missing, or they do not fit each other.
     """
     params = ctx.params
@@ -58,14 +50,17 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
     configs = (speculative.model.generation_config, speculative.model.config.get_text_config())
     stop_ids = chat.stop_ids(tokenizer, *configs)
     questions, excluded = _questions(params, ctx.root, tokenizer, speculative.limit)
+    measured = prompt_sets.load(params, ctx.root, tokenizer, speculative.limit)
+    asked = [*questions, *(question for each in measured for question in each.questions)]
     draft, device = speculative.draft, speculative.model.device
     assert draft is not None
     parts = ctx.work / "prompts"
     with speculative.packed():  # both ways of decoding gain from it
-        pairs = _compare(params, parts, comparison, questions, stop_ids)
+        all_pairs = _compare(params, parts, comparison, asked, stop_ids)
         sampled = {}
         if params.evaluate.temperature:
             sampled["sampled"] = sampled_figures(speculative, params.evaluate, questions, stop_ids, parts)
+    pairs, of_sets = all_pairs[: len(questions)], all_pairs[len(questions) :]
     metrics = {
         **figures(pairs, speculative.block_size),
         "by_source": {
@@ -82,9 +77,11 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
         "device": str(device),
         "threads": torch.get_num_threads(),
     }
+    if measured:
+        metrics["sets"] = _of_sets(params, measured, of_sets, metrics, type(draft).architectures[0])
     del comparison, speculative, draft  # the float32 target needs the memory
     metrics |= _check_identity(ctx, questions[: params.evaluate.identity_prompts], stop_ids)
-    return _write(ctx, pairs, metrics, scratch=parts)
+    return _write(ctx, pairs, of_sets, metrics, scratch=parts)
 
 
 def _load(ctx: EvaluateContext, dtype: str) -> Comparison:
@@ -123,6 +120,23 @@ def _questions(params: Params, root: Path, tokenizer: Any, limit: int) -> tuple[
             hint=f"{long} were longer than the target's {limit} positions; raise prepare.heldout_fraction",
         )
     return questions, excluded
+
+
+def _of_sets(
+    params: Params,
+    measured: Sequence[MeasuredSet],
+    pairs: Sequence[Pair],
+    metrics: Mapping[str, Any],
+    architecture: str,
+) -> dict[str, Any]:
+    """Return the figures of each set, and published ones beside them."""
+    found, begin = {}, 0
+    for each in measured:
+        own = pairs[begin : begin + len(each.questions)]
+        begin += len(own)
+        record = prompt_sets.record(each, metrics, params, architecture)
+        found[each.name] = {**figures(own, metrics["block_size"]), **record}
+    return found
 
 
 def _compare(
@@ -186,7 +200,9 @@ def _heldout_digest(ids: Sequence[str], max_new_tokens: int) -> str:
     return hashlib.sha256("\n".join([str(max_new_tokens), *ids]).encode()).hexdigest()[:16]
 
 
-def _write(ctx: EvaluateContext, pairs: Sequence[Pair], metrics: dict[str, Any], scratch: Path) -> Evaluation:
+def _write(
+    ctx: EvaluateContext, pairs: Sequence[Pair], of_sets: Sequence[Pair], metrics: dict[str, Any], scratch: Path
+) -> Evaluation:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -194,10 +210,11 @@ def _write(ctx: EvaluateContext, pairs: Sequence[Pair], metrics: dict[str, Any],
     title = f"{ctx.params.target.model.removeprefix('builtin:')}, block {metrics['block_size']}"
     curve.draw(metrics, picture, title)
     kept = Acceptance(2).figures().keys()
-    parts = {"all": metrics, **metrics["by_source"]}
+    by_set = {f"set {name}": part for name, part in metrics.get("sets", {}).items()}
+    parts = {"all": metrics, **metrics["by_source"], **by_set}
     by_part = {name: {key: part[key] for key in kept} for name, part in parts.items()}
     curves.write_text(json.dumps({"block_size": metrics["block_size"], **by_part}, indent=2) + "\n")
-    columns = table(pairs)
+    columns = table([*pairs, *of_sets])
     with rows.open("wb") as file:
         pq.write_table(pa.table(columns), file)
     offsets = zip(metrics["acceptance_by_offset"], metrics["conditional_acceptance_by_offset"], strict=True)

@@ -43,8 +43,17 @@ class DflashMethod:
 
         check_models(cast(Dflash, params.train.method_settings), params.target)
 
+    def identity(self, params: Params) -> Mapping[str, Any]:
+        from dllm.models.drafts.checkpoint import draft_identity
+
+        draft = cast(Dflash, params.train.method_settings).draft
+        return {} if draft.init == "random" else {"draft": draft_identity(draft.init, draft.revision)}
+
     def build(self, ctx: TrainContext[Dflash]) -> DflashStrategy:
+        import torch
+
         from dllm.methods.dflash.build import initial_draft
+        from dllm.methods.dflash.dry_run import dry_run
         from dllm.methods.dflash.features import CachedFeatures, OnlineFeatures
         from dllm.methods.dflash.strategy import DflashStrategy
         from dllm.models import targets
@@ -53,6 +62,8 @@ class DflashMethod:
         target = targets.load_target(params.target, device=ctx.ranks.device)
         tokenizer = targets.load_tokenizer(params.target)
         draft = initial_draft(settings, target, tokenizer, params.train.seed).to(ctx.ranks.device)
+        if ctx.ranks.is_main:
+            dry_run(draft, getattr(torch, params.train.compute_dtype), ctx.work / "dry-run")
         embedding_VD: Any = target.get_input_embeddings().weight
         head_VD: Any = target.get_output_embeddings().weight
         layer_ids = draft.config.target_layer_ids
@@ -111,6 +122,8 @@ class DflashMethod:
 
     def tables(self, metrics: Records) -> Iterator[Table]:
         trained, found = metrics.get("train", {}), metrics.get("evaluate", {})
+        if found.get("sets"):
+            yield _sets_table(found["sets"])
         columns: dict[str, list[float | None]] = {
             "draft_acc_k": [],
             "accepted given k-1": found.get("conditional_acceptance_by_offset") or [],
@@ -132,6 +145,17 @@ class DflashMethod:
                 digits=dict.fromkeys(columns, 3),
                 bar="accepted",
             )
+
+
+def _sets_table(sets: Mapping[str, Any]) -> Table:
+    rows = []
+    for name, each in sets.items():
+        own = {"set": name, "prompts": each["prompts"], "τ": each["tau_micro"], "τ macro": each["tau_macro"]}
+        for beside in each["published"] or [{"tau": None, "by": DASH, "note": None}]:
+            note = f" ({beside['note']})" if beside["note"] else ""
+            rows.append({**own, "published": beside["tau"], "by": beside["by"] + note})
+    about = "Acceptance length on prompt sets, beside published figures of this target, draft, block and temperature."
+    return Table("prompt-sets", "prompt sets", about, rows, digits=dict.fromkeys(("τ", "τ macro", "published"), 2))
 
 
 DFLASH: Method[Dflash] = DflashMethod()

@@ -8,7 +8,9 @@ V vocabulary, M block positions that count.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,7 @@ class StepSums:
 
     Shapes: numerator scalar with gradient; correct_P and count_P int64 by offset 1 .. L-1.
     run_sum: tokens in the leading runs of correct predictions, over num_blocks blocks that have a label.
+    extra: the sums of the draft's family.
     """
 
     numerator: Tensor
@@ -60,6 +63,7 @@ class StepSums:
     count_P: Tensor
     run_sum: int
     num_blocks: int
+    extra: Mapping[str, Tensor | float] = field(default_factory=dict)
 
 
 def block_labels(batch: Batch, anchors: Anchors, block_size: int) -> Labels:
@@ -111,6 +115,7 @@ def dflash_terms(
     head_VD: Tensor,
     batch: Batch,
     anchors: Anchors,
+    draft_settings: Any = None,
     *,
     gamma: float,
     loss: str = "decay",
@@ -122,6 +127,7 @@ def dflash_terms(
 
     Shapes: head_VD the target's head in the compute dtype. With vocab_ids (sorted ids, V' of them) head_VD holds just
         those rows, and every label must be among them.
+    draft_settings: `train.dflash.draft`, for the loss terms of the draft's family.
     loss: a name in OBJECTIVES.
     distill: the share of the cross-entropy against the target's distribution; the batch must carry last_BSD.
     """
@@ -132,28 +138,28 @@ def dflash_terms(
     if vocab_ids is not None:
         ids_M = torch.searchsorted(vocab_ids, ids_M)
     teacher_MD = teacher_hidden(batch, anchors, labels) if distill else None
-    loss_M, nll_M, hit_M = frozen_head_cross_entropy(hidden_MD, head_VD, ids_M, chunk, teacher_MD, distill)
+    rows = frozen_head_cross_entropy(hidden_MD, head_VD, ids_M, chunk, teacher_MD, distill, draft.num_candidates)
     slots = ScoredSlots(
         ids_BNL=torch.cat([batch.input_ids_BS.gather(1, anchors.pos_BN)[..., None], labels.ids_BNP], -1),
         valid_BNP=valid,
         hidden_MD=hidden_MD,
         head_VD=head_VD,
         vocab_ids=vocab_ids,
-        loss_M=loss_M,
-        nll_M=nll_M,
         teacher_MD=teacher_MD,
+        **rows._asdict(),
     )
     weighting: Weighting = OBJECTIVES[loss](slots, gamma)
-    numerator = (weighting.weights_M * loss_M).sum()
-    for term in (weighting.term, draft.extra_loss(slots, weighting.weights_M)):
+    extra = draft.extra_loss(slots, weighting.weights_M, draft_settings)
+    numerator = (weighting.weights_M * rows.loss_M).sum()
+    for term in (weighting.term, extra.term if extra else None):
         numerator = numerator if term is None else numerator + term
-    correct_BNP = torch.zeros_like(valid).masked_scatter(valid, hit_M)
-    runs_BN = correct_BNP.long().cumprod(-1).sum(-1)
+    correct_P, run_sum = slots.correct(rows.hit_M if extra is None or extra.hit_M is None else extra.hit_M)
     return StepSums(
         numerator=numerator,
         denominator=weighting.denominator,
-        correct_P=correct_BNP.sum((0, 1)),
+        correct_P=correct_P,
         count_P=valid.sum((0, 1)),
-        run_sum=int(runs_BN.sum()),
+        run_sum=run_sum,
         num_blocks=int(valid[..., 0].sum()),
+        extra=extra.counts if extra else {},
     )

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from dllm.config.section import Fraction, Layers, NonNegativeInt, Section, TokenCount
-from dllm.registry import DRAFTS, OBJECTIVES
+from dllm.config.section import Fraction, Layers, NonNegativeInt, Section, TokenCount, with_sections
+from dllm.registry import DRAFT_SETTINGS, DRAFTS, OBJECTIVES
 
 
-class Draft(Section):
+class _Draft(Section):
     """The block-diffusion draft model that is trained."""
 
     architecture: Annotated[str, AfterValidator(DRAFTS.check)] = "dflash"
     """Draft architecture."""
     init: str = "random"
     """`random` (with the shapes of the target), or a published draft: a directory or a Hugging Face id."""
+    revision: str | None = None
+    """Commit, branch or tag of a published draft on Hugging Face; null takes the newest. The commit is recorded."""
     num_hidden_layers: Layers = 5
     num_target_layers_tapped: Layers = 5
     """Number of evenly spaced target layers whose hidden states the draft reads, if `target_layer_ids` is null."""
@@ -27,13 +29,16 @@ class Draft(Section):
     layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
     """Attention of each draft layer; null: all sliding with a sliding_window, all full without."""
     causal: bool | None = None
-    """Whether positions of a block attend only to those before them; null: in sliding layers only, as DFlash."""
+    """Whether positions of a block attend only to those before them; null: in sliding layers of DFlash, and nowhere in
+    DFlash 2."""
 
     @model_validator(mode="after")
-    def _agree(self) -> Draft:
+    def _agree(self) -> Self:
         ids = self.target_layer_ids or []
         if len(set(ids)) < len(ids):
             raise ValueError("target_layer_ids names a layer twice")
+        if self.init == "random" and self.revision is not None:
+            raise ValueError("revision is that of a published draft, and init is random")
         shape = ("target_layer_ids", "sliding_window", "layer_types", "causal")
         given = [name for name in shape if getattr(self, name) is not None]
         if self.init != "random" and given:
@@ -45,6 +50,32 @@ class Draft(Section):
         if (self.sliding_window is None) == ("sliding_attention" in self.layer_types):
             raise ValueError("layer_types with sliding_attention and a sliding_window need each other")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_own_section(cls, data: Any) -> Any:
+        """Give the architecture's own section its defaults, and refuse those of others: they would change nothing."""
+        if not isinstance(data, dict):
+            return data
+        own = data.get("architecture", cls.model_fields["architecture"].default)
+        for name in DRAFT_SETTINGS:
+            if name != own and data.get(name) is not None:
+                raise ValueError(f"{name}: settings of another architecture than {own!r}")
+        return {**data, own: {}} if own in DRAFT_SETTINGS and data.get(own) is None else data
+
+
+if TYPE_CHECKING:  # the sections of architectures are typed where they are used, in dllm/models/drafts/
+
+    class Draft(_Draft):
+        """The block-diffusion draft model that is trained, with the section of its architecture."""
+
+else:
+    Draft = with_sections(
+        _Draft,
+        "Draft",
+        dict(DRAFT_SETTINGS.items()),
+        "Settings of the architecture of this name; required by no other.",
+    )
 
 
 class Dflash(Section):

@@ -67,7 +67,8 @@ class DflashStrategy:
             self.train_head_VD = self.head_VD[self.vocab_ids]
         self.train_rows, self.heldout_rows = _rows(splits["train"]), _rows(splits["heldout"])
         offsets = draft.config.block_size - 1
-        self.counts = {"correct": offsets, "count": offsets, "run_sum": 1, "blocks": 1}
+        self.counts = {"correct": offsets, "count": offsets, "run_sum": 1, "blocks": 1, **draft.counts}
+        self.adamw_rates = draft.adamw_rates(self.dflash.draft)
 
     def terms(self, split: Split, rows: Sequence[int], epoch: int) -> LossSums:
         """Draw the anchors of each row from a seed of its own, and sum loss and correct predictions over its blocks."""
@@ -92,6 +93,7 @@ class DflashStrategy:
             self.train_head_VD if training else self.head_VD,
             batch,
             Anchors(anchors.pos_BN.to(device), anchors.keep_BN.to(device)),
+            settings.draft,
             gamma=settings.loss_decay_gamma,
             loss=settings.loss,
             chunk=settings.ce_chunk_size,
@@ -104,7 +106,7 @@ class DflashStrategy:
         """Return accuracy over all offsets and at each, and the acceptance length.
 
         acceptance_length is 1 + the mean over blocks of the number of leading correct predictions: 3, 2, 1, 0 make 2.5.
-        It is not the product of the accuracies by offset.
+        It is not the product of the accuracies by offset. Both are of what the draft proposes after the true tokens.
         """
         figures: dict[str, float] = {}
         if sum(sums["count"]):
@@ -114,7 +116,7 @@ class DflashStrategy:
                 figures[f"draft_acc_k{k}"] = correct / count
         if sums["blocks"][0]:
             figures["acceptance_length"] = 1 + sums["run_sum"][0] / sums["blocks"][0]
-        return figures
+        return figures | self.model.metrics(sums)
 
     def score(self, validation: Mapping[str, float]) -> tuple[float, ...]:
         """Prefer the longer held-out acceptance length; at equal length, the lower loss."""
@@ -142,6 +144,7 @@ class DflashStrategy:
             "count": step.count_P,
             "run_sum": step.run_sum,
             "blocks": step.num_blocks,
+            **step.extra,
         }
         return LossSums(step.numerator, step.denominator, tokens, predictions, flops, counts)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, cast
 
 import torch
@@ -57,6 +58,7 @@ class MaskedStrategy:
     mode: Literal["mdlm", "hybrid"]
     """How dllm.json names the method: it decides which samplers decode the model."""
     predictions_name = "masked_tokens"
+    adamw_rates: Mapping[str, float] = MappingProxyType({})
     shown: tuple[str, ...] = ("loss", "masked_acc", "val_nelbo")
     views = 1
     """Masked versions of each row in a batch."""

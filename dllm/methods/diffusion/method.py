@@ -35,6 +35,10 @@ class MaskedMethod(Generic[Settings]):
     reads: Mapping[str, str] = {"references": "out/prepare/references.json", "heldout": HELDOUT.as_posix()}
 
     def check(self, params: Params) -> None:
+        """Refuse prompt sets, which are for drafts, and sampling."""
+        if params.evaluate.sets is not None:
+            mode = params.train.mode
+            raise ValueError(f"evaluate.sets measures acceptance of drafts, and train.mode is {mode}; leave it out")
         if params.evaluate.temperature:
             raise ValueError(
                 f"evaluate.temperature is {params.evaluate.temperature:g}, and a diffusion LM is evaluated greedily; "
@@ -48,6 +52,9 @@ class MaskedMethod(Generic[Settings]):
 
         check_family(params.target, params.train)
         check_config(params.target, locate(params.target, weights=False))
+
+    def identity(self, params: Params) -> Mapping[str, Any]:
+        return {}
 
     def strategy(
         self, model: DiffusionLM, splits: Mapping[Split, Sequence[Example]], settings: Train

@@ -16,26 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dllm.errors import ModelError
+from dllm.errors import ConfigError, ModelError
 from dllm.files import atomic_path, atomic_write
+from dllm.models.drafts.foreign import describe_tensors, foreign_family
 from dllm.models.drafts.protocol import Draft, DraftConfig
-from dllm.models.targets import check_blobs, hub_snapshot, looks_like_hub_id
+from dllm.models.targets import check_blobs, hub_commit, hub_snapshot, looks_like_hub_id, weights_digest
 from dllm.registry import DRAFTS
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-FOREIGN = {
-    "dflash2": "DFlash 2",
-    "dspark": "DSpark",
-    "eagle": "EAGLE",
-    "medusa": "Medusa",
-    "hydra": "Hydra",
-    "domino": "Domino",
-    "lilicorr": "LiLiCorr",
-    "nextn": "multi-token prediction (MTP)",
-    "mtp": "multi-token prediction (MTP)",
-    "speculator": "speculators",
-}
-"""What the architectures of other drafts are called, in lower case, and the names of their families."""
 SHARED = ("embed_tokens.weight", "lm_head.weight")
 """Tensors that some published drafts carry, though a draft reads the target's."""
 
@@ -65,17 +53,18 @@ def save_draft(draft: Draft, directory: Path, dtype: torch.dtype | None = None) 
     atomic_write(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def load_draft(source: str | Path, target_config: Any = None) -> Draft:
+def load_draft(source: str | Path, target_config: Any = None, revision: str | None = None) -> Draft:
     """Load a draft with float32 weights from a directory or a Hugging Face id, and check that it fits its target.
 
     Args:
         source: a directory with config.json and *.safetensors, or a hub id.
         target_config: the target's transformers config; None skips the check of fit.
+        revision: of the hub's repository; None takes the newest.
 
     Raises:
         ModelError: the draft is missing, incomplete, unreadable, of no known family, or made for another target.
     """
-    directory = draft_directory(source, weights=True)
+    directory = draft_directory(source, revision, weights=True)
     family, config = read_config(directory)
     if target_config is not None:
         check_fit(config, target_config, str(directory))
@@ -88,34 +77,42 @@ def load_draft(source: str | Path, target_config: Any = None) -> Draft:
     return draft
 
 
-def draft_directory(source: str | Path, *, weights: bool = False) -> Path:
+def stored_dtype(directory: Path) -> torch.dtype:
+    """Return the dtype of a draft's weights as its config.json names it; bfloat16 where it names none."""
+    raw = json.loads((directory / CONFIG).read_text())
+    named = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype")), None)
+    return named if isinstance(named, torch.dtype) and named.is_floating_point else torch.bfloat16
+
+
+def draft_directory(source: str | Path, revision: str | None = None, *, weights: bool = False) -> Path:
     """Return a draft's directory, downloaded from the Hugging Face hub on first use.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or not at that revision.
+        ConfigError: a directory is given, and a revision.
     """
     directory = Path(source).expanduser()
     if directory.is_dir():
+        if revision is not None:
+            raise ConfigError("a directory has no revision", where=str(source), hint="it is for drafts off the hub")
         return directory
     if not looks_like_hub_id(str(source)):
         raise ModelError("no such draft directory", where=str(source))
-    directory = hub_snapshot(str(source), None, ["*.json", *(["*.safetensors"] if weights else [])], where="draft")
+    patterns = ["*.json", *(["*.safetensors"] if weights else [])]
+    directory = hub_snapshot(str(source), revision, patterns, where="draft")
     check_blobs(directory, weights=True)
     return directory
+
+
+def draft_identity(source: str, revision: str | None = None) -> dict[str, Any]:
+    """Return a published draft's identity: name, hub commit (None if not from the hub), hash of config and weights."""
+    directory = draft_directory(source, revision, weights=True)
+    return {"model": source, "revision": hub_commit(directory), "weights": weights_digest(directory)}
 
 
 def family_of(raw: Mapping[str, Any]) -> type[Draft] | None:
     """Find the draft family that reads a config.json; None if it is no draft that we know."""
     return next((family for _, family in DRAFTS.items() if family.reads(raw)), None)
-
-
-def foreign_family(raw: Mapping[str, Any]) -> str | None:
-    """Name the draft family of others that a config.json belongs to; None if it is of none that we know."""
-    if raw.get("speculators_model_type"):
-        return f"speculators ({raw['speculators_model_type']})"
-    names = raw.get("architectures")
-    names = [str(name).lower() for name in names] if isinstance(names, list) else []
-    return next((family for key, family in FOREIGN.items() if any(key in name for name in names)), None)
 
 
 def read_config(directory: Path) -> tuple[type[Draft], DraftConfig]:
@@ -135,7 +132,7 @@ def read_config(directory: Path) -> tuple[type[Draft], DraftConfig]:
         raise ModelError("cannot read the draft's config: it is no JSON object", where=str(path))
     family = family_of(raw)
     if family is None and (other := foreign_family(raw)):
-        raise ModelError(f"this is a draft of {other}, which is not supported", where=str(path))
+        raise ModelError(f"this is a draft of {other}", where=str(path))
     if family is None:
         named = ", ".join(map(str, raw.get("architectures") or ["none"]))
         known = ", ".join(family.architectures[0] for _, family in DRAFTS.items())
@@ -202,7 +199,8 @@ def _check(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], w
     if missing := sorted(shapes.keys() - state.keys()):
         raise ModelError(f"the draft lacks {_some(missing)}", where=where)
     if extra := sorted(state.keys() - shapes.keys()):
-        raise ModelError(f"the draft holds what no draft has: {_some(extra)}", where=where)
+        hint = describe_tensors(extra)
+        raise ModelError(f"the draft holds what no draft has: {_some(extra)}", where=where, hint=hint)
     for name, shape in shapes.items():
         if tuple(state[name].shape) != shape:
             raise ModelError(

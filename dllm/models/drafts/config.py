@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from dllm.errors import ModelError
 from dllm.models.config_keys import refuse_other_values, refuse_unknown
@@ -25,7 +25,15 @@ ONLY: dict[str, tuple[Any, ...]] = {
 INNER = frozenset({"block_size", "causal", "mask_token_id", "target_layer_ids", "num_target_layers"})
 """Keys read from `dflash_config`."""
 READ = frozenset(
-    {"dflash_config", "max_window_layers", "rope_parameters", "rope_scaling", "use_sliding_window", *INNER}
+    {
+        "dflash_config",
+        "initial_context_length",
+        "max_window_layers",
+        "rope_parameters",
+        "rope_scaling",
+        "use_sliding_window",
+        *INNER,
+    }
 )
 """Further keys read at the top."""
 OPTIONAL = frozenset({"num_target_layers", "sliding_window", "is_causal"})
@@ -107,7 +115,7 @@ class DFlashConfig:
         }
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any], where: str = "config.json") -> DFlashConfig:
+    def from_json(cls, raw: Mapping[str, Any], where: str = "config.json") -> Self:
         """Read a published `config.json`: every key is read, known to shape nothing, or refused.
 
         Raises:
@@ -139,7 +147,12 @@ class DFlashConfig:
         return cls(**{**known, "target_layer_ids": _checked(known, where)})
 
     def with_block_size(self, block_size: int) -> DFlashConfig:
-        """Return the same draft for blocks of another size."""
+        """Return the same draft for blocks of another size.
+
+        Raises:
+            ModelError: its window is smaller.
+        """
+        _check_window(self.sliding_window, block_size, "train.dflash.block_size")
         return replace(self, block_size=block_size)
 
 
@@ -212,12 +225,18 @@ def _checked(known: Mapping[str, Any], where: str) -> tuple[int, ...]:
         raise ModelError("a block_size of 1 leaves nothing to predict", where=where)
     if known["num_attention_heads"] % known["num_key_value_heads"]:
         raise ModelError("num_attention_heads is no multiple of num_key_value_heads", where=where)
+    _check_window(known["sliding_window"], known["block_size"], where)
     ids = known["target_layer_ids"]
     if not isinstance(ids, (list, tuple)) or not all(type(id) is int and id >= 0 for id in ids) or not ids:
         raise ModelError(f"target_layer_ids must list layers counted from 0, got {ids!r}", where=where)
     if list(ids) != sorted(set(ids)):
         raise ModelError(f"target_layer_ids must rise, got {ids!r}", where=where)
     return tuple(ids)
+
+
+def _check_window(window: int | None, block_size: int, where: str) -> None:
+    if window is not None and window < block_size:
+        raise ModelError(f"a sliding_window of {window} is smaller than a block of {block_size}", where=where)
 
 
 def for_target(

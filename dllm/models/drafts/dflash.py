@@ -152,7 +152,7 @@ class DFlashDraft(Draft):
     Source: DFlash (arXiv 2602.06036), section 4; layout as in z-lab's released checkpoints.
     """
 
-    architectures = ("DFlashDraftModel", "Qwen3DFlashDraftModel")
+    architectures: ClassVar[tuple[str, ...]] = ("DFlashDraftModel", "Qwen3DFlashDraftModel")
     config_type: ClassVar[type[DFlashConfig]] = DFlashConfig
     layer_type: ClassVar[type[Layer]] = Layer
     mixes_slots: ClassVar[bool] = False
@@ -277,11 +277,17 @@ class DFlashDraft(Draft):
         sampling: Sampling | None = None,
     ) -> Proposal:
         """Propose the most probable token at each slot, all in one pass over an anchor and masks."""
+        hidden_PD = self.draft_hidden(anchor_id, num_tokens, features_BSF, start, cache, target)
+        return Proposal(target.head(hidden_PD).argmax(-1))
+
+    def draft_hidden(
+        self, anchor_id: int, num_tokens: int, features_BSF: Tensor, start: int, cache: ContextCache, target: TargetIO
+    ) -> Tensor:
+        """Run the block that `propose` is asked for. Shapes: returns hidden_PD, what the head reads."""
         ids_BL = torch.full((1, num_tokens + 1), self.config.mask_token_id, device=features_BSF.device)
         ids_BL[0, 0] = anchor_id
-        hidden_BLD = self.run_block(target.embed(ids_BL), features_BSF, start, cache)
-        # Rows of two dimensions: for a view of three, the product would copy the head.
-        return Proposal(target.head(hidden_BLD[0, 1:]).argmax(-1))
+        # Rows of two dimensions: for a view of three, the head's product would copy the head.
+        return self.run_block(target.embed(ids_BL), features_BSF, start, cache)[0, 1:]
 
     def run_block(self, embeds_BLD: Tensor, features_BSF: Tensor, start: int, cache: ContextCache) -> Tensor:
         """Add new context rows to the cache, then run one block at `start`.

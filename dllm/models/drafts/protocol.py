@@ -4,14 +4,14 @@ A family is one class in one file and one line of `dllm.registry.DRAFTS`. Traini
 what stands here and nothing else.
 
 Shape suffixes: B batch, N blocks, L slots of a block, P = L - 1 draft tokens of a block, S context, D hidden, F tapped
-features, V vocabulary, M slots that have a label.
+features, V vocabulary, M slots that have a label, K candidates of a slot.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -55,7 +55,7 @@ class DraftConfig(Protocol):
 
 
 class DraftSettings(Protocol):
-    """What `train.dflash.draft` says of a new draft's size."""
+    """What `train.dflash.draft` says of a new draft's size; a family's own settings are the section of its name."""
 
     @property
     def num_hidden_layers(self) -> int:
@@ -134,7 +134,9 @@ class ScoredSlots:
 
     Shapes: ids_BNL int64, each block's true tokens, its anchor first; valid_BNP bool, M true in all; hidden_MD with
         gradient; head_VD the target's head, of the rows vocab_ids if not None; loss_M float32 with gradient; nll_M
-        float32; teacher_MD what the target fed its head for the same tokens, if the loss distils.
+        float32; hit_M bool, where the label has the largest logit; top_ids_MK rows of head_VD, rising, and
+        top_logits_MK with gradient: the largest logits, K = `Draft.num_candidates`, or V if that is less; teacher_MD
+        what the target fed its head for the same tokens, if the loss distils.
     """
 
     ids_BNL: Tensor
@@ -144,7 +146,28 @@ class ScoredSlots:
     vocab_ids: Tensor | None
     loss_M: Tensor
     nll_M: Tensor
+    hit_M: Tensor
+    top_logits_MK: Tensor
+    top_ids_MK: Tensor
     teacher_MD: Tensor | None = None
+
+    def correct(self, hit_M: Tensor) -> tuple[Tensor, int]:
+        """Count hits at each offset, and hits in the leading runs of all blocks. Shapes: (P,) int64."""
+        correct_BNP = torch.zeros_like(self.valid_BNP).masked_scatter(self.valid_BNP, hit_M)
+        return correct_BNP.sum((0, 1)), int(correct_BNP.long().cumprod(-1).sum())
+
+
+@dataclass(frozen=True)
+class ExtraLoss:
+    """What a family adds to the loss and the figures of a micro-batch.
+
+    Shapes: term a scalar with gradient, added to the loss's numerator; hit_M bool, where the draft proposes the label
+        after the true tokens before it, None: where the label has the largest logit; counts as `Draft.counts` says.
+    """
+
+    term: Tensor
+    hit_M: Tensor | None = None
+    counts: Mapping[str, Tensor | float] = field(default_factory=dict)
 
 
 class Draft(nn.Module, ABC):
@@ -199,8 +222,13 @@ class Draft(nn.Module, ABC):
         """Draw new weights from the given seed."""
 
     @classmethod
-    def start_from(cls, published: Draft) -> Draft:
+    def start_from(cls, published: Draft, settings: DraftSettings, seed: int) -> Draft:
         """Return the draft that training starts from, made of a published one.
+
+        Args:
+            published: the draft that `init` names.
+            settings: for what it lacks.
+            seed: of random weights that it lacks.
 
         Raises:
             ModelError: this family cannot start from the other's weights.
@@ -242,9 +270,30 @@ class Draft(nn.Module, ABC):
         logits_MV: Tensor = target.head(hidden_NPD.flatten(0, 1))
         return logits_MV.argmax(-1).unflatten(0, hidden_NPD.shape[:2])
 
-    def extra_loss(self, slots: ScoredSlots, weights_M: Tensor) -> Tensor | None:
-        """Return the sum of this family's own loss terms, which is added to the loss's numerator; None has no terms."""
+    @property
+    def num_candidates(self) -> int:
+        """How many of the largest logits `extra_loss` gets for each slot."""
+        return 0
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Name and length of this family's own sums, in `ExtraLoss.counts`."""
+        return {}
+
+    def extra_loss(self, slots: ScoredSlots, weights_M: Tensor, settings: DraftSettings) -> ExtraLoss | None:
+        """Return the sum of this family's own loss terms, and its figures; None has none.
+
+        Every trained parameter must reach the loss's numerator, by a term that may be 0.
+        """
         return None
+
+    def metrics(self, sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """Turn this family's pooled sums into metrics; `count` by offset and `blocks` are among the sums."""
+        return {}
+
+    def adamw_rates(self, settings: DraftSettings) -> Mapping[str, float]:
+        """Name the parameters that AdamW trains, also beside Muon, at a multiple of its rate, and without decay."""
+        return {}
 
     def train_flops(
         self, *, context_tokens: int, blocks: int, visible_tokens: int, predictions: int, vocab: int

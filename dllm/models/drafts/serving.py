@@ -103,7 +103,7 @@ class ServingEngine:
 
 def layers(raw: Mapping[str, Any], causality: Causality) -> list[Attention]:
     """Read the attention of each layer by a rule of causality."""
-    windows = [raw["sliding_window"] if kind == SLIDING else None for kind in raw["layer_types"]]
+    windows = [raw.get("sliding_window") if kind == SLIDING else None for kind in raw.get("layer_types") or []]
     return [Attention(window, causality.of(raw, window is not None)) for window in windows]
 
 
@@ -115,6 +115,12 @@ def lookup(raw: Mapping[str, Any], key: str) -> Any:
     return value
 
 
+def refusals(config: DraftConfig) -> dict[str, str]:
+    """Map each engine that cannot decode a draft as it was trained to the reason."""
+    found = {name: engine.refusal(config) for name, engine in SERVING_ENGINES.items()}
+    return {name: why for name, why in found.items() if why is not None}
+
+
 def require(engine_name: str, config: DraftConfig, where: str) -> ServingEngine:
     """Return an engine that decodes a draft as it was trained.
 
@@ -124,7 +130,7 @@ def require(engine_name: str, config: DraftConfig, where: str) -> ServingEngine:
     """
     engine: ServingEngine = SERVING_ENGINES[engine_name]
     if (why := engine.refusal(config)) is not None:
-        able = [name for name, other in SERVING_ENGINES.items() if other.refusal(config) is None]
+        able = [name for name in SERVING_ENGINES if name not in refusals(config)]
         raise ModelError(why, where=where, hint=f"engines that can: {', '.join(able)}" if able else None)
     return engine
 

@@ -177,7 +177,8 @@ def test_what_is_no_draft_is_one_line(draft: DFlashDraft, model, tmp_path: Path)
         export.load_draft(tmp_path)
     for name, said in (
         ("LlamaForCausalLM", "architecture is LlamaForCausalLM, ours: DFlashDraftModel"),
-        ("DFlash2DraftModel", "a draft of DFlash 2, which is not supported"),
+        ("Qwen3DSparkModel", "a draft of DSpark, which is not supported"),
+        ("DFlash2DraftModel", "not a DFlash 2 draft: its config lacks block_size, conv_group_size"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({"architectures": [name], "dflash_config": {}}))
         with pytest.raises(ModelError, match=said):

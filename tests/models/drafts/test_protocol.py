@@ -17,7 +17,8 @@ from dllm.models import targets
 from dllm.models.drafts.checkpoint import family_of
 from dllm.models.drafts.config import FULL, SLIDING
 from dllm.models.drafts.dflash import DFlashDraft
-from dllm.models.drafts.protocol import Draft, Proposal
+from dllm.models.drafts.dflash2 import DFlash2Draft
+from dllm.models.drafts.protocol import Draft, ExtraLoss, Proposal
 from tests.decoding.stand_in_drafts import ScriptedDraft, config, oracle
 from tests.models.drafts.test_attention import tiny_config, tiny_draft
 
@@ -35,7 +36,7 @@ def model():
         (tiny_config().to_json(), DFlashDraft),
         ({"architectures": ["Qwen3DFlashDraftModel"]}, DFlashDraft),
         ({"dflash_config": {}}, DFlashDraft),
-        ({"architectures": ["DFlash2DraftModel"], "dflash_config": {}}, None),
+        ({"architectures": ["DFlash2DraftModel"], "dflash_config": {}}, DFlash2Draft),
         ({"architectures": ["LlamaForCausalLM"]}, None),
         ({"architectures": None}, None),
         ({}, None),
@@ -60,19 +61,21 @@ def test_a_new_draft_is_sized_by_its_settings(model) -> None:
 
 def test_a_draft_of_another_family_is_no_start(model) -> None:
     scripted = ScriptedDraft(config(model, 4), lambda position: 0, 100)
-    assert ScriptedDraft.start_from(scripted) is scripted
+    settings = Dflash().draft
+    assert ScriptedDraft.start_from(scripted, settings, 0) is scripted
     with pytest.raises(ModelError, match=r"a ScriptedDraft, and a DFlashDraftModel is trained.*draft\.init"):
-        DFlashDraft.start_from(scripted)
+        DFlashDraft.start_from(scripted, settings, 0)
 
 
 class Penalised(DFlashDraft):
     """A family with a loss term of its own."""
 
-    def extra_loss(self, slots, weights_M: Tensor) -> Tensor:
+    def extra_loss(self, slots, weights_M: Tensor, settings) -> ExtraLoss:
         block_BN = slots.ids_BNL.shape[:2]
         assert slots.ids_BNL.shape == (*block_BN, self.config.block_size)
         assert slots.valid_BNP.sum() == len(slots.hidden_MD) == len(weights_M) == len(slots.nll_M)
-        return (weights_M * slots.hidden_MD.square().sum(-1)).sum()
+        assert slots.top_ids_MK.shape == (len(weights_M), 0)
+        return ExtraLoss((weights_M * slots.hidden_MD.square().sum(-1)).sum())
 
 
 def terms_of(draft: Draft, loss: str = "decay") -> objective.StepSums:

@@ -171,3 +171,15 @@ def test_a_command_is_shell_that_names_target_and_draft(name: str) -> None:
 def test_mixed_layers_need_the_newer_runner_of_vllm() -> None:
     assert serving.VLLM.note(stated(("f", "f"), False).raw) is None
     assert "VLLM_USE_V2_MODEL_RUNNER=1" in (serving.VLLM.note(stated(("s", "f"), None).raw) or "")
+
+
+@pytest.mark.parametrize("case", DECODES)
+def test_our_reading_is_that_of_the_drafts_themselves(case: str) -> None:
+    kinds, is_causal, *_ = DECODES[case]
+    target: Any = empty_target(TINY).config
+    settings = Draft(
+        num_hidden_layers=2, layer_types=[KINDS[kind] for kind in kinds], causal=is_causal,
+        num_target_layers_tapped=3, sliding_window=16 if "s" in kinds else None,
+    )  # fmt: skip
+    config = DRAFTS["dflash"].config_for(target, settings, block_size=8, mask_token_id=3)
+    assert layers(config.to_json(), TRAINED) == [config.layer_attention(index) for index in range(2)]

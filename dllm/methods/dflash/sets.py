@@ -1,0 +1,163 @@
+"""Prompt sets in the evaluation of a draft: their questions in each thinking mode, and figures beside published ones.
+
+The held-out prompts of `prepare` decide the champion; sets are measured beside them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from transformers import PreTrainedTokenizerBase
+
+from dllm.config.params import Params, Source
+from dllm.errors import DataError
+from dllm.outside import one_line
+from dllm.prompts import sets, sources
+from dllm.prompts import template as chat
+from dllm.prompts.table import TRAIN, Prompt, read_prompts
+
+PUBLISHED = Path(__file__).with_name("published.yaml")
+MODES = {None: "", True: " thinking on", False: " thinking off"}
+"""What follows a set's name where `evaluate.thinking` names modes."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt as ids."""
+
+    id: str
+    """The prompt's, with the set and the mode where it is of a set."""
+    source: str
+    """Its source, or the set and the mode."""
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MeasuredSet:
+    """One prompt set in one thinking mode."""
+
+    name: str
+    """Of its figures: the set, and the mode where `evaluate.thinking` names modes."""
+    entry: Source
+    thinking: bool | None
+    questions: tuple[Question, ...]
+    counts: Mapping[str, int]
+    """Prompts of the set that are not measured, by reason."""
+
+
+def load(params: Params, root: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[MeasuredSet]:
+    """Read the questions of `evaluate.sets`: of each set the first by id that no training prompt asks.
+
+    Args:
+        limit: positions of the target; a prompt must leave room for a response.
+
+    Raises:
+        ConfigError, DataError: a set cannot be read, none of its prompts can be measured, or the chat template does not
+            know thinking modes.
+    """
+    if params.evaluate.thinking is not None:
+        chat.check_thinking_modes(tokenizer, "evaluate.thinking")
+    seen = sets.Seen(read_prompts(root / "out" / "prepare", TRAIN)) if params.evaluate.sets else None
+    found = []
+    for number, entry in enumerate(params.evaluate.sets or []):
+        assert seen is not None
+        prompts = sets.read(entry, root)
+        known = {prompt.id: source for prompt in prompts if (source := seen.source(entry, prompt)) is not None}
+        new = [prompt for prompt in prompts if prompt.id not in known]
+        _announce(entry, prompts, known)
+        modes: Sequence[bool | None] = params.evaluate.thinking or [params.target.enable_thinking]
+        for thinking in modes:
+            mode = MODES[thinking] if params.evaluate.thinking else ""
+            name, key = f"{sources.label(entry)}{mode}", f"set{number}{mode.replace(' thinking ', '-')}"
+            counts = {"prompts_in_training": len(known), "prompts_too_long": 0, "prompts_refused": 0}
+            asked = _asked(new, thinking, tokenizer, limit, counts)
+            first = itertools.islice(asked, entry.limit or params.evaluate.num_prompts)
+            questions = [Question(f"{id}-{key}", f"set {name}", ids) for id, ids in first]
+            if not questions:
+                reasons = ", ".join(f"{count} {reason.removeprefix('prompts_')}" for reason, count in counts.items())
+                what = f"none of {len(prompts)} prompts can be measured ({reasons})"
+                raise DataError(what, where=f"evaluate.sets: {name}", hint="leave the set out")
+            found.append(MeasuredSet(name, entry, thinking, tuple(questions), counts))
+    return found
+
+
+def _asked(
+    prompts: Iterable[Prompt],
+    thinking: bool | None,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    counts: dict[str, int],
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the id and the token ids of prompts, and count those that cannot be asked."""
+    for prompt in prompts:
+        try:
+            ids = chat.prompt_ids(tokenizer, prompt.messages, thinking, tools=prompt.tools)
+        except DataError:
+            counts["prompts_refused"] += 1
+            continue
+        if len(ids) >= limit:
+            counts["prompts_too_long"] += 1
+        else:
+            yield prompt.id, tuple(ids)
+
+
+def _announce(entry: Source, prompts: Sequence[Prompt], known: Mapping[str, str]) -> None:
+    """Name the prompts that are left out because a training prompt asks the same."""
+    if not known:
+        return
+    print(f"evaluate: set {sources.label(entry)}: {len(known)} of {len(prompts)} prompts left out: ", end="")
+    first = next(prompt for prompt in prompts if prompt.id in known)
+    text = one_line(str(first.messages[-1]["content"]), 80)
+    asked = ", ".join(sorted(set(known.values())))
+    print(f"training prompts of {one_line(asked, 120)} ask the same, such as {text!r}", flush=True)
+
+
+def record(measured: MeasuredSet, metrics: Mapping[str, Any], params: Params, architecture: str) -> dict[str, Any]:
+    """Return what metrics.json says of a set besides its figures: what was asked, and published figures of its kind.
+
+    Args:
+        metrics: with the block size that was decoded.
+        architecture: of the draft, as its config.json names it.
+    """
+    temperature = float(getattr(params.evaluate, "temperature", 0.0))
+    return {
+        "thinking": measured.thinking,
+        **measured.counts,
+        "published": published(
+            set=measured.entry.name,
+            target=params.target.model,
+            draft=architecture,
+            block_size=metrics["block_size"],
+            temperature=temperature,
+            thinking=measured.thinking,
+        ),
+    }
+
+
+def published(*, set: str, thinking: bool | None, **kind: Any) -> list[dict[str, Any]]:
+    """Return published acceptance lengths of a set for this target, draft, block size and temperature.
+
+    A figure whose thinking mode is stated is one of that mode alone.
+
+    Args:
+        kind: target, draft, block_size and temperature.
+    """
+    return [
+        {"tau": entry["tau"][set], "by": entry["by"], "note": (entry.get("notes") or {}).get(set)}
+        for entry in _published()
+        if set in entry["tau"]
+        and all(entry[key] == value for key, value in kind.items())
+        and entry["thinking"] in (None, thinking)
+    ]
+
+
+@functools.cache
+def _published() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = YAML(typ="safe", pure=True).load(PUBLISHED.read_text())
+    return found

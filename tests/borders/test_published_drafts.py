@@ -1,0 +1,135 @@
+"""A published draft is pinned by its revision, recorded by its commit, and held against its target by `prepare`."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dllm.config.load import parse_params
+from dllm.config.params import Target
+from dllm.errors import DllmError
+from dllm.methods.dflash.build import initial_draft
+from dllm.models import targets
+from dllm.models.drafts.checkpoint import save_draft
+from dllm.models.drafts.config import SLIDING
+from dllm.models.drafts.dflash import DFlashDraft
+from dllm.registry import METHODS
+from dllm.stages import preflight
+from tests.decoding import stand_in_drafts
+
+OLD, NEW = "a" * 40, "b" * 40
+TINY = Target(model="builtin:tiny", dtype="float32")
+
+
+def _params(**draft: Any) -> Any:
+    block_size, mask_id = draft.pop("block_size", 4), draft.pop("mask_token_id", None)
+    raw = {
+        "recipe": "mine",
+        "target": {"model": "builtin:tiny", "dtype": "float32"},
+        "prepare": {"sources": [{"name": "gsm8k"}]},
+        "register": {"model_name": "mine"},
+        "train": {
+            "mode": "dflash",
+            "dflash": {"block_size": block_size, "mask_token_id": mask_id, "draft": {"init": "me/draft", **draft}},
+        },
+    }
+    return parse_params(raw)
+
+
+def _publish(hub: Path, commit: str, folder: Path, *names: str) -> None:
+    """Put a folder into a Hugging Face cache as a commit of me/draft, with links to blobs, and name it."""
+    repo = hub / "models--me--draft"
+    for part in ("blobs", "refs", f"snapshots/{commit}"):
+        (repo / part).mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        blob = repo / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.copyfile(file, blob)
+        (repo / "snapshots" / commit / file.name).symlink_to(blob)
+    for name in names:
+        (repo / "refs" / name).write_text(commit)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with two commits of a draft: the tag v1, and main."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    draft = DFlashDraft(stand_in_drafts.config(targets.load_target(TINY), 4))
+    for seed, commit, name in ((1, OLD, "v1"), (2, NEW, "main")):
+        draft.reset_parameters(seed)
+        save_draft(draft, tmp_path / name)
+        _publish(tmp_path / "hub", commit, tmp_path / name, name)
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize(("revision", "commit"), [(None, NEW), ("main", NEW), ("v1", OLD), (OLD, OLD)])
+def test_a_revision_is_taken_and_its_commit_recorded(hub: Path, revision: str | None, commit: str) -> None:
+    params = _params(revision=revision)
+    preflight.check(params)
+    found = METHODS["dflash"].identity(params)["draft"]
+    assert (found["model"], found["revision"]) == ("me/draft", commit)
+    target = targets.load_target(TINY)
+    draft = initial_draft(params.train.dflash, target, targets.load_tokenizer(TINY), seed=0)
+    expected = DFlashDraft(draft.config)
+    expected.reset_parameters(1 if commit == OLD else 2)
+    assert all((one == other).all() for one, other in zip(draft.parameters(), expected.parameters(), strict=True))
+
+
+def test_weights_in_a_directory_are_recorded_too(hub: Path) -> None:
+    folder = hub.parent / "v1"
+    found = METHODS["dflash"].identity(_params(init=str(folder)))["draft"]
+    assert (found["model"], found["revision"]) == (str(folder), None)
+    assert found["weights"] == METHODS["dflash"].identity(_params(revision="v1"))["draft"]["weights"]
+    (folder / "model.safetensors").write_bytes((hub.parent / "main" / "model.safetensors").read_bytes())
+    assert found["weights"] != METHODS["dflash"].identity(_params(init=str(folder)))["draft"]["weights"]
+    assert METHODS["dflash"].identity(_params(init="random")) == {}
+
+
+REFUSED = {
+    "another commit": ({}, {"revision": "v2"}, "out of reach"),
+    "another width": ({"hidden_size": 128}, {}, "hidden_size 128, the target's is 64"),
+    "another vocabulary": ({"vocab_size": 32000}, {}, "vocab_size 32000, the target's is 1408"),
+    "another depth": ({"num_target_layers": 36}, {}, "num_target_layers 36, the target has 8"),
+    "a layer beyond the target": ({"dflash_config/target_layer_ids": [1, 3, 99]}, {}, "taps layer 99"),
+    "no layers": ({"dflash_config/target_layer_ids": None}, {}, "target_layer_ids"),
+    "a mask beyond the vocabulary": ({"dflash_config/mask_token_id": 5000}, {}, "mask id 5000"),
+    "a mask that text uses": ({"dflash_config/mask_token_id": 2}, {}, "mask id 2"),
+    "another mask": ({}, {"mask_token_id": 4}, "trained with mask id 3, params say 4"),
+    "two block sizes": ({"block_size": 8}, {}, "block_size"),
+    "a block beyond the window": (
+        {"layer_types": [SLIDING], "sliding_window": 8, "use_sliding_window": True}, {"block_size": 16},
+        "a sliding_window of 8 is smaller than a block of 16",
+    ),
+    "another family": ({"architectures": ["Qwen3DSparkModel"]}, {}, "DSpark"),
+    "a key of tomorrow": ({"residual_gate": 0.5}, {}, "residual_gate"),
+    "a model that is no draft": ({"architectures": ["LlamaForCausalLM"]}, {}, "LlamaForCausalLM"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "settings", "said"), REFUSED.values(), ids=REFUSED)
+def test_a_draft_that_does_not_fit_is_refused_by_prepare_without_its_weights(
+    hub: Path, changes: dict[str, Any], settings: dict[str, Any], said: str
+) -> None:
+    raw = json.loads((hub.parent / "main" / "config.json").read_text())
+    for path, value in changes.items():
+        node, _, key = path.rpartition("/")
+        (raw[node] if node else raw)[key] = value
+    folder = hub.parent / "changed"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw))
+    _publish(hub, "c" * 40, folder, "main")
+    with pytest.raises(DllmError) as caught:
+        preflight.check(_params(**settings))
+    assert said in str(caught.value)
+    assert len(str(caught.value)) <= 500
+    assert str(caught.value).isprintable()
+
+
+def test_a_revision_of_a_directory_or_of_nothing_is_refused(hub: Path) -> None:
+    with pytest.raises(DllmError, match="a directory has no revision"):
+        preflight.check(_params(init=str(hub.parent / "v1"), revision="v1"))
+    with pytest.raises(DllmError, match="revision is that of a published draft"):
+        _params(init="random", revision="v1")

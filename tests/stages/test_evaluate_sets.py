@@ -1,0 +1,140 @@
+"""evaluate on prompt sets: figures by set and thinking mode beside the held-out ones, and what training has asked."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from dllm.cli import report
+from dllm.config.load import parse_params
+from dllm.config.params import Params, Source, Target
+from dllm.errors import DataError
+from dllm.methods.dflash.sets import published
+from dllm.models import builtin, targets
+from dllm.models.drafts.checkpoint import save_draft
+from dllm.models.drafts.dflash import DFlashDraft
+from dllm.prompts import sets
+from dllm.prompts.sets import GSM8K
+from dllm.prompts.table import HELDOUT, TRAIN, Prompt, prompt_id, write_prompts
+from dllm.stages import evaluate, prepare
+from tests.decoding import stand_in_drafts
+
+THINKS = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ 'no thought' }}{% endif %}{% endif %}"
+)
+
+
+def params(model: str, **settings: Any) -> Params:
+    return parse_params(
+        {
+            "recipe": "test",
+            "target": {"model": model, "dtype": "float32"},
+            "prepare": {"sources": [{"name": "aime"}], "heldout_fraction": 0.3},
+            "evaluate": {"num_prompts": 2, "max_new_tokens": 4, "identity_prompts": 1, **settings},
+            "register": {"model_name": "test"},
+        }
+    )
+
+
+def asked(text: str, split: str) -> Prompt:
+    messages = [{"role": "user", "content": text}]
+    return Prompt(prompt_id(messages), "mine", split, messages)
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny target with a template that knows thinking modes."""
+    folder = tmp_path_factory.mktemp("thinker") / "model"
+    shutil.copytree(builtin.directory("builtin:tiny"), folder)
+    for digests in folder.glob(".*"):
+        digests.unlink()
+    (folder / "chat_template.jinja").write_text(THINKS)
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
+    (tmp_path / "out" / "prepare").mkdir(parents=True)
+    gsm8k = [GSM8K.bare(prompt.messages[0]["content"]) for prompt in sets.read(Source(name="gsm8k"), tmp_path)]
+    prompts = [asked(text, TRAIN) for text in gsm8k[:1]] + [asked(f"Held out {n}", HELDOUT) for n in range(3)]
+    write_prompts(sorted(prompts, key=lambda p: p.id), tmp_path / "out" / "prepare" / "prompts.parquet")
+    draft = DFlashDraft(stand_in_drafts.config(targets.load_target(Target(model="builtin:tiny", dtype="float32")), 4))
+    draft.reset_parameters(seed=3)
+    save_draft(draft, tmp_path / "out" / "train" / "checkpoint")
+    return tmp_path
+
+
+def test_sets_are_measured_apart_in_each_mode_without_what_training_has_asked(
+    root: Path, thinker: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = evaluate.run(params(str(thinker)), root)
+    assert "sets" not in plain
+    listed = ["gsm8k", {"name": "humaneval", "limit": 1}]
+    metrics = evaluate.run(params(str(thinker), sets=listed, thinking=[True, False]), root)
+    found = metrics["sets"]
+    counts = {name: (each["prompts"], each["thinking"], each["prompts_in_training"]) for name, each in found.items()}
+    assert counts == {
+        "gsm8k thinking on": (2, True, 1), "gsm8k thinking off": (2, False, 1),
+        "humaneval thinking on": (1, True, 0), "humaneval thinking off": (1, False, 0),
+    }  # fmt: skip
+    assert all(each["tau_micro"] >= 1 and each["identical_fraction"] == 1 for each in found.values())
+    said = capsys.readouterr().out
+    assert "evaluate: set gsm8k: 1 of 1319 prompts left out: training prompts of mine ask the same, such as" in said
+    same = ("prompts", "tau_micro", "rounds", "heldout_digest", "greedy_identical")
+    assert {name: metrics[name] for name in same} == {name: plain[name] for name in same}, "champions compare these"
+    assert set(metrics["by_source"]) == {"mine"}
+    rows = pq.read_table(root / "out/evaluate/prompts.parquet").to_pylist()
+    of_set = [row["prompt_id"] for row in rows if row["source"] == "set gsm8k thinking on"]
+    first = sets.read(Source(name="gsm8k"), root)
+    assert of_set == [f"{prompt.id}-set0-on" for prompt in first[1:3]], "the first is a training prompt"
+    curves = json.loads((root / "out/evaluate/acceptance.json").read_text())
+    assert curves["set humaneval thinking off"]["rounds"] == found["humaneval thinking off"]["rounds"]
+    record = json.loads((root / "out/evaluate/run.json").read_text())
+    assert len(record["identity"]["set 0 gsm8k"]["test.jsonl"]) == 64
+    text = io.StringIO()
+    report.print_report(root, Console(file=text))
+    (line,) = [line for line in text.getvalue().splitlines() if "gsm8k thinking off" in line]
+    assert f"{found['gsm8k thinking off']['tau_micro']:.2f}" in line
+
+
+def test_what_cannot_be_measured_is_one_line(root: Path) -> None:
+    with pytest.raises(DataError, match="renders the same prompts with thinking on and off"):
+        evaluate.run(params("builtin:tiny", sets=["humaneval"], thinking=[True, False]), root)
+    (root / "mine.jsonl").write_text(json.dumps({"messages": "word " * 3000}) + "\n")
+    with pytest.raises(DataError, match=r"none of 1 prompts can be measured \(0 in_training, 1 too_long"):
+        evaluate.run(params("builtin:tiny", sets=["mine.jsonl"]), root)
+    with pytest.raises(DataError, match=r"no such set \(evaluate\.sets: gsm9k\)"):
+        evaluate.run(params("builtin:tiny", sets=["gsm9k"]), root)
+
+
+def test_a_set_out_of_reach_stops_prepare_and_not_the_run_after_training(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no such file or folder \(evaluate\.sets: there/is/none\.jsonl\)"):
+        prepare.run(params("builtin:tiny", sets=["there/is/none.jsonl"]), tmp_path)
+    with pytest.raises(DataError, match="renders the same prompts with thinking on and off"):
+        prepare.run(params("builtin:tiny", sets=["humaneval"], thinking=[True, False]), tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_published_figures_are_of_the_same_kind_alone() -> None:
+    kind = {"target": "Qwen/Qwen3-8B", "draft": "DFlashDraftModel", "block_size": 16, "temperature": 0.0}
+    both = published(set="gsm8k", thinking=False, **kind)
+    assert [(each["tau"], each["by"]) for each in both] == [(6.54, "DFlash, Table 1"), (6.34, "Model-Optimizer 2342")]
+    assert [each["tau"] for each in published(set="gsm8k", thinking=True, **kind)] == [6.34], "its mode is not stated"
+    assert published(set="mt-bench", thinking=False, **kind)[0]["note"] == "both turns"
+    later = {**kind, "draft": "DFlash2DraftModel"}
+    assert [each["tau"] for each in published(set="math500", thinking=False, **later)] == [9.0]
+    others = {"target": "Qwen/Qwen3-14B", "block_size": 8, "temperature": 1.0, "draft": "Other"}
+    for key, value in others.items():
+        assert published(set="gsm8k", thinking=False, **{**kind, key: value}) == []
+    sampled = {**kind, "block_size": 7, "temperature": 1.0}
+    assert [each["tau"] for each in published(set="alpaca", thinking=None, **sampled)] == [2.98]
