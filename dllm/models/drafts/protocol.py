@@ -89,6 +89,14 @@ class TargetIO:
     embed: nn.Module
     head: nn.Module
 
+    @classmethod
+    def of_weights(cls, embedding_VD: Tensor, head_VD: Tensor) -> TargetIO:
+        """Wrap an embedding and a head without a bias; no memory is copied."""
+        with torch.device("meta"):
+            head = nn.Linear(head_VD.shape[1], head_VD.shape[0], bias=False)
+        head.weight = nn.Parameter(head_VD, requires_grad=False)
+        return cls(nn.Embedding.from_pretrained(embedding_VD), head)
+
 
 @dataclass(frozen=True)
 class Proposal:
