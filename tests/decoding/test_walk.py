@@ -14,6 +14,7 @@ from dllm.decoding.walk import GreedyText, Walker
 from dllm.models import targets
 from dllm.models.drafts.config import FULL, SLIDING
 from dllm.models.drafts.dflash import DFlashDraft
+from dllm.models.drafts.dflash2 import DFlash2Config, DFlash2Draft
 from dllm.models.drafts.protocol import TargetIO
 from dllm.models.taps import compute
 from tests.decoding.stand_in_drafts import ScriptedDraft, config
@@ -70,6 +71,18 @@ def trained(model, responses) -> DFlashDraft:
     return draft.eval()
 
 
+@functools.cache
+def selecting_draft(model) -> DFlash2Draft:
+    """A random DFlash 2 draft, whose choice of a token depends on the one before."""
+    own = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 8, "selector_top_k": 4}
+    draft = DFlash2Draft(DFlash2Config(**vars(config(model, BLOCK)), **own))
+    draft.reset_parameters(seed=2)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    return draft
+
+
 def walked(model, draft, texts: list[GreedyText], limit: int | None, block_size: int = 0, at_once: int = 1):
     walker = Walker(draft, target_of(model), block_size, model.config.max_position_embeddings, at_once)
     return walker.rounds(texts, features(model, draft, texts), limit)
@@ -94,9 +107,9 @@ def texts_of(responses: list[list[int]], limit: int, stops: frozenset[int] = fro
 
 
 @pytest.mark.parametrize("at_once", [1, 12, 1000], ids=["one walk", "several", "every anchor"])
-@pytest.mark.parametrize("kind", ["random", "trained"])
+@pytest.mark.parametrize("kind", ["random", "trained", "DFlash 2"])
 def test_the_rounds_of_decoding(model, responses, trained, kind, at_once) -> None:
-    draft = trained if kind == "trained" else new_draft(model)
+    draft = trained if kind == "trained" else new_draft(model) if kind == "random" else selecting_draft(model)
     for block_size, limit in itertools.product([2, 4, BLOCK], [1, 2, 7, LONGEST]):
         expected = decoded(model, draft, limit, block_size)
         assert walked(model, draft, texts_of(responses, limit), limit, block_size, at_once) == expected
