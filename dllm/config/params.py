@@ -221,6 +221,21 @@ class _Evaluate(Section):
     own."""
     identity_prompts: NonNegativeInt = 4
     """Prompts decoded again in float32 to check that speculative and autoregressive decoding give the same ids."""
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """Above 0, held-out prompts are decoded by sampling as well, and its acceptance length is reported beside that of
+    greedy decoding; null leaves it out."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Sample from the target's smallest set of tokens with this probability; null takes all."""
+    top_k: PositiveInt | None = None
+    """Sample from so many of the target's most probable tokens; null takes all."""
+
+    @model_validator(mode="after")
+    def _check_sampling(self) -> Self:
+        if self.temperature and self.temperature < 1e-6:
+            raise ValueError("temperature must be 0, or a number from 1e-6 to 2")
+        if not self.temperature and (self.top_p or self.top_k):
+            raise ValueError("top_p and top_k require sampling, which temperature leaves out; raise temperature")
+        return self
 
 
 if TYPE_CHECKING:  # the sections of methods are typed where they are used, in dllm/methods/

@@ -50,17 +50,27 @@ class Acceptance:
     """Rounds in which all earlier draft tokens were accepted and none of them ended the response."""
     accepted: list[int] = field(default_factory=list)
     """Rounds in which the draft tokens up to and at an offset were accepted."""
+    chances: list[float] = field(default_factory=list)
+    """When sampling: the probability that a draft token is accepted, summed over the rounds that reached its offset."""
 
     def __post_init__(self) -> None:
         self.histogram = self.histogram or [0] * (self.block_size + 1)
+        self.chances = self.chances or [0.0] * (self.block_size - 1)
         for name in ("drafted", "reached", "accepted"):
             setattr(self, name, getattr(self, name) or [0] * (self.block_size - 1))
 
-    def add(self, response: Iterable[RoundCounts]) -> None:
-        """Count the rounds of one response, its prefill left out."""
+    def add(self, response: Iterable[RoundCounts], chances: Iterable[Sequence[float]] = ()) -> None:
+        """Count the rounds of one response, its prefill left out.
+
+        Args:
+            chances: per round of a sampled response, as in `dllm.decoding.sampling.Verified`.
+        """
         rounds = list(response)
         for each in rounds:
             self._add_round(each)
+        for by_offset in chances:
+            for offset, chance in enumerate(by_offset):
+                self.chances[offset] += chance
         if rounds:
             self.responses += 1
             tokens, count = sum(each.num_emitted for each in rounds), len(rounds)
@@ -109,6 +119,17 @@ class Acceptance:
         """Share of draft tokens at each offset that were accepted, given that all before them were."""
         return _shares(self.accepted, self.reached)
 
+    @property
+    def expected(self) -> list[float | None]:
+        """When sampling: `unconditional`, with the probability that the token at the offset is accepted for whether it
+        was; the mean is the same, the variance smaller."""
+        return _shares(self.chances, self.drafted)
+
+    @property
+    def expected_conditional(self) -> list[float | None]:
+        """When sampling: `conditional` in the same way."""
+        return _shares(self.chances, self.reached)
+
     def figures(self) -> dict[str, Any]:
         """Return everything worth reporting, ready for JSON."""
         return {
@@ -134,5 +155,5 @@ class Acceptance:
             self.accepted[offset] += offset < counts.num_accepted
 
 
-def _shares(part: Sequence[int], whole: Sequence[int]) -> list[float | None]:
+def _shares(part: Sequence[float], whole: Sequence[int]) -> list[float | None]:
     return [p / w if w else None for p, w in zip(part, whole, strict=True)]

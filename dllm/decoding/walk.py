@@ -75,7 +75,7 @@ def walk(
         texts: they come back in another order.
         block_size, max_new_tokens, max_positions: as `Walker` has them.
     """
-    target = TargetIO(model.get_input_embeddings(), model.get_output_embeddings())
+    target = TargetIO.of(model)
     walker = Walker(draft, target, block_size, max_positions)
     for batch in _batches([len(text.ids) for text in texts], TOKENS_AT_ONCE):
         features: list[Tensor] = []

@@ -65,6 +65,10 @@ REFUSED = [
     ("evaluate.thinking", [], "evaluate.thinking"),
     ("evaluate.thinking", [True], "evaluate.thinking is for evaluate.sets, and there are none"),
     ("evaluate.thinking", [True, True], "evaluate.thinking names a mode twice"),
+    ("evaluate.temperature", 2.5, "evaluate.temperature"),
+    ("evaluate.temperature", 1e-9, "temperature must be 0, or a number"),
+    ("evaluate.top_k", 5, "top_p and top_k require sampling"),
+    ("evaluate.top_p", 0.9, "top_p and top_k require sampling"),
     ("register", {}, "register.model_name: missing"),
 ]
 
@@ -198,6 +202,13 @@ def test_a_cache_that_would_not_be_used_is_refused() -> None:
 
 
 MASKS = {"llada": 126336, "llada2": 156895, "nemotron": 100}
+
+
+def test_a_diffusion_lm_is_not_evaluated_by_sampling() -> None:
+    raw = recipe_book.load("tiny-mdlm").model_dump(by_alias=True)
+    raw["evaluate"]["temperature"] = 1.0
+    with pytest.raises(ConfigError, match=r"evaluate\.temperature is 1, and a diffusion LM is evaluated greedily"):
+        parse_params(raw)
 
 
 def test_recipes_that_run_foreign_code_pin_it_and_name_its_mask() -> None:

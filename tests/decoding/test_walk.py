@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from dllm.config.params import Target
 from dllm.decoding.speculative import Decoder
 from dllm.decoding.walk import GreedyText, Walker
 from dllm.models import targets
+from dllm.models.drafts.config import FULL, SLIDING
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.drafts.dflash2 import DFlash2Config, DFlash2Draft
 from dllm.models.drafts.protocol import TargetIO
@@ -114,6 +116,16 @@ def test_the_rounds_of_decoding(model, responses, trained, kind, at_once) -> Non
         if (kind, block_size, limit) == ("trained", BLOCK, LONGEST):
             lengths = {counts.num_emitted for rounds in expected for counts in rounds}
             assert {1, BLOCK} < lengths, "rounds in which nothing is accepted, a part, and all"
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("window", [None, 7])
+def test_windows_and_causality(model, responses, trained, window, is_causal) -> None:
+    kinds = (FULL,) if window is None else (SLIDING,)
+    draft = DFlashDraft(replace(trained.config, layer_types=kinds, sliding_window=window, is_causal=is_causal))
+    draft.load_state_dict(trained.state_dict())
+    texts = texts_of(responses, LONGEST)
+    assert walked(model, draft, texts, LONGEST, at_once=12) == decoded(model, draft, LONGEST)
 
 
 @pytest.mark.parametrize("at_once", [1, 12])

@@ -102,6 +102,21 @@ def test_every_figure_is_there_and_agrees_with_the_others(root: Path, draft: DFl
     assert {"evaluation.png", "acceptance.json", "prompts.json"} <= {f.path for f in client.list_artifacts(run_id)}
 
 
+def test_a_temperature_adds_sampled_acceptance_and_leaves_the_greedy_figures(root: Path) -> None:
+    greedy = evaluate.run(params(identity_prompts=1), root)
+    metrics = evaluate.run(params(identity_prompts=1, temperature=1.0, top_k=3), root)
+    assert "sampled" not in greedy and metrics["greedy_identical"] is True
+    for name in ("tau_micro", "rounds", "acceptance_by_offset", "heldout_digest"):
+        assert metrics[name] == greedy[name]
+    sampled = metrics["sampled"]
+    assert (sampled["temperature"], sampled["top_k"], sampled["top_p"], sampled["prompts"]) == (1.0, 3, 1.0, 5)
+    assert sampled["rounds"] > 0 and 1 <= sampled["tau_micro"] <= 4 and sampled["expected_acceptance_by_offset"][0] > 0
+    for name in ("expected_acceptance_by_offset", "expected_conditional_acceptance_by_offset"):
+        assert len(sampled[name]) == 3 and all(share is None or 0 <= share <= 1 for share in sampled[name])
+    again = evaluate.run(params(identity_prompts=1, temperature=1.0, top_k=3, num_prompts=3), root)
+    assert again["sampled"] == sampled
+
+
 def test_a_smaller_block_is_reported_as_what_was_used(root: Path) -> None:
     metrics = evaluate.run(params(block_size=2, identity_prompts=0), root)
     assert metrics["block_size"] == 2 and len(metrics["acceptance_by_offset"]) == 1

@@ -26,6 +26,7 @@ from dllm.errors import DataError
 from dllm.files import atomic_write
 from dllm.methods.dflash import curve
 from dllm.methods.dflash import sets as prompt_sets
+from dllm.methods.dflash.sampled import sampled_figures
 from dllm.methods.dflash.sets import MeasuredSet, Question
 from dllm.methods.dflash.settings import Walk
 from dllm.methods.dflash.walked import check_rounds, walked_figures
@@ -72,6 +73,9 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
     with speculative.packed():  # both ways of decoding gain from it
         all_pairs = _compare(params, parts, comparison, asked, stop_ids)
         pairs, of_sets = all_pairs[: len(questions)], all_pairs[len(questions) :]
+        sampled = {}
+        if params.evaluate.temperature and questions:
+            sampled["sampled"] = sampled_figures(speculative, params.evaluate, questions, stop_ids, parts)
         walked = {SECTION_OF_METRICS: walked_figures(ctx, speculative, many, stop_ids, pairs)} if many else {}
     metrics = {
         **figures(pairs, speculative.block_size),
@@ -79,6 +83,7 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
             source: figures([p for p in pairs if p.source == source], speculative.block_size)
             for source in sorted({p.source for p in pairs})
         },
+        **sampled,
         **walked,
         **({} if can_decode else {"decoding": NO_DECODING}),
         "block_size": speculative.block_size,

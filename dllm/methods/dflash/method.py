@@ -5,19 +5,23 @@ Checking a params file imports this module: what imports torch (1 second) is imp
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dllm.config.section import Section
+from dllm.errors import ConfigError
 from dllm.methods.dflash.settings import Dflash, Walk
 from dllm.methods.figures import DASH, Records, Row, Table, count, number
-from dllm.methods.method import EvaluateContext, Evaluation, Method, Publication, Score, TrainContext
+from dllm.methods.method import EvaluateContext, Evaluation, Method, PlanContext, Publication, Score, TrainContext
+from dllm.outside import one_line
 
 if TYPE_CHECKING:
     from dllm.config.params import Params
     from dllm.methods.dflash.strategy import DflashStrategy
     from dllm.training.loop import Outcome
+    from dllm.training.plan import Plan
 
 FEATURES = Path("work", "features")
 """Caches of the target's hidden states, shared by all configurations: gigabytes, faster to read than to compute."""
@@ -41,13 +45,32 @@ class DflashMethod:
     def check_models(self, params: Params) -> None:
         from dllm.methods.dflash.build import check_models
 
-        check_models(cast(Dflash, params.train.method_settings), params.target)
+        if check_models(cast(Dflash, params.train.method_settings), params.target):
+            return
+        walk = getattr(params.evaluate, "walk", None) or Walk()
+        if not walk.prompts:
+            raise ConfigError(
+                "evaluate.walk.prompts is 0, and this target keeps a recurrent state: only a walk measures its draft",
+                where=f"target.model: {params.target.model}",
+            )
+        print(
+            f"target {one_line(params.target.model)} keeps a recurrent state, which cannot take back rejected tokens: "
+            "a draft can be trained for it, and its acceptance counted without decoding; evaluate measures no speed, "
+            "and generate refuses the draft",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def identity(self, params: Params) -> Mapping[str, Any]:
         from dllm.models.drafts.checkpoint import draft_identity
 
         draft = cast(Dflash, params.train.method_settings).draft
         return {} if draft.init == "random" else {"draft": draft_identity(draft.init, draft.revision)}
+
+    def plan(self, ctx: PlanContext[Dflash]) -> Plan:
+        from dllm.methods.dflash.plan import plan
+
+        return plan(ctx)
 
     def build(self, ctx: TrainContext[Dflash]) -> DflashStrategy:
         import torch
@@ -118,6 +141,8 @@ class DflashMethod:
             yield label, f"{number(walked['tau_micro'], 2)} ({number(low, 2)} to {number(high, 2)})"
         yield "τ micro, held-out prompts", number(found.get("tau_micro"), 2)
         yield "τ macro, held-out prompts", number(found.get("tau_macro"), 2)
+        if sampled := found.get("sampled"):
+            yield f"τ micro, sampled at temperature {sampled['temperature']:g}", number(sampled["tau_micro"], 2)
         yield "tokens/s autoregressive", number(found.get("tokens_per_s_ar"), 1)
         yield "tokens/s speculative", number(found.get("tokens_per_s_spec"), 1)
         yield "speculative / autoregressive", f"{number(found.get('speedup'), 2)} ×"

@@ -20,6 +20,7 @@ from dllm.errors import DataError
 from dllm.outside import one_line
 from dllm.prompts import sets, sources
 from dllm.prompts import template as chat
+from dllm.prompts.overlap import asked_in_training
 from dllm.prompts.table import TRAIN, Prompt, read_prompts
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -63,12 +64,9 @@ def load(params: Params, root: Path, tokenizer: PreTrainedTokenizerBase, limit: 
     """
     if params.evaluate.thinking is not None:
         chat.check_thinking_modes(tokenizer, "evaluate.thinking")
-    seen = sets.Seen(read_prompts(root / "out" / "prepare", TRAIN)) if params.evaluate.sets else None
+    read = [(entry, sets.read(entry, root)) for entry in params.evaluate.sets or []]
     found = []
-    for number, entry in enumerate(params.evaluate.sets or []):
-        assert seen is not None
-        prompts = sets.read(entry, root)
-        known = {prompt.id: source for prompt in prompts if (source := seen.source(entry, prompt)) is not None}
+    for number, ((entry, prompts), known) in enumerate(zip(read, _in_training(read, root), strict=True)):
         new = [prompt for prompt in prompts if prompt.id not in known]
         _announce(entry, prompts, known)
         modes: Sequence[bool | None] = params.evaluate.thinking or [params.target.enable_thinking]
@@ -85,6 +83,19 @@ def load(params: Params, root: Path, tokenizer: PreTrainedTokenizerBase, limit: 
                 raise DataError(what, where=f"evaluate.sets: {name}", hint="leave the set out")
             found.append(MeasuredSet(name, entry, thinking, tuple(questions), counts))
     return found
+
+
+def _in_training(read: Sequence[tuple[Source, Sequence[Prompt]]], root: Path) -> list[dict[str, str]]:
+    """Return for each set the ids of the prompts that training asks, with the source that does."""
+    if not read:
+        return []
+    questions = {
+        (number, prompt.id): sets.texts(entry, prompt)
+        for number, (entry, prompts) in enumerate(read)
+        for prompt in prompts
+    }
+    asked = asked_in_training(questions, read_prompts(root / "out" / "prepare", TRAIN))
+    return [{id: source for (of, id), source in asked.items() if of == number} for number in range(len(read))]
 
 
 def _asked(
@@ -125,7 +136,6 @@ def record(measured: MeasuredSet, metrics: Mapping[str, Any], params: Params, ar
         metrics: with the block size that was decoded.
         architecture: of the draft, as its config.json names it.
     """
-    temperature = float(getattr(params.evaluate, "temperature", 0.0))
     return {
         "thinking": measured.thinking,
         **measured.counts,
@@ -134,7 +144,7 @@ def record(measured: MeasuredSet, metrics: Mapping[str, Any], params: Params, ar
             target=params.target.model,
             draft=architecture,
             block_size=metrics["block_size"],
-            temperature=temperature,
+            temperature=0.0,  # the figures are of greedy decoding
             thinking=measured.thinking,
         ),
     }
