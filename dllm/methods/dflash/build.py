@@ -17,19 +17,21 @@ from dllm.prompts.template import stop_ids
 from dllm.registry import DRAFTS
 
 
-def check_models(settings: Dflash, target: Target) -> None:
+def check_models(settings: Dflash, target: Target) -> bool:
     """Check by their configs that the target can be tapped, and that the draft fits it; no weights are read.
 
+    Returns:
+        Whether the target can be decoded with a draft: a recurrent state cannot take back rejected tokens.
+
     Raises:
-        ConfigError, ModelError: what `initial_draft` would refuse, or the decoding of such a target.
+        ConfigError, ModelError: what `initial_draft` would refuse.
     """
     model: Any = empty_target(target)
     where = f"target.model: {target.model}"
-    if not DynamicCache(config=model.config).is_croppable:
-        raise ModelError(
-            "this target keeps a recurrent state, and speculative decoding has to take back rejected tokens",
-            where=where,
-        )
+    can_decode = bool(DynamicCache(config=model.config).is_croppable)
+    if not can_decode and not getattr(model.config.get_text_config(), "num_attention_heads", None):
+        message = "this target keeps a recurrent state, and has no attention whose shape a draft could take"
+        raise ModelError(message, where=where)
     if not hasattr(model.get_decoder(), "layers") or model.get_output_embeddings() is None:
         raise ModelError(f"a target of type {model.config.model_type!r} has no decoder layers to tap", where=where)
     tokenizer = load_tokenizer(target)
@@ -44,6 +46,7 @@ def check_models(settings: Dflash, target: Target) -> None:
         _published_config(settings, config, model, tokenizer)
         if hub_commit(directory) is None or any(directory.glob("*.safetensors")):  # else they are not downloaded yet
             check_tensors(directory, published, config)
+    return can_decode
 
 
 def new_config(settings: Dflash, target: Any, tokenizer: Any) -> DraftConfig:

@@ -126,3 +126,18 @@ class Walk(Section):
     """Held-out prompts per source; 0 leaves it out."""
     batch_size: Size = 64
     """Prompts whose greedy responses are generated together; they are kept in `work/greedy/`."""
+
+
+class Throughput(Section):
+    """Which number of draft tokens pays: expected tokens per second by draft tokens and concurrency."""
+
+    seconds: Annotated[float, Field(ge=0, le=3600)] = 0.0
+    """Wall clock for the measurement of step times; 0 leaves it out. Concurrencies that do not fit are left out."""
+    concurrencies: Annotated[list[Size], Field(min_length=1, max_length=16)] = Field(default=[1, 2, 4, 8, 16, 32])
+    """Responses that are decoded together, rising."""
+
+    @model_validator(mode="after")
+    def _rise(self) -> Throughput:
+        if sorted(set(self.concurrencies)) != self.concurrencies:
+            raise ValueError("concurrencies must rise")
+        return self
