@@ -38,7 +38,7 @@ def check_models(settings: Dflash, target: Target) -> None:
     else:
         published, config = read_config(draft_directory(settings.draft.init, settings.draft.revision))
         family: type[Draft] = DRAFTS[settings.draft.architecture]
-        family.check_start(published)
+        family.start_config(published, config, settings.draft)
         check_fit(config, model.config, settings.draft.init)
         _published_config(settings, config, model, tokenizer)
 

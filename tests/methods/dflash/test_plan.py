@@ -68,9 +68,8 @@ class Step:
 
     def gradient(self) -> int:
         """Compute a gradient; return the number of scored slots."""
-        sums = dflash_terms(
-            self.draft, self.embedding, self.embedding, self.batch, self.anchors, gamma=4.0, chunk=CHUNK
-        )
+        given = (self.draft, self.embedding, self.embedding, self.batch, self.anchors, self.settings.draft)
+        sums = dflash_terms(*given, gamma=4.0, chunk=CHUNK)
         sums.numerator.backward()  # type: ignore[no-untyped-call]
         return int(sums.count_P.sum())
 
