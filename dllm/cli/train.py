@@ -136,9 +136,9 @@ def _workload(params: Params, root: Path, rows: int | None, length: int | None) 
         return Workload(len(kept), mean, max(map(len, kept)), supervised, "out/regenerate")
     source = "--rows"
     if rows is None:
-        found = {each.name: _num_prompts(each, root) for each in params.prepare.sources}
-        unknown = [name for name, number in found.items() if number is None]
-        prompts = sum(number or 0 for number in found.values())
+        found = [(each.name, _num_prompts(each, root)) for each in params.prepare.sources]
+        unknown = [name for name, number in found if number is None]
+        prompts = sum(number or 0 for _, number in found)
         if not prompts:
             raise ConfigError("the number of prompts is not known before they are read", where="--rows")
         rows = round(prompts * (1 - params.prepare.heldout_fraction)) * params.regenerate.samples_per_prompt

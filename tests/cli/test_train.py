@@ -51,7 +51,9 @@ def test_a_run_without_room_is_refused_after_its_table(tmp_path: Path, capsys: p
         StageError, match=r"a rank needs [\d.]+ GiB, [\d.]+ of them for .*, and has 74.5 \(H100"
     ) as raised:
         dllm(tmp_path, "--dry-run", "--on", "h100", "--set", "train.batch_size=32")
-    assert len(str(raised.value)) < 300 and table(capsys.readouterr().out)["parameters, draft"] == "1,048,626,432"
+    found = table(capsys.readouterr().out)
+    assert len(str(raised.value)) < 300 and found["parameters, draft"] == "1,048,626,432"
+    assert found["rows"].startswith("778,090 of 3,072 tokens"), "sources of one name are added up"
 
 
 def test_rows_are_those_of_the_responses_if_they_are_there(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,8 +68,16 @@ class Step:
 
     def gradient(self) -> int:
         """Compute a gradient; return the number of scored slots."""
-        given = (self.draft, self.embedding, self.embedding, self.batch, self.anchors, self.settings.draft)
-        sums = dflash_terms(*given, gamma=4.0, chunk=CHUNK)
+        sums = dflash_terms(
+            self.draft,
+            self.embedding,
+            self.embedding,
+            self.batch,
+            self.anchors,
+            gamma=4.0,
+            chunk=CHUNK,
+            draft_settings=self.settings.draft,
+        )
         sums.numerator.backward()  # type: ignore[no-untyped-call]
         return int(sums.count_P.sum())
 
@@ -120,7 +128,12 @@ def test_a_targets_operations_are_those_that_torch_counts() -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "draft", "target"),
-    [("qwen3-4b-dflash", 537_427_200, 4_022_468_096), ("qwen3-8b-dflash", 1_048_626_432, 8_190_735_360)],
+    [
+        ("qwen3-4b-dflash", 537_427_200, 4_022_468_096),
+        ("qwen3-8b-dflash", 1_048_626_432, 8_190_735_360),
+        ("qwen3-4b-dflash2", 632_360_192, 4_022_468_096),
+        ("qwen3-8b-dflash2", 1_169_573_120, 8_190_735_360),
+    ],
 )
 def test_recipes_of_well_known_targets_are_planned_without_their_repositories(
     recipe: str, draft: int, target: int
