@@ -30,6 +30,8 @@ TOKENS_AT_ONCE, TOKENS_A_PASS = 16_384, 2048
 """Most tokens of texts that are walked together, padding counted; and of a pass of the target over them."""
 BLOCKS_AT_ONCE = 128
 """Blocks that a pass drafts, about: fewer leave the matrix units idle, more walks of one text draft more in vain."""
+STRETCH = 4
+"""Fewest blocks between the places where two walks of a text begin: shorter ones end before they meet."""
 LOGITS_AT_ONCE = 1 << 26
 """Most logits that exist at one time."""
 
@@ -73,7 +75,7 @@ def walk(
         texts: they come back in another order.
         block_size, max_new_tokens, max_positions: as `Walker` has them.
     """
-    target = TargetIO(model.get_input_embeddings(), model.get_output_embeddings())
+    target = TargetIO.of(model)
     walker = Walker(draft, target, block_size, max_positions)
     for batch in _batches([len(text.ids) for text in texts], TOKENS_AT_ONCE):
         features: list[Tensor] = []
@@ -140,7 +142,8 @@ class Walker:
         bound = len(text.ids) - 1
         if max_new_tokens is not None:
             bound = min(bound, text.prompt_length + max_new_tokens - 1)
-        count = max(1, min(self.blocks_at_once // texts, (bound - text.prompt_length) // self.block_size))
+        room = (bound - text.prompt_length) // (STRETCH * self.block_size)
+        count = max(1, min(self.blocks_at_once // texts, room))
         return _Walk(text, bound, count)
 
     def _draft(self, walks: Sequence[_Walk], context: Any) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from dllm.config.params import Target
 from dllm.decoding.speculative import Decoder
 from dllm.decoding.walk import GreedyText, Walker
 from dllm.models import targets
+from dllm.models.drafts.config import FULL, SLIDING
 from dllm.models.drafts.dflash import DFlashDraft
+from dllm.models.drafts.dflash2 import DFlash2Config, DFlash2Draft
 from dllm.models.drafts.protocol import TargetIO
 from dllm.models.taps import compute
 from tests.decoding.stand_in_drafts import ScriptedDraft, config
@@ -68,6 +71,18 @@ def trained(model, responses) -> DFlashDraft:
     return draft.eval()
 
 
+@functools.cache
+def selecting_draft(model) -> DFlash2Draft:
+    """A random DFlash 2 draft, whose choice of a token depends on the one before."""
+    own = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 8, "selector_top_k": 4}
+    draft = DFlash2Draft(DFlash2Config(**vars(config(model, BLOCK)), **own))
+    draft.reset_parameters(seed=2)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    return draft
+
+
 def walked(model, draft, texts: list[GreedyText], limit: int | None, block_size: int = 0, at_once: int = 1):
     walker = Walker(draft, target_of(model), block_size, model.config.max_position_embeddings, at_once)
     return walker.rounds(texts, features(model, draft, texts), limit)
@@ -92,15 +107,25 @@ def texts_of(responses: list[list[int]], limit: int, stops: frozenset[int] = fro
 
 
 @pytest.mark.parametrize("at_once", [1, 12, 1000], ids=["one walk", "several", "every anchor"])
-@pytest.mark.parametrize("kind", ["random", "trained"])
+@pytest.mark.parametrize("kind", ["random", "trained", "DFlash 2"])
 def test_the_rounds_of_decoding(model, responses, trained, kind, at_once) -> None:
-    draft = trained if kind == "trained" else new_draft(model)
+    draft = trained if kind == "trained" else new_draft(model) if kind == "random" else selecting_draft(model)
     for block_size, limit in itertools.product([2, 4, BLOCK], [1, 2, 7, LONGEST]):
         expected = decoded(model, draft, limit, block_size)
         assert walked(model, draft, texts_of(responses, limit), limit, block_size, at_once) == expected
         if (kind, block_size, limit) == ("trained", BLOCK, LONGEST):
             lengths = {counts.num_emitted for rounds in expected for counts in rounds}
             assert {1, BLOCK} < lengths, "rounds in which nothing is accepted, a part, and all"
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("window", [None, 7])
+def test_windows_and_causality(model, responses, trained, window, is_causal) -> None:
+    kinds = (FULL,) if window is None else (SLIDING,)
+    draft = DFlashDraft(replace(trained.config, layer_types=kinds, sliding_window=window, is_causal=is_causal))
+    draft.load_state_dict(trained.state_dict())
+    texts = texts_of(responses, LONGEST)
+    assert walked(model, draft, texts, LONGEST, at_once=12) == decoded(model, draft, LONGEST)
 
 
 @pytest.mark.parametrize("at_once", [1, 12])

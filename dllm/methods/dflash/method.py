@@ -63,6 +63,7 @@ class DflashMethod:
         from dllm.methods.dflash.features import CachedFeatures, OnlineFeatures
         from dllm.methods.dflash.strategy import DflashStrategy
         from dllm.models import targets
+        from dllm.prompts.template import stop_ids
 
         settings, params = ctx.settings, ctx.params
         target = targets.load_target(params.target, device=ctx.ranks.device)
@@ -73,6 +74,7 @@ class DflashMethod:
         embedding_VD: Any = target.get_input_embeddings().weight
         head_VD: Any = target.get_output_embeddings().weight
         layer_ids = draft.config.target_layer_ids
+        stops = stop_ids(tokenizer, target.generation_config, target.config.get_text_config())
         source: CachedFeatures | OnlineFeatures
         if settings.features == "cached":
             source = CachedFeatures(
@@ -87,7 +89,7 @@ class DflashMethod:
         else:
             source = OnlineFeatures(target, layer_ids, ctx.splits, with_last=settings.distill > 0)
         del target  # with cached features only its embedding and head stay in memory
-        return DflashStrategy(draft, embedding_VD, head_VD, ctx.splits, source, params.train)
+        return DflashStrategy(draft, embedding_VD, head_VD, ctx.splits, source, params.train, stops)
 
     def sizes(self, strategy: DflashStrategy) -> dict[str, int | None]:
         size = sum(parameter.numel() for parameter in strategy.model.parameters())
@@ -101,7 +103,7 @@ class DflashMethod:
         save_draft(load_draft(outcome.checkpoint), export, strategy.dtype)
         forget_old(ctx.root / FEATURES)
         offsets = [f"draft_acc_k{k}" for k in range(1, strategy.model.config.block_size)]
-        panels = [["loss"], ["acceptance_length"], ["draft_acc", *offsets]]
+        panels = [["loss"], ["acceptance_length", "walked_acceptance_length"], ["draft_acc", *offsets]]
         return Publication({name: export / name for name in ("config.json", "model.safetensors")}, panels)
 
     def evaluate(self, ctx: EvaluateContext) -> Evaluation:
@@ -159,8 +161,13 @@ class DflashMethod:
 
 
 def _sets_table(sets: Mapping[str, Any]) -> Table:
-    rows = []
+    measured = dict[str, Mapping[str, Any]]()
     for name, each in sets.items():
+        measured[name] = each
+        if sampled := each.get("sampled"):
+            measured[f"{name}, T {sampled['temperature']:g}"] = sampled
+    rows = []
+    for name, each in measured.items():
         own = {"set": name, "prompts": each["prompts"], "τ": each["tau_micro"], "τ macro": each["tau_macro"]}
         for beside in each["published"] or [{"tau": None, "by": DASH, "note": None}]:
             note = f" ({beside['note']})" if beside["note"] else ""
