@@ -84,12 +84,17 @@ def plan(ctx: PlanContext[Dflash]) -> Plan:
 
 def planned_config(settings: Dflash, target: Any) -> DraftConfig:
     """Size the draft as training will; the mask id, which needs a tokenizer, changes no size."""
-    if settings.draft.init != "random":
-        config = read_config(draft_directory(settings.draft.init, settings.draft.revision))[1]
-        return config.with_block_size(settings.block_size) if settings.block_size else config
     family: type[Draft] = DRAFTS[settings.draft.architecture]
-    mask_id = settings.mask_token_id or 0
-    return family.config_for(target.config, settings.draft, block_size=settings.block_size, mask_token_id=mask_id)
+    size, block_size, mask_id = settings.draft, settings.block_size, settings.mask_token_id or 0
+    if size.init != "random":
+        published, config = read_config(draft_directory(size.init, size.revision))
+        block_size = block_size or config.block_size
+        if published is family:
+            return config.with_block_size(block_size)
+        family.check_start(published)
+        taps = {"num_hidden_layers": config.num_hidden_layers, "target_layer_ids": list(config.target_layer_ids)}
+        size = size.model_copy(update=taps)
+    return family.config_for(target.config, size, block_size=block_size, mask_token_id=mask_id)
 
 
 def draft_bytes(draft: Draft, rows: int, length: int, blocks: int, dtype: torch.dtype) -> int:
