@@ -32,7 +32,12 @@ from dllm.prompts.table import HELDOUT, read_prompts
 
 
 def timed(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], stop_ids: set[int], settings: SampledSettings, batch: int, clock: Callable[[], float]: Callable[[], float]
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: set[int],
+    settings: SampledSettings,
+    batch: int,
+    clock: Callable[[], float],
 ) -> tuple[float, float | None]:
     """Decode all prompts. Units: tokens per second, and tokens per round."""
     acceptance, tokens, began = Acceptance(decoder.block_size), 0, clock()

@@ -13,6 +13,7 @@ import typer
 
 from dllm.cli import data, export, generate, lm_eval, recipes, track
 from dllm.cli import regenerate as regenerate_verb
+from dllm.cli import train as train_verb
 from dllm.cli.options import Debug, Overrides, ParamsPath, Root
 from dllm.stages import STAGES
 from dllm.training import launch
@@ -68,6 +69,9 @@ for _name in STAGES:
     if _name == "regenerate":  # also a command of its own, for those who want only this
         _help += " With --input-data: any chats, without a project."
         app.command(_name, help=_help)(regenerate_verb.command(functools.partial(_run_stage, _name)))
+    elif _name == "train":
+        _help += " With --dry-run: what that would cost."
+        app.command(_name, help=_help)(train_verb.command(functools.partial(_run_stage, _name)))
     else:
         app.command(_name, help=_help)(_stage_verb(_name))
 

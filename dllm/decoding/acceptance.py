@@ -6,6 +6,7 @@ draft token of a round, k = 1 .. block size - 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -39,6 +40,8 @@ class Acceptance:
     """Responses that had a round."""
     response_means: float = 0.0
     """Sum over responses of their mean tokens per round."""
+    second_moments: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Sums over responses of their tokens squared, tokens times rounds, and rounds squared."""
     histogram: list[int] = field(default_factory=list)
     """Rounds by tokens emitted, 0 .. block_size."""
     drafted: list[int] = field(default_factory=list)
@@ -70,7 +73,14 @@ class Acceptance:
                 self.chances[offset] += chance
         if rounds:
             self.responses += 1
-            self.response_means += sum(each.num_emitted for each in rounds) / len(rounds)
+            tokens, count = sum(each.num_emitted for each in rounds), len(rounds)
+            self.response_means += tokens / count
+            squares, products, rounds_squared = self.second_moments
+            self.second_moments = (
+                squares + tokens * tokens,
+                products + tokens * count,
+                rounds_squared + count * count,
+            )
 
     @property
     def tau_micro(self) -> float | None:
@@ -81,6 +91,23 @@ class Acceptance:
     def tau_macro(self) -> float | None:
         """Mean over responses of their mean tokens emitted per round (the figure in the DFlash paper)."""
         return self.response_means / self.responses if self.responses else None
+
+    @property
+    def tau_interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval of tau_micro over prompts like these; None of fewer than two responses.
+
+        tau_micro is a ratio of two sums over responses, whose rounds depend on each other: the delta method on
+        responses, with the quantile of Student's distribution.
+        """
+        if self.responses < 2:
+            return None
+        tau, free = self.num_emitted / self.rounds, self.responses - 1
+        squares, products, rounds = self.second_moments
+        spread = max(0.0, squares - 2 * tau * products + tau * tau * rounds) * self.responses / free
+        z = 1.959964  # and the expansion of Student's quantile around it
+        quantile = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+        margin = quantile * math.sqrt(spread) / self.rounds
+        return tau - margin, tau + margin
 
     @property
     def unconditional(self) -> list[float | None]:
@@ -107,6 +134,7 @@ class Acceptance:
         """Return everything worth reporting, ready for JSON."""
         return {
             "tau_micro": self.tau_micro,
+            "tau_interval": self.tau_interval and list(self.tau_interval),
             "tau_macro": self.tau_macro,
             "rounds": self.rounds,
             "acceptance_by_offset": self.unconditional,

@@ -33,6 +33,8 @@ class Pair:
     """Leading ids that agree, the first token included."""
     identical: bool
     rounds: tuple[RoundCounts, ...]
+    token_ids: tuple[int, ...] = ()
+    """The response that was decoded speculatively."""
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as plain values."""
@@ -41,7 +43,8 @@ class Pair:
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> Pair:
         """Read what `to_json` returned."""
-        return cls(**{**raw, "rounds": tuple(RoundCounts(*counts) for counts in raw["rounds"])})
+        rounds = tuple(RoundCounts(*counts) for counts in raw["rounds"])
+        return cls(**{**raw, "rounds": rounds, "token_ids": tuple(raw["token_ids"])})
 
 
 class Comparison:
@@ -82,6 +85,7 @@ class Comparison:
             same_prefix=same_prefix(ar.token_ids, spec.token_ids),
             identical=ar.token_ids == spec.token_ids,
             rounds=tuple(r.counts for r in spec.rounds),
+            token_ids=tuple(spec.token_ids),
         )
 
 

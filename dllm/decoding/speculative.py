@@ -102,7 +102,7 @@ class Decoder:
     ) -> None:
         self.model, self.draft, self.block_size = model, draft, 1
         self.limit: int = model.config.get_text_config().max_position_embeddings
-        self.target = TargetIO(model.get_input_embeddings(), model.get_output_embeddings())
+        self.target = TargetIO.of(model)
         if draft is None:
             return
         trained = draft.config.block_size

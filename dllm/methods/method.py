@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dllm.training.batches import Example
     from dllm.training.distributed import Ranks
     from dllm.training.loop import Outcome
+    from dllm.training.plan import Plan, Workload
     from dllm.training.strategy import Split, Strategy
 
 Settings = TypeVar("Settings", bound=Section)
@@ -50,6 +51,19 @@ class TrainContext(Generic[Settings]):
     splits: Mapping[Split, Sequence[Example]]
     work: Path
     """Scratch of this configuration, the same for all ranks."""
+
+
+@dataclass(frozen=True)
+class PlanContext(Generic[Settings]):
+    """A run of the stage `train` that is planned, not started."""
+
+    params: Params
+    settings: Settings
+    """The method's section of `train`."""
+    target: Any
+    """A transformers causal model on the meta device."""
+    workload: Workload
+    ranks: int
 
 
 @dataclass(frozen=True)
@@ -121,6 +135,13 @@ class Method(Protocol[Settings]):
 
     def identity(self, params: Params) -> Mapping[str, Any]:
         """Return ids, revisions and digests of models other than the target that training starts from."""
+
+    def plan(self, ctx: PlanContext[Settings]) -> Plan:
+        """Count parameters, memory and operations of a run from shapes alone.
+
+        Raises:
+            ConfigError, ModelError: the target cannot be trained so, or its shapes are not known.
+        """
 
     def build(self, ctx: TrainContext[Settings]) -> Strategy:
         """Load the models and data that are trained; all ranks call it."""

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,6 @@ from dllm.tracking import provenance
 
 QUESTION = "{question}"
 _REASON = QUESTION + "\nPlease reason step by step, and put your final answer within \\boxed{}."
-_WORD = re.compile(r"\w+")
 
 
 class PromptSet:
@@ -37,15 +34,12 @@ class PromptSet:
     Args:
         question: gives the question of a row, in the words of the data.
         template: the user turn, with QUESTION in it.
-        note: in what the prompts differ from those of published figures, if they do.
     """
 
     options = frozenset[str]()
 
-    def __init__(
-        self, question: Callable[[Mapping[str, Any]], str], template: str = QUESTION, note: str | None = None
-    ) -> None:
-        self.question, self.template, self.note = question, template, note
+    def __init__(self, question: Callable[[Mapping[str, Any]], str], template: str = QUESTION) -> None:
+        self.question, self.template = question, template
 
     def bare(self, text: str) -> str:
         """Return the question of a user turn that this set has made."""
@@ -141,8 +135,7 @@ MBPP = HubSet(
 )
 MT_BENCH = HubSet(
     _hub("HuggingFaceH4/mt_bench_prompts", "e3a795c5e9a82ee40611c416b8a7786c73198991", "train"),
-    lambda row: row["prompt"][0],
-    note="first turns; published figures are of both",
+    lambda row: row["prompt"][0],  # the first of two turns
 )
 ALPACA = HubSet(_hub("tatsu-lab/alpaca", "dce01c9b08f87459cf36a430d809084718273017", "train"), _alpaca)
 
@@ -185,26 +178,10 @@ def read(entry: Source, root: Path) -> list[Prompt]:
         return sorted(stream(whole, root, found=find(entry, root)), key=lambda prompt: prompt.id)
 
 
-class Seen:
-    """User turns of training prompts by their words, whatever their case, punctuation and spaces."""
-
-    def __init__(self, prompts: Iterable[Prompt]) -> None:
-        self._source = {_key(text): prompt.source for prompt in prompts for text in _questions(prompt)}
-
-    def source(self, entry: Source, prompt: Prompt) -> str | None:
-        """Return the source of a training prompt that asks what one of a set asks, in its instruction or without."""
-        texts = [_questions(prompt)[-1]]
-        if entry.name in PROMPT_SETS:
-            texts.append(PROMPT_SETS[entry.name].bare(texts[0]))
-        return next((self._source[key] for key in map(_key, texts) if key in self._source), None)
-
-
-def _questions(prompt: Prompt) -> list[str]:
-    return [str(message["content"]) for message in prompt.messages if message["role"] == "user"]
-
-
-def _key(text: str) -> bytes:
-    return hashlib.blake2b(" ".join(_WORD.findall(text.casefold())).encode(), digest_size=12).digest()
+def texts(entry: Source, prompt: Prompt) -> list[str]:
+    """Return the question of a set's prompt, as it stands in its instruction and without."""
+    text = next(str(turn["content"]) for turn in reversed(prompt.messages) if turn["role"] == "user")
+    return [text, PROMPT_SETS[entry.name].bare(text)] if entry.name in PROMPT_SETS else [text]
 
 
 @contextlib.contextmanager

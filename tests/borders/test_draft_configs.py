@@ -14,6 +14,7 @@ from dllm.config.params import Target
 from dllm.errors import ModelError
 from dllm.models import checkpoints, targets
 from dllm.models.drafts import checkpoint as export
+from dllm.models.drafts import serving
 from dllm.models.drafts.config import FULL, SLIDING, DFlashConfig
 from dllm.models.drafts.dflash import DFlashDraft
 from tests.decoding import stand_in_drafts
@@ -85,6 +86,9 @@ OBEYED = {
 }  # fmt: skip
 
 LAYERS = {"num_hidden_layers": 5, "layer_types": GONE, "num_target_layers": GONE}
+DFLASH_2 = {"architectures": ["DFlash2DraftModel"], "dflash_config/conv_kernel_size": 2,
+            "dflash_config/conv_group_size": 16, "dflash_config/selector_rank": 8,
+            "dflash_config/selector_top_k": 4}  # fmt: skip
 PUBLISHED = {
     "of gpt-oss": LAYERS | {"attention_bias": True, "initial_context_length": 4096, "model_type": "gpt_oss",
                             "eos_token_id": 200002, "is_causal": GONE, "dflash_config/causal": GONE},
@@ -92,6 +96,8 @@ PUBLISHED = {
                             "auto_map": {"AutoModel": "dflash.DFlashDraftModel"}, "eos_token_id": 248044},
     "of Qwen3.6": LAYERS | {"layer_types": [SLIDING] * 4 + [FULL], "sliding_window": 2048, "max_window_layers": 5,
                             "use_sliding_window": True, "rope_scaling": None, "pad_token_id": None},
+    "DFlash 2": LAYERS | DFLASH_2 | {"layer_types": [SLIDING] * 5, "sliding_window": 2048, "use_sliding_window": True,
+                                     "is_causal": False, "dflash_config/causal": GONE},
 }  # fmt: skip
 
 REFUSED = {
@@ -111,6 +117,7 @@ REFUSED = {
     "attention bias as text": ({"attention_bias": "qkv"}, "attention_bias"),
     "attention bias inside": ({"dflash_config/attention_bias": True}, "dflash_config.attention_bias"),
     "scaled embeddings": ({"dflash_config/input_embedding_scale": 8.0}, "input_embedding_scale"),
+    "no norm of queries and keys": ({"use_qk_norm": False}, "use_qk_norm"),
     "value scale": ({"attention_value_scale": 0.5}, "attention_value_scale"),
     "windows by other keys": ({"dflash_config/use_swa": True, "dflash_config/swa_window_size": 1024}, "use_swa"),
     "sinks": ({"dflash_config/attention_sink_bias": True}, "attention_sink_bias"),
@@ -141,6 +148,9 @@ REFUSED = {
     "true is no number": ({"num_hidden_layers": True}, "num_hidden_layers"),
     "infinite norm": ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
     "DFlash 2": ({"architectures": ["DFlash2DraftModel"], "dflash_config/selector_rank": 8}, "DFlash 2"),
+    "DFlash 2 with a cap": (DFLASH_2 | {"dflash_config/final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+    "DFlash 2 with groups of no width": (DFLASH_2 | {"dflash_config/conv_group_size": 48}, "conv_group_size"),
+    "DFlash 2 by the name of DFlash": (DFLASH_2 | {"architectures": ["DFlashDraftModel"]}, "conv_"),
     "DSpark": ({"architectures": ["Qwen3DSparkModel"]}, "DSpark"),
     "Domino": ({"architectures": ["Qwen3DominoModel"]}, "Domino"),
     "LiLiCorr": ({"architectures": ["LiLiCorrDraftModel"]}, "LiLiCorr"),
@@ -167,6 +177,7 @@ def test_windows_and_causality_are_read_by_one_rule(
     config = DFlashConfig.from_json(_changed(saved, changes))
     assert [config.layer_attention(index) for index in range(config.num_hidden_layers)] == layers
     assert DFlashConfig.from_json(config.to_json()) == config
+    assert serving.layers(config.to_json(), serving.TRAINED) == layers
 
 
 @pytest.mark.parametrize(("changes", "said"), REFUSED.values(), ids=REFUSED)
@@ -186,10 +197,10 @@ def test_what_would_be_decoded_otherwise_is_refused_by_its_name(
 
 @pytest.mark.parametrize("changes", PUBLISHED.values(), ids=PUBLISHED)
 def test_what_others_publish_loads(saved: Path, changes: dict[str, Any], tmp_path: Path) -> None:
-    raw = _changed(saved, changes)
-    config = DFlashConfig.from_json(raw)
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    shapes = DFlashDraft.tensor_shapes(config)
+    (tmp_path / "config.json").write_text(json.dumps(_changed(saved, changes)))
+    family, config = export.read_config(tmp_path)
+    assert isinstance(config, DFlashConfig)
+    shapes = family.tensor_shapes(config)
     assert ("layers.4.self_attn.o_proj.bias" in shapes) is config.attention_bias
     save_file({name: torch.full(shape, 0.5) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
     target = targets.load_target(Target(model="builtin:tiny"), "float32", "cpu")

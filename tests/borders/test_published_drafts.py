@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from dllm.config.load import parse_params
 from dllm.config.params import Target
@@ -104,6 +106,11 @@ REFUSED = {
         "a sliding_window of 8 is smaller than a block of 16",
     ),
     "another family": ({"architectures": ["Qwen3DSparkModel"]}, {}, "DSpark"),
+    "DFlash 2 for DFlash": (
+        {"architectures": ["DFlash2DraftModel"], "conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 8,
+         "selector_top_k": 4}, {},
+        "a DFlash2DraftModel, and a DFlashDraftModel is trained",
+    ),
     "a key of tomorrow": ({"residual_gate": 0.5}, {}, "residual_gate"),
     "a model that is no draft": ({"architectures": ["LlamaForCausalLM"]}, {}, "LlamaForCausalLM"),
 }  # fmt: skip
@@ -126,6 +133,22 @@ def test_a_draft_that_does_not_fit_is_refused_by_prepare_without_its_weights(
     assert said in str(caught.value)
     assert len(str(caught.value)) <= 500
     assert str(caught.value).isprintable()
+
+
+def test_weights_that_are_there_are_listed_by_prepare(hub: Path) -> None:
+    folder = hub.parent / "main"
+    state = load_file(folder / "model.safetensors")
+    preflight.check(_params(init=str(folder)))
+    save_file({**state, "d2t": torch.zeros(3)}, folder / "model.safetensors")
+    with pytest.raises(DllmError, match=r"d2t.*ids of a reduced vocabulary"):
+        preflight.check(_params(init=str(folder)))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DllmError, match=r"model\.safetensors is missing"):
+        preflight.check(_params(init=str(folder)))
+
+
+def test_dflash_2_may_start_from_dflash(hub: Path) -> None:
+    preflight.check(_params(architecture="dflash2"))
 
 
 def test_a_revision_of_a_directory_or_of_nothing_is_refused(hub: Path) -> None:

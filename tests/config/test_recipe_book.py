@@ -14,6 +14,7 @@ from dllm.config import recipe_book
 from dllm.config.load import load_params, parse_params, read_yaml
 from dllm.config.params import Params
 from dllm.errors import ConfigError
+from dllm.registry import METHODS
 from tests.arch.source_tree import ROOT
 
 KeyPath = tuple[str | int, ...]
@@ -73,7 +74,8 @@ def test_a_recipe_is_written_whole(name: str, tmp_path: Path) -> None:
     assert parse_yaml(text, "params.yaml") == yaml.safe_load(text) == raw, "no parser reads it in another way"
     modes = {"dflash", "mdlm", "hybrid"}
     missing = set(_missing(params, raw))
-    optional = {"evaluate.diffusion", f"train.{params.train.mode}.lora", "train.dflash.draft.dflash2"}
+    added = {f"evaluate.{section}" for _, method in METHODS.items() for section in method.evaluation}
+    optional = {f"train.{params.train.mode}.lora", "train.dflash.draft.dflash2"} | added
     assert missing <= {f"train.{mode}" for mode in modes} | optional
     assert modes & set(raw["train"]) == {params.train.mode}, "sections of other modes are left out"
     assert [line for line in text.splitlines() if line.startswith("#")] == [

@@ -10,8 +10,9 @@ from dllm.models.drafts.dflash import ContextCache
 from dllm.models.drafts.protocol import Draft, Proposal, Sampling, TargetIO
 
 
-def config(model, block_size: int, mask_token_id: int = 3) -> DFlashConfig:
-    return for_target(model.config, num_hidden_layers=1, block_size=block_size, mask_token_id=mask_token_id, taps=3)
+def config(model, block_size: int, mask_token_id: int = 3, **more) -> DFlashConfig:
+    sizes = dict(num_hidden_layers=1, block_size=block_size, mask_token_id=mask_token_id, taps=3)
+    return for_target(model.config, **sizes, **more)
 
 
 class ScriptedDraft(Draft):

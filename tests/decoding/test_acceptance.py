@@ -1,5 +1,7 @@
 """Acceptance is counted by leading runs, and its sums add up (conformance 26 to 28)."""
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,6 +56,23 @@ def test_a_shorter_block_offers_fewer_drafts() -> None:
     found = counted(4, [rejected_after(3, 4), RoundCounts(2, 1, 1), RoundCounts(1, 0, 0)])
     assert found.drafted == [2, 1, 1]
     assert found.unconditional == [1.0, 1.0, 1.0]
+
+
+def test_the_interval_covers_the_true_acceptance_length_in_95_of_100_samples() -> None:
+    draw = random.Random(0)
+
+    def response() -> list[RoundCounts]:
+        luck = draw.betavariate(4, 4)  # rounds of one response depend on each other
+        runs = [next((k for k in range(4) if draw.random() > luck), 4) for _ in range(draw.randint(5, 20))]
+        return [rejected_after(run, 5) for run in runs]
+
+    truth = counted(5, *(response() for _ in range(20_000))).tau_micro
+    for size in (4, 32):
+        found = [counted(5, *(response() for _ in range(size))).tau_interval for _ in range(400)]
+        covered = sum(low <= truth <= high for low, high in found)
+        assert 0.9 < covered / len(found) < 0.985
+    assert counted(4, [rejected_after(1, 4)]).tau_interval is None
+    assert counted(4, [rejected_after(1, 4)], [rejected_after(1, 4)] * 3).tau_interval == (2, 2)
 
 
 BLOCK = 5

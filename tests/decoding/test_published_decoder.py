@@ -1,6 +1,8 @@
 """Our drafts against the decoder that the authors of DFlash publish: forward, ids and acceptance of the same export."""
 
 import time
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from dllm.methods.dflash.anchors import draw_anchors
 from dllm.methods.dflash.objective import Batch, dflash_terms
 from dllm.models import targets
 from dllm.models.drafts.checkpoint import load_draft, save_draft
-from dllm.models.drafts.config import for_target
+from dllm.models.drafts.config import FULL, SLIDING, for_target
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.drafts.dflash2 import DFlash2Config, DFlash2Draft
 from dllm.models.drafts.dflash2_settings import DFlash2Settings
@@ -42,7 +44,7 @@ def new_draft(model, family: str) -> Draft:
     return draft
 
 
-def train(draft: Draft, model) -> None:
+def train(draft: Draft, model, steps: int = 35) -> None:
     """Learn the target's own responses by heart, so that rounds of every length are accepted."""
     responses = [[*prompt, *Decoder(model).generate(prompt, max_new_tokens=TOKENS).token_ids] for prompt in PROMPTS]
     ids_BS = torch.tensor(responses)
@@ -52,7 +54,7 @@ def train(draft: Draft, model) -> None:
     batch = Batch(ids_BS, supervised_BS, features_BSF)
     embedding_VD, head_VD = model.get_input_embeddings().weight, model.get_output_embeddings().weight.detach()
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2)
-    for step in range(35):
+    for step in range(steps):
         anchors = draw_anchors(
             supervised_BS, num_blocks=12, block_size=BLOCK, sampling="without_replacement", seeds=[step] * len(PROMPTS)
         )
@@ -109,3 +111,27 @@ def test_greedy_ids_and_acceptance_agree(pair, model, monkeypatch: pytest.Monkey
         lengths += emitted
     assert not trained or sum(lengths) / len(lengths) > 1.5, "a trained draft is accepted now and then"
     assert not trained or len(set(lengths)) > 2, "rounds of several lengths"
+
+
+def test_windows_and_causality_of_every_kind_agree(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(published, "_cuda_time", time.perf_counter)
+    sizes = {"num_hidden_layers": 2, "block_size": BLOCK, "mask_token_id": 3, "taps": 3, "sliding_window": 7}
+    trained = DFlashDraft(for_target(model.config, **sizes, layer_types=(SLIDING, FULL)))
+    trained.reset_parameters(0, std=0.1)
+    train(trained, model, steps=8)
+    lengths = {}
+    for kinds, is_causal in product(((FULL, FULL), (SLIDING, SLIDING), (SLIDING, FULL)), (None, True, False)):
+        draft = DFlashDraft(replace(trained.config, layer_types=kinds, is_causal=is_causal))
+        draft.load_state_dict(trained.state_dict())
+        save_draft(draft, tmp_path)
+        theirs = published.DFlashDraftModel.from_pretrained(tmp_path).eval()
+        ours = load_draft(tmp_path, model.config)
+        lengths[kinds, is_causal] = ()
+        for prompt in PROMPTS[:2]:
+            found = Decoder(model, ours).generate(prompt, max_new_tokens=TOKENS)
+            want = published.dflash_generate(theirs, model, torch.tensor([prompt]), TOKENS, None, return_stats=True)
+            assert found.token_ids == want.output_ids[0, len(prompt) :].tolist()
+            emitted = [r.counts.num_emitted for r in found.rounds]
+            assert whole_rounds(emitted) == whole_rounds(want.acceptance_lengths)
+            lengths[kinds, is_causal] += tuple(emitted)
+    assert len(set(lengths.values())) >= 4, "windows and causality change what is accepted"

@@ -14,14 +14,8 @@ import pytest
 from dllm.config.params import Source
 from dllm.errors import ConfigError, DataError
 from dllm.prompts import sets
-from dllm.prompts.sets import HubSet, PackageSet
-from dllm.prompts.table import Prompt, prompt_id
+from dllm.prompts.sets import HubSet
 from dllm.registry import PROMPT_SETS
-
-
-def asked(text: str, source: str = "mine") -> Prompt:
-    messages = [{"role": "user", "content": text}]
-    return Prompt(prompt_id(messages), source, "train", messages)
 
 
 @pytest.mark.parametrize(
@@ -97,19 +91,3 @@ def test_a_set_may_be_a_source_and_a_wrong_name_is_one_line(tmp_path: Path) -> N
         sets.read(Source(name="x.jsonl"), tmp_path)
     with pytest.raises(ConfigError, match=r"size 9 does not apply to a published set.*leave evaluate\.sets\[\]\.size"):
         sets.read(Source(name="gsm8k", size=9), tmp_path)
-
-
-def test_what_training_prompts_ask_is_known_however_it_is_written(tmp_path: Path) -> None:
-    entry = Source(name="gsm8k")
-    first, second, third, *_ = sets.read(entry, tmp_path)
-    member = PROMPT_SETS["gsm8k"]
-    assert isinstance(member, PackageSet)
-    question = member.bare(first.messages[0]["content"])
-    twisted = asked("  " + question.upper().replace(" ", "\n", 1) + " !", "shouted")
-    chat = asked("Hello", "chats")
-    chat.messages.append({"role": "assistant", "content": "Hi"})
-    chat.messages.append({"role": "user", "content": second.messages[0]["content"]})
-    seen = sets.Seen([twisted, chat])
-    assert seen.source(entry, first) == "shouted" and seen.source(entry, second) == "chats"
-    assert seen.source(entry, third) is None
-    assert seen.source(Source(name="mine.jsonl"), first) is None, "the instruction belongs to the set alone"

@@ -9,10 +9,10 @@ from transformers import DynamicCache
 from dllm.config.params import Target
 from dllm.errors import ModelError
 from dllm.methods.dflash.settings import Dflash
-from dllm.models.drafts.checkpoint import check_fit, draft_directory, load_draft, read_config
+from dllm.models.drafts.checkpoint import check_fit, check_tensors, draft_directory, load_draft, read_config
 from dllm.models.drafts.protocol import Draft, DraftConfig
 from dllm.models.mask_token import draft_mask_id
-from dllm.models.targets import empty_target, load_tokenizer
+from dllm.models.targets import empty_target, hub_commit, load_tokenizer
 from dllm.prompts.template import stop_ids
 from dllm.registry import DRAFTS
 
@@ -36,9 +36,14 @@ def check_models(settings: Dflash, target: Target) -> None:
     if settings.draft.init == "random":
         new_config(settings, model, tokenizer)
     else:
-        config = read_config(draft_directory(settings.draft.init, settings.draft.revision))[1]
+        directory = draft_directory(settings.draft.init, settings.draft.revision)
+        published, config = read_config(directory)
+        family: type[Draft] = DRAFTS[settings.draft.architecture]
+        family.check_start(published)
         check_fit(config, model.config, settings.draft.init)
         _published_config(settings, config, model, tokenizer)
+        if hub_commit(directory) is None or any(directory.glob("*.safetensors")):  # else they are not downloaded yet
+            check_tensors(directory, published, config)
 
 
 def new_config(settings: Dflash, target: Any, tokenizer: Any) -> DraftConfig:

@@ -2,7 +2,8 @@
 
 Each prompt is decoded autoregressively and speculatively, one directly after the other in one process and in
 alternating order, so that drift of the machine affects both. A few prompts are decoded again in float32, where both
-must give the same ids.
+must give the same ids, and the walk over them the same rounds. Acceptance is counted on more prompts than are decoded,
+by the walk alone, and on all of them where the target cannot take tokens back.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from dllm.config.params import Params
 from dllm.decoding.acceptance import Acceptance
@@ -26,6 +28,8 @@ from dllm.methods.dflash import curve
 from dllm.methods.dflash import sets as prompt_sets
 from dllm.methods.dflash.sampled import sampled_figures
 from dllm.methods.dflash.sets import MeasuredSet, Question
+from dllm.methods.dflash.settings import Walk
+from dllm.methods.dflash.walked import check_rounds, walked_figures
 from dllm.methods.method import EvaluateContext, Evaluation
 from dllm.models import targets
 from dllm.models.drafts.checkpoint import load_draft
@@ -34,6 +38,11 @@ from dllm.prompts import template as chat
 from dllm.prompts.table import HELDOUT, read_prompts
 
 WARM_UP_TOKENS = 16
+SECTION, SECTION_OF_METRICS = "walk", "walked"
+NO_DECODING = (
+    "this target keeps a recurrent state, and decoding with a draft has to take back rejected tokens; acceptance is "
+    "counted on its greedy responses, without decoding, and no speed is measured"
+)
 
 
 def evaluate(ctx: EvaluateContext) -> Evaluation:
@@ -49,18 +58,25 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
     tokenizer = targets.load_tokenizer(params.target)
     configs = (speculative.model.generation_config, speculative.model.config.get_text_config())
     stop_ids = chat.stop_ids(tokenizer, *configs)
-    questions, excluded = _questions(params, ctx.root, tokenizer, speculative.limit)
-    measured = prompt_sets.load(params, ctx.root, tokenizer, speculative.limit)
-    asked = [*questions, *(question for each in measured for question in each.questions)]
+    settings: Walk = getattr(params.evaluate, SECTION, None) or Walk()
+    questions, excluded = _questions(params, ctx.root, tokenizer, speculative.limit, params.evaluate.num_prompts)
+    many = _questions(params, ctx.root, tokenizer, speculative.limit, settings.prompts)[0] if settings.prompts else []
+    number = settings.prompts or params.evaluate.num_prompts
+    measured = prompt_sets.load(params, ctx.root, tokenizer, speculative.limit, number)
+    can_decode = DynamicCache(config=speculative.model.config).is_croppable
+    if not can_decode:
+        print(f"evaluate: {NO_DECODING}", file=sys.stderr, flush=True)
+        questions = []
     draft, device = speculative.draft, speculative.model.device
     assert draft is not None
     parts = ctx.work / "prompts"
     with speculative.packed():  # both ways of decoding gain from it
-        all_pairs = _compare(params, parts, comparison, asked, stop_ids)
+        pairs = _compare(params, parts, comparison, questions, stop_ids)
         sampled = {}
-        if params.evaluate.temperature:
+        if params.evaluate.temperature and questions:
             sampled["sampled"] = sampled_figures(speculative, params.evaluate, questions, stop_ids, parts)
-    pairs, of_sets = all_pairs[: len(questions)], all_pairs[len(questions) :]
+        walked = {SECTION_OF_METRICS: walked_figures(ctx, speculative, many, stop_ids, pairs)} if many else {}
+        sets = {"sets": _of_sets(ctx, speculative, measured, stop_ids, parts, can_decode)} if measured else {}
     metrics = {
         **figures(pairs, speculative.block_size),
         "by_source": {
@@ -68,20 +84,21 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
             for source in sorted({p.source for p in pairs})
         },
         **sampled,
+        **walked,
+        **sets,
+        **({} if can_decode else {"decoding": NO_DECODING}),
         "block_size": speculative.block_size,
         "draft_params": sum(parameter.numel() for parameter in draft.parameters()),
         "draft_layers": draft.config.num_hidden_layers,
         **excluded,
-        "heldout_digest": _heldout_digest([q.id for q in questions], params.evaluate.max_new_tokens),
+        "heldout_digest": _heldout_digest(questions, many, params.evaluate.max_new_tokens),
         "dtype": params.target.dtype,
         "device": str(device),
         "threads": torch.get_num_threads(),
     }
-    if measured:
-        metrics["sets"] = _of_sets(params, measured, of_sets, metrics, type(draft).architectures[0])
     del comparison, speculative, draft  # the float32 target needs the memory
     metrics |= _check_identity(ctx, questions[: params.evaluate.identity_prompts], stop_ids)
-    return _write(ctx, pairs, of_sets, metrics, scratch=parts)
+    return _write(ctx, pairs, metrics, scratch=parts)
 
 
 def _load(ctx: EvaluateContext, dtype: str) -> Comparison:
@@ -90,15 +107,17 @@ def _load(ctx: EvaluateContext, dtype: str) -> Comparison:
     return Comparison(Decoder(model), Decoder(model, draft, ctx.params.evaluate.block_size))
 
 
-def _questions(params: Params, root: Path, tokenizer: Any, limit: int) -> tuple[list[Question], dict[str, int]]:
-    """Take the first held-out prompts of each source by id; count those that leave no room for a response, or that
-    the chat template refuses."""
+def _questions(
+    params: Params, root: Path, tokenizer: Any, limit: int, number: int
+) -> tuple[list[Question], dict[str, int]]:
+    """Take the first `number` held-out prompts of each source by id; count those that leave no room for a response, or
+    that the chat template refuses."""
     taken: dict[str, list[Question]] = {}
     excluded = {"prompts_too_long": 0, "prompts_refused": 0}
     refusal: DataError | None = None
     for prompt in read_prompts(root / "out" / "prepare", HELDOUT):
         same_source = taken.setdefault(prompt.source, [])
-        if len(same_source) == params.evaluate.num_prompts:
+        if len(same_source) == number:
             continue
         try:
             ids = chat.prompt_ids(tokenizer, prompt.messages, params.target.enable_thinking, tools=prompt.tools)
@@ -123,19 +142,25 @@ def _questions(params: Params, root: Path, tokenizer: Any, limit: int) -> tuple[
 
 
 def _of_sets(
-    params: Params,
+    ctx: EvaluateContext,
+    decoder: Decoder,
     measured: Sequence[MeasuredSet],
-    pairs: Sequence[Pair],
-    metrics: Mapping[str, Any],
-    architecture: str,
+    stop_ids: set[int],
+    parts: Path,
+    can_decode: bool,
 ) -> dict[str, Any]:
-    """Return the figures of each set, and published ones beside them."""
-    found, begin = {}, 0
+    """Return the acceptance on each set, by the walk and where asked by sampling, and published figures beside it."""
+    settings = ctx.params.evaluate
+    questions = [question for each in measured for question in each.questions]
+    walked = walked_figures(ctx, decoder, questions, stop_ids, [])["by_source"]
+    found = {}
     for each in measured:
-        own = pairs[begin : begin + len(each.questions)]
-        begin += len(own)
-        record = prompt_sets.record(each, metrics, params, architecture)
-        found[each.name] = {**figures(own, metrics["block_size"]), **record}
+        beside = prompt_sets.published(each, ctx.params, decoder)
+        found[each.name] = {**walked[f"set {each.name}"], **each.record, "published": beside}
+        if settings.temperature and can_decode:
+            sampled = sampled_figures(decoder, settings, each.questions, stop_ids, parts)
+            beside = prompt_sets.published(each, ctx.params, decoder, sampled=True)
+            found[each.name]["sampled"] = {**sampled, "published": beside}
     return found
 
 
@@ -174,7 +199,11 @@ def _finished(path: Path) -> Pair | None:
 
 
 def _check_identity(ctx: EvaluateContext, questions: Sequence[Question], stop_ids: set[int]) -> dict[str, Any]:
-    """Decode a few questions both ways in float32, where rounding no longer decides between tokens."""
+    """Decode a few questions both ways in float32, where rounding no longer decides between tokens.
+
+    Raises:
+        StageError: the walk over the same text counts other rounds.
+    """
     if not questions:
         return {"greedy_identical": None, "identity_prompts": 0, "identity_identical": 0}
     comparison = _load(ctx, "float32")
@@ -188,6 +217,8 @@ def _check_identity(ctx: EvaluateContext, questions: Sequence[Question], stop_id
             if not pair.identical:
                 note = f"evaluate: float32 ids differ after {pair.same_prefix} tokens on prompt {question.id}"
                 print(note, file=sys.stderr, flush=True)
+            else:
+                check_rounds(comparison.speculative, question, pair, stop_ids)
     return {
         "greedy_identical": identical == len(questions),
         "identity_prompts": len(questions),
@@ -195,29 +226,34 @@ def _check_identity(ctx: EvaluateContext, questions: Sequence[Question], stop_id
     }
 
 
-def _heldout_digest(ids: Sequence[str], max_new_tokens: int) -> str:
+def _heldout_digest(decoded: Sequence[Question], walked: Sequence[Question], max_new_tokens: int) -> str:
     """Name the data, so that two checkpoints are compared on the same prompts only."""
+    ids = [question.id for question in decoded]
+    if walked:
+        ids += ["walked", *(question.id for question in walked)]
     return hashlib.sha256("\n".join([str(max_new_tokens), *ids]).encode()).hexdigest()[:16]
 
 
-def _write(
-    ctx: EvaluateContext, pairs: Sequence[Pair], of_sets: Sequence[Pair], metrics: dict[str, Any], scratch: Path
-) -> Evaluation:
+def _write(ctx: EvaluateContext, pairs: Sequence[Pair], metrics: dict[str, Any], scratch: Path) -> Evaluation:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     picture, curves, rows = (ctx.work / name for name in ("evaluation.png", "acceptance.json", "prompts.parquet"))
     title = f"{ctx.params.target.model.removeprefix('builtin:')}, block {metrics['block_size']}"
-    curve.draw(metrics, picture, title)
+    shown = metrics.get(SECTION_OF_METRICS, metrics)
+    curve.draw({**shown, "speedup": metrics["speedup"]}, picture, title)
     kept = Acceptance(2).figures().keys()
     by_set = {f"set {name}": part for name, part in metrics.get("sets", {}).items()}
     parts = {"all": metrics, **metrics["by_source"], **by_set}
+    if SECTION_OF_METRICS in metrics:
+        parts[SECTION_OF_METRICS] = shown
     by_part = {name: {key: part[key] for key in kept} for name, part in parts.items()}
     curves.write_text(json.dumps({"block_size": metrics["block_size"], **by_part}, indent=2) + "\n")
-    columns = table([*pairs, *of_sets])
+    columns = table(pairs) or {"prompt_id": []}
     with rows.open("wb") as file:
         pq.write_table(pa.table(columns), file)
-    offsets = zip(metrics["acceptance_by_offset"], metrics["conditional_acceptance_by_offset"], strict=True)
+    logged = metrics if pairs else shown
+    offsets = zip(logged["acceptance_by_offset"], logged["conditional_acceptance_by_offset"], strict=True)
     for k, (accepted, conditional) in enumerate(offsets, start=1):
         both = {"acceptance_at_offset": accepted, "conditional_acceptance_at_offset": conditional}
         ctx.tracker.log_metrics({name: value for name, value in both.items() if value is not None}, k)

@@ -34,6 +34,8 @@ from dllm.training.strategy import Split
 SCHEMA = 2
 TOKENS_A_PART = 16_384
 """Tokens in one cache file: about 90 MB at 5 taps of 576, and the most that a kill can cost."""
+FILL_TOKENS = 2048
+"""Tokens that the target runs over at one time while a cache is filled; one longer row is run alone."""
 LOCK = ".lock"
 """In each cache's directory: held while a process reads it, and as old as the latest use."""
 
@@ -81,7 +83,7 @@ class FeatureCache:
         there = {path.name.split("-")[1] for path in self.directory.glob("part-*-*.safetensors")}
         return [part for part in range(len(self.parts)) if f"{part:05d}" not in there]
 
-    def fill(self, part: int, model: Any, layer_ids: Sequence[int], batch_tokens: int = 2048) -> int:
+    def fill(self, part: int, model: Any, layer_ids: Sequence[int], batch_tokens: int = FILL_TOKENS) -> int:
         """Compute one part, write it, and return its number of tokens."""
         members = self.parts[part]
         done: list[Tensor] = []

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dllm.config.section import Section
-from dllm.methods.dflash.settings import Dflash
+from dllm.methods.dflash.settings import Dflash, Walk
 from dllm.methods.figures import DASH, Records, Row, Table, count, number
-from dllm.methods.method import EvaluateContext, Evaluation, Method, Publication, Score, TrainContext
+from dllm.methods.method import EvaluateContext, Evaluation, Method, PlanContext, Publication, Score, TrainContext
 
 if TYPE_CHECKING:
     from dllm.config.params import Params
     from dllm.methods.dflash.strategy import DflashStrategy
     from dllm.training.loop import Outcome
+    from dllm.training.plan import Plan
 
 FEATURES = Path("work", "features")
 """Caches of the target's hidden states, shared by all configurations: gigabytes, faster to read than to compute."""
@@ -27,7 +28,7 @@ class DflashMethod:
     """Train a DFlash draft, and measure its acceptance length in speculative decoding."""
 
     settings = Dflash
-    evaluation: Mapping[str, type[Section]] = {}
+    evaluation: Mapping[str, type[Section]] = {"walk": Walk}
     reads: Mapping[str, str] = {"prompts": "out/prepare/prompts.parquet"}
 
     def check(self, params: Params) -> None:
@@ -49,6 +50,11 @@ class DflashMethod:
         draft = cast(Dflash, params.train.method_settings).draft
         return {} if draft.init == "random" else {"draft": draft_identity(draft.init, draft.revision)}
 
+    def plan(self, ctx: PlanContext[Dflash]) -> Plan:
+        from dllm.methods.dflash.plan import plan
+
+        return plan(ctx)
+
     def build(self, ctx: TrainContext[Dflash]) -> DflashStrategy:
         import torch
 
@@ -57,6 +63,7 @@ class DflashMethod:
         from dllm.methods.dflash.features import CachedFeatures, OnlineFeatures
         from dllm.methods.dflash.strategy import DflashStrategy
         from dllm.models import targets
+        from dllm.prompts.template import stop_ids
 
         settings, params = ctx.settings, ctx.params
         target = targets.load_target(params.target, device=ctx.ranks.device)
@@ -67,6 +74,7 @@ class DflashMethod:
         embedding_VD: Any = target.get_input_embeddings().weight
         head_VD: Any = target.get_output_embeddings().weight
         layer_ids = draft.config.target_layer_ids
+        stops = stop_ids(tokenizer, target.generation_config, target.config.get_text_config())
         source: CachedFeatures | OnlineFeatures
         if settings.features == "cached":
             source = CachedFeatures(
@@ -81,7 +89,7 @@ class DflashMethod:
         else:
             source = OnlineFeatures(target, layer_ids, ctx.splits, with_last=settings.distill > 0)
         del target  # with cached features only its embedding and head stay in memory
-        return DflashStrategy(draft, embedding_VD, head_VD, ctx.splits, source, params.train)
+        return DflashStrategy(draft, embedding_VD, head_VD, ctx.splits, source, params.train, stops)
 
     def sizes(self, strategy: DflashStrategy) -> dict[str, int | None]:
         size = sum(parameter.numel() for parameter in strategy.model.parameters())
@@ -95,7 +103,7 @@ class DflashMethod:
         save_draft(load_draft(outcome.checkpoint), export, strategy.dtype)
         forget_old(ctx.root / FEATURES)
         offsets = [f"draft_acc_k{k}" for k in range(1, strategy.model.config.block_size)]
-        panels = [["loss"], ["acceptance_length"], ["draft_acc", *offsets]]
+        panels = [["loss"], ["acceptance_length", "walked_acceptance_length"], ["draft_acc", *offsets]]
         return Publication({name: export / name for name in ("config.json", "model.safetensors")}, panels)
 
     def evaluate(self, ctx: EvaluateContext) -> Evaluation:
@@ -104,12 +112,16 @@ class DflashMethod:
         return evaluate(ctx)
 
     def score(self, metrics: Mapping[str, Any]) -> Score:
-        return Score("tau_micro", "τ", metrics["tau_micro"])
+        return Score("tau_micro", "τ", metrics.get("walked", metrics)["tau_micro"])
 
     def rows(self, metrics: Records) -> Iterator[Row]:
         trained, found = metrics.get("train", {}), metrics.get("evaluate", {})
         yield "draft parameters", count(trained.get("draft_params"))
         yield "draft_acc, held-out text", number(trained.get("val_draft_acc"), 3)
+        if walked := found.get("walked"):
+            low, high = walked["tau_interval"] or (None, None)
+            label = f"τ micro, {walked['prompts']} held-out prompts (95 % interval)"
+            yield label, f"{number(walked['tau_micro'], 2)} ({number(low, 2)} to {number(high, 2)})"
         yield "τ micro, held-out prompts", number(found.get("tau_micro"), 2)
         yield "τ macro, held-out prompts", number(found.get("tau_macro"), 2)
         if sampled := found.get("sampled"):
@@ -124,10 +136,11 @@ class DflashMethod:
         trained, found = metrics.get("train", {}), metrics.get("evaluate", {})
         if found.get("sets"):
             yield _sets_table(found["sets"])
+        accepted = found.get("walked", found)
         columns: dict[str, list[float | None]] = {
             "draft_acc_k": [],
-            "accepted given k-1": found.get("conditional_acceptance_by_offset") or [],
-            "accepted": found.get("acceptance_by_offset") or [],
+            "accepted given k-1": accepted.get("conditional_acceptance_by_offset") or [],
+            "accepted": accepted.get("acceptance_by_offset") or [],
         }
         while (accuracy := trained.get(f"val_draft_acc_k{len(columns['draft_acc_k']) + 1}")) is not None:
             columns["draft_acc_k"].append(accuracy)
@@ -148,8 +161,13 @@ class DflashMethod:
 
 
 def _sets_table(sets: Mapping[str, Any]) -> Table:
-    rows = []
+    measured = dict[str, Mapping[str, Any]]()
     for name, each in sets.items():
+        measured[name] = each
+        if sampled := each.get("sampled"):
+            measured[f"{name}, T {sampled['temperature']:g}"] = sampled
+    rows = []
+    for name, each in measured.items():
         own = {"set": name, "prompts": each["prompts"], "τ": each["tau_micro"], "τ macro": each["tau_macro"]}
         for beside in each["published"] or [{"tau": None, "by": DASH, "note": None}]:
             note = f" ({beside['note']})" if beside["note"] else ""

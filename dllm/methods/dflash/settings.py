@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from dllm.config.section import Fraction, Layers, NonNegativeInt, Section, TokenCount, with_sections
+from dllm.config.section import Fraction, Layers, NonNegativeInt, Section, Size, TokenCount, with_sections
 from dllm.registry import DRAFT_SETTINGS, DRAFTS, OBJECTIVES
 
 
@@ -101,6 +101,8 @@ class Dflash(Section):
     loss_vocab: Literal["full", "corpus"] = "full"
     """`corpus` restricts softmax and accuracy of training steps to tokens that occur in training responses; validation
     always uses the full vocabulary."""
+    walk_samples: NonNegativeInt = 16
+    """Held-out sequences on which a validation also counts the rounds of greedy decoding, without decoding."""
     ce_chunk_size: TokenCount = 256
     """Block positions per chunk of the cross-entropy, whose logits exist at one time."""
     draft: Draft = Draft()
@@ -115,3 +117,12 @@ class Dflash(Section):
         if self.block_size == 0 and self.draft.init == "random":
             raise ValueError("block_size 0 reads the draft's, but draft.init makes a new draft; name a size such as 16")
         return self
+
+
+class Walk(Section):
+    """Acceptance on many held-out prompts, counted on the target's own greedy responses without decoding."""
+
+    prompts: NonNegativeInt = 128
+    """Held-out prompts per source; 0 leaves it out."""
+    batch_size: Size = 64
+    """Prompts whose greedy responses are generated together; they are kept in `work/greedy/`."""

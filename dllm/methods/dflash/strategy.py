@@ -5,7 +5,9 @@ Shape suffixes: B batch, S sequence, D hidden, V vocabulary, F tapped features, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -13,11 +15,12 @@ import torch
 from torch import Tensor
 
 from dllm.config.params import Train
+from dllm.decoding.walk import GreedyText, Walker
 from dllm.methods.dflash.anchors import Anchors, draw_anchors
 from dllm.methods.dflash.objective import Batch, StepSums, dflash_terms
 from dllm.methods.dflash.settings import Dflash
 from dllm.models.drafts.checkpoint import load_draft, save_draft
-from dllm.models.drafts.protocol import Draft
+from dllm.models.drafts.protocol import Draft, TargetIO
 from dllm.training.batches import Example, collate
 from dllm.training.order import derive_seed
 from dllm.training.strategy import LossSums, Rows, Split
@@ -40,6 +43,7 @@ class DflashStrategy:
         splits: the examples of each split.
         source: features of those examples.
         settings: the train section.
+        stop_ids: ids that end a response.
     """
 
     predictions_name = "block_positions"
@@ -53,6 +57,7 @@ class DflashStrategy:
         splits: Mapping[Split, Sequence[Example]],
         source: FeatureSource,
         settings: Train,
+        stop_ids: Collection[int] = (),
     ) -> None:
         self.model, self.splits, self.source, self.settings = draft, splits, source, settings
         self.dflash = cast(Dflash, settings.method_settings)
@@ -68,6 +73,8 @@ class DflashStrategy:
         self.train_rows, self.heldout_rows = _rows(splits["train"]), _rows(splits["heldout"])
         offsets = draft.config.block_size - 1
         self.counts = {"correct": offsets, "count": offsets, "run_sum": 1, "blocks": 1, **draft.counts}
+        self.counts |= {"walk_tokens": 1, "walk_rounds": 1}
+        self.stop_ids = stop_ids
         self.adamw_rates = draft.adamw_rates(self.dflash.draft)
 
     def terms(self, split: Split, rows: Sequence[int], epoch: int) -> LossSums:
@@ -100,13 +107,19 @@ class DflashStrategy:
             vocab_ids=self.vocab_ids if training else None,
             distill=settings.distill if training else 0.0,
         )
-        return self._terms(step, anchors, tokens=sum(map(len, examples)))
+        terms = self._terms(step, anchors, tokens=sum(map(len, examples)))
+        found = {"walk_tokens": 0.0, "walk_rounds": 0.0}
+        if not training and (walked := [at for at, row in enumerate(rows) if row < settings.walk_samples]):
+            found = self._walk([examples[at] for at in walked], [features_BSF[at] for at in walked])
+        return replace(terms, counts={**terms.counts, **found})
 
     def metrics(self, sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """Return accuracy over all offsets and at each, and the acceptance length.
+        """Return accuracy over all offsets and at each, and the acceptance lengths.
 
         acceptance_length is 1 + the mean over blocks of the number of leading correct predictions: 3, 2, 1, 0 make 2.5.
-        It is not the product of the accuracies by offset. Both are of what the draft proposes after the true tokens.
+        It is not the product of the accuracies by offset. walked_acceptance_length, of held-out rows, is the mean
+        number of tokens per round of greedy decoding, where the responses are greedy. All are of what the draft
+        proposes after the true tokens.
         """
         figures: dict[str, float] = {}
         if sum(sums["count"]):
@@ -116,6 +129,8 @@ class DflashStrategy:
                 figures[f"draft_acc_k{k}"] = correct / count
         if sums["blocks"][0]:
             figures["acceptance_length"] = 1 + sums["run_sum"][0] / sums["blocks"][0]
+        if sums.get("walk_rounds", [0])[0]:
+            figures["walked_acceptance_length"] = sums["walk_tokens"][0] / sums["walk_rounds"][0]
         return figures | self.model.metrics(sums)
 
     def score(self, validation: Mapping[str, float]) -> tuple[float, ...]:
@@ -129,6 +144,14 @@ class DflashStrategy:
     def load(self, directory: Path) -> None:
         """Load the weights that `save` wrote, exactly."""
         self.model.load_state_dict(load_draft(directory).state_dict())
+
+    def _walk(self, examples: Sequence[Example], features: Sequence[Tensor]) -> dict[str, float]:
+        """Count tokens and rounds of decoding the responses; a last round that they do not determine is left out."""
+        draft = self.model if self.dtype == torch.float32 else copy.deepcopy(self.model).to(self.dtype)
+        walker = Walker(draft, TargetIO.of_weights(self.embedding_VD, self.head_VD))
+        texts = [GreedyText(e.input_ids, e.prompt_length, e.input_ids[-1] in self.stop_ids) for e in examples]
+        rounds = [each for response in walker.rounds(texts, features) for each in response]
+        return {"walk_tokens": sum(each.num_emitted for each in rounds), "walk_rounds": len(rounds)}
 
     def _terms(self, step: StepSums, anchors: Anchors, tokens: int) -> LossSums:
         predictions = int(step.count_P.sum())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from dllm.config.section import Section
 from dllm.methods.diffusion.settings import LEVELS, DiffusionEvaluation, Hybrid, Masking, Mdlm
 from dllm.methods.figures import Records, Row, Table, count, number
-from dllm.methods.method import EvaluateContext, Evaluation, Method, Publication, Score, TrainContext
+from dllm.methods.method import EvaluateContext, Evaluation, Method, PlanContext, Publication, Score, TrainContext
 
 if TYPE_CHECKING:
     from dllm.config.params import Params, Train
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dllm.models.diffusion.protocol import DiffusionLM
     from dllm.training.batches import Example
     from dllm.training.loop import Outcome
+    from dllm.training.plan import Plan
     from dllm.training.strategy import Split
 
 Settings = TypeVar("Settings", bound=Masking)
@@ -35,7 +36,7 @@ class MaskedMethod(Generic[Settings]):
     reads: Mapping[str, str] = {"references": "out/prepare/references.json", "heldout": HELDOUT.as_posix()}
 
     def check(self, params: Params) -> None:
-        """Refuse prompt sets, which are for drafts, and sampling."""
+        """Refuse what is measured of drafts alone."""
         if params.evaluate.sets is not None:
             mode = params.train.mode
             raise ValueError(f"evaluate.sets measures acceptance of drafts, and train.mode is {mode}; leave it out")
@@ -55,6 +56,11 @@ class MaskedMethod(Generic[Settings]):
 
     def identity(self, params: Params) -> Mapping[str, Any]:
         return {}
+
+    def plan(self, ctx: PlanContext[Settings]) -> Plan:
+        from dllm.methods.diffusion.plan import plan
+
+        return plan(ctx)
 
     def strategy(
         self, model: DiffusionLM, splits: Mapping[Split, Sequence[Example]], settings: Train

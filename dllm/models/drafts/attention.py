@@ -45,12 +45,19 @@ def block_attention(
     parts = []
     for begin in range(0, blocks, group):
         part = slice(begin, begin + group)
-        # No block of the group attends further; as anchors are sorted, this saves half of the work.
-        seen = max(1, int(visible_BN[:, part].max()))
-        inputs = [query_BNQHE[:, part], key_BSGE[:, :seen], value_BSGE[:, :seen]]
-        inputs += [block_key_BNLGE[:, part], block_value_BNLGE[:, part], visible_BN[:, part]]
+        # No block of the group attends further, nor before its window; as anchors are sorted, this saves half the work.
+        visible_Bn = visible_BN[:, part]
+        first, seen = (0, context) if visible_Bn.is_meta else _span(visible_Bn, window)
+        inputs = [query_BNQHE[:, part], key_BSGE[:, first:seen], value_BSGE[:, first:seen]]
+        inputs += [block_key_BNLGE[:, part], block_value_BNLGE[:, part], visible_Bn - first]
         parts.append(checkpoint(_attend, *inputs, window, is_causal, use_reentrant=False))
     return torch.cat(parts, 1)
+
+
+def _span(visible_Bn: Tensor, window: int | None) -> tuple[int, int]:
+    """Return the first context row that any of these blocks sees, and the one after the last."""
+    seen = max(1, int(visible_Bn.max()))
+    return 0 if window is None else max(0, int(visible_Bn.where(visible_Bn > 0, seen).min()) + 1 - window), seen
 
 
 def is_hidden(distance: Tensor, window: int | None, is_causal: bool) -> Tensor:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dllm.errors import ConfigError, ModelError
@@ -26,6 +27,15 @@ from dllm.registry import DRAFTS
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SHARED = ("embed_tokens.weight", "lm_head.weight")
 """Tensors that some published drafts carry, though a draft reads the target's."""
+
+
+class Stored(NamedTuple):
+    """Where a tensor is stored."""
+
+    file: Path
+    name: str
+    """Its name there."""
+    shape: tuple[int, ...]
 
 
 def save_draft(draft: Draft, directory: Path, dtype: torch.dtype | None = None) -> None:
@@ -42,7 +52,8 @@ def save_draft(draft: Draft, directory: Path, dtype: torch.dtype | None = None) 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in draft.state_dict().items()}
     if dtype is not None:
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
-    _check(state, type(draft).tensor_shapes(draft.config), str(directory))
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    _check(shapes, type(draft).tensor_shapes(draft.config), str(directory))
     bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if bad:
         raise ModelError(f"weights are not finite: {_some(bad)}", where=str(directory), hint="lower the learning rate")
@@ -68,8 +79,7 @@ def load_draft(source: str | Path, target_config: Any = None, revision: str | No
     family, config = read_config(directory)
     if target_config is not None:
         check_fit(config, target_config, str(directory))
-    state = _without_shared(_read_weights(directory), config, directory)
-    _check(state, family.tensor_shapes(config), str(directory))
+    state = _read(check_tensors(directory, family, config))
     if bad := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise ModelError(f"weights are not finite: {_some(bad)}", where=str(directory), hint="the file is damaged")
     draft = family(config)
@@ -173,39 +183,61 @@ def check_fit(config: DraftConfig, target_config: Any, where: str) -> None:
         )
 
 
-def _read_weights(directory: Path) -> dict[str, Tensor]:
+def check_tensors(directory: Path, family: type[Draft], config: DraftConfig) -> dict[str, Stored]:
+    """Check that a checkpoint holds its family's tensors, by the headers of its files; list where each is stored.
+
+    An embedding or a head of the target's shape is passed over, with a line that says so.
+
+    Raises:
+        ModelError: there are no weights, or a tensor is missing, extra or of another shape.
+    """
+    stored, shape = _stored(directory), (config.vocab_size, config.hidden_size)
+    passed = [name for name in SHARED if name in stored and stored[name].shape == shape]
+    if passed:
+        print(f"note: {directory}: the draft has its own {_some(passed)}; the target's are used", file=sys.stderr)
+    stored = {name: each for name, each in stored.items() if name not in passed}
+    _check({name: each.shape for name, each in stored.items()}, family.tensor_shapes(config), str(directory))
+    return stored
+
+
+def _stored(directory: Path) -> dict[str, Stored]:
     files = [directory / WEIGHTS] if (directory / WEIGHTS).is_file() else sorted(directory.glob("model-*.safetensors"))
     if not files:
         raise ModelError("no weights: model.safetensors is missing", where=str(directory))
-    state: dict[str, Tensor] = {}
+    found: dict[str, Stored] = {}
     for file in files:
-        try:
-            state |= {name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"cannot read weights: {error}", where=str(file)) from None
+        with _opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
+                found[name.removeprefix("model.")] = Stored(file, name, tuple(tensors.get_slice(name).get_shape()))
+    return found
+
+
+def _read(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for file in sorted({each.file for each in stored.values()}):
+        with _opened(file) as tensors:
+            state |= {name: tensors.get_tensor(each.name) for name, each in stored.items() if each.file == file}
     return state
 
 
-def _without_shared(state: dict[str, Tensor], config: DraftConfig, directory: Path) -> dict[str, Tensor]:
-    """Leave out an embedding or head of the target's shape, and say so."""
-    shape = (config.vocab_size, config.hidden_size)
-    passed = [name for name in SHARED if name in state and tuple(state[name].shape) == shape]
-    if passed:
-        print(f"note: {directory}: the draft has its own {_some(passed)}; the target's are used", file=sys.stderr)
-    return {name: tensor for name, tensor in state.items() if name not in passed}
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, "pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot read weights: {error}", where=str(file)) from None
 
 
-def _check(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    if missing := sorted(shapes.keys() - state.keys()):
+def _check(found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    if missing := sorted(shapes.keys() - found.keys()):
         raise ModelError(f"the draft lacks {_some(missing)}", where=where)
-    if extra := sorted(state.keys() - shapes.keys()):
+    if extra := sorted(found.keys() - shapes.keys()):
         hint = describe_tensors(extra)
         raise ModelError(f"the draft holds what no draft has: {_some(extra)}", where=where, hint=hint)
     for name, shape in shapes.items():
-        if tuple(state[name].shape) != shape:
-            raise ModelError(
-                f"{name} has shape {tuple(state[name].shape)}, expected {shape} by its config", where=where
-            )
+        if found[name] != shape:
+            raise ModelError(f"{name} has shape {found[name]}, expected {shape} by its config", where=where)
 
 
 def _some(names: list[str]) -> str:

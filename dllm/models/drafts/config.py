@@ -19,6 +19,8 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "output_multiplier": (1.0, 1),
     "partial_rotary_factor": (1.0, 1),
     "projector_type": (),
+    "qk_norm": (True,),
+    "use_qk_norm": (True,),
     "use_swa": (False,),
 }
 """Switches that published drafts have, and the values at which the network is ours; an absent one is off."""

@@ -249,7 +249,7 @@ class DFlashDraft(Draft):
 
         A product with trained weights costs three times its forward pass (values, input gradients, weight gradients);
         the frozen head and the projection of frozen features need one of the two gradients, so twice. Recomputation,
-        norms and the target's own forward pass are not counted.
+        norms and the target's own forward pass are not counted; windows are counted as full attention.
         """
         config = self.config
         hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim

@@ -7,7 +7,6 @@ from typing import Any
 
 SPECULATORS = "its config nests the layers' and the verifier's, and its vocabulary may be a part of the target's"
 FAMILIES = {
-    "dflash2": ("DFlash 2", "DFlash with convolutions and a candidate selector"),
     "dspark": ("DSpark", "a slot predicts the token after it, and a Markov head corrects by the token before"),
     "domino": ("Domino", "a causal head corrects the base logits of a block"),
     "lilicorr": ("LiLiCorr", "a corrector adds to the logits of a block"),

@@ -89,6 +89,23 @@ class TargetIO:
     embed: nn.Module
     head: nn.Module
 
+    @classmethod
+    def of(cls, model: Any) -> TargetIO:
+        """Return those of a transformers model.
+
+        Embeddings are rows of the matrix, as in training, also where the model's own are scaled (Gemma).
+        """
+        embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+        return cls(embed if type(embed) is nn.Embedding else nn.Embedding.from_pretrained(embed.weight), head)
+
+    @classmethod
+    def of_weights(cls, embedding_VD: Tensor, head_VD: Tensor) -> TargetIO:
+        """Wrap an embedding and a head without a bias; no memory is copied."""
+        with torch.device("meta"):
+            head = nn.Linear(head_VD.shape[1], head_VD.shape[0], bias=False)
+        head.weight = nn.Parameter(head_VD, requires_grad=False)
+        return cls(nn.Embedding.from_pretrained(embedding_VD), head)
+
 
 @dataclass(frozen=True)
 class Proposal:
@@ -234,6 +251,20 @@ class Draft(nn.Module, ABC):
         """Draw new weights from the given seed."""
 
     @classmethod
+    def check_start(cls, published: type[Draft]) -> None:
+        """Refuse a family that training cannot start from.
+
+        Raises:
+            ModelError: this family cannot start from the other's weights.
+        """
+        if published is not cls:
+            raise ModelError(
+                f"the draft is a {published.architectures[0]}, and a {cls.architectures[0]} is trained",
+                where="train.dflash.draft.init",
+                hint="set train.dflash.draft.architecture to the draft's",
+            )
+
+    @classmethod
     def start_from(cls, published: Draft, settings: DraftSettings, seed: int) -> Draft:
         """Return the draft that training starts from, made of a published one.
 
@@ -245,12 +276,7 @@ class Draft(nn.Module, ABC):
         Raises:
             ModelError: this family cannot start from the other's weights.
         """
-        if type(published) is not cls:
-            raise ModelError(
-                f"the draft is a {type(published).architectures[0]}, and a {cls.architectures[0]} is trained",
-                where="train.dflash.draft.init",
-                hint="set train.dflash.draft.architecture to the draft's",
-            )
+        cls.check_start(type(published))
         return published
 
     @abstractmethod

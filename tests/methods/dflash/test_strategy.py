@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from dllm.config.params import Target, Train
+from dllm.decoding.acceptance import Acceptance
+from dllm.decoding.speculative import Decoder
 from dllm.methods.dflash.anchors import Anchors
 from dllm.methods.dflash.build import initial_draft
 from dllm.methods.dflash.features import CachedFeatures, OnlineFeatures
@@ -159,3 +161,30 @@ def test_flops_count_what_a_plain_count_by_hand_counts(target) -> None:
     by_hand = 2 * (3 * (weights + attention) + 2 * context * 3 * hidden * hidden + 2 * scored * 100 * hidden)
     counted = draft.train_flops(context_tokens=context, blocks=2, visible_tokens=seen, predictions=scored, vocab=100)
     assert counted == by_hand
+
+
+def test_the_walked_acceptance_length_is_that_of_decoding_however_rows_are_split(target) -> None:
+    plain, stop = Decoder(target), 6
+    made, expected = [], Acceptance(4)
+    for i in range(4):
+        prompt = [1, 300 + i, 20, 45, *range(7 + i, 20)]
+        response = plain.generate(prompt, max_new_tokens=18).token_ids
+        stop = response[11] if i == 0 else stop
+        made.append((prompt, response[: response.index(stop) + 1] if stop in response else response))
+    rows = [Example(f"h{i}-0", array("i", [*p, *r]), len(p)) for i, (p, r) in enumerate(made)]
+    splits = {"train": SPLITS["train"], "heldout": rows}
+    one = strategy(target, walk_samples=3)
+    source = OnlineFeatures(target, one.model.config.target_layer_ids, splits)
+    weights = target.get_input_embeddings().weight, target.get_output_embeddings().weight
+    one = DflashStrategy(one.model, *weights, splits, source, one.settings, {stop})
+    for prompt, response in made[:3]:
+        limit = len(response) if response[-1] == stop else len(response) - 3  # what the last round may look at
+        rounds = Decoder(target, one.model).generate(prompt, max_new_tokens=limit, stop_ids={stop}).rounds
+        expected.add(r.counts for r in rounds)
+    whole = pooled([one.terms("heldout", [3, 0, 2, 1], 0)])
+    assert whole["walk_tokens"] == pooled([one.terms("heldout", [row], 0) for row in range(4)])["walk_tokens"]
+    assert abs(whole["walk_rounds"][0] - expected.rounds) <= 3, "a round that the text does not determine"
+    assert one.metrics(whole)["walked_acceptance_length"] == pytest.approx(expected.tau_micro, abs=0.15)
+    train = pooled([one.terms("train", [0], 0)])
+    assert train["walk_rounds"] == [0] and "walked_acceptance_length" not in one.metrics(train)
+    assert strategy(target, walk_samples=0).terms("heldout", [0], 0).counts["walk_rounds"] == 0

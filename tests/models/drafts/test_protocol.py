@@ -18,9 +18,10 @@ from dllm.models.drafts.checkpoint import family_of
 from dllm.models.drafts.config import FULL, SLIDING
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.drafts.dflash2 import DFlash2Draft
-from dllm.models.drafts.protocol import Draft, ExtraLoss, Proposal
+from dllm.models.drafts.protocol import Draft, ExtraLoss, Proposal, TargetIO
 from tests.decoding.stand_in_drafts import ScriptedDraft, config, oracle
 from tests.models.drafts.test_attention import tiny_config, tiny_draft
+from tests.models.small_models import small_model
 
 PROMPT = [1, 300, 20, 45, 301, 77]
 
@@ -114,6 +115,16 @@ def test_flops_grow_with_blocks_and_predictions(model) -> None:
 
     counted = Sized().train_flops(context_tokens=9, blocks=2, visible_tokens=7, predictions=6, vocab=10)
     assert counted == 2 * (3 * 2 * 4 * 15 + 2 * 6 * 10 * model.config.hidden_size)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma3"])
+def test_decoding_embeds_tokens_as_training_does(family: str) -> None:
+    model = small_model(family).model
+    ids, weight = torch.tensor([[3, 7]]), model.get_input_embeddings().weight
+    found = TargetIO.of(model)
+    assert torch.equal(found.embed(ids)[0], weight[ids[0]])
+    assert found.embed.weight.data_ptr() == weight.data_ptr() and found.head is model.get_output_embeddings()
+    assert (model.get_input_embeddings()(ids) == weight[ids]).all() == (family == "Llama")
 
 
 def test_a_draft_may_propose_fewer_tokens_than_it_could(model) -> None:

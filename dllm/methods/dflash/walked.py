@@ -1,0 +1,142 @@
+"""Acceptance on many held-out prompts without speculative decoding: the target's own greedy responses are walked.
+
+The responses are generated once for a target, in batches, and kept in `work/greedy/` for the next checkpoint. In
+float32 the rounds are those of speculative decoding, prompt by prompt. In bfloat16 they are those of the responses at
+hand, which a decoding of another batch size would not give to the letter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from dllm.decoding.acceptance import Acceptance, RoundCounts
+from dllm.decoding.comparison import Pair
+from dllm.decoding.speculative import Decoder
+from dllm.decoding.together import decode_together
+from dllm.decoding.walk import GreedyText, Walked, walk
+from dllm.errors import StageError
+from dllm.files import atomic_write
+from dllm.methods.dflash.sets import Question
+from dllm.methods.dflash.settings import Walk
+from dllm.methods.method import EvaluateContext
+from dllm.models import targets
+from dllm.progress import Progress
+
+GREEDY = Path("work", "greedy")
+"""The greedy responses of targets, a folder for each target, dtype and limit, and a file for each prompt."""
+
+
+def walked_figures(
+    ctx: EvaluateContext,
+    decoder: Decoder,
+    questions: Sequence[Question],
+    stop_ids: Collection[int],
+    pairs: Sequence[Pair],
+) -> dict[str, Any]:
+    """Return the acceptance of a draft on prompts, per source too, and beside that of decoding where there is one.
+
+    Args:
+        ctx: its folder keeps the responses.
+        decoder: target and draft.
+        questions: the prompts.
+        stop_ids: ids that end a response.
+        pairs: those of the prompts that were decoded.
+    """
+    draft, size, tokens = decoder.draft, decoder.block_size, ctx.params.evaluate.max_new_tokens
+    assert draft is not None
+    texts = _greedy_texts(ctx, decoder, questions, stop_ids)
+    found: dict[int, Walked] = {}
+    options = {"block_size": size, "max_new_tokens": tokens, "max_positions": decoder.limit}
+    with Progress("evaluate: acceptance", len(texts), "prompts") as progress:
+        for each in walk(decoder.model, draft, texts, **options):
+            found[each.index] = each
+            progress.update(1)
+    rounds = {question.id: found[index].rounds for index, question in enumerate(questions)}
+    response_tokens = sum(len(text.ids) - text.prompt_length for text in texts)
+    figures = {
+        **_figures(list(rounds.values()), size),
+        "by_source": {
+            source: _figures([rounds[q.id] for q in questions if q.source == source], size)
+            for source in sorted({q.source for q in questions})
+        },
+        "tokens": response_tokens,
+        "greedy_fraction": sum(each.greedy_tokens for each in found.values()) / response_tokens,
+    }
+    if both := [pair for pair in pairs if pair.prompt_id in rounds]:
+        figures["on_decoded_prompts"] = {
+            "prompts": len(both),
+            "tau_micro": _figures([rounds[pair.prompt_id] for pair in both], size)["tau_micro"],
+            "tau_micro_decoded": _figures([pair.rounds for pair in both], size)["tau_micro"],
+            "same_rounds": sum(rounds[pair.prompt_id] == list(pair.rounds) for pair in both),
+        }
+    return figures
+
+
+def check_rounds(decoder: Decoder, question: Question, pair: Pair, stop_ids: Collection[int]) -> None:
+    """Compare the rounds of decoding in float32 with those that a walk over the decoded text counts.
+
+    Raises:
+        StageError: they differ.
+    """
+    assert decoder.draft is not None
+    text = GreedyText([*question.ids, *pair.token_ids], len(question.ids), stopped=pair.token_ids[-1] in stop_ids)
+    options = {"block_size": decoder.block_size, "max_positions": decoder.limit}
+    (found,) = walk(decoder.model, decoder.draft, [text], **options)
+    # The last round may have looked at tokens behind the limit, which are not in the text.
+    if list(pair.rounds[: len(found.rounds)]) == found.rounds and len(pair.rounds) - len(found.rounds) <= 1:
+        return
+    differ = [index for index, (a, b) in enumerate(zip(pair.rounds, found.rounds, strict=False)) if a != b]
+    place = differ[0] if differ else min(len(pair.rounds), len(found.rounds))
+    raise StageError(
+        f"decoding and the walk over its text count different rounds in float32, from round {place + 1} of "
+        f"{len(pair.rounds)} on",
+        where=f"prompt {question.id}",
+        hint="the draft's forward, propose and greedy_tokens must choose the same tokens for the same block",
+    )
+
+
+def _figures(responses: Sequence[Sequence[RoundCounts]], block_size: int) -> dict[str, Any]:
+    acceptance = Acceptance(block_size)
+    for rounds in responses:
+        acceptance.add(rounds)
+    return {**acceptance.figures(), "prompts": len(responses)}
+
+
+def _greedy_texts(
+    ctx: EvaluateContext, decoder: Decoder, questions: Sequence[Question], stop_ids: Collection[int]
+) -> list[GreedyText]:
+    """Return the target's greedy responses, with the tokens that a last round may look at behind the limit."""
+    params, limit = ctx.params, ctx.params.evaluate.max_new_tokens + decoder.block_size - 2
+    made_of = [targets.identity(params.target), str(decoder.model.dtype), limit, sorted(stop_ids)]
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    folder = ctx.root / GREEDY / key
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{hashlib.sha256(json.dumps(q.ids).encode()).hexdigest()[:32]}.json" for q in questions]
+    known = {index: ids for index, file in enumerate(files) if (ids := _finished(file)) is not None}
+    left = [index for index in range(len(questions)) if index not in known]
+    size = (getattr(params.evaluate, "walk", None) or Walk()).batch_size
+    with Progress("evaluate: greedy responses", len(questions), "responses", initial=len(known)) as progress:
+        prompts = [questions[index].ids for index in left]
+        options: dict[str, Any] = {"max_new_tokens": limit, "batch_size": size, "stop_ids": stop_ids}
+        for place, generation in decode_together(Decoder(decoder.model), prompts, **options):
+            index = left[place]
+            known[index] = generation.token_ids
+            atomic_write(files[index], json.dumps(generation.token_ids).encode())
+            progress.update(1)
+    return [
+        GreedyText([*question.ids, *known[index]], len(question.ids), stopped=known[index][-1] in stop_ids)
+        for index, question in enumerate(questions)
+    ]
+
+
+def _finished(path: Path) -> list[int] | None:
+    try:
+        ids = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # not there, or torn by a power cut
+        return None
+    is_list = isinstance(ids, list) and bool(ids) and all(type(token) is int for token in ids)
+    return ids if is_list else None

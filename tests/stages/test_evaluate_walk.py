@@ -1,0 +1,63 @@
+"""evaluate counts acceptance on more prompts than it decodes, and on all of them where it cannot decode."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dllm.decoding.acceptance import RoundCounts
+from dllm.decoding.comparison import Comparison
+from dllm.decoding.speculative import Decoder
+from dllm.errors import StageError
+from dllm.methods.dflash import walked
+from dllm.methods.dflash.sets import Question
+from dllm.models import targets
+from dllm.models.drafts.dflash import DFlashDraft
+from dllm.registry import METHODS
+from dllm.stages import evaluate
+from tests.stages.test_evaluate import TARGET, draft, params, root  # noqa: F401
+
+
+def test_acceptance_is_counted_on_more_prompts_than_are_decoded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    few = evaluate.run(params(num_prompts=1, identity_prompts=1, walk={"prompts": 0}), root)
+    assert "walked" not in few and METHODS["dflash"].score(few).value == few["tau_micro"]
+    every = evaluate.run(params(num_prompts=7, identity_prompts=0, walk={"prompts": 7}), root)
+    found = every["walked"]
+    assert found["on_decoded_prompts"]["same_rounds"] == found["prompts"] == every["prompts"] == 7, "float32"
+    for name in ("rounds", "tau_micro", "tau_macro", "acceptance_by_offset", "accepted_histogram", "tau_interval"):
+        assert found[name] == every[name], "the rounds of decoding"
+    for source, part in found["by_source"].items():
+        assert part.items() >= {"rounds": every["by_source"][source]["rounds"]}.items()
+    assert found["greedy_fraction"] == 1
+
+    made: list[int] = []
+    real = walked.decode_together
+
+    def noting(decoder, prompts, **options):
+        made.append(len(prompts))
+        return real(decoder, prompts, **options)
+
+    monkeypatch.setattr(walked, "decode_together", noting)
+    one = evaluate.run(params(num_prompts=1, identity_prompts=0, walk={"prompts": 7}), root)
+    assert one["prompts"] == 2 and one["walked"]["rounds"] == found["rounds"]
+    assert made == [0], "the responses are in work/greedy/"
+    assert METHODS["dflash"].score(one).value == found["tau_micro"]
+    assert one["heldout_digest"] not in (every["heldout_digest"], few["heldout_digest"])
+    rows = dict(METHODS["dflash"].rows({"evaluate": one}))
+    assert rows["τ micro, 7 held-out prompts (95 % interval)"].startswith(f"{found['tau_micro']:.2f} (")
+    curves = json.loads((root / "out" / "evaluate" / "acceptance.json").read_text())
+    assert curves["walked"]["acceptance_by_offset"] == found["acceptance_by_offset"]
+
+
+def test_other_rounds_than_those_of_decoding_are_an_error_in_float32(draft: DFlashDraft) -> None:  # noqa: F811
+    model = targets.load_target(TARGET)
+    question = Question("q", "sums", (1, 300, 20, 45, 301))
+    decoder = Decoder(model, draft)
+    pair = Comparison(Decoder(model), decoder).decode(question.ids, max_new_tokens=12, stop_ids=())
+    walked.check_rounds(decoder, question, pair, ())
+    other = [*pair.rounds[:3], RoundCounts(3, 2, 3), *pair.rounds[4:]]
+    with pytest.raises(StageError, match=rf"different rounds in float32, from round 4 of {len(pair.rounds)} on"):
+        walked.check_rounds(decoder, question, replace(pair, rounds=tuple(other)), ())
