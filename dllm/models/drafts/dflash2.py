@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dllm.errors import ModelError
 from dllm.models.drafts.config import DFlashConfig
-from dllm.models.drafts.dflash import ContextCache, DFlashDraft, Layer, Linear
+from dllm.models.drafts.dflash import DFlashDraft, Layer, Linear
 from dllm.models.drafts.dflash2_settings import DFlash2Settings
 from dllm.models.drafts.protocol import (
     Draft,
@@ -287,22 +287,12 @@ class DFlash2Draft(DFlashDraft):
         selector = config.selector_rank * (config.hidden_size + config.selector_top_k)
         return plain + 6.0 * (blocks * config.block_size * projections + predictions * selector)
 
-    def propose(
-        self,
-        anchor_id: int,
-        num_tokens: int,
-        features_BSF: Tensor,
-        start: int,
-        cache: ContextCache,
-        target: TargetIO,
-        sampling: Sampling | None = None,
-    ) -> Proposal:
-        """Propose the tokens of the selector's walk from the anchor, the best ones or sampled ones."""
-        hidden_PD = self.draft_hidden(anchor_id, num_tokens, features_BSF, start, cache, target)
+    def choose(self, anchor_id: int, hidden_PD: Tensor, logits_PV: Tensor, sampling: Sampling | None) -> Proposal:
+        """Take the tokens of the selector's walk from the anchor, the best ones or sampled ones."""
         if sampling is not None:
-            return self.candidate_selector.sample(anchor_id, hidden_PD, target.head(hidden_PD), sampling)
+            return self.candidate_selector.sample(anchor_id, hidden_PD, logits_PV, sampling)
         anchor_ids = torch.tensor([anchor_id], device=hidden_PD.device)
-        return Proposal(self.greedy_tokens(hidden_PD[None], anchor_ids, target)[0])
+        return Proposal(self.candidate_selector.greedy(anchor_ids, hidden_PD[None], logits_PV[None])[0])
 
     def greedy_tokens(self, hidden_NPD: Tensor, anchor_ids_N: Tensor, target: TargetIO) -> Tensor:
         """Walk each block from its anchor."""

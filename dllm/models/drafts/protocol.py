@@ -146,6 +146,18 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class BlockRequest:
+    """What `Draft.propose` asks of one sequence, for several at once: its arguments."""
+
+    anchor_id: int
+    num_tokens: int
+    features_BSF: Tensor
+    start: int
+    cache: Any
+    sampling: Sampling | None = None
+
+
+@dataclass(frozen=True)
 class ScoredSlots:
     """The slots of a micro-batch that have a label, with the draft's cross-entropy on them.
 
@@ -369,3 +381,12 @@ class Draft(nn.Module, ABC):
             sampling: how to sample the tokens, if their distributions are returned as well; None asks for the most
                 probable ones, which a family may propose in either case.
         """
+
+    def propose_together(self, requests: Sequence[BlockRequest], target: TargetIO) -> list[Proposal]:
+        """Propose for several sequences as `propose` does for each; a family may run them in one pass."""
+        return [
+            self.propose(
+                each.anchor_id, each.num_tokens, each.features_BSF, each.start, each.cache, target, each.sampling
+            )
+            for each in requests
+        ]
