@@ -209,10 +209,11 @@ class _Evaluate(Section):
     """Decoding of held-out prompts: what every method shares."""
 
     num_prompts: PositiveInt = 64
-    """Held-out prompts per source, and prompts per set and thinking mode."""
+    """Held-out prompts per source."""
     sets: Annotated[list[Source] | None, BeforeValidator(_named)] = None
     """Prompt sets to measure on beside the held-out prompts: `gsm8k`, `math500`, `humaneval`, `mbpp`, `mt-bench`,
-    `alpaca` (as published), or sources as in `prepare.sources`; names, or mappings with `name` and `limit`."""
+    `alpaca` (as published), or sources as in `prepare.sources`; names, or mappings with `name` and `limit`. Of each set
+    and thinking mode `walk.prompts` prompts are taken (`num_prompts` where that is 0)."""
     thinking: Annotated[list[bool], Field(min_length=1, max_length=2)] | None = None
     """Thinking modes in which each set is measured; null takes `target.enable_thinking` alone."""
     max_new_tokens: TokenCount = 256

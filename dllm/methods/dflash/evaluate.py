@@ -62,18 +62,17 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
     settings: Walk = getattr(params.evaluate, SECTION, None) or Walk()
     questions, excluded = _questions(params, ctx.root, tokenizer, speculative.limit, params.evaluate.num_prompts)
     many = _questions(params, ctx.root, tokenizer, speculative.limit, settings.prompts)[0] if settings.prompts else []
-    measured = prompt_sets.load(params, ctx.root, tokenizer, speculative.limit)
+    number = settings.prompts or params.evaluate.num_prompts
+    measured = prompt_sets.load(params, ctx.root, tokenizer, speculative.limit, number)
     can_decode = DynamicCache(config=speculative.model.config).is_croppable
     if not can_decode:
         print(f"evaluate: {NO_DECODING}", file=sys.stderr, flush=True)
-        questions, measured = [], []
-    asked = [*questions, *(question for each in measured for question in each.questions)]
+        questions = []
     draft, device = speculative.draft, speculative.model.device
     assert draft is not None
     parts = ctx.work / "prompts"
     with speculative.packed():  # both ways of decoding gain from it
-        all_pairs = _compare(params, parts, comparison, asked, stop_ids)
-        pairs, of_sets = all_pairs[: len(questions)], all_pairs[len(questions) :]
+        pairs = _compare(params, parts, comparison, questions, stop_ids)
         sampled = {}
         if params.evaluate.temperature and questions:
             sampled["sampled"] = sampled_figures(speculative, params.evaluate, questions, stop_ids, parts)
@@ -81,6 +80,7 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
         acceptance = walked.get(SECTION_OF_METRICS) or figures(pairs, speculative.block_size)
         paying = {"throughput": _throughput(params, speculative, questions, acceptance)} if can_decode else {}
         paying = {name: found for name, found in paying.items() if found}
+        sets = {"sets": _of_sets(ctx, speculative, measured, stop_ids, parts, can_decode)} if measured else {}
     metrics = {
         **figures(pairs, speculative.block_size),
         "by_source": {
@@ -90,6 +90,7 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
         **sampled,
         **walked,
         **paying,
+        **sets,
         **({} if can_decode else {"decoding": NO_DECODING}),
         "block_size": speculative.block_size,
         "draft_params": sum(parameter.numel() for parameter in draft.parameters()),
@@ -100,11 +101,9 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
         "device": str(device),
         "threads": torch.get_num_threads(),
     }
-    if measured:
-        metrics["sets"] = _of_sets(params, measured, of_sets, metrics, type(draft).architectures[0])
     del comparison, speculative, draft  # the float32 target needs the memory
     metrics |= _check_identity(ctx, questions[: params.evaluate.identity_prompts], stop_ids)
-    return _write(ctx, pairs, of_sets, metrics, scratch=parts)
+    return _write(ctx, pairs, metrics, scratch=parts)
 
 
 def _load(ctx: EvaluateContext, dtype: str) -> Comparison:
@@ -148,19 +147,25 @@ def _questions(
 
 
 def _of_sets(
-    params: Params,
+    ctx: EvaluateContext,
+    decoder: Decoder,
     measured: Sequence[MeasuredSet],
-    pairs: Sequence[Pair],
-    metrics: Mapping[str, Any],
-    architecture: str,
+    stop_ids: set[int],
+    parts: Path,
+    can_decode: bool,
 ) -> dict[str, Any]:
-    """Return the figures of each set, and published ones beside them."""
-    found, begin = {}, 0
+    """Return the acceptance on each set, by the walk and where asked by sampling, and published figures beside it."""
+    settings = ctx.params.evaluate
+    questions = [question for each in measured for question in each.questions]
+    walked = walked_figures(ctx, decoder, questions, stop_ids, [])["by_source"]
+    found = {}
     for each in measured:
-        own = pairs[begin : begin + len(each.questions)]
-        begin += len(own)
-        record = prompt_sets.record(each, metrics, params, architecture)
-        found[each.name] = {**figures(own, metrics["block_size"]), **record}
+        beside = prompt_sets.published(each, ctx.params, decoder)
+        found[each.name] = {**walked[f"set {each.name}"], **each.record, "published": beside}
+        if settings.temperature and can_decode:
+            sampled = sampled_figures(decoder, settings, each.questions, stop_ids, parts)
+            beside = prompt_sets.published(each, ctx.params, decoder, sampled=True)
+            found[each.name]["sampled"] = {**sampled, "published": beside}
     return found
 
 
@@ -251,9 +256,7 @@ def _heldout_digest(decoded: Sequence[Question], walked: Sequence[Question], max
     return hashlib.sha256("\n".join([str(max_new_tokens), *ids]).encode()).hexdigest()[:16]
 
 
-def _write(
-    ctx: EvaluateContext, pairs: Sequence[Pair], of_sets: Sequence[Pair], metrics: dict[str, Any], scratch: Path
-) -> Evaluation:
+def _write(ctx: EvaluateContext, pairs: Sequence[Pair], metrics: dict[str, Any], scratch: Path) -> Evaluation:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -268,7 +271,7 @@ def _write(
         parts[SECTION_OF_METRICS] = shown
     by_part = {name: {key: part[key] for key in kept} for name, part in parts.items()}
     curves.write_text(json.dumps({"block_size": metrics["block_size"], **by_part}, indent=2) + "\n")
-    columns = table([*pairs, *of_sets]) or {"prompt_id": []}
+    columns = table(pairs) or {"prompt_id": []}
     with rows.open("wb") as file:
         pq.write_table(pa.table(columns), file)
     logged = metrics if pairs else shown

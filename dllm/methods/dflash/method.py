@@ -195,8 +195,13 @@ def _throughput_table(found: Mapping[str, Any]) -> Table:
 
 
 def _sets_table(sets: Mapping[str, Any]) -> Table:
-    rows = []
+    measured = dict[str, Mapping[str, Any]]()
     for name, each in sets.items():
+        measured[name] = each
+        if sampled := each.get("sampled"):
+            measured[f"{name}, T {sampled['temperature']:g}"] = sampled
+    rows = []
+    for name, each in measured.items():
         own = {"set": name, "prompts": each["prompts"], "τ": each["tau_micro"], "τ macro": each["tau_macro"]}
         for beside in each["published"] or [{"tau": None, "by": DASH, "note": None}]:
             note = f" ({beside['note']})" if beside["note"] else ""

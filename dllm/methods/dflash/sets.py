@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Params, Source
+from dllm.decoding.speculative import Decoder
 from dllm.errors import DataError
 from dllm.outside import one_line
 from dllm.prompts import sets, sources
@@ -51,12 +52,18 @@ class MeasuredSet:
     counts: Mapping[str, int]
     """Prompts of the set that are not measured, by reason."""
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What metrics.json says of it besides its figures."""
+        return {"thinking": self.thinking, **self.counts}
 
-def load(params: Params, root: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[MeasuredSet]:
+
+def load(params: Params, root: Path, tokenizer: PreTrainedTokenizerBase, limit: int, number: int) -> list[MeasuredSet]:
     """Read the questions of `evaluate.sets`: of each set the first by id that no training prompt asks.
 
     Args:
         limit: positions of the target; a prompt must leave room for a response.
+        number: questions of a set and mode, where its entry has no limit.
 
     Raises:
         ConfigError, DataError: a set cannot be read, none of its prompts can be measured, or the chat template does not
@@ -66,16 +73,16 @@ def load(params: Params, root: Path, tokenizer: PreTrainedTokenizerBase, limit: 
         chat.check_thinking_modes(tokenizer, "evaluate.thinking")
     read = [(entry, sets.read(entry, root)) for entry in params.evaluate.sets or []]
     found = []
-    for number, ((entry, prompts), known) in enumerate(zip(read, _in_training(read, root), strict=True)):
+    for place, ((entry, prompts), known) in enumerate(zip(read, _in_training(read, root), strict=True)):
         new = [prompt for prompt in prompts if prompt.id not in known]
         _announce(entry, prompts, known)
         modes: Sequence[bool | None] = params.evaluate.thinking or [params.target.enable_thinking]
         for thinking in modes:
             mode = MODES[thinking] if params.evaluate.thinking else ""
-            name, key = f"{sources.label(entry)}{mode}", f"set{number}{mode.replace(' thinking ', '-')}"
+            name, key = f"{sources.label(entry)}{mode}", f"set{place}{mode.replace(' thinking ', '-')}"
             counts = {"prompts_in_training": len(known), "prompts_too_long": 0, "prompts_refused": 0}
             asked = _asked(new, thinking, tokenizer, limit, counts)
-            first = itertools.islice(asked, entry.limit or params.evaluate.num_prompts)
+            first = itertools.islice(asked, entry.limit or number)
             questions = [Question(f"{id}-{key}", f"set {name}", ids) for id, ids in first]
             if not questions:
                 reasons = ", ".join(f"{count} {reason.removeprefix('prompts_')}" for reason, count in counts.items())
@@ -129,39 +136,38 @@ def _announce(entry: Source, prompts: Sequence[Prompt], known: Mapping[str, str]
     print(f"training prompts of {one_line(asked, 120)} ask the same, such as {text!r}", flush=True)
 
 
-def record(measured: MeasuredSet, metrics: Mapping[str, Any], params: Params, architecture: str) -> dict[str, Any]:
-    """Return what metrics.json says of a set besides its figures: what was asked, and published figures of its kind.
+def published(
+    measured: MeasuredSet, params: Params, decoder: Decoder, *, sampled: bool = False
+) -> list[dict[str, Any]]:
+    """Return published acceptance lengths of a set for this target, draft, block size and temperature, and by whom.
 
     Args:
-        metrics: with the block size that was decoded.
-        architecture: of the draft, as its config.json names it.
+        decoder: with the draft.
+        sampled: at `evaluate.temperature`; else those of greedy decoding.
     """
-    return {
-        "thinking": measured.thinking,
-        **measured.counts,
-        "published": published(
-            set=measured.entry.name,
-            target=params.target.model,
-            draft=architecture,
-            block_size=metrics["block_size"],
-            temperature=0.0,  # the figures are of greedy decoding
-            thinking=measured.thinking,
-        ),
-    }
+    settings = params.evaluate
+    if sampled and (settings.top_p or settings.top_k):
+        return []
+    return published_of(
+        measured.entry.name,
+        measured.thinking,
+        target=params.target.model,
+        draft=type(decoder.draft).architectures[0] if decoder.draft is not None else None,
+        block_size=decoder.block_size,
+        temperature=settings.temperature if sampled else 0.0,
+    )
 
 
-def published(*, set: str, thinking: bool | None, **kind: Any) -> list[dict[str, Any]]:
-    """Return published acceptance lengths of a set for this target, draft, block size and temperature.
-
-    A figure whose thinking mode is stated is one of that mode alone.
+def published_of(name: str, thinking: bool | None, **kind: Any) -> list[dict[str, Any]]:
+    """Return published figures of one kind; those whose thinking mode is stated are of that mode alone.
 
     Args:
         kind: target, draft, block_size and temperature.
     """
     return [
-        {"tau": entry["tau"][set], "by": entry["by"], "note": (entry.get("notes") or {}).get(set)}
+        {"tau": entry["tau"][name], "by": entry["by"], "note": (entry.get("notes") or {}).get(name)}
         for entry in _published()
-        if set in entry["tau"]
+        if name in entry["tau"]
         and all(entry[key] == value for key, value in kind.items())
         and entry["thinking"] in (None, thinking)
     ]

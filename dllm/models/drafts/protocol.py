@@ -90,14 +90,6 @@ class TargetIO:
     head: nn.Module
 
     @classmethod
-    def of_weights(cls, embedding_VD: Tensor, head_VD: Tensor) -> TargetIO:
-        """Wrap an embedding and a head without a bias; no memory is copied."""
-        with torch.device("meta"):
-            head = nn.Linear(head_VD.shape[1], head_VD.shape[0], bias=False)
-        head.weight = nn.Parameter(head_VD, requires_grad=False)
-        return cls(nn.Embedding.from_pretrained(embedding_VD), head)
-
-    @classmethod
     def of(cls, model: Any) -> TargetIO:
         """Return those of a transformers model.
 
@@ -105,6 +97,14 @@ class TargetIO:
         """
         embed, head = model.get_input_embeddings(), model.get_output_embeddings()
         return cls(embed if type(embed) is nn.Embedding else nn.Embedding.from_pretrained(embed.weight), head)
+
+    @classmethod
+    def of_weights(cls, embedding_VD: Tensor, head_VD: Tensor) -> TargetIO:
+        """Wrap an embedding and a head without a bias; no memory is copied."""
+        with torch.device("meta"):
+            head = nn.Linear(head_VD.shape[1], head_VD.shape[0], bias=False)
+        head.weight = nn.Parameter(head_VD, requires_grad=False)
+        return cls(nn.Embedding.from_pretrained(embedding_VD), head)
 
 
 @dataclass(frozen=True)
