@@ -41,14 +41,21 @@ def command(
         str | None, option(panel=MODEL, help="Another target than the one the draft was trained for.")
     ] = None,
     mask_token_id: Annotated[
-        int | None, option(panel=MODEL, min=0, help="Mask token of a diffusion model trained with another tool.")
+        int | None,
+        option(panel=MODEL, min=0, max=2**31 - 1, help="Mask token of a diffusion model trained with another tool."),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     sampler: Annotated[str | None, sampler_option({"draft", "diffusion", "causal"})] = None,
     batch_size: Annotated[
         int | None,
-        option(panel=DECODING, min=1, help="Prompts that a diffusion model decodes together.", show_default="8"),
+        option(
+            panel=DECODING,
+            min=1,
+            max=2**16,
+            help="Prompts decoded together: by default 8 with a diffusion model, and 1 with a draft or ar.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Annotated[bool, option("--json", panel=OUTPUT, help="Print one JSON object per prompt.")] = False,
     show: Annotated[bool, option("--show", panel=OUTPUT, help="Show the canvas after each step.")] = False,

@@ -75,7 +75,6 @@ def generate(
         "raw": options.raw,
         "infill": options.infill,
         "show": show,
-        "batch_size": options.batch_size is not None,
         "trust_remote_code": trust_remote_code,
         "mask_token_id": mask_token_id is not None,
     }
@@ -154,7 +153,8 @@ def _with_target(
     if found.kind == "draft":
         checkpoints.require_same_revision(found.path, causal)
     records = []
-    for record in streaming.generate(found, causal, prompts, sampler, settings, None if as_json else stream):
+    screen, size = None if as_json else stream, options.batch_size or 1
+    for record in streaming.generate(found, causal, prompts, sampler, settings, screen, size):
         if as_json:
             print(json.dumps(record), file=stream, flush=True)
         records.append(record)

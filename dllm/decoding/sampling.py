@@ -112,7 +112,7 @@ def verify(proposal: Proposal | None, logits_LV: Tensor, sampling: TargetSamplin
 
 
 def _verify_greedily(proposal: Proposal | None, logits_LV: Tensor) -> Verified:
-    truth_L = logits_LV.argmax(-1)
+    truth_L = logits_LV.max(-1).indices  # as argmax; in bfloat16 on a CPU six times as fast
     if proposal is None:
         return Verified((int(truth_L[0]),))
     both = torch.cat([proposal.ids_P, truth_L]).tolist()  # one transfer from a GPU

@@ -25,7 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 from dllm.decoding.acceptance import RoundCounts
 from dllm.decoding.sampling import TargetSampling, verify
 from dllm.errors import DataError, ModelError
-from dllm.models.drafts.protocol import Draft, Proposal, TargetIO
+from dllm.models.drafts.protocol import BlockRequest, Draft, Proposal, TargetIO
 from dllm.models.packing import packed_linears
 from dllm.models.taps import capture
 
@@ -159,6 +159,12 @@ class Decoder:
         first, *rounds = self.decode(prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling)
         return Generation.of(first, rounds, stop_ids)
 
+    def propose(self, requests: Sequence[BlockRequest | None]) -> list[Proposal | None]:
+        """Draft a block for each request, in one pass if the draft can; none for None."""
+        asked = [each for each in requests if each is not None]
+        drafted = iter(self.draft.propose_together(asked, self.target) if self.draft is not None and asked else [])
+        return [None if each is None else next(drafted) for each in requests]
+
     def forward(self, ids_BS: Tensor, cache: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         """Run the target. Shapes: returns logits_BSV, and features_BSF for a draft."""
         if self.draft is None:
@@ -221,19 +227,18 @@ class Decoding:
         self.left = 0 if self.newest in self.stop_ids else self.left - 1
         return Round((self.newest,), RoundCounts(1, 0, 0), time.perf_counter() - began, is_prefill=True)
 
-    def propose(self) -> Proposal | None:
-        """Draft the next tokens, as many as fit the target's positions; None if there is no draft or no room."""
-        draft, room = self.decoder.draft, self.decoder.limit - self.start
-        if draft is None or room == 1:
+    def request(self) -> BlockRequest | None:
+        """Ask for draft tokens, as many as fit the target's positions; None if there is no draft or no room."""
+        room = self.decoder.limit - self.start
+        if self.decoder.draft is None or room == 1:
             return None
         assert self.features_BSF is not None
-        return draft.propose(
+        return BlockRequest(
             self.newest,
             min(self.decoder.block_size, room) - 1,
             self.features_BSF,
             self.start,
             self.context,
-            self.decoder.target,
             None if self.sampling is None else self.sampling.sampling,
         )
 
@@ -259,7 +264,7 @@ class Decoding:
     @torch.inference_mode()
     def _round(self) -> Round:
         began, before = time.perf_counter(), self.start
-        proposal = self.propose()
+        (proposal,) = self.decoder.propose([self.request()])
         ids_BL = block_ids(self.newest, proposal, self.decoder.model.device)
         logits_BLV, features_BLF = self.decoder.forward(ids_BL, self.cache)
         found = self.accept(proposal, logits_BLV[0], None if features_BLF is None else features_BLF[0])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TextIO
 
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +14,8 @@ from dllm.decoding.encoding import check_room, checked
 from dllm.decoding.samplers import Sampler
 from dllm.decoding.sampling import samplings
 from dllm.decoding.settings import SampledSettings
-from dllm.decoding.speculative import Decoder, Round
+from dllm.decoding.speculative import Decoder, Generation, Round
+from dllm.decoding.together import decode_together
 from dllm.models import targets
 from dllm.models.checkpoints import Checkpoint
 from dllm.models.drafts.checkpoint import load_draft
@@ -27,6 +29,7 @@ def generate(
     sampler: Sampler,
     settings: SampledSettings,
     stream: TextIO | None = None,
+    batch_size: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """Generate from each text, one chat each; yield its record, in order.
 
@@ -34,6 +37,7 @@ def generate(
         checkpoint: the draft, where the sampler uses one.
         target: the causal model.
         stream: where to print each response while it is generated, and a summary after it.
+        batch_size: texts decoded together; above 1 a response is printed when it has ended.
 
     Raises:
         ModelError: the checkpoint or its target is missing, or they do not fit.
@@ -42,18 +46,16 @@ def generate(
     model, tokenizer = targets.load_target(target), targets.load_tokenizer(target)
     decoder = sampler.decoder(model, lambda: load_draft(checkpoint.path, model.config), settings)
     stop_ids = chat.stop_ids(tokenizer, model.generation_config, model.config.get_text_config())
-    encoded = []
+    prompts = []
     for number, text in enumerate(texts, 1):
         ids = chat.prompt_ids(tokenizer, [{"role": "user", "content": checked(text, number)}], target.enable_thinking)
         check_room(len(ids), settings.max_new_tokens, decoder.limit, number)
-        encoded.append((text, ids))
+        prompts.append(ids)
+    responses = (_one_by_one if batch_size == 1 else partial(_together, batch_size=batch_size))(
+        decoder, prompts, settings, stop_ids, lambda: StreamedResponse(tokenizer, stream)
+    )
     with decoder.packed():
-        for (text, ids), sampling in zip(encoded, samplings([ids for _, ids in encoded], settings), strict=True):
-            response = StreamedResponse(tokenizer, stream)
-            for each in decoder.decode(
-                ids, max_new_tokens=settings.max_new_tokens, stop_ids=stop_ids, sampling=sampling
-            ):
-                response.add(each)
+        for text, response in zip(texts, responses, strict=True):
             response.finish(decoder)
             yield {
                 "prompt": text,
@@ -63,6 +65,48 @@ def generate(
                 "target": target.model,
                 "checkpoint": str(checkpoint.path),
             }
+
+
+def _one_by_one(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    settings: SampledSettings,
+    stop_ids: Collection[int],
+    new: Callable[[], StreamedResponse],
+) -> Iterator[StreamedResponse]:
+    for ids, sampling in zip(prompts, samplings(prompts, settings), strict=True):
+        response = new()
+        rounds = decoder.decode(ids, max_new_tokens=settings.max_new_tokens, stop_ids=stop_ids, sampling=sampling)
+        for each in rounds:
+            response.add(each)
+        yield response
+
+
+def _together(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    settings: SampledSettings,
+    stop_ids: Collection[int],
+    new: Callable[[], StreamedResponse],
+    batch_size: int,
+) -> Iterator[StreamedResponse]:
+    """Decode in a batch; yield the responses in the order of their prompts, in which they do not end."""
+    ended: dict[int, Generation] = {}
+    found = decode_together(
+        decoder,
+        prompts,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=batch_size,
+        stop_ids=stop_ids,
+        samplings=samplings(prompts, settings),
+    )
+    for number in range(len(prompts)):
+        while number not in ended:
+            index, generation = next(found)
+            ended[index] = generation
+        response, one = new(), ended.pop(number)
+        response.token_ids, response.rounds, response.prefill_s = one.token_ids, one.rounds, one.prefill_s
+        yield response
 
 
 @dataclass
@@ -93,7 +137,8 @@ class StreamedResponse:
     def figures(self, stop_ids: Collection[int]) -> dict[str, Any]:
         """Return what `generate --json` prints of the response.
 
-        Units: tokens_per_s counts tokens after the first, over `decode_s`.
+        Units: tokens_per_s counts tokens after the first, over `decode_s`; in a batch, the response's own while others
+            are decoded too.
         """
         seconds, emitted = sum(r.seconds for r in self.rounds), [r.counts.num_emitted for r in self.rounds]
         return {

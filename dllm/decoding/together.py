@@ -107,7 +107,7 @@ class _Batch:
         """Draft a block per row, and verify them in one target step."""
         began = time.perf_counter()
         device = self.decoder.model.device
-        proposals = [row.decoding.propose() for row in self.rows]
+        proposals = self.decoder.propose([row.decoding.request() for row in self.rows])
         blocks = [
             block_ids(row.decoding.newest, proposal, device)[0]
             for row, proposal in zip(self.rows, proposals, strict=True)

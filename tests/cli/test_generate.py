@@ -84,6 +84,23 @@ def test_a_seed_gives_the_same_text_and_equal_prompts_draw_differently(root: Pat
     assert texts(["a"], top_k=1) == texts(["a"], temperature=0.0)
 
 
+@pytest.mark.parametrize("sampler", ["dflash", "ar"])
+def test_a_batch_gives_the_same_records_in_the_same_order(root: Path, sampler: str) -> None:
+    prompts = ["How many hours?", "Why?", "a", "Why?"]
+
+    def records(size: int | None) -> tuple[list[dict], str]:
+        stream = io.StringIO()
+        settings = {"max_new_tokens": 9, "temperature": 0.7}
+        options = GenerateOptions(sampler, batch_size=size, settings=settings)
+        found = generation.generate(checkpoint="out/train", prompts=prompts, root=root, options=options, stream=stream)
+        return found, stream.getvalue()
+
+    (alone, _), (together, shown) = records(None), records(3)
+    for key in ("prompt", "token_ids", "text", "tokens_per_round", "stopped"):
+        assert [record[key] for record in together] == [record[key] for record in alone]
+    assert all(record["text"] in shown for record in together) and shown.count("tokens/s]") == 4
+
+
 def test_text_comes_out_in_whole_characters(root: Path) -> None:
     from dllm.decoding.acceptance import RoundCounts
     from dllm.decoding.speculative import Round
@@ -154,7 +171,6 @@ def test_a_draft_refuses_what_only_diffusion_models_do(root: Path) -> None:
     for sampler in ("own", "own-ar", "own-self-spec"):
         assert f"sampler {sampler} is for diffusion models" in refused(root, sampler=sampler)
     assert "--mask-token-id is for diffusion models" in refused(root, mask_token_id=3)
-    assert "--batch-size is for diffusion models" in refused(root, batch_size=3)
     assert "--trust-remote-code is for diffusion models" in refused(root, trust_remote_code=True)
     assert "no use for --block-size" in refused(root, sampler="ar", settings={"block_size": 4})
     for sampler in ("dflash", "ar"):

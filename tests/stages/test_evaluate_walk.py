@@ -47,7 +47,7 @@ def test_acceptance_is_counted_on_more_prompts_than_are_decoded(root: Path, monk
     assert METHODS["dflash"].score(one).value == found["tau_micro"]
     assert one["heldout_digest"] not in (every["heldout_digest"], few["heldout_digest"])
     rows = dict(METHODS["dflash"].rows({"evaluate": one}))
-    assert rows["τ micro, 7 held-out prompts (95 % interval)"].startswith(f"{found['tau_micro']:.2f} (")
+    assert rows["τ micro, 7 held-out prompts"].startswith(f"{found['tau_micro']:.2f} (95 % interval ")
     curves = json.loads((root / "out" / "evaluate" / "acceptance.json").read_text())
     assert curves["walked"]["acceptance_by_offset"] == found["acceptance_by_offset"]
 

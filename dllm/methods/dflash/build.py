@@ -41,7 +41,7 @@ def check_models(settings: Dflash, target: Target) -> bool:
         directory = draft_directory(settings.draft.init, settings.draft.revision)
         published, config = read_config(directory)
         family: type[Draft] = DRAFTS[settings.draft.architecture]
-        family.check_start(published)
+        family.start_config(published, config, settings.draft)
         check_fit(config, model.config, settings.draft.init)
         _published_config(settings, config, model, tokenizer)
         if hub_commit(directory) is None or any(directory.glob("*.safetensors")):  # else they are not downloaded yet

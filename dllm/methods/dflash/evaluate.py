@@ -77,10 +77,10 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
         if params.evaluate.temperature and questions:
             sampled["sampled"] = sampled_figures(speculative, params.evaluate, questions, stop_ids, parts)
         walked = {SECTION_OF_METRICS: walked_figures(ctx, speculative, many, stop_ids, pairs)} if many else {}
+        sets = {"sets": _of_sets(ctx, speculative, measured, stop_ids, parts, can_decode)} if measured else {}
         acceptance = walked.get(SECTION_OF_METRICS) or figures(pairs, speculative.block_size)
         paying = {"throughput": _throughput(params, speculative, questions, acceptance)} if can_decode else {}
         paying = {name: found for name, found in paying.items() if found}
-        sets = {"sets": _of_sets(ctx, speculative, measured, stop_ids, parts, can_decode)} if measured else {}
     metrics = {
         **figures(pairs, speculative.block_size),
         "by_source": {
@@ -89,8 +89,8 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
         },
         **sampled,
         **walked,
-        **paying,
         **sets,
+        **paying,
         **({} if can_decode else {"decoding": NO_DECODING}),
         "block_size": speculative.block_size,
         "draft_params": sum(parameter.numel() for parameter in draft.parameters()),

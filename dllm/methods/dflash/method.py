@@ -137,8 +137,8 @@ class DflashMethod:
         yield "draft_acc, held-out text", number(trained.get("val_draft_acc"), 3)
         if walked := found.get("walked"):
             low, high = walked["tau_interval"] or (None, None)
-            label = f"τ micro, {walked['prompts']} held-out prompts (95 % interval)"
-            yield label, f"{number(walked['tau_micro'], 2)} ({number(low, 2)} to {number(high, 2)})"
+            interval = f"(95 % interval {number(low, 2)} to {number(high, 2)})"
+            yield f"τ micro, {walked['prompts']} held-out prompts", f"{number(walked['tau_micro'], 2)} {interval}"
         yield "τ micro, held-out prompts", number(found.get("tau_micro"), 2)
         yield "τ macro, held-out prompts", number(found.get("tau_macro"), 2)
         if sampled := found.get("sampled"):

@@ -9,16 +9,19 @@ G key/value heads, R = H / G, E head dim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dllm.models.drafts.attention import block_attention, visible_to_block
+from dllm.models.drafts.attention import block_attention, cached_attention
 from dllm.models.drafts.config import DFlashConfig, for_target
-from dllm.models.drafts.protocol import Draft, DraftSettings, Proposal, Sampling, TargetIO
+from dllm.models.drafts.protocol import BlockRequest, Draft, DraftSettings, Proposal, Sampling, TargetIO
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values."""
 
 
 class Linear(nn.Linear):
@@ -130,19 +133,45 @@ class ContextCache:
 
     def __init__(self, layers: int) -> None:
         self.length = 0
-        self.keys: list[Tensor | None] = [None] * layers
-        self.values: list[Tensor | None] = [None] * layers
+        self.layers = [_LayerCache() for _ in range(layers)]
 
-    def extend(self, layer: int, key_BSGE: Tensor, value_BSGE: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-        """Append rows to a layer; return its keys and values, of which a window's next block sees window - 1."""
-        old_key, old_value = self.keys[layer], self.values[layer]
-        key = key_BSGE if old_key is None else torch.cat([old_key, key_BSGE], 1)
-        value = value_BSGE if old_value is None else torch.cat([old_value, value_BSGE], 1)
+
+class _LayerCache:
+    """Keys and values of one layer, in buffers with room behind them: a round copies its own rows only."""
+
+    def __init__(self) -> None:
+        self.buffers_BGTE: list[Tensor] = []
+        self.begin = self.end = 0
+
+    def extend(self, context: Pair, block: Pair, window: int | None) -> Pair:
+        """Append context rows; return what a block sees, its own rows last. No gradient passes.
+
+        A window keeps window - 1 rows of the context.
+        Shapes: (B, rows, G, E) each; returns (B, G, T, E), valid until the next call.
+        """
+        rows, slots = context[0].shape[1], block[0].shape[1]
+        skipped = 0 if window is None else max(0, rows + 1 - window)
+        middle = self.end + rows - skipped
         if window is not None:
-            unseen = max(0, key.shape[1] + 1 - window)
-            key, value = key[:, unseen:], value[:, unseen:]
-        self.keys[layer], self.values[layer] = key, value
+            self.begin = max(self.begin, middle + 1 - window)
+        if not self.buffers_BGTE or middle + slots > self.buffers_BGTE[0].shape[2]:
+            middle -= self.begin
+            self._move(middle + slots, block)
+        for buffer_BGTE, new, own in zip(self.buffers_BGTE, context, block, strict=True):
+            buffer_BGTE[:, :, self.end : middle] = new[:, skipped:].detach().transpose(1, 2)
+            buffer_BGTE[:, :, middle : middle + slots] = own.detach().transpose(1, 2)
+        self.end = middle
+        key, value = (buffer_BGTE[:, :, self.begin : middle + slots] for buffer_BGTE in self.buffers_BGTE)
         return key, value
+
+    def _move(self, size: int, like: Pair) -> None:
+        """Move the kept rows to the front of buffers with room for a quarter more."""
+        kept = self.end - self.begin
+        shape = (like[0].shape[0], like[0].shape[2], size + size // 4 + 64, like[0].shape[3])
+        fresh = [each.new_empty(shape) for each in like]
+        for new, old in zip(fresh, self.buffers_BGTE, strict=False):
+            new[:, :, :kept] = old[:, :, self.begin : self.end]
+        self.buffers_BGTE, self.begin, self.end = fresh, 0, kept
 
 
 class DFlashDraft(Draft):
@@ -276,18 +305,37 @@ class DFlashDraft(Draft):
         target: TargetIO,
         sampling: Sampling | None = None,
     ) -> Proposal:
-        """Propose the most probable token at each slot, all in one pass over an anchor and masks."""
-        hidden_PD = self.draft_hidden(anchor_id, num_tokens, features_BSF, start, cache, target)
-        return Proposal(target.head(hidden_PD).argmax(-1))
+        """Propose all tokens in one pass over an anchor and masks."""
+        request = BlockRequest(anchor_id, num_tokens, features_BSF, start, cache, sampling)
+        return self.propose_together([request], target)[0]
 
-    def draft_hidden(
-        self, anchor_id: int, num_tokens: int, features_BSF: Tensor, start: int, cache: ContextCache, target: TargetIO
-    ) -> Tensor:
-        """Run the block that `propose` is asked for. Shapes: returns hidden_PD, what the head reads."""
-        ids_BL = torch.full((1, num_tokens + 1), self.config.mask_token_id, device=features_BSF.device)
-        ids_BL[0, 0] = anchor_id
+    def propose_together(self, requests: Sequence[BlockRequest], target: TargetIO) -> list[Proposal]:
+        """Propose for several sequences in one pass, if their blocks have the same length."""
+        if len({each.num_tokens for each in requests}) > 1:
+            return super().propose_together(requests, target)
+        hidden_BPD = self.draft_hidden(requests, target)
         # Rows of two dimensions: for a view of three, the head's product would copy the head.
-        return self.run_block(target.embed(ids_BL), features_BSF, start, cache)[0, 1:]
+        logits_BPV = target.head(hidden_BPD.flatten(0, 1)).unflatten(0, hidden_BPD.shape[:2])
+        return [
+            self.choose(each.anchor_id, hidden_PD, logits_PV, each.sampling)
+            for each, hidden_PD, logits_PV in zip(requests, hidden_BPD, logits_BPV, strict=True)
+        ]
+
+    def choose(self, anchor_id: int, hidden_PD: Tensor, logits_PV: Tensor, sampling: Sampling | None) -> Proposal:
+        """Take each slot's most probable token, or sample each slot on its own."""
+        if sampling is None:
+            return Proposal(logits_PV.max(-1).indices)  # as argmax; in bfloat16 on a CPU six times as fast
+        probs_PV = sampling.law(logits_PV)
+        return Proposal(sampling.draw(probs_PV), probs_PV)
+
+    def draft_hidden(self, requests: Sequence[BlockRequest], target: TargetIO) -> Tensor:
+        """Run the blocks that `propose` is asked for, of equal length. Shapes: hidden_BPD, what the head reads."""
+        slots = requests[0].num_tokens + 1
+        device = requests[0].features_BSF.device
+        ids_BL = torch.full((len(requests), slots), self.config.mask_token_id, device=device)
+        ids_BL[:, 0] = torch.tensor([each.anchor_id for each in requests], device=device)
+        features, starts, caches = zip(*((each.features_BSF, each.start, each.cache) for each in requests), strict=True)
+        return self.run_blocks(target.embed(ids_BL), features, starts, caches)[:, 1:]
 
     def run_block(self, embeds_BLD: Tensor, features_BSF: Tensor, start: int, cache: ContextCache) -> Tensor:
         """Add new context rows to the cache, then run one block at `start`.
@@ -295,25 +343,44 @@ class DFlashDraft(Draft):
         Shapes: embeds_BLD anchor and masks, features_BSF the rows verified since the last call, in order; their
             positions are cache.length and on. Returns hidden_BLD; row 0, the anchor's, predicts nothing.
         """
+        return self.run_blocks(embeds_BLD, [features_BSF], [start], [cache])
+
+    def run_blocks(
+        self,
+        embeds_BLD: Tensor,
+        features: Sequence[Tensor],
+        starts: Sequence[int],
+        caches: Sequence[ContextCache],
+    ) -> Tensor:
+        """Do what `run_block` does for a block of each of several sequences; only attention is done one by one."""
         device, slots = embeds_BLD.device, embeds_BLD.shape[1]
-        rows = features_BSF.shape[1]
         spans = [self.config.layer_attention(index) for index in range(len(self.layers))]
-        unseen = max(0, min(rows + 1 - window if window else 0 for window, _ in spans))  # by any slot of any layer
-        context_BSD = self.project(features_BSF[:, unseen:])
-        context_rope = Rope(cache.length + torch.arange(unseen, rows, device=device), self.config, context_BSD.dtype)
-        block_rope = Rope(start + torch.arange(slots, device=device), self.config, embeds_BLD.dtype)
-        cache.length += rows
+        seen, positions = [], []
+        for features_BSF, cache in zip(features, caches, strict=True):
+            rows = features_BSF.shape[1]
+            unseen = max(0, min(rows + 1 - window if window else 0 for window, _ in spans))  # by any slot of any layer
+            seen.append(features_BSF[:, unseen:])
+            positions.append(cache.length + torch.arange(unseen, rows, device=device))
+            cache.length += rows
+        context_BSD = self.project(torch.cat(seen, 1))
+        context_rope = Rope(torch.cat(positions), self.config, context_BSD.dtype)
+        position_BL = torch.tensor(starts, device=device)[:, None] + torch.arange(slots, device=device)
+        block_rope = Rope(position_BL, self.config, embeds_BLD.dtype)
+        lengths = [each.shape[1] for each in seen]
         x_BLD = embeds_BLD
         for index, layer in enumerate(self._typed_layers()):
-            attn = layer.self_attn
-            context = cache.extend(index, *attn.keys_values(context_BSD, context_rope), spans[index][0])
+            attn, (window, is_causal) = layer.self_attn, spans[index]
             normed, entered = layer.enter(x_BLD)
-            block = attn.keys_values(normed, block_rope)
-            key, value = (torch.cat(pair, 1).transpose(1, 2) for pair in zip(context, block, strict=True))
-            query = attn.queries(normed, block_rope).transpose(1, 2)
-            mask_LT = visible_to_block(slots, key.shape[2], *spans[index], device)
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_LT, enable_gqa=True)
-            x_BLD = layer.finish(x_BLD, mixed.transpose(1, 2).flatten(2), entered)
+            block_key, block_value = attn.keys_values(normed, block_rope)
+            query_BLHE = attn.queries(normed, block_rope)
+            new_keys, new_values = (each.split(lengths, 1) for each in attn.keys_values(context_BSD, context_rope))
+            mixed = []
+            for row, cache in enumerate(caches):
+                own = slice(row, row + 1)
+                known = new_keys[row], new_values[row]
+                key, value = cache.layers[index].extend(known, (block_key[own], block_value[own]), window)
+                mixed.append(cached_attention(query_BLHE[own], key, value, window, is_causal))
+            x_BLD = layer.finish(x_BLD, torch.cat(mixed), entered)
         return self.norm(x_BLD)
 
     def _typed_layers(self) -> list[Layer]:

@@ -16,9 +16,18 @@ from torch import Tensor, nn
 
 from dllm.errors import ModelError
 from dllm.models.drafts.config import DFlashConfig
-from dllm.models.drafts.dflash import ContextCache, DFlashDraft, Layer, Linear
+from dllm.models.drafts.dflash import DFlashDraft, Layer, Linear
 from dllm.models.drafts.dflash2_settings import DFlash2Settings
-from dllm.models.drafts.protocol import Draft, DraftSettings, ExtraLoss, Proposal, Sampling, ScoredSlots, TargetIO
+from dllm.models.drafts.protocol import (
+    Draft,
+    DraftConfig,
+    DraftSettings,
+    ExtraLoss,
+    Proposal,
+    Sampling,
+    ScoredSlots,
+    TargetIO,
+)
 from dllm.models.drafts.selector import CandidateSelector
 
 CODEBOOKS = ("candidate_selector.predecessor_codebook", "candidate_selector.successor_codebook")
@@ -183,10 +192,11 @@ class DFlash2Draft(DFlashDraft):
         return _extended(replace(plain, is_causal=bool(settings.causal)), _own(settings))
 
     @classmethod
-    def check_start(cls, published: type[Draft]) -> None:
-        """Refuse a family other than DFlash 2 and DFlash."""
-        if published is not DFlashDraft:
-            super().check_start(published)
+    def start_config(cls, published: type[Draft], config: Any, settings: DraftSettings) -> DraftConfig:
+        """Return a DFlash 2 draft's config as it is, a DFlash draft's with the sizes of the settings."""
+        if published is DFlashDraft:
+            return _extended(config, _own(settings))
+        return super().start_config(published, config, settings)
 
     @classmethod
     def start_from(cls, published: Draft, settings: DraftSettings, seed: int) -> Draft:
@@ -277,22 +287,12 @@ class DFlash2Draft(DFlashDraft):
         selector = config.selector_rank * (config.hidden_size + config.selector_top_k)
         return plain + 6.0 * (blocks * config.block_size * projections + predictions * selector)
 
-    def propose(
-        self,
-        anchor_id: int,
-        num_tokens: int,
-        features_BSF: Tensor,
-        start: int,
-        cache: ContextCache,
-        target: TargetIO,
-        sampling: Sampling | None = None,
-    ) -> Proposal:
-        """Propose the tokens of the selector's walk from the anchor, the best ones or sampled ones."""
-        hidden_PD = self.draft_hidden(anchor_id, num_tokens, features_BSF, start, cache, target)
+    def choose(self, anchor_id: int, hidden_PD: Tensor, logits_PV: Tensor, sampling: Sampling | None) -> Proposal:
+        """Take the tokens of the selector's walk from the anchor, the best ones or sampled ones."""
         if sampling is not None:
-            return self.candidate_selector.sample(anchor_id, hidden_PD, target.head(hidden_PD), sampling)
+            return self.candidate_selector.sample(anchor_id, hidden_PD, logits_PV, sampling)
         anchor_ids = torch.tensor([anchor_id], device=hidden_PD.device)
-        return Proposal(self.greedy_tokens(hidden_PD[None], anchor_ids, target)[0])
+        return Proposal(self.candidate_selector.greedy(anchor_ids, hidden_PD[None], logits_PV[None])[0])
 
     def greedy_tokens(self, hidden_NPD: Tensor, anchor_ids_N: Tensor, target: TargetIO) -> Tensor:
         """Walk each block from its anchor."""

@@ -146,6 +146,18 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class BlockRequest:
+    """What `Draft.propose` asks of one sequence, for several at once: its arguments."""
+
+    anchor_id: int
+    num_tokens: int
+    features_BSF: Tensor
+    start: int
+    cache: Any
+    sampling: Sampling | None = None
+
+
+@dataclass(frozen=True)
 class ScoredSlots:
     """The slots of a micro-batch that have a label, with the draft's cross-entropy on them.
 
@@ -239,8 +251,8 @@ class Draft(nn.Module, ABC):
         """Draw new weights from the given seed."""
 
     @classmethod
-    def check_start(cls, published: type[Draft]) -> None:
-        """Refuse a family that training cannot start from.
+    def start_config(cls, published: type[Draft], config: Any, settings: DraftSettings) -> DraftConfig:
+        """Return the config of the draft that `start_from` makes, from the published one's family and config.
 
         Raises:
             ModelError: this family cannot start from the other's weights.
@@ -251,6 +263,8 @@ class Draft(nn.Module, ABC):
                 where="train.dflash.draft.init",
                 hint="set train.dflash.draft.architecture to the draft's",
             )
+        found: DraftConfig = config
+        return found
 
     @classmethod
     def start_from(cls, published: Draft, settings: DraftSettings, seed: int) -> Draft:
@@ -264,7 +278,7 @@ class Draft(nn.Module, ABC):
         Raises:
             ModelError: this family cannot start from the other's weights.
         """
-        cls.check_start(type(published))
+        cls.start_config(type(published), published.config, settings)
         return published
 
     @abstractmethod
@@ -367,3 +381,12 @@ class Draft(nn.Module, ABC):
             sampling: how to sample the tokens, if their distributions are returned as well; None asks for the most
                 probable ones, which a family may propose in either case.
         """
+
+    def propose_together(self, requests: Sequence[BlockRequest], target: TargetIO) -> list[Proposal]:
+        """Propose for several sequences as `propose` does for each; a family may run them in one pass."""
+        return [
+            self.propose(
+                each.anchor_id, each.num_tokens, each.features_BSF, each.start, each.cache, target, each.sampling
+            )
+            for each in requests
+        ]
