@@ -29,7 +29,7 @@ def test_tokens_per_second_are_tokens_a_round_over_its_time() -> None:
     assert found["best_draft_tokens"] == {"1": 3, "8": 2, "32": 0}
     assert found["loses_from_concurrency"] == 32
     assert found["predicted_speedup"] == pytest.approx(1.875 / 1.2)
-    assert expected_throughput([times(1, 0.0), times(8, 0.003)], CURVE)["loses_from_concurrency"] is None
+    assert expected_throughput([times(1, 0.0), times(8, 0.002)], CURVE)["loses_from_concurrency"] is None
     every = expected_throughput([times(1, 0.02), times(8, 0.02)], CURVE)
     assert every["loses_from_concurrency"] == 1
     again = expected_throughput([times(1, 0.02), times(8, 0.0), times(32, 0.02)], CURVE)
