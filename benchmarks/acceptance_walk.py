@@ -96,6 +96,7 @@ def main() -> int:
     stops = chat.stop_ids(tokenizer, model.generation_config, model.config.get_text_config())
     texts = generate(model, tokenizer, stops, args.prompts, args.new_tokens)
     trained = load_draft(args.checkpoint, model.config) if args.checkpoint else train(model, tokenizer, texts[::2])
+    print(f"{len(texts)} responses; the draft is there", file=sys.stderr, flush=True)
     draft = load_copy(trained, model)
     positions = model.config.max_position_embeddings
     options = {"max_new_tokens": args.new_tokens, "max_positions": positions}
@@ -110,12 +111,14 @@ def main() -> int:
             answer = decoder.generate(prompt, max_new_tokens=args.new_tokens, stop_ids=stops)
             decode_s.append(time.perf_counter() - began)
             acceptance["decoded"].add(r.counts for r in answer.rounds)
+            print(f"decoded in {decode_s[-1]:.2f} s", file=sys.stderr, flush=True)
             if len(decode_s) % 4 == 0:
                 for name, size in PASS_SIZES.items():
                     walking.BLOCKS_AT_ONCE = size
                     began = time.perf_counter()
                     found = list(walk(model, draft, texts, **options))
                     rates[name].append((time.perf_counter() - began) / len(texts))
+                    print(f"walked, {name}: {rates[name][-1]:.3f} s each", file=sys.stderr, flush=True)
     for each in found:
         acceptance["walked"].add(each.rounds)
     walking.BLOCKS_AT_ONCE = PASS_SIZES["as shipped"]

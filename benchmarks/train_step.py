@@ -33,6 +33,7 @@ from dllm.models.drafts.config import DFlashConfig
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.drafts.dflash2 import DFlash2Config, DFlash2Draft
 from dllm.models.drafts.dflash2_settings import DFlash2Settings
+from dllm.training.cross_entropy import FrozenHead
 
 Step = Callable[[Batch], float]
 HIDDEN, VOCAB, LAYERS, TAPS, GAMMA = 576, 49152, 2, 5, 4.0
@@ -70,7 +71,7 @@ def ours(args: argparse.Namespace, head: nn.Linear, embedding: nn.Embedding) -> 
     draft.reset_parameters(0)
     settings = SimpleNamespace(dflash2=OWN)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=6e-4, fused=True)
-    seeds = iter(range(10**6))
+    frozen, seeds = FrozenHead(head.weight), iter(range(10**6))
 
     def step(batch: Batch) -> float:
         anchors = draw_anchors(
@@ -80,7 +81,7 @@ def ours(args: argparse.Namespace, head: nn.Linear, embedding: nn.Embedding) -> 
             sampling="without_replacement",
             seeds=[next(seeds) for _ in range(args.batch)],
         )
-        terms = dflash_terms(draft, embedding.weight, head.weight, batch, anchors, settings, gamma=GAMMA)
+        terms = dflash_terms(draft, embedding.weight, frozen, batch, anchors, settings, gamma=GAMMA)
         loss = terms.numerator / terms.denominator
         loss.backward()
         torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)

@@ -61,6 +61,8 @@ def _run_stage(name: str, params: Path, overrides: Sequence[str], root: Path) ->
     checked = load_params(root / params, overrides)
     if name in IN_RANKS and checked.train.nproc > 1 and not launch.is_rank():
         raise SystemExit(launch.run(sys.orig_argv, checked.train.nproc))  # the ranks run this very command
+    if name in IN_RANKS:
+        launch.keep_freed_memory()
     importlib.import_module(f"dllm.stages.{name}").run(checked, root)
 
 

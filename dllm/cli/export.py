@@ -62,6 +62,7 @@ def export(checkpoint: str, to: Path, *, engine_name: str | None, target: str | 
     from dllm.stages.records import lineage
     from dllm.tracking.provenance import digest
 
+    to = to.expanduser().resolve()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise StageError("the output folder is not empty", where=str(to), hint="name another by --to")
     found = checkpoints.find(checkpoint, root)

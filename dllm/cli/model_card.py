@@ -118,7 +118,7 @@ def _serving(subject: Subject, engines: Iterable[ServingEngine]) -> Iterator[str
         note = engine.note(config.to_json())
         yield f"**{engine.title}**\n\n```sh\n{command}\n```\n" + (f"\n{note}\n" if note else "")
     if refused:
-        yield "It cannot be served by others:\n\n" + "\n".join(refused) + "\n"
+        yield "Other engines cannot decode it as it was trained:\n\n" + "\n".join(refused) + "\n"
 
 
 def _shape(subject: Subject) -> Iterator[tuple[str, Any]]:

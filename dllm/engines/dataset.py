@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dllm.config.params import Params, Regenerate
+from dllm.config.params import Params, Regenerate, Target
 from dllm.engines.engine import EngineStats, Refusal, Request, RequestSource, Response
 from dllm.errors import ConfigError, DataError
 from dllm.prompts import template as chat
@@ -38,6 +38,10 @@ class DatasetEngine:
                 where=f"regenerate.turns: {settings.turns}",
                 hint="set it to last",
             )
+
+    @classmethod
+    def check_target(cls, target: Target) -> None:
+        pass
 
     @classmethod
     def num_slots(cls, settings: Regenerate) -> int:

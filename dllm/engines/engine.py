@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from dllm.config.params import Params, Regenerate
+from dllm.config.params import Params, Regenerate, Target
 from dllm.prompts.turns import Message
 from dllm.registry import ENGINES
 
@@ -131,6 +131,14 @@ class EngineFactory(Protocol):
 
         Raises:
             ConfigError: one is impossible with this engine.
+        """
+        ...
+
+    def check_target(self, target: Target) -> None:
+        """Check by its config that this engine can generate with the target, before anything is paid for.
+
+        Raises:
+            ModelError: it cannot.
         """
         ...
 

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from transformers import AutoConfig
 
-from dllm.config.params import Params, Regenerate
+from dllm.config.params import Params, Regenerate, Target
 from dllm.engines.engine import EngineStats, Request, RequestSource, Response
 from dllm.errors import ModelError
 from dllm.models import targets
@@ -53,20 +54,22 @@ class LocalEngine:
     is_external = False
 
     def __init__(self, model: Any, tokenizer: Any, stop_ids: set[int], batch_size: int) -> None:
-        config = model.config
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"} or getattr(config, "final_logit_softcapping", None):
-            raise ModelError(
-                f"the local engine supports full attention only; this target has {sorted(kinds)}",
-                where="regenerate.engine",
-                hint="serve the target and use engine: openai",
-            )
+        check_attention(model.config)
         self.model, self.tokenizer, self.stop_ids, self.batch_size = model, tokenizer, stop_ids, batch_size
         self.stats = EngineStats()
 
     @classmethod
     def check(cls, settings: Regenerate) -> None:
         pass
+
+    @classmethod
+    def check_target(cls, target: Target) -> None:
+        try:
+            path = targets.locate(target, weights=False)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=target.trust_remote_code)
+        except (OSError, ValueError, KeyError):  # transformers does not know it; whoever loads it says so
+            return
+        check_attention(config.get_text_config())
 
     @classmethod
     def num_slots(cls, settings: Regenerate) -> int:
@@ -91,6 +94,21 @@ class LocalEngine:
         """
         with slot_attention(self.model), packed_linears(self.model):
             yield from _Decoding(self, requests).run()
+
+
+def check_attention(config: Any) -> None:
+    """Check that the static cache serves all layers of a target.
+
+    Raises:
+        ModelError: one has other than full attention, such as a window or a recurrent state.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or getattr(config, "final_logit_softcapping", None):
+        raise ModelError(
+            f"the local engine supports full attention only; this target has {sorted(kinds)}",
+            where="regenerate.engine",
+            hint="serve the target and use engine: openai",
+        )
 
 
 class _Decoding:

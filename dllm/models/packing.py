@@ -36,6 +36,18 @@ def packed_linears(*models: nn.Module) -> Iterator[None]:
             del module.forward
 
 
+def packed_product(weight_OI: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function that multiplies by the transpose of a weight that never changes, packed if that is faster.
+
+    Costs the weight's size in memory once more where it is packed.
+    """
+    if not _can_pack(weight_OI):
+        return lambda x: x @ weight_OI.T
+    multiply: Any = torch.ops.mkldnn._linear_pointwise
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().contiguous(), ROWS)
+    return lambda x: multiply(x, packed, None, "none", [], "")
+
+
 def _can_pack(weight: Tensor) -> bool:
     return (
         weight.device.type == "cpu"

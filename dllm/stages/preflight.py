@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Params
+from dllm.engines.engine import EngineFactory
 from dllm.models.targets import load_tokenizer
 from dllm.prompts.template import check_thinking_modes, prompt_ids
 from dllm.registry import ENGINES, METHODS
@@ -17,11 +18,13 @@ def check(params: Params) -> PreTrainedTokenizerBase:
 
     Raises:
         ConfigError: the engine's settings are impossible, or the mask token is.
-        ModelError: the target or the draft is not supported, or not there.
+        ModelError: the target or the draft is not supported, by the method or the engine, or not there.
         DataError: the tokenizer has no chat template that renders a question, or in the thinking modes that are asked.
     """
-    ENGINES[params.regenerate.engine].check(params.regenerate)
+    engine: EngineFactory = ENGINES[params.regenerate.engine]
+    engine.check(params.regenerate)
     METHODS[params.train.mode].check_models(params)
+    engine.check_target(params.target)
     tokenizer = load_tokenizer(params.target)
     prompt_ids(tokenizer, [{"role": "user", "content": "Hello"}], params.target.enable_thinking)
     if params.evaluate.thinking is not None:

@@ -9,6 +9,6 @@ SCHEMA = {
     "prepare": 5,
     "regenerate": 2,
     "train": 2,
-    "evaluate": 4,
+    "evaluate": 5,
     "register": 1,
 }

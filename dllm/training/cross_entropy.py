@@ -9,6 +9,7 @@ Shape suffixes: M scored positions, C positions of one chunk, D hidden, V vocabu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm.models.drafts.selector import top_candidates
+from dllm.models.packing import packed_product
 
 
 def _chunks(
@@ -51,6 +53,22 @@ def is_argmax(logits_CV: Tensor, label_C: Tensor) -> Tensor:
     return hit_C
 
 
+class FrozenHead:
+    """An output head that is not trained, ready for many gradients: where it pays, with a copy in another layout.
+
+    Args:
+        weight_VD: its weight, which must not change.
+    """
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        self.weight_VD = weight_VD
+
+    @cached_property
+    def back(self) -> Callable[[Tensor], Tensor]:
+        """Multiply errors of logits by the weight: on CPUs a fifth faster than by the weight as it lies in memory."""
+        return packed_product(self.weight_VD.T)
+
+
 class _FrozenHead(torch.autograd.Function):
     """Loss rows and their gradient in one pass: each chunk's logits are computed once.
 
@@ -63,6 +81,7 @@ class _FrozenHead(torch.autograd.Function):
         ctx: Any,
         hidden_MD: Tensor,
         head_VD: Tensor,
+        back: Callable[[Tensor], Tensor],
         labels_M: Tensor,
         chunk: int,
         teacher_MD: Tensor,
@@ -92,7 +111,7 @@ class _FrozenHead(torch.autograd.Function):
             else:
                 hit_M[part] = is_argmax(logits_CV, label_C)
             if grad_MD is not None:
-                torch.mm(probs_CV, head_VD, out=grad_MD[part])
+                grad_MD[part] = back(probs_CV)
         ctx.save_for_backward(grad_MD, head_VD, top_ids_MK)
         ctx.mark_non_differentiable(nll_M, hit_M, top_ids_MK)
         loss_M = nll_M.clone() if not share else (1 - share) * nll_M + share * soft_M
@@ -104,7 +123,7 @@ class _FrozenHead(torch.autograd.Function):
         grad_MD = grad_MD * grad_loss_M[:, None].to(grad_MD.dtype)
         if top_ids_MK.shape[1]:
             grad_MD += F.embedding_bag(top_ids_MK, head_VD, mode="sum", per_sample_weights=grads[2].to(head_VD.dtype))
-        return grad_MD, *[None] * 7
+        return grad_MD, *[None] * 8
 
 
 class FrozenHeadRows(NamedTuple):
@@ -119,7 +138,7 @@ class FrozenHeadRows(NamedTuple):
 
 def frozen_head_cross_entropy(
     hidden_MD: Tensor,
-    head_VD: Tensor,
+    head: FrozenHead | Tensor,
     labels_M: Tensor,
     chunk: int,
     teacher_MD: Tensor | None = None,
@@ -132,7 +151,7 @@ def frozen_head_cross_entropy(
     distribution. The softmax is computed in hidden_MD's dtype. The loss and the largest logits are differentiable in
     hidden_MD.
 
-    Shapes: hidden_MD, teacher_MD (the teacher's input to the same head) and head_VD of one dtype, labels_M int64.
+    Shapes: hidden_MD, teacher_MD (the teacher's input to the same head) and the head of one dtype, labels_M int64.
         Returns loss_M and nll_M float32, hit_M bool (the label is the argmax), top_logits_MK and top_ids_MK (rising),
         K = candidates or V if that is less.
     Units: nats.
@@ -140,8 +159,10 @@ def frozen_head_cross_entropy(
     """
     if teacher_MD is None:
         teacher_MD, share = hidden_MD.new_empty(0), 0.0
+    head_VD, back = (head.weight_VD, head.back) if isinstance(head, FrozenHead) else (head, lambda x_CV: x_CV @ head)
     number = min(candidates, len(head_VD))
-    return FrozenHeadRows(*_FrozenHead.apply(hidden_MD, head_VD, labels_M, chunk, teacher_MD, share, number))
+    rows = _FrozenHead.apply(hidden_MD, head_VD, back, labels_M, chunk, teacher_MD, share, number)
+    return FrozenHeadRows(*rows)
 
 
 class _TrainedHead(torch.autograd.Function):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 import yaml
 from safetensors.torch import load_file
@@ -15,11 +16,13 @@ from dllm.cli.app import app
 from dllm.config.load import load_params, params_digest
 from dllm.digests import file_digest, tree_digest
 from dllm.errors import ConfigError, ModelError, StageError
+from dllm.methods.dflash.settings import Draft
 from dllm.models import targets
 from dllm.models.builtin import directory
 from dllm.models.drafts.checkpoint import load_draft, save_draft
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.targets import empty_target
+from dllm.registry import DRAFTS
 from dllm.stages import other_work
 from dllm.tracking.provenance import digest
 from dllm.workspace import publish_tree
@@ -97,8 +100,12 @@ def rows(text: str) -> dict[str, str]:
     return dict(re.findall(r"^\| (\S.*?) \| (.*) \|$", text.replace("\\_", "_"), re.MULTILINE))
 
 
-def test_an_export_is_the_same_draft_and_engines_find_what_they_read(checkpoint: Path, tmp_path: Path) -> None:
-    dllm("export", "--checkpoint", checkpoint, "--to", tmp_path / "new", "--root", tmp_path)
+def test_an_export_is_the_same_draft_and_engines_find_what_they_read(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")  # which is empty, and so may be filled
+    dllm("export", "--checkpoint", checkpoint, "--to", ".", "--root", tmp_path)
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"README.md", "config.json", "model.safetensors"}
     before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "new"))
     assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
@@ -110,6 +117,19 @@ def test_an_export_is_the_same_draft_and_engines_find_what_they_read(checkpoint:
     }
     assert "No record of it lies beside the checkpoint." in text and "## Acceptance" not in text
     assert "--speculative-num-draft-tokens 4" in text and '"num_speculative_tokens": 3' in text
+
+
+@pytest.mark.parametrize("name", list(DRAFTS))
+def test_every_family_is_exported_by_its_own_name(name: str, tmp_path: Path) -> None:
+    target: Any = empty_target(TINY).config
+    settings = Draft(architecture=name, num_hidden_layers=1, num_target_layers_tapped=3)
+    draft = DRAFTS[name](DRAFTS[name].config_for(target, settings, block_size=4, mask_token_id=3))
+    draft.reset_parameters(seed=1)
+    save_draft(draft, tmp_path / "draft", torch.bfloat16)
+    dllm("export", "--checkpoint", tmp_path / "draft", "--to", tmp_path / "new", "--root", tmp_path)
+    front, text = parts((tmp_path / "new" / "README.md").read_text())
+    assert name in front["tags"] and f"# {draft.architectures[0]} for" in text and "| weights | bfloat16 |" in text
+    assert type(load_draft(tmp_path / "new")) is DRAFTS[name]
 
 
 def test_a_card_tells_data_settings_and_acceptance(checkpoint: Path, tmp_path: Path) -> None:

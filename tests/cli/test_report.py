@@ -84,7 +84,8 @@ def test_the_table_tells_the_whole_run(root: Path) -> None:
         "optimizer steps": f"{trained['steps']} (best at {trained['best_step']})",
         "draft parameters": f"{trained['draft_params']:,}",
         "draft_acc, held-out": f"{trained['val_draft_acc']:.3f}",
-        "τ micro": f"{found['tau_micro']:.2f}",
+        "τ micro, held-out": f"{found['tau_micro']:.2f}",
+        f"τ micro, {found['walked']['prompts']} held-out": f"{found['walked']['tau_micro']:.2f} (95 % interval ",
         "τ macro": f"{found['tau_macro']:.2f}",
         "tokens/s autoregressive": f"{found['tokens_per_s_ar']:.1f}",
         "tokens/s speculative": f"{found['tokens_per_s_spec']:.1f}",
@@ -101,9 +102,10 @@ def test_the_table_tells_the_whole_run(root: Path) -> None:
 
 def test_the_curve_has_one_row_per_offset(root: Path) -> None:
     reached, given = [0.53, 0.26, 0.12], [0.53, 0.49, None]
-    found = _record(root, "evaluate")
+    found = _record(root, "evaluate")["walked"]
     assert len(found["acceptance_by_offset"]) == len(found["conditional_acceptance_by_offset"]) == 3
-    _change(root, "evaluate", acceptance_by_offset=reached, conditional_acceptance_by_offset=given)
+    found |= {"acceptance_by_offset": reached, "conditional_acceptance_by_offset": given}
+    _change(root, "evaluate", walked=found)
     lines = _printed(root).splitlines()
     start = next(number for number, line in enumerate(lines) if "draft_acc_k" in line)
     rows = [line.split("│")[2].split() for line in lines[start + 1 : start + 4]]

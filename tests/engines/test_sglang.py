@@ -188,6 +188,7 @@ def write_params(root: Path, python: Path, port: int = 0) -> None:
     (root / "params.yaml").write_text(json.dumps(given))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("blow", "fault"), [(signal.SIGKILL, ""), (signal.SIGKILL, "stubborn"), (signal.SIGTERM, ""), (signal.SIGINT, "")]
 )

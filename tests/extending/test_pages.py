@@ -155,6 +155,7 @@ def test_a_sampler_generates_with_a_diffusion_model(tmp_path: Path) -> None:
     assert model.mask_token_id not in found["token_ids"]
 
 
+@pytest.mark.slow
 def test_a_source_is_prepared_with_its_limit_and_references(tmp_path: Path) -> None:
     shell = Shell(tmp_path, install("source", tmp_path))
     shell.dllm("recipe", "use", "tiny-dflash")
@@ -166,6 +167,7 @@ def test_a_source_is_prepared_with_its_limit_and_references(tmp_path: Path) -> N
     assert identity == {"squares@train": {"generated": "squares of 1 to 40"}}
 
 
+@pytest.mark.slow
 def test_an_engine_generates(tmp_path: Path) -> None:
     shell = Shell(tmp_path, install("engine", tmp_path))
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "How many?"}]}) + "\n")

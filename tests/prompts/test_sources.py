@@ -116,6 +116,7 @@ SOURCE = GeneratedSource(lambda: (f"What is {n} + {n}?" for n in range(40)))
 """
 
 
+@pytest.mark.slow
 def test_a_package_outside_adds_a_source_by_an_entry_point(tmp_path: Path) -> None:
     (tmp_path / "toy_prompts.py").write_text(TOY)
     record = tmp_path / "toy_prompts-1.0.dist-info"

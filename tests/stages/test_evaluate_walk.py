@@ -47,7 +47,7 @@ def test_acceptance_is_counted_on_more_prompts_than_are_decoded(root: Path, monk
     assert METHODS["dflash"].score(one).value == found["tau_micro"]
     assert one["heldout_digest"] not in (every["heldout_digest"], few["heldout_digest"])
     rows = dict(METHODS["dflash"].rows({"evaluate": one}))
-    assert rows["τ micro, 7 held-out prompts (95 % interval)"].startswith(f"{found['tau_micro']:.2f} (")
+    assert rows["τ micro, 7 held-out prompts"].startswith(f"{found['tau_micro']:.2f} (95 % interval ")
     curves = json.loads((root / "out" / "evaluate" / "acceptance.json").read_text())
     assert curves["walked"]["acceptance_by_offset"] == found["acceptance_by_offset"]
 
@@ -61,3 +61,16 @@ def test_other_rounds_than_those_of_decoding_are_an_error_in_float32(draft: DFla
     other = [*pair.rounds[:3], RoundCounts(3, 2, 3), *pair.rounds[4:]]
     with pytest.raises(StageError, match=rf"different rounds in float32, from round 4 of {len(pair.rounds)} on"):
         walked.check_rounds(decoder, question, replace(pair, rounds=tuple(other)), ())
+
+
+def test_the_draft_tokens_that_pay_are_in_report_and_picture(root: Path) -> None:  # noqa: F811
+    bounds = {"seconds": 30, "concurrencies": [1, 2]}
+    plain = params(num_prompts=1, identity_prompts=0, walk={"prompts": 2}, throughput=bounds)
+    found = evaluate.run(plain, root)
+    table = found["throughput"]["tokens_per_s"]
+    assert {concurrency: len(row) for concurrency, row in table.items()} == {"1": 4, "2": 4}
+    assert found["throughput"]["predicted_speedup"] > 0
+    (shown,) = [t for t in METHODS["dflash"].tables({"evaluate": found}) if t.key == "throughput"]
+    assert [row["at once"] for row in shown.rows] == [1, 2] and {"0", "3", "best"} <= shown.rows[0].keys()
+    labels = dict(METHODS["dflash"].rows({"evaluate": found}))
+    assert labels["speculative / autoregressive, predicted from step times"].endswith(" ×")

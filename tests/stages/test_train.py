@@ -117,6 +117,17 @@ def test_a_warm_start_records_the_draft_it_started_from(alone, tmp_path) -> None
     assert "draft" not in json.loads((alone[0] / "out/train/run.json").read_text())["identity"]
 
 
+def test_engines_that_cannot_decode_the_draft_are_named_before_the_first_step(tmp_path, store, capfd) -> None:
+    draft = {**RECIPE["train"]["dflash"]["draft"], "sliding_window": 8}
+    train.run(prepare(tmp_path, epochs=0.2, dflash={**RECIPE["train"]["dflash"], "draft": draft}), tmp_path)
+    said = capfd.readouterr().err
+    assert "train: llama.cpp would decode layer 0 with bidirectional attention in a window of 8" in said
+    assert said.index("engines that decode it as trained: sglang, vllm, lmdeploy, trtllm, z-lab") < said.index(
+        "1/1 steps"
+    )
+    assert not list(tmp_path.glob("work/train/*/dry-run"))
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes_in_the_same_tracked_run(alone, tmp_path, store) -> None:
     straight, _, metrics = alone
     params = prepare(tmp_path)

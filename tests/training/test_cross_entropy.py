@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dllm.training.cross_entropy import frozen_head_cross_entropy, nll_and_hits, weighted_cross_entropy
+from dllm.training.cross_entropy import FrozenHead, frozen_head_cross_entropy, nll_and_hits, weighted_cross_entropy
 
 
 def drawn(rows: int, dtype=torch.float64):
@@ -117,3 +117,35 @@ def test_scores_are_torchs_and_an_excluded_id_is_no_rival(chunk) -> None:
     nll_without, hit_without = nll_and_hits(lambda x: x @ head.T, hidden[:1], second, chunk, excluded=best)
     assert hit_without.all() and not nll_and_hits(lambda x: x @ head.T, hidden[:1], second, chunk)[1].any()
     assert nll_without.item() == pytest.approx(F.cross_entropy(logits[:1], second).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_in_the_layout_for_gradients_gives_the_same(dtype) -> None:
+    torch.manual_seed(0)
+    hidden, head, labels = torch.randn(19, 64).to(dtype), torch.randn(512, 64).to(dtype), torch.randint(512, (19,))
+    found = []
+    for given in (head, FrozenHead(head)):
+        leaf = hidden.clone().requires_grad_()
+        rows = frozen_head_cross_entropy(leaf, given, labels, 8)
+        rows.loss_M.sum().backward()
+        found.append((rows, leaf.grad))
+    assert torch.equal(found[0][0].loss_M, found[1][0].loss_M)
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_the_largest_logits_and_their_gradient_are_autograds(chunk) -> None:
+    hidden, head, labels, _ = drawn(9, torch.float32)
+    rows = frozen_head_cross_entropy(hidden, head.detach(), labels, chunk, candidates=4)
+    weights = torch.randn(9, 4)
+    (rows.loss_M.sum() + (rows.top_logits_MK * weights).sum()).backward()
+    ours, hidden.grad = hidden.grad, None
+    logits = hidden @ head.detach().T
+    top = logits.gather(1, rows.top_ids_MK)
+    (F.cross_entropy(logits, labels, reduction="sum") + (top * weights).sum()).backward()
+    torch.testing.assert_close(rows.top_logits_MK, top)
+    torch.testing.assert_close(ours, hidden.grad, rtol=1e-4, atol=1e-5)
+    assert torch.equal(top.sort(-1, descending=True).values, logits.topk(4).values)
+    assert torch.equal(rows.hit_M, logits.argmax(-1) == labels)
+    every = frozen_head_cross_entropy(hidden, head.detach(), labels, chunk, candidates=99)
+    assert every.top_ids_MK.tolist() == [list(range(11))] * 9

@@ -66,6 +66,10 @@ class OpenAIEngine:
         pass
 
     @classmethod
+    def check_target(cls, target: Target) -> None:
+        pass
+
+    @classmethod
     def num_slots(cls, settings: Regenerate) -> int:
         return settings.concurrency
 

@@ -17,19 +17,21 @@ from dllm.prompts.template import stop_ids
 from dllm.registry import DRAFTS
 
 
-def check_models(settings: Dflash, target: Target) -> None:
+def check_models(settings: Dflash, target: Target) -> bool:
     """Check by their configs that the target can be tapped, and that the draft fits it; no weights are read.
 
+    Returns:
+        Whether the target can be decoded with a draft: a recurrent state cannot take back rejected tokens.
+
     Raises:
-        ConfigError, ModelError: what `initial_draft` would refuse, or the decoding of such a target.
+        ConfigError, ModelError: what `initial_draft` would refuse.
     """
     model: Any = empty_target(target)
     where = f"target.model: {target.model}"
-    if not DynamicCache(config=model.config).is_croppable:
-        raise ModelError(
-            "this target keeps a recurrent state, and speculative decoding has to take back rejected tokens",
-            where=where,
-        )
+    can_decode = bool(DynamicCache(config=model.config).is_croppable)
+    if not can_decode and not getattr(model.config.get_text_config(), "num_attention_heads", None):
+        message = "this target keeps a recurrent state, and has no attention whose shape a draft could take"
+        raise ModelError(message, where=where)
     if not hasattr(model.get_decoder(), "layers") or model.get_output_embeddings() is None:
         raise ModelError(f"a target of type {model.config.model_type!r} has no decoder layers to tap", where=where)
     tokenizer = load_tokenizer(target)
@@ -39,11 +41,12 @@ def check_models(settings: Dflash, target: Target) -> None:
         directory = draft_directory(settings.draft.init, settings.draft.revision)
         published, config = read_config(directory)
         family: type[Draft] = DRAFTS[settings.draft.architecture]
-        family.check_start(published)
+        family.start_config(published, config, settings.draft)
         check_fit(config, model.config, settings.draft.init)
         _published_config(settings, config, model, tokenizer)
         if hub_commit(directory) is None or any(directory.glob("*.safetensors")):  # else they are not downloaded yet
             check_tensors(directory, published, config)
+    return can_decode
 
 
 def new_config(settings: Dflash, target: Any, tokenizer: Any) -> DraftConfig:
@@ -79,13 +82,23 @@ def initial_draft(settings: Dflash, target: Any, tokenizer: Any, seed: int) -> D
 
 
 def _published_config(settings: Dflash, config: DraftConfig, target: Any, tokenizer: Any) -> DraftConfig:
-    """Return a published draft's config with the block size of the settings, after checking both mask ids."""
-    if settings.mask_token_id not in (None, config.mask_token_id):
-        raise ModelError(
-            f"the draft was trained with mask id {config.mask_token_id}, params say {settings.mask_token_id}",
-            where="train.dflash.mask_token_id",
-            hint="leave it null to take the draft's",
-        )
+    """Return a published draft's config with the block size of the settings, after checking what else they say."""
+    draft = settings.draft
+    said = {
+        "mask_token_id": ("mask_token_id", settings.mask_token_id),
+        "draft.target_layer_ids": ("target_layer_ids", draft.target_layer_ids and tuple(draft.target_layer_ids)),
+        "draft.sliding_window": ("sliding_window", draft.sliding_window),
+        "draft.layer_types": ("layer_types", draft.layer_types and tuple(draft.layer_types)),
+        "draft.causal": ("is_causal", draft.causal),
+    }
+    for key, (field, value) in said.items():
+        trained = getattr(config, field, value)
+        if value not in (None, trained):
+            raise ModelError(
+                f"the draft was trained with {field} {trained}, params say {value}",
+                where=f"train.dflash.{key}",
+                hint="leave it null to take the draft's",
+            )
     rows = target.get_input_embeddings().weight.shape[0]
     draft_mask_id(config.mask_token_id, tokenizer, rows, _stops(target, tokenizer))
     return config.with_block_size(settings.block_size) if settings.block_size else config

@@ -19,16 +19,19 @@ def draw(figures: Mapping[str, Any], path: Path, title: str) -> None:
     """Draw acceptance by offset and the distribution of tokens per round as a PNG.
 
     Args:
-        figures: those of `Acceptance.figures`, with `speedup` where it was measured.
+        figures: those of `Acceptance.figures`, with `speedup` and `throughput` where they were measured.
         path: the PNG.
         title: what was decoded, e.g. the name of the target.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.4), dpi=150, facecolor="white", layout="constrained")
+    paying = figures.get("throughput")
+    figure = Figure(figsize=(15 if paying else 10, 4.4), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)  # no display, no global state
-    curve, spread = figure.subplots(1, 2, width_ratios=[3, 2])
+    curve, spread, *more = figure.subplots(1, 3 if paying else 2, width_ratios=[3, 2, 3] if paying else [3, 2])
+    if paying:
+        _draw_throughput(more[0], paying)
     _draw_curve(curve, figures["acceptance_by_offset"], figures["conditional_acceptance_by_offset"])
     _draw_spread(spread, figures["accepted_histogram"], figures["tau_micro"])
     figure.suptitle(_headline(figures, title), x=0.01, ha="left", color=INK, fontsize=12, fontweight="bold")
@@ -92,6 +95,21 @@ def _draw_spread(axes: Axes, histogram: list[int], tau: float | None) -> None:
         )
     _style(axes, "Tokens per round", "tokens generated, the bonus token included", "% of rounds")
     axes.set_xticks(range(1, len(histogram), 1 if len(histogram) <= 17 else 4))
+
+
+def _draw_throughput(axes: Axes, paying: Mapping[str, Any]) -> None:
+    from matplotlib import colormaps
+
+    table = paying["tokens_per_s"]
+    shades = colormaps["viridis"].resampled(len(table) + 1)
+    for index, (concurrency, row) in enumerate(table.items()):
+        points = [(int(tokens), value) for tokens, value in row.items()]
+        axes.plot(*zip(*points, strict=True), color=shades(index), linewidth=2, label=f"{concurrency} at once")
+        best = paying["best_draft_tokens"][concurrency]
+        axes.plot([best], [row[str(best)]], marker="*", markersize=13, color=shades(index))
+    axes.set_yscale("log")
+    _style(axes, "Expected throughput, the best choice marked", "draft tokens per round", "tokens per second")
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
 
 
 def _style(axes: Axes, title: str, x: str, y: str) -> None:

@@ -39,11 +39,12 @@ def dry_run(draft: Draft, dtype: torch.dtype, folder: Path) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     refused = refusals(draft.config)
-    for why in refused.values():
-        print(f"train: {why}", file=sys.stderr, flush=True)
     able = [name for name in SERVING_ENGINES if name not in refused]
-    if refused:
-        print(f"train: engines that decode it as trained: {', '.join(able) or 'none'}", file=sys.stderr, flush=True)
+    lines = [*refused.values(), f"engines that decode it as trained: {', '.join(able)}"]
+    if not able:
+        lines = [f"no serving engine decodes a {draft.architectures[0]} as trained"]
+    for line in lines if refused else ():
+        print(f"train: {line}", file=sys.stderr, flush=True)
 
 
 def check_export(draft: Draft, dtype: torch.dtype, folder: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from transformers import DynamicCache
 
 from dllm.config.params import Params
+from dllm.decoding import throughput
 from dllm.decoding.acceptance import Acceptance
 from dllm.decoding.comparison import Comparison, Pair, figures, table
 from dllm.decoding.speculative import Decoder
@@ -28,7 +29,7 @@ from dllm.methods.dflash import curve
 from dllm.methods.dflash import sets as prompt_sets
 from dllm.methods.dflash.sampled import sampled_figures
 from dllm.methods.dflash.sets import MeasuredSet, Question
-from dllm.methods.dflash.settings import Walk
+from dllm.methods.dflash.settings import Throughput, Walk
 from dllm.methods.dflash.walked import check_rounds, walked_figures
 from dllm.methods.method import EvaluateContext, Evaluation
 from dllm.models import targets
@@ -77,6 +78,9 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
             sampled["sampled"] = sampled_figures(speculative, params.evaluate, questions, stop_ids, parts)
         walked = {SECTION_OF_METRICS: walked_figures(ctx, speculative, many, stop_ids, pairs)} if many else {}
         sets = {"sets": _of_sets(ctx, speculative, measured, stop_ids, parts, can_decode)} if measured else {}
+        acceptance = walked.get(SECTION_OF_METRICS) or figures(pairs, speculative.block_size)
+        paying = {"throughput": _throughput(params, speculative, questions, acceptance)} if can_decode else {}
+        paying = {name: found for name, found in paying.items() if found}
     metrics = {
         **figures(pairs, speculative.block_size),
         "by_source": {
@@ -86,6 +90,7 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
         **sampled,
         **walked,
         **sets,
+        **paying,
         **({} if can_decode else {"decoding": NO_DECODING}),
         "block_size": speculative.block_size,
         "draft_params": sum(parameter.numel() for parameter in draft.parameters()),
@@ -162,6 +167,23 @@ def _of_sets(
             beside = prompt_sets.published(each, ctx.params, decoder, sampled=True)
             found[each.name]["sampled"] = {**sampled, "published": beside}
     return found
+
+
+def _throughput(
+    params: Params, decoder: Decoder, questions: Sequence[Question], acceptance: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
+    settings: Throughput = getattr(params.evaluate, "throughput", None) or Throughput()
+    if not settings.seconds:
+        return None
+    context = sum(len(question.ids) for question in questions) // len(questions) + params.evaluate.max_new_tokens // 2
+    context = max(1, min(context, decoder.limit - decoder.block_size))
+    return throughput.measure(
+        decoder,
+        acceptance["acceptance_by_offset"],
+        context=context,
+        concurrencies=settings.concurrencies,
+        seconds=settings.seconds,
+    )
 
 
 def _compare(
@@ -241,7 +263,7 @@ def _write(ctx: EvaluateContext, pairs: Sequence[Pair], metrics: dict[str, Any],
     picture, curves, rows = (ctx.work / name for name in ("evaluation.png", "acceptance.json", "prompts.parquet"))
     title = f"{ctx.params.target.model.removeprefix('builtin:')}, block {metrics['block_size']}"
     shown = metrics.get(SECTION_OF_METRICS, metrics)
-    curve.draw({**shown, "speedup": metrics["speedup"]}, picture, title)
+    curve.draw({**shown, **{name: metrics.get(name) for name in ("speedup", "throughput")}}, picture, title)
     kept = Acceptance(2).figures().keys()
     by_set = {f"set {name}": part for name, part in metrics.get("sets", {}).items()}
     parts = {"all": metrics, **metrics["by_source"], **by_set}

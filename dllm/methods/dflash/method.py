@@ -5,14 +5,17 @@ Checking a params file imports this module: what imports torch (1 second) is imp
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dllm.config.section import Section
-from dllm.methods.dflash.settings import Dflash, Walk
+from dllm.errors import ConfigError
+from dllm.methods.dflash.settings import Dflash, Throughput, Walk
 from dllm.methods.figures import DASH, Records, Row, Table, count, number
 from dllm.methods.method import EvaluateContext, Evaluation, Method, PlanContext, Publication, Score, TrainContext
+from dllm.outside import one_line
 
 if TYPE_CHECKING:
     from dllm.config.params import Params
@@ -28,7 +31,7 @@ class DflashMethod:
     """Train a DFlash draft, and measure its acceptance length in speculative decoding."""
 
     settings = Dflash
-    evaluation: Mapping[str, type[Section]] = {"walk": Walk}
+    evaluation: Mapping[str, type[Section]] = {"walk": Walk, "throughput": Throughput}
     reads: Mapping[str, str] = {"prompts": "out/prepare/prompts.parquet"}
 
     def check(self, params: Params) -> None:
@@ -42,7 +45,21 @@ class DflashMethod:
     def check_models(self, params: Params) -> None:
         from dllm.methods.dflash.build import check_models
 
-        check_models(cast(Dflash, params.train.method_settings), params.target)
+        if check_models(cast(Dflash, params.train.method_settings), params.target):
+            return
+        walk = getattr(params.evaluate, "walk", None) or Walk()
+        if not walk.prompts:
+            raise ConfigError(
+                "evaluate.walk.prompts is 0, and this target keeps a recurrent state: only a walk measures its draft",
+                where=f"target.model: {params.target.model}",
+            )
+        print(
+            f"target {one_line(params.target.model)} keeps a recurrent state, which cannot take back rejected tokens: "
+            "a draft can be trained for it, and its acceptance counted without decoding; evaluate measures no speed, "
+            "and generate refuses the draft",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def identity(self, params: Params) -> Mapping[str, Any]:
         from dllm.models.drafts.checkpoint import draft_identity
@@ -120,8 +137,8 @@ class DflashMethod:
         yield "draft_acc, held-out text", number(trained.get("val_draft_acc"), 3)
         if walked := found.get("walked"):
             low, high = walked["tau_interval"] or (None, None)
-            label = f"τ micro, {walked['prompts']} held-out prompts (95 % interval)"
-            yield label, f"{number(walked['tau_micro'], 2)} ({number(low, 2)} to {number(high, 2)})"
+            interval = f"(95 % interval {number(low, 2)} to {number(high, 2)})"
+            yield f"τ micro, {walked['prompts']} held-out prompts", f"{number(walked['tau_micro'], 2)} {interval}"
         yield "τ micro, held-out prompts", number(found.get("tau_micro"), 2)
         yield "τ macro, held-out prompts", number(found.get("tau_macro"), 2)
         if sampled := found.get("sampled"):
@@ -129,6 +146,8 @@ class DflashMethod:
         yield "tokens/s autoregressive", number(found.get("tokens_per_s_ar"), 1)
         yield "tokens/s speculative", number(found.get("tokens_per_s_spec"), 1)
         yield "speculative / autoregressive", f"{number(found.get('speedup'), 2)} ×"
+        if (predicted := (found.get("throughput") or {}).get("predicted_speedup")) is not None:
+            yield "speculative / autoregressive, predicted from step times", f"{number(predicted, 2)} ×"
         same = found.get("greedy_identical")
         yield "same ids as greedy, float32", DASH if same is None else "yes" if same is True else f"NO ({same})"
 
@@ -137,6 +156,8 @@ class DflashMethod:
         if found.get("sets"):
             yield _sets_table(found["sets"])
         accepted = found.get("walked", found)
+        if found.get("throughput"):
+            yield _throughput_table(found["throughput"])
         columns: dict[str, list[float | None]] = {
             "draft_acc_k": [],
             "accepted given k-1": accepted.get("conditional_acceptance_by_offset") or [],
@@ -158,6 +179,19 @@ class DflashMethod:
                 digits=dict.fromkeys(columns, 3),
                 bar="accepted",
             )
+
+
+def _throughput_table(found: Mapping[str, Any]) -> Table:
+    rows = []
+    for concurrency, row in found["tokens_per_s"].items():
+        best = found["best_draft_tokens"][concurrency]
+        gain = row[str(best)] / row["0"]
+        rows.append({"at once": int(concurrency), **row, "best": best, "best / 0": gain})
+    losing = found["loses_from_concurrency"]
+    loses = f"drafts lose from {losing} on" if losing else "drafts pay at every concurrency measured"
+    about = f"Expected tokens per second by responses decoded at once and draft tokens per round: {loses}."
+    digits = {**dict.fromkeys(rows[0], 1), "best / 0": 2}
+    return Table("throughput", "draft tokens that pay", about, rows, digits=digits)
 
 
 def _sets_table(sets: Mapping[str, Any]) -> Table:

@@ -20,7 +20,7 @@ from dllm.methods.dflash.anchors import Anchors
 from dllm.methods.dflash.objectives import Weighting
 from dllm.models.drafts.protocol import Draft, ScoredSlots
 from dllm.registry import OBJECTIVES
-from dllm.training.cross_entropy import frozen_head_cross_entropy
+from dllm.training.cross_entropy import FrozenHead, frozen_head_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def teacher_hidden(batch: Batch, anchors: Anchors, labels: Labels) -> Tensor | N
 def dflash_terms(
     draft: Draft,
     embedding_VD: Tensor,
-    head_VD: Tensor,
+    head: FrozenHead | Tensor,
     batch: Batch,
     anchors: Anchors,
     draft_settings: Any = None,
@@ -125,8 +125,8 @@ def dflash_terms(
 ) -> StepSums:
     """Compute the loss and the acceptance counts of one micro-batch.
 
-    Shapes: head_VD the target's head in the compute dtype. With vocab_ids (sorted ids, V' of them) head_VD holds just
-        those rows, and every label must be among them.
+    Shapes: head the target's, (V, D) in the compute dtype. With vocab_ids (sorted ids, V' of them) it holds just those
+        rows, and every label must be among them.
     draft_settings: `train.dflash.draft`, for the loss terms of the draft's family.
     loss: a name in OBJECTIVES.
     distill: the share of the cross-entropy against the target's distribution; the batch must carry last_BSD.
@@ -138,12 +138,12 @@ def dflash_terms(
     if vocab_ids is not None:
         ids_M = torch.searchsorted(vocab_ids, ids_M)
     teacher_MD = teacher_hidden(batch, anchors, labels) if distill else None
-    rows = frozen_head_cross_entropy(hidden_MD, head_VD, ids_M, chunk, teacher_MD, distill, draft.num_candidates)
+    rows = frozen_head_cross_entropy(hidden_MD, head, ids_M, chunk, teacher_MD, distill, draft.num_candidates)
     slots = ScoredSlots(
         ids_BNL=torch.cat([batch.input_ids_BS.gather(1, anchors.pos_BN)[..., None], labels.ids_BNP], -1),
         valid_BNP=valid,
         hidden_MD=hidden_MD,
-        head_VD=head_VD,
+        head_VD=head.weight_VD if isinstance(head, FrozenHead) else head,
         vocab_ids=vocab_ids,
         teacher_MD=teacher_MD,
         **rows._asdict(),

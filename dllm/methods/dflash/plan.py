@@ -84,10 +84,11 @@ def plan(ctx: PlanContext[Dflash]) -> Plan:
 
 def planned_config(settings: Dflash, target: Any) -> DraftConfig:
     """Size the draft as training will; the mask id, which needs a tokenizer, changes no size."""
-    if settings.draft.init != "random":
-        config = read_config(draft_directory(settings.draft.init, settings.draft.revision))[1]
-        return config.with_block_size(settings.block_size) if settings.block_size else config
     family: type[Draft] = DRAFTS[settings.draft.architecture]
+    if settings.draft.init != "random":
+        published = read_config(draft_directory(settings.draft.init, settings.draft.revision))
+        config = family.start_config(*published, settings.draft)
+        return config.with_block_size(settings.block_size) if settings.block_size else config
     mask_id = settings.mask_token_id or 0
     return family.config_for(target.config, settings.draft, block_size=settings.block_size, mask_token_id=mask_id)
 

@@ -22,6 +22,7 @@ from dllm.methods.dflash.settings import Dflash
 from dllm.models.drafts.checkpoint import load_draft, save_draft
 from dllm.models.drafts.protocol import Draft, TargetIO
 from dllm.training.batches import Example, collate
+from dllm.training.cross_entropy import FrozenHead
 from dllm.training.order import derive_seed
 from dllm.training.strategy import LossSums, Rows, Split
 
@@ -63,13 +64,13 @@ class DflashStrategy:
         self.dflash = cast(Dflash, settings.method_settings)
         self.dtype = getattr(torch, settings.compute_dtype)
         self.device = embedding_VD.device
-        self.embedding_VD, self.head_VD = embedding_VD.to(self.dtype), head_VD.to(self.dtype)
+        self.embedding_VD, self.head = embedding_VD.to(self.dtype), FrozenHead(head_VD.to(self.dtype))
         self.width = embedding_VD.shape[1]
         self.vocab_ids: Tensor | None = None
-        self.train_head_VD = self.head_VD
+        self.train_head = self.head
         if self.dflash.loss_vocab == "corpus":
             self.vocab_ids = _response_vocabulary(splits["train"]).to(self.device)
-            self.train_head_VD = self.head_VD[self.vocab_ids]
+            self.train_head = FrozenHead(self.head.weight_VD[self.vocab_ids])
         self.train_rows, self.heldout_rows = _rows(splits["train"]), _rows(splits["heldout"])
         offsets = draft.config.block_size - 1
         self.counts = {"correct": offsets, "count": offsets, "run_sum": 1, "blocks": 1, **draft.counts}
@@ -97,7 +98,7 @@ class DflashStrategy:
         step = dflash_terms(
             self.model,
             self.embedding_VD,
-            self.train_head_VD if training else self.head_VD,
+            self.train_head if training else self.head,
             batch,
             Anchors(anchors.pos_BN.to(device), anchors.keep_BN.to(device)),
             settings.draft,
@@ -148,7 +149,7 @@ class DflashStrategy:
     def _walk(self, examples: Sequence[Example], features: Sequence[Tensor]) -> dict[str, float]:
         """Count tokens and rounds of decoding the responses; a last round that they do not determine is left out."""
         draft = self.model if self.dtype == torch.float32 else copy.deepcopy(self.model).to(self.dtype)
-        walker = Walker(draft, TargetIO.of_weights(self.embedding_VD, self.head_VD))
+        walker = Walker(draft, TargetIO.of_weights(self.embedding_VD, self.head.weight_VD))
         texts = [GreedyText(e.input_ids, e.prompt_length, e.input_ids[-1] in self.stop_ids) for e in examples]
         rounds = [each for response in walker.rounds(texts, features) for each in response]
         return {"walk_tokens": sum(each.num_emitted for each in rounds), "walk_rounds": len(rounds)}
@@ -160,7 +161,7 @@ class DflashStrategy:
             blocks=int(anchors.keep_BN.sum()),
             visible_tokens=int(anchors.pos_BN.sum()),
             predictions=predictions,
-            vocab=len(self.train_head_VD),
+            vocab=len(self.train_head.weight_VD),
         )
         counts: dict[str, Tensor | float] = {
             "correct": step.correct_P,

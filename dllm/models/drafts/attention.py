@@ -4,12 +4,13 @@ A dense mask over [context | all blocks] would have N * L more columns than any 
 scores are its context part (S columns) and its own block (L columns), concatenated before one softmax.
 
 Shape suffixes: B batch, N blocks, Q query slots, L key slots, S context, H query heads, G key/value heads, R = H / G,
-E head dim.
+M = R * L, T context and block, E head dim.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -66,12 +67,24 @@ def is_hidden(distance: Tensor, window: int | None, is_causal: bool) -> Tensor:
     return hidden if window is None else hidden | (distance.abs() >= window)
 
 
-def visible_to_block(slots: int, keys: int, window: int | None, is_causal: bool, device: torch.device) -> Tensor | None:
-    """Mark what the slots of one block see of the keys that end with their own. Shapes: (L, T) bool; None: all."""
-    if not is_causal and (window is None or keys <= window):
-        return None
-    place_T = torch.arange(keys, device=device)
-    return ~is_hidden(place_T[keys - slots :, None] - place_T, window, is_causal)
+def cached_attention(
+    query_BLHE: Tensor, key_BGTE: Tensor, value_BGTE: Tensor, window: int | None, is_causal: bool
+) -> Tensor:
+    """Attend from one block to a context that ends before it, and to itself: the last L of the T keys.
+
+    Shapes: returns (B, L, H * E).
+    """
+    slots, heads, groups, keys = *query_BLHE.shape[1:3], *key_BGTE.shape[1:3]
+    ratio = heads // groups
+    # The queries that share a key/value head are rows of one product, so that no head of keys is repeated.
+    query_BGME = query_BLHE.transpose(1, 2).unflatten(1, (groups, ratio)).flatten(2, 3)
+    mask_MT = None
+    if is_causal or (window is not None and window < keys):
+        place_T = torch.arange(keys, device=query_BLHE.device)
+        distance_LT = place_T[keys - slots :, None] - place_T
+        mask_MT = ~is_hidden(distance_LT, window, is_causal).repeat(ratio, 1)
+    mixed_BGME = F.scaled_dot_product_attention(query_BGME, key_BGTE, value_BGTE, attn_mask=mask_MT)
+    return mixed_BGME.unflatten(2, (ratio, slots)).permute(0, 3, 1, 2, 4).flatten(2)
 
 
 def _attend(

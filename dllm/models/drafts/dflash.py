@@ -16,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dllm.models.drafts.attention import block_attention, visible_to_block
+from dllm.models.drafts.attention import block_attention, cached_attention
 from dllm.models.drafts.config import DFlashConfig, for_target
 from dllm.models.drafts.protocol import BlockRequest, Draft, DraftSettings, Proposal, Sampling, TargetIO
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values."""
 
 
 class Linear(nn.Linear):
@@ -130,19 +133,45 @@ class ContextCache:
 
     def __init__(self, layers: int) -> None:
         self.length = 0
-        self.keys: list[Tensor | None] = [None] * layers
-        self.values: list[Tensor | None] = [None] * layers
+        self.layers = [_LayerCache() for _ in range(layers)]
 
-    def extend(self, layer: int, key_BSGE: Tensor, value_BSGE: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-        """Append rows to a layer; return its keys and values, of which a window's next block sees window - 1."""
-        old_key, old_value = self.keys[layer], self.values[layer]
-        key = key_BSGE if old_key is None else torch.cat([old_key, key_BSGE], 1)
-        value = value_BSGE if old_value is None else torch.cat([old_value, value_BSGE], 1)
+
+class _LayerCache:
+    """Keys and values of one layer, in buffers with room behind them: a round copies its own rows only."""
+
+    def __init__(self) -> None:
+        self.buffers_BGTE: list[Tensor] = []
+        self.begin = self.end = 0
+
+    def extend(self, context: Pair, block: Pair, window: int | None) -> Pair:
+        """Append context rows; return what a block sees, its own rows last. No gradient passes.
+
+        A window keeps window - 1 rows of the context.
+        Shapes: (B, rows, G, E) each; returns (B, G, T, E), valid until the next call.
+        """
+        rows, slots = context[0].shape[1], block[0].shape[1]
+        skipped = 0 if window is None else max(0, rows + 1 - window)
+        middle = self.end + rows - skipped
         if window is not None:
-            unseen = max(0, key.shape[1] + 1 - window)
-            key, value = key[:, unseen:], value[:, unseen:]
-        self.keys[layer], self.values[layer] = key, value
+            self.begin = max(self.begin, middle + 1 - window)
+        if not self.buffers_BGTE or middle + slots > self.buffers_BGTE[0].shape[2]:
+            middle -= self.begin
+            self._move(middle + slots, block)
+        for buffer_BGTE, new, own in zip(self.buffers_BGTE, context, block, strict=True):
+            buffer_BGTE[:, :, self.end : middle] = new[:, skipped:].detach().transpose(1, 2)
+            buffer_BGTE[:, :, middle : middle + slots] = own.detach().transpose(1, 2)
+        self.end = middle
+        key, value = (buffer_BGTE[:, :, self.begin : middle + slots] for buffer_BGTE in self.buffers_BGTE)
         return key, value
+
+    def _move(self, size: int, like: Pair) -> None:
+        """Move the kept rows to the front of buffers with room for a quarter more."""
+        kept = self.end - self.begin
+        shape = (like[0].shape[0], like[0].shape[2], size + size // 4 + 64, like[0].shape[3])
+        fresh = [each.new_empty(shape) for each in like]
+        for new, old in zip(fresh, self.buffers_BGTE, strict=False):
+            new[:, :, :kept] = old[:, :, self.begin : self.end]
+        self.buffers_BGTE, self.begin, self.end = fresh, 0, kept
 
 
 class DFlashDraft(Draft):
@@ -340,24 +369,18 @@ class DFlashDraft(Draft):
         lengths = [each.shape[1] for each in seen]
         x_BLD = embeds_BLD
         for index, layer in enumerate(self._typed_layers()):
-            attn, (window, causal) = layer.self_attn, spans[index]
-            context = attn.keys_values(context_BSD, context_rope)
+            attn, (window, is_causal) = layer.self_attn, spans[index]
             normed, entered = layer.enter(x_BLD)
-            block = attn.keys_values(normed, block_rope)
-            query_BHLE = attn.queries(normed, block_rope).transpose(1, 2)
+            block_key, block_value = attn.keys_values(normed, block_rope)
+            query_BLHE = attn.queries(normed, block_rope)
+            new_keys, new_values = (each.split(lengths, 1) for each in attn.keys_values(context_BSD, context_rope))
             mixed = []
-            for row, (cache, new_key, new_value) in enumerate(
-                zip(caches, *(each.split(lengths, 1) for each in context), strict=True)
-            ):
-                read, own = cache.extend(index, new_key, new_value, window), (each[row : row + 1] for each in block)
-                key, value = (torch.cat(pair, 1).transpose(1, 2) for pair in zip(read, own, strict=True))
-                mask_LT = visible_to_block(slots, key.shape[2], window, causal, device)
-                mixed.append(
-                    F.scaled_dot_product_attention(
-                        query_BHLE[row : row + 1], key, value, attn_mask=mask_LT, enable_gqa=True
-                    )
-                )
-            x_BLD = layer.finish(x_BLD, torch.cat(mixed).transpose(1, 2).flatten(2), entered)
+            for row, cache in enumerate(caches):
+                own = slice(row, row + 1)
+                known = new_keys[row], new_values[row]
+                key, value = cache.layers[index].extend(known, (block_key[own], block_value[own]), window)
+                mixed.append(cached_attention(query_BLHE[own], key, value, window, is_causal))
+            x_BLD = layer.finish(x_BLD, torch.cat(mixed), entered)
         return self.norm(x_BLD)
 
     def _typed_layers(self) -> list[Layer]:

@@ -18,7 +18,16 @@ from dllm.errors import ModelError
 from dllm.models.drafts.config import DFlashConfig
 from dllm.models.drafts.dflash import DFlashDraft, Layer, Linear
 from dllm.models.drafts.dflash2_settings import DFlash2Settings
-from dllm.models.drafts.protocol import Draft, DraftSettings, ExtraLoss, Proposal, Sampling, ScoredSlots, TargetIO
+from dllm.models.drafts.protocol import (
+    Draft,
+    DraftConfig,
+    DraftSettings,
+    ExtraLoss,
+    Proposal,
+    Sampling,
+    ScoredSlots,
+    TargetIO,
+)
 from dllm.models.drafts.selector import CandidateSelector
 
 CODEBOOKS = ("candidate_selector.predecessor_codebook", "candidate_selector.successor_codebook")
@@ -183,10 +192,11 @@ class DFlash2Draft(DFlashDraft):
         return _extended(replace(plain, is_causal=bool(settings.causal)), _own(settings))
 
     @classmethod
-    def check_start(cls, published: type[Draft]) -> None:
-        """Refuse a family other than DFlash 2 and DFlash."""
-        if published is not DFlashDraft:
-            super().check_start(published)
+    def start_config(cls, published: type[Draft], config: Any, settings: DraftSettings) -> DraftConfig:
+        """Return a DFlash 2 draft's config as it is, a DFlash draft's with the sizes of the settings."""
+        if published is DFlashDraft:
+            return _extended(config, _own(settings))
+        return super().start_config(published, config, settings)
 
     @classmethod
     def start_from(cls, published: Draft, settings: DraftSettings, seed: int) -> Draft:

@@ -251,8 +251,8 @@ class Draft(nn.Module, ABC):
         """Draw new weights from the given seed."""
 
     @classmethod
-    def check_start(cls, published: type[Draft]) -> None:
-        """Refuse a family that training cannot start from.
+    def start_config(cls, published: type[Draft], config: Any, settings: DraftSettings) -> DraftConfig:
+        """Return the config of the draft that `start_from` makes, from the published one's family and config.
 
         Raises:
             ModelError: this family cannot start from the other's weights.
@@ -263,6 +263,8 @@ class Draft(nn.Module, ABC):
                 where="train.dflash.draft.init",
                 hint="set train.dflash.draft.architecture to the draft's",
             )
+        found: DraftConfig = config
+        return found
 
     @classmethod
     def start_from(cls, published: Draft, settings: DraftSettings, seed: int) -> Draft:
@@ -276,7 +278,7 @@ class Draft(nn.Module, ABC):
         Raises:
             ModelError: this family cannot start from the other's weights.
         """
-        cls.check_start(type(published))
+        cls.start_config(type(published), published.config, settings)
         return published
 
     @abstractmethod

@@ -1,5 +1,6 @@
 """What a run will cost: operations against torch's own count, memory against what a step has in use."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from dllm.methods.dflash.objective import Batch, dflash_terms
 from dllm.methods.dflash.plan import forward_flops, plan
 from dllm.methods.method import PlanContext
 from dllm.models.drafts import attention
+from dllm.models.drafts.checkpoint import save_draft
 from dllm.models.known_targets import planned_target
 from dllm.registry import DRAFTS
 from dllm.training.plan import Workload
@@ -156,3 +158,19 @@ def test_what_the_settings_change_shows() -> None:
     assert planned(params(ce_chunk_size=8192)).bytes > cached.bytes
     fewer = planned(params(num_blocks_per_sample=6))
     assert fewer.bytes < cached.bytes and fewer.step_flops["draft"] < cached.step_flops["draft"]
+
+
+def test_a_warm_start_is_planned_by_the_published_draft(tmp_path: Path) -> None:
+    section = {"num_hidden_layers": 3, "num_target_layers_tapped": 4}
+    settings: Any = params(draft=section).train.method_settings
+    draft = DRAFTS["dflash"](
+        DRAFTS["dflash"].config_for(meta_target().config, settings.draft, block_size=6, mask_token_id=3)
+    )
+    draft.reset_parameters(0)
+    save_draft(draft, tmp_path)
+    size = sum(parameter.numel() for parameter in draft.parameters())
+    same = planned(params(block_size=0, draft={"init": str(tmp_path)}))
+    assert same.parameters["draft"] == size
+    extended = planned(params(block_size=0, draft={"init": str(tmp_path), "architecture": "dflash2"}))
+    assert extended.parameters["draft"] > size
+    assert extended.memory["features"] == same.memory["features"], "the published draft's taps"

@@ -103,7 +103,7 @@ def test_the_teacher_of_a_slot_is_what_the_target_said_there(target) -> None:
         logits_SV = target(input_ids=ids).logits[0].float()
     known = made.source.features("train", [2])[0]
     last_SD = known[:, -made.width :].float()
-    torch.testing.assert_close(last_SD @ made.head_VD.float().T, logits_SV, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(last_SD @ made.head.weight_VD.float().T, logits_SV, atol=1e-4, rtol=1e-4)
     batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), known[None, :, : -made.width], last_SD[None])
     anchors = Anchors(torch.tensor([[1]]), torch.tensor([[True]]))
     labels = block_labels(batch, anchors, 4)

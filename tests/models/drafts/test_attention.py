@@ -156,9 +156,9 @@ def test_oracle_training_and_cached_decoding_agree(kinds, window, is_causal, bia
         for begin, end in pairwise(places):
             found = draft.run_block(embeds[:, 0], features[:, begin:end], end, cache)
     torch.testing.assert_close(found[None, :, 1:], expected, atol=2e-5, rtol=1e-4)
-    for index, key in enumerate(cache.keys):
+    for index, layer in enumerate(cache.layers):
         reach = draft.config.layer_attention(index)[0]
-        assert key is not None and key.shape[1] == min(anchor, anchor if reach is None else reach - 1)
+        assert layer.end - layer.begin == min(anchor, anchor if reach is None else reach - 1)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -189,6 +189,21 @@ def test_context_fed_in_parts_equals_context_fed_at_once():
         parts = draft.run_block(embeds[:, 0], features[:, begin:end], end, cache)
     assert cache.length == 11
     torch.testing.assert_close(once, parts, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kinds", [(FULL, FULL), (SLIDING, SLIDING), (SLIDING, FULL)])
+def test_the_cache_of_a_long_context_grows_and_moves(kinds):
+    draft = tiny_draft(layer_types=kinds, sliding_window=9)
+    features, embeds, _ = inputs(draft, [300], 300)
+    cache, buffers = draft.new_cache(), set()
+    with torch.inference_mode():
+        for begin in range(0, 300, 4):
+            parts = draft.run_block(embeds[:, 0], features[:, begin : begin + 4], begin + 4, cache)
+            buffers.add(cache.layers[0].buffers_BGTE[0].data_ptr())
+        once = draft.run_block(embeds[:, 0], features, 300, draft.new_cache())
+    torch.testing.assert_close(parts, once, atol=2e-5, rtol=1e-4)
+    assert len(buffers) > 1
+    assert cache.layers[0].buffers_BGTE[0].shape[2] < (100 if kinds[0] == SLIDING else 450)
 
 
 def test_a_block_sees_exactly_what_lies_before_its_anchor():

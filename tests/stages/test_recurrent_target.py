@@ -1,0 +1,105 @@
+"""A target with gated delta nets: a draft is trained for it, and its acceptance counted, without decoding."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+from dllm.config.load import parse_params
+from dllm.config.params import Params, Target
+from dllm.decoding.speculative import Decoder
+from dllm.errors import ConfigError, ModelError
+from dllm.models import targets
+from dllm.models.drafts.checkpoint import load_draft
+from dllm.stages import evaluate, preflight, prepare, regenerate, train
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-Next of one dense layer pattern, with the tokenizer of builtin:tiny."""
+    folder = tmp_path_factory.mktemp("models") / "gdn"
+    shutil.copytree(targets.locate(Target(model="builtin:tiny")), folder)
+    tiny = json.loads((folder / "config.json").read_text())
+    shape = Qwen3NextConfig(
+        vocab_size=tiny["vocab_size"],
+        eos_token_id=tiny["eos_token_id"],
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        mlp_only_layers=list(range(8)),
+        num_experts=0,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    model = Qwen3NextForCausalLM(shape)
+    save_file(dict(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
+    shape.architectures = ["Qwen3NextForCausalLM"]
+    shape.save_pretrained(folder)
+    return folder
+
+
+def params(target: Path, source: Path, engine: str = "dataset", **evaluation: Any) -> Params:
+    draft = {"num_hidden_layers": 1, "num_target_layers_tapped": 3}
+    dflash = {"block_size": 4, "num_blocks_per_sample": 8, "walk_samples": 2, "draft": draft}
+    return parse_params(
+        {
+            "recipe": "test",
+            "target": {"model": str(target), "dtype": "float32"},
+            "prepare": {"sources": [{"name": str(source)}], "heldout_fraction": 0.4},
+            "regenerate": {"engine": engine, "turns": "last"},
+            "train": {"epochs": 2, "batch_size": 2, "compute_dtype": "float32", "dflash": dflash},
+            "evaluate": {"max_new_tokens": 12, **evaluation},
+            "register": {"model_name": "test"},
+        }
+    )
+
+
+@pytest.mark.slow
+def test_it_is_trained_and_measured_and_not_decoded(
+    target: Path, tmp_path: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
+    chats = [
+        [{"role": "user", "content": f"word {n} and some"}, {"role": "assistant", "content": f"the answer {n} is long"}]
+        for n in range(12)
+    ]
+    source = tmp_path / "chats.jsonl"
+    source.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    asked = params(target, source)
+    prepare.run(asked, tmp_path)
+    assert "keeps a recurrent state" in capfd.readouterr().err
+    regenerate.run(asked, tmp_path)
+    trained = train.run(asked, tmp_path)
+    assert 1 <= trained["val_walked_acceptance_length"] <= 4
+    found = evaluate.run(asked, tmp_path)
+    assert found["prompts"] == 0 and found["speedup"] is None and "recurrent state" in found["decoding"]
+    assert "recurrent state" in capfd.readouterr().err
+    walked = found["walked"]
+    assert walked["prompts"] > 2 and walked["greedy_fraction"] == 1 and 1 <= walked["tau_micro"] <= 4
+
+    model = targets.load_target(asked.target)
+    draft = load_draft(tmp_path / "out" / "train" / "checkpoint")
+    with pytest.raises(ModelError, match="recurrent state"):
+        Decoder(model, draft).generate([5, 6, 7], max_new_tokens=4)
+
+
+def test_what_cannot_work_is_refused_by_prepare(target: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"local engine supports full attention only.*linear_attention"):
+        preflight.check(params(target, tmp_path, "local"))
+    with pytest.raises(ConfigError, match=r"evaluate.walk.prompts is 0.*recurrent state"):
+        preflight.check(params(target, tmp_path, walk={"prompts": 0}))
