@@ -15,7 +15,7 @@ PYTEST := $(ENV) OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist load
 FAST := not heavy and not outage and not slow and not flows and not kill and not ranks
 
 .PHONY: help setup setup-sglang run test test-fast test-laws test-outages test-heavy test-blows test-sglang test-vllm lint ui serve bench bench-train-step bench-local-engine bench-regenerate-client \
-  bench-mdlm-step bench-acceptance-walk bench-diffusion-decoding bench-self-speculation bench-generate long clean
+  bench-mdlm-step bench-acceptance-walk bench-draft-decoding bench-diffusion-decoding bench-self-speculation bench-generate long clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 26
@@ -102,9 +102,12 @@ serve: setup  ## a Prefect server and its workers on loopback, with the flows de
 
 bench: bench-train-step bench-local-engine bench-regenerate-client bench-mdlm-step  ## every benchmark that needs no checkpoint
 
-bench-train-step: setup  ## one DFlash training step: ours against NeMo AutoModel's
+bench-train-step: setup  ## one DFlash or DFlash 2 training step: ours against NeMo AutoModel's; ARGS='--draft dflash2'
 	@$(PY) -c 'import nemo_automodel' 2>/dev/null || $(PIP) --no-deps nemo-automodel==0.7.0
-	@$(ENV) python benchmarks/train_step.py
+	@$(ENV) python benchmarks/train_step.py $(ARGS)
+
+bench-draft-decoding: setup  ## milliseconds per round of decoding with a draft: ours against z-lab's decoder
+	@$(ENV) python benchmarks/draft_decoding.py $(ARGS)
 
 bench-local-engine: setup  ## generation in process: the local engine against transformers' generate
 	@$(ENV) python benchmarks/local_engine.py $(ARGS)
