@@ -83,25 +83,28 @@ class _Batch:
     @torch.inference_mode()
     def run(self) -> Iterator[tuple[int, Generation]]:
         while self.waiting or self.rows:
-            while self.waiting and len(self.rows) < self.batch_size:
-                if (ended := self._start(self.waiting.pop())) is not None:
-                    yield ended
+            if len(self.rows) < self.batch_size:
+                yield from self._fill()
             if self.rows:
                 self._round()
             yield from self._end()
 
-    def _start(self, row: _Row) -> tuple[int, Generation] | None:
-        """Run a prompt, and give it a slot; return the response if it ends at once."""
-        decoding = row.decoding
-        row.rounds = [decoding.prefill()]
-        if decoding.left == 0:
-            return row.index, row.generation()
-        self.rows.append(row)
+    def _fill(self) -> Iterator[tuple[int, Generation]]:
+        """Run waiting prompts, and give each a slot; yield the responses that end at once."""
+        new: list[_Row] = []
+        while self.waiting and len(self.rows) + len(new) < self.batch_size:
+            row = self.waiting.pop()
+            row.rounds = [row.decoding.prefill()]
+            if row.decoding.left > 0:
+                new.append(row)
+            else:
+                yield row.index, row.generation()
+        self.rows += new
         self.cache.widen(len(self.rows))
-        self.cache.reserve(decoding.start + decoding.left + self.decoder.block_size)
-        self.cache.load(len(self.rows) - 1, decoding.cache)
-        decoding.cache = DynamicCache()  # frees the memory
-        return None
+        for slot, row in enumerate(new, len(self.rows) - len(new)):
+            self.cache.reserve(row.decoding.start + row.decoding.left + self.decoder.block_size)
+            self.cache.load(slot, row.decoding.cache)
+            row.decoding.cache = DynamicCache()  # frees the memory
 
     def _round(self) -> None:
         """Draft a block per row, and verify them in one target step."""

@@ -16,7 +16,7 @@ from dllm.errors import DllmError
 from dllm.methods.dflash.build import initial_draft
 from dllm.models import targets
 from dllm.models.drafts.checkpoint import save_draft
-from dllm.models.drafts.config import SLIDING
+from dllm.models.drafts.config import FULL, SLIDING
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.registry import METHODS
 from dllm.stages import preflight
@@ -99,7 +99,11 @@ REFUSED = {
     "no layers": ({"dflash_config/target_layer_ids": None}, {}, "target_layer_ids"),
     "a mask beyond the vocabulary": ({"dflash_config/mask_token_id": 5000}, {}, "mask id 5000"),
     "a mask that text uses": ({"dflash_config/mask_token_id": 2}, {}, "mask id 2"),
-    "another mask": ({}, {"mask_token_id": 4}, "trained with mask id 3, params say 4"),
+    "another mask": ({}, {"mask_token_id": 4}, "trained with mask_token_id 3, params say 4"),
+    "other layers tapped": ({}, {"target_layer_ids": [1, 2, 3]}, "target_layer_ids (1, 3, 5), params say (1, 2, 3)"),
+    "a window that it has not": ({}, {"sliding_window": 64}, "sliding_window None, params say 64"),
+    "another attention": ({}, {"layer_types": [SLIDING]}, "params say ('sliding_attention',)"),
+    "another causality": ({}, {"causal": True}, "is_causal False, params say True"),
     "two block sizes": ({"block_size": 8}, {}, "block_size"),
     "a block beyond the window": (
         {"layer_types": [SLIDING], "sliding_window": 8, "use_sliding_window": True}, {"block_size": 16},
@@ -145,6 +149,10 @@ def test_weights_that_are_there_are_listed_by_prepare(hub: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(DllmError, match=r"model\.safetensors is missing"):
         preflight.check(_params(init=str(folder)))
+
+
+def test_what_the_settings_say_of_a_draft_may_be_what_it_is(hub: Path) -> None:
+    preflight.check(_params(mask_token_id=3, target_layer_ids=[1, 3, 5], layer_types=[FULL], causal=False))
 
 
 def test_dflash_2_may_start_from_dflash(hub: Path) -> None:

@@ -55,8 +55,6 @@ REFUSED = [
     ("train.dflash.draft.layer_types", ["sliding_attention"] * 5, "need each other"),
     ("train.dflash.draft", {"layer_types": ["full_attention"] * 5, "sliding_window": 64}, "need each other"),
     ("train.dflash.draft.layer_types", ["linear_attention"] * 5, "train.dflash.draft.layer_types.0"),
-    ("train.dflash.draft", {"init": "org/draft", "causal": True}, "causal must be null"),
-    ("train.dflash.draft", {"init": "org/draft", "target_layer_ids": [1]}, "target_layer_ids must be null"),
     ("evaluate.block_size", 32, "larger than train.dflash.block_size 16"),
     ("evaluate.block_size", 1, "evaluate.block_size must be 0"),
     ("evaluate.sets", [{"name": "gsm8k", "limits": 3}], "evaluate.sets.0.limits: unknown key; did you mean limit?"),

@@ -11,9 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dllm.decoding.sampling import TargetSampling, samplings, verify
 from dllm.decoding.settings import SampledSettings
 from dllm.decoding.speculative import Decoder
+from dllm.decoding.together import decode_together
 from dllm.errors import ModelError
 from dllm.models.drafts.config import for_target
 from dllm.models.drafts.dflash import DFlashDraft
+from dllm.models.drafts.dflash2 import DFlash2Config, DFlash2Draft
 from dllm.models.drafts.protocol import Proposal, Sampling
 from tests.decoding.stand_in_drafts import ScriptedDraft
 
@@ -109,7 +111,7 @@ CUTS = {"temperature": 0.6, "top_k": 4, "top_p": 0.9}
 )
 def test_the_first_tokens_have_the_targets_joint_law(name: str, cuts: dict) -> None:
     how = sampling(seed=11, **cuts)
-    counts = Counter(decode_table(drafts()[name], how) for _ in range(3000))
+    counts = Counter(decode_table(drafts()[name], how) for _ in range(2000))
     assert chi_square(counts, joint_law(how.law, 0)) < 3.5
 
 
@@ -168,12 +170,16 @@ def draft_of(model, name: str):
         return None
     if name == "scripted":
         return ScriptedDraft(shape, lambda position: position % VOCAB, 2048)
-    draft = DFlashDraft(shape)
+    if name == "dflash2":
+        sizes = {"conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 4, "selector_top_k": 3}
+        draft: DFlashDraft = DFlash2Draft(DFlash2Config(**vars(shape), **sizes))
+    else:
+        draft = DFlashDraft(shape)
     draft.reset_parameters(seed=1, std=0.4)
     return draft
 
 
-@pytest.mark.parametrize("name", ["none", "scripted", "dflash"])
+@pytest.mark.parametrize("name", ["none", "scripted", "dflash", "dflash2"])
 @pytest.mark.parametrize("cuts", [{"top_k": 1, "temperature": 2.0}, {"temperature": 1e-6}, {"top_p": 1e-12}], ids=str)
 def test_cuts_to_one_token_are_greedy(model, name: str, cuts: dict) -> None:
     decoder, limits = Decoder(model, draft_of(model, name)), {"max_new_tokens": 16}
@@ -195,7 +201,7 @@ def test_a_seed_gives_the_same_response_and_equal_prompts_different_ones(model) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["none", "scripted", "dflash"])
+@pytest.mark.parametrize("name", ["none", "dflash", "dflash2"])
 def test_a_models_first_tokens_have_its_joint_law(model, name: str) -> None:
     how = sampling(seed=2, temperature=0.8, top_k=5)
     prefixes = torch.tensor([[*PROMPT, a, b] for a, b in itertools.product(range(VOCAB), repeat=2)])
@@ -205,8 +211,8 @@ def test_a_models_first_tokens_have_its_joint_law(model, name: str) -> None:
     for (_, a, b), (first_V, second_V, third_V) in zip(prefixes[:, -3:].tolist(), logits_NSV, strict=True):
         before = float(how.law(first_V)[a] * how.law(second_V)[b])
         law |= {(a, b, c): before * float(p) for c, p in enumerate(how.law(third_V))}
+    asked = [PROMPT] * 1500
+    drawn = samplings(asked, SampledSettings(temperature=0.8, top_k=5, seed=2))
     decoder = Decoder(model, draft_of(model, name))
-    counts = Counter(
-        tuple(decoder.generate(PROMPT, max_new_tokens=LENGTH, sampling=how).token_ids) for _ in range(1200)
-    )
-    assert chi_square(counts, law) < 3.5
+    found = decode_together(decoder, asked, max_new_tokens=LENGTH, batch_size=250, samplings=drawn)
+    assert chi_square(Counter(tuple(answer.token_ids) for _, answer in found), law) < 3.5

@@ -82,13 +82,23 @@ def initial_draft(settings: Dflash, target: Any, tokenizer: Any, seed: int) -> D
 
 
 def _published_config(settings: Dflash, config: DraftConfig, target: Any, tokenizer: Any) -> DraftConfig:
-    """Return a published draft's config with the block size of the settings, after checking both mask ids."""
-    if settings.mask_token_id not in (None, config.mask_token_id):
-        raise ModelError(
-            f"the draft was trained with mask id {config.mask_token_id}, params say {settings.mask_token_id}",
-            where="train.dflash.mask_token_id",
-            hint="leave it null to take the draft's",
-        )
+    """Return a published draft's config with the block size of the settings, after checking what else they say."""
+    draft = settings.draft
+    said = {
+        "mask_token_id": ("mask_token_id", settings.mask_token_id),
+        "draft.target_layer_ids": ("target_layer_ids", draft.target_layer_ids and tuple(draft.target_layer_ids)),
+        "draft.sliding_window": ("sliding_window", draft.sliding_window),
+        "draft.layer_types": ("layer_types", draft.layer_types and tuple(draft.layer_types)),
+        "draft.causal": ("is_causal", draft.causal),
+    }
+    for key, (field, value) in said.items():
+        trained = getattr(config, field, value)
+        if value not in (None, trained):
+            raise ModelError(
+                f"the draft was trained with {field} {trained}, params say {value}",
+                where=f"train.dflash.{key}",
+                hint="leave it null to take the draft's",
+            )
     rows = target.get_input_embeddings().weight.shape[0]
     draft_mask_id(config.mask_token_id, tokenizer, rows, _stops(target, tokenizer))
     return config.with_block_size(settings.block_size) if settings.block_size else config

@@ -16,7 +16,8 @@ class _Draft(Section):
     architecture: Annotated[str, AfterValidator(DRAFTS.check)] = "dflash"
     """Draft architecture."""
     init: str = "random"
-    """`random` (with the shapes of the target), or a published draft: a directory or a Hugging Face id."""
+    """`random` (with the shapes of the target), or a published draft: a directory or a Hugging Face id. Its layers,
+    taps, windows and causality are its own; those set here must be the same or null."""
     revision: str | None = None
     """Commit, branch or tag of a published draft on Hugging Face; null takes the newest. The commit is recorded."""
     num_hidden_layers: Layers = 5
@@ -39,11 +40,7 @@ class _Draft(Section):
             raise ValueError("target_layer_ids names a layer twice")
         if self.init == "random" and self.revision is not None:
             raise ValueError("revision is that of a published draft, and init is random")
-        shape = ("target_layer_ids", "sliding_window", "layer_types", "causal")
-        given = [name for name in shape if getattr(self, name) is not None]
-        if self.init != "random" and given:
-            raise ValueError(f"{given[0]} must be null: the published draft that init names has its own")
-        if self.layer_types is None:
+        if self.layer_types is None or self.init != "random":
             return self
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(f"layer_types must name {self.num_hidden_layers} layers, as num_hidden_layers says")
