@@ -52,7 +52,7 @@ PASS_SIZES = {"one walk a text": 1, "as shipped": walking.BLOCKS_AT_ONCE, "every
 
 def generate(model: Any, tokenizer: Any, stops: set[int], prompts: int, new_tokens: int) -> list[GreedyText]:
     """Generate responses greedily, with the tokens that a last round may reach beyond the limit."""
-    asked, _ = collect(Prepare(sources=[Source(name="gsm8k", limit=prompts)]), Path())
+    asked = collect(Prepare(sources=[Source(name="gsm8k", limit=max(64, prompts))]), Path())[0][:prompts]
     requests = [
         Request(p.id, tuple(chat.prompt_ids(tokenizer, p.messages)), p.messages, new_tokens + BLOCK - 2, 0.0, 1.0, 0)
         for p in asked
@@ -120,22 +120,22 @@ def main() -> int:
     rates: dict[str, list[float]] = {name: [] for name in PASS_SIZES}
     decode_s: list[float] = []
     acceptance: dict[str, Acceptance] = {name: Acceptance(draft.config.block_size) for name in ("decoded", "walked")}
-    with packed_linears(model, draft):
-        decoder = Decoder(model, draft)
-        for text in texts[: args.decoded]:
+    decoder = Decoder(model, draft)
+    for begin in range(0, args.decoded, 4):
+        with packed_linears(model, draft):  # steps of few tokens gain from it, and passes over many lose
+            for text in texts[begin : min(begin + 4, args.decoded)]:
+                began = time.perf_counter()
+                prompt = list(text.ids[: text.prompt_length])
+                answer = decoder.generate(prompt, max_new_tokens=args.new_tokens, stop_ids=stops)
+                decode_s.append(time.perf_counter() - began)
+                acceptance["decoded"].add(r.counts for r in answer.rounds)
+                print(f"decoded in {decode_s[-1]:.2f} s", file=sys.stderr, flush=True)
+        for name, size in PASS_SIZES.items():
+            walking.BLOCKS_AT_ONCE = size
             began = time.perf_counter()
-            prompt = list(text.ids[: text.prompt_length])
-            answer = decoder.generate(prompt, max_new_tokens=args.new_tokens, stop_ids=stops)
-            decode_s.append(time.perf_counter() - began)
-            acceptance["decoded"].add(r.counts for r in answer.rounds)
-            print(f"decoded in {decode_s[-1]:.2f} s", file=sys.stderr, flush=True)
-            if len(decode_s) % 4 == 0:
-                for name, size in PASS_SIZES.items():
-                    walking.BLOCKS_AT_ONCE = size
-                    began = time.perf_counter()
-                    found = list(walk(model, draft, texts, **options))
-                    rates[name].append((time.perf_counter() - began) / len(texts))
-                    print(f"walked, {name}: {rates[name][-1]:.3f} s each", file=sys.stderr, flush=True)
+            found = list(walk(model, draft, texts, **options))
+            rates[name].append((time.perf_counter() - began) / len(texts))
+            print(f"walked, {name}: {rates[name][-1]:.3f} s each", file=sys.stderr, flush=True)
     for each in found:
         acceptance["walked"].add(each.rounds)
     walking.BLOCKS_AT_ONCE = PASS_SIZES["as shipped"]

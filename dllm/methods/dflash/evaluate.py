@@ -76,11 +76,11 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
         sampled = {}
         if params.evaluate.temperature and questions:
             sampled["sampled"] = sampled_figures(speculative, params.evaluate, questions, stop_ids, parts)
-        walked = {SECTION_OF_METRICS: walked_figures(ctx, speculative, many, stop_ids, pairs)} if many else {}
-        sets = {"sets": _of_sets(ctx, speculative, measured, stop_ids, parts, can_decode)} if measured else {}
-        acceptance = walked.get(SECTION_OF_METRICS) or figures(pairs, speculative.block_size)
-        paying = {"throughput": _throughput(params, speculative, questions, acceptance)} if can_decode else {}
-        paying = {name: found for name, found in paying.items() if found}
+    walked = {SECTION_OF_METRICS: walked_figures(ctx, speculative, many, stop_ids, pairs)} if many else {}
+    sets = {"sets": _of_sets(ctx, speculative, measured, stop_ids, parts, can_decode)} if measured else {}
+    acceptance = walked.get(SECTION_OF_METRICS) or figures(pairs, speculative.block_size)
+    paying = {"throughput": _throughput(params, speculative, questions, acceptance)} if can_decode else {}
+    paying = {name: found for name, found in paying.items() if found}
     metrics = {
         **figures(pairs, speculative.block_size),
         "by_source": {
@@ -163,7 +163,8 @@ def _of_sets(
         beside = prompt_sets.published(each, ctx.params, decoder)
         found[each.name] = {**walked[f"set {each.name}"], **each.record, "published": beside}
         if settings.temperature and can_decode:
-            sampled = sampled_figures(decoder, settings, each.questions, stop_ids, parts)
+            with decoder.packed():
+                sampled = sampled_figures(decoder, settings, each.questions, stop_ids, parts)
             beside = prompt_sets.published(each, ctx.params, decoder, sampled=True)
             found[each.name]["sampled"] = {**sampled, "published": beside}
     return found
@@ -177,13 +178,14 @@ def _throughput(
         return None
     context = sum(len(question.ids) for question in questions) // len(questions) + params.evaluate.max_new_tokens // 2
     context = max(1, min(context, decoder.limit - decoder.block_size))
-    return throughput.measure(
-        decoder,
-        acceptance["acceptance_by_offset"],
-        context=context,
-        concurrencies=settings.concurrencies,
-        seconds=settings.seconds,
-    )
+    with decoder.packed():
+        return throughput.measure(
+            decoder,
+            acceptance["acceptance_by_offset"],
+            context=context,
+            concurrencies=settings.concurrencies,
+            seconds=settings.seconds,
+        )
 
 
 def _compare(

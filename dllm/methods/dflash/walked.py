@@ -39,6 +39,8 @@ def walked_figures(
 ) -> dict[str, Any]:
     """Return the acceptance of a draft on prompts, per source too, and beside that of decoding where there is one.
 
+    Call it without packed weights: passes over many tokens are slower with them.
+
     Args:
         ctx: its folder keeps the responses.
         decoder: target and draft.
@@ -122,11 +124,13 @@ def _greedy_texts(
     with Progress("evaluate: greedy responses", len(questions), "responses", initial=len(known)) as progress:
         prompts = [questions[index].ids for index in left]
         options: dict[str, Any] = {"max_new_tokens": limit, "batch_size": size, "stop_ids": stop_ids}
-        for place, generation in decode_together(Decoder(decoder.model), prompts, **options):
-            index = left[place]
-            known[index] = generation.token_ids
-            atomic_write(files[index], json.dumps(generation.token_ids).encode())
-            progress.update(1)
+        plain = Decoder(decoder.model)
+        with plain.packed():
+            for place, generation in decode_together(plain, prompts, **options):
+                index = left[place]
+                known[index] = generation.token_ids
+                atomic_write(files[index], json.dumps(generation.token_ids).encode())
+                progress.update(1)
     return [
         GreedyText([*question.ids, *known[index]], len(question.ids), stopped=known[index][-1] in stop_ids)
         for index, question in enumerate(questions)
