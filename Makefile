@@ -15,7 +15,7 @@ PYTEST := $(ENV) OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist load
 FAST := not heavy and not outage and not slow and not flows and not kill and not ranks
 
 .PHONY: help setup setup-sglang run test test-fast test-laws test-outages test-heavy test-blows test-sglang test-vllm lint ui serve bench bench-train-step bench-local-engine bench-regenerate-client \
-  bench-mdlm-step bench-diffusion-decoding bench-self-speculation bench-generate long clean
+  bench-mdlm-step bench-acceptance-walk bench-diffusion-decoding bench-self-speculation bench-generate long clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 26
@@ -117,6 +117,9 @@ bench-mdlm-step: setup  ## one mdlm training step against a causal-LM step of th
 	@$(ENV) python benchmarks/mdlm_step.py $(ARGS)
 
 CHECKPOINT ?= out/train/checkpoint
+
+bench-acceptance-walk: setup  ## acceptance without decoding against real speculative decoding
+	@$(ENV) python benchmarks/acceptance_walk.py $(ARGS)
 
 bench-diffusion-decoding: setup  ## cached threshold decoding against one token per pass; CHECKPOINT of recipe tiny-mdlm
 	@$(ENV) python benchmarks/diffusion_decoding.py --checkpoint $(CHECKPOINT) $(ARGS)

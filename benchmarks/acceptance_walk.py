@@ -12,12 +12,17 @@ all anchors at once. Then the rounds of both are compared in float32, prompt by 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
 import time
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from dllm.config.params import Prepare, Source, Target, Train
 from dllm.decoding import walk as walking
@@ -27,19 +32,21 @@ from dllm.decoding.walk import GreedyText, walk
 from dllm.engines.engine import Request, RequestList, Response
 from dllm.engines.local import LocalEngine
 from dllm.methods.dflash.build import initial_draft
-from dllm.methods.dflash.features import OnlineFeatures
+from dllm.methods.dflash.settings import Dflash
 from dllm.methods.dflash.strategy import DflashStrategy
 from dllm.models import targets
 from dllm.models.drafts.checkpoint import load_draft
 from dllm.models.drafts.protocol import Draft
 from dllm.models.packing import packed_linears
+from dllm.models.taps import compute
 from dllm.prompts import template as chat
 from dllm.prompts.stream import collect
 from dllm.training.batches import Example
 from dllm.training.optimizer import Optimizers
+from dllm.training.strategy import Split
 
 TARGET = Target(model="builtin:smollm2-135m-instruct")
-BLOCK, STEPS = 5, 30
+BLOCK, STEPS, ROWS = 5, 40, 8
 PASS_SIZES = {"one walk a text": 1, "as shipped": walking.BLOCKS_AT_ONCE, "every anchor": 1 << 20}
 
 
@@ -60,22 +67,32 @@ def generate(model: Any, tokenizer: Any, stops: set[int], prompts: int, new_toke
     return texts
 
 
+class KnownFeatures:
+    """The target's features of a few texts, in memory."""
+
+    def __init__(self, features: list[torch.Tensor]) -> None:
+        self.known = features
+
+    def features(self, split: Split, rows: Sequence[int]) -> list[torch.Tensor]:
+        """Return those of some rows."""
+        return [self.known[row] for row in rows]
+
+
 def train(model: Any, tokenizer: Any, texts: list[GreedyText]) -> Draft:
     """Train a draft on some of the texts."""
-    from array import array
-
     examples = [Example(str(index), array("i", text.ids), text.prompt_length) for index, text in enumerate(texts)]
-    dflash = {"block_size": BLOCK, "num_blocks_per_sample": 48, "draft": {"num_hidden_layers": 2}, "loss": "dpace"}
-    optimizer = {"name": "muon", "lr": 4e-3, "weight_decay": 0.1}
-    settings = Train.model_validate({"batch_size": 16, "dflash": dflash, "optimizer": optimizer})
-    draft = initial_draft(settings.method_settings, model, tokenizer, seed=0)  # type: ignore[arg-type]
+    draft_settings = {"num_hidden_layers": 2}
+    dflash = {"block_size": BLOCK, "num_blocks_per_sample": 24, "loss_vocab": "corpus", "draft": draft_settings}
+    settings = Train.model_validate({"dflash": dflash, "optimizer": {"name": "muon", "lr": 4e-3}})
+    draft = initial_draft(cast(Dflash, settings.method_settings), model, tokenizer, seed=0)
     splits: Any = {"train": examples, "heldout": []}
-    source = OnlineFeatures(model, draft.config.target_layer_ids, splits)
+    source = KnownFeatures([f for text in texts for f in compute(model, draft.config.target_layer_ids, [text.ids])])
     weights = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     strategy = DflashStrategy(draft, *weights, splits, source, settings)
     optimizers = Optimizers(draft, settings.optimizer)
     for step in range(STEPS):
-        terms = strategy.terms("train", [(16 * step + row) % len(examples) for row in range(16)], step)
+        rows = [(ROWS * step + row) % len(examples) for row in range(min(ROWS, len(examples)))]
+        terms = strategy.terms("train", rows, step)
         (terms.numerator / terms.denominator).backward()
         optimizers.step()
         for parameter in draft.parameters():
@@ -144,8 +161,6 @@ def main() -> int:
 
 def load_copy(draft: Draft, model: Any) -> Draft:
     """Return the draft in the model's dtype."""
-    import copy
-
     return copy.deepcopy(draft).to(model.device, model.dtype)
 
 

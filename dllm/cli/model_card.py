@@ -158,7 +158,9 @@ def _data(runs: Records, metrics: Records, params: Params | None) -> Iterator[tu
         yield f"sha256 of {_public(name)}", digest
     regenerated = metrics.get("regenerate", {})
     if regenerated:
-        yield "responses by the target", f"{count(regenerated.get('rows'))}, {count(regenerated.get('tokens'))} tokens"
+        yield "responses", f"{count(regenerated.get('rows'))}, {count(regenerated.get('tokens'))} tokens"
+        if engine := runs["regenerate"].get("identity", {}).get("engine"):
+            yield "responses come from", f"regenerate.engine {engine}"
     if params and regenerated:
         asked_of = params.regenerate
         yield "sampled at", f"temperature {asked_of.temperature}, top_p {asked_of.top_p}"

@@ -69,7 +69,7 @@ def project(root: Path, checkpoint: Path, target: str = "Qwen/Qwen3-4B") -> Path
     settings = other_work.determining(params.train, 1)
     runs: dict[str, dict[str, Any]] = {
         "prepare": {"inputs": {"/home/ann/chats.jsonl/chats.jsonl": "c" * 64}},
-        "regenerate": {"inputs": {"prompts": digests["prepare"]["prompts.parquet"]}},
+        "regenerate": {"inputs": {"prompts": digests["prepare"]["prompts.parquet"]}, "identity": {"engine": "local"}},
         "train": {"inputs": {"regenerate": tree_digest(digests["regenerate"])}, "identity": identity, "ranks": 1,
                   "params": params_digest(params.target, settings), "libraries": {"torch": "2.13.0"}},
         "evaluate": {"inputs": {"checkpoint": digest(checkpoint)}, "identity": identity},
@@ -140,7 +140,7 @@ def test_a_card_tells_data_settings_and_acceptance(checkpoint: Path, tmp_path: P
     found = rows(text)
     assert found["prompts of openai/gsm8k"] == "700 (split main)" and found["prompts of chats.jsonl"].startswith("20")
     assert found["sha256 of chats.jsonl"] == "c" * 64 and "ann" not in text, "folders of the machine"
-    assert found["responses by the target"] == "640, 81,000 tokens"
+    assert found["responses"] == "640, 81,000 tokens" and found["responses come from"] == "regenerate.engine local"
     assert found["train.dflash.block_size"] == "4" and found["minutes"] == "2.0" and found["torch"] == "2.13.0"
     assert found["τ micro, held-out prompts"] == "2.35"
     assert "| 1 | 0.500 | – | 0.600 |" in text

@@ -128,6 +128,7 @@ def test_windows_and_causality(model, responses, trained, window, is_causal) -> 
     assert walked(model, draft, texts, LONGEST, at_once=12) == decoded(model, draft, LONGEST)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 12])
 def test_stop_ids_anywhere_in_a_block(model, responses, trained, at_once) -> None:
     ended = 0

@@ -21,6 +21,7 @@ from dllm.stages import evaluate
 from tests.stages.test_evaluate import TARGET, draft, params, root  # noqa: F401
 
 
+@pytest.mark.slow
 def test_acceptance_is_counted_on_more_prompts_than_are_decoded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     few = evaluate.run(params(num_prompts=1, identity_prompts=1, walk={"prompts": 0}), root)
     assert "walked" not in few and METHODS["dflash"].score(few).value == few["tau_micro"]
@@ -63,6 +64,7 @@ def test_other_rounds_than_those_of_decoding_are_an_error_in_float32(draft: DFla
         walked.check_rounds(decoder, question, replace(pair, rounds=tuple(other)), ())
 
 
+@pytest.mark.slow
 def test_the_draft_tokens_that_pay_are_in_report_and_picture(root: Path) -> None:  # noqa: F811
     bounds = {"seconds": 30, "concurrencies": [1, 2]}
     plain = params(num_prompts=1, identity_prompts=0, walk={"prompts": 2}, throughput=bounds)
