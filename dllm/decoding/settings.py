@@ -122,7 +122,7 @@ class SampledSettings(NucleusSettings):
             *super().checks(),
             (
                 self.temperature > 0 or not named,
-                f"{' and '.join(named)} require sampling, and temperature 0 is greedy",
+                f"{' and '.join(named)} require{'s' * (len(named) == 1)} sampling, and temperature 0 is greedy",
                 "give a temperature too",
             ),
         ]

@@ -20,6 +20,7 @@ import torch
 from transformers import DynamicCache
 
 from dllm.decoding.speculative import Decoder
+from dllm.models.drafts.protocol import most_probable
 
 REPEATS = 5
 """Most measurements of a time, whose median counts; a first one is left out."""
@@ -146,7 +147,7 @@ def _target_step(decoder: Decoder, context: int, concurrency: int) -> Callable[[
     def run(slots: int) -> None:
         ids_BL = torch.zeros(concurrency, slots, dtype=torch.int64, device=model.device)
         logits_BLV, _ = (decoder if slots > 1 else plain).forward(ids_BL, cache)
-        logits_BLV.argmax(-1).tolist()
+        most_probable(logits_BLV).tolist()
         cache.crop(-slots)
 
     return run

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dllm.decoding.acceptance import RoundCounts
-from dllm.models.drafts.protocol import Draft, TargetIO
+from dllm.models.drafts.protocol import Draft, TargetIO, most_probable
 from dllm.models.taps import compute
 
 TOKENS_AT_ONCE, TOKENS_A_PASS = 16_384, 2048
@@ -246,7 +246,7 @@ def _count_greedy(target: TargetIO, texts: Sequence[GreedyText], last: Sequence[
     counts = []
     for text, last_SD in zip(texts, last, strict=True):
         response = torch.tensor(text.ids[text.prompt_length :], device=last_SD.device)
-        counts.append(int((target.head(last_SD[text.prompt_length - 1 : -1]).argmax(-1) == response).sum()))
+        counts.append(int((most_probable(target.head(last_SD[text.prompt_length - 1 : -1])) == response).sum()))
     return counts
 
 

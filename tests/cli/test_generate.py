@@ -176,6 +176,7 @@ def test_a_draft_refuses_what_only_diffusion_models_do(root: Path) -> None:
     for sampler in ("dflash", "ar"):
         said = refused(root, sampler=sampler, settings={"top_p": 0.9, "top_k": 5})
         assert "top_p and top_k require sampling, and temperature 0 is greedy; give a temperature" in said
+        assert "top_k requires sampling" in refused(root, sampler=sampler, settings={"top_k": 5})
         for wrong in (1e-9, 3.0, float("nan"), float("inf")):
             assert "temperature must be 0, or a number" in refused(
                 root, sampler=sampler, settings={"temperature": wrong}

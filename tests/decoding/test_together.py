@@ -62,7 +62,7 @@ def alone(decoder: Decoder, asked: list[list[int]], **options) -> list:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("name", ["none", "dflash", "dflash2", "knowing"])
-@pytest.mark.parametrize(("size", "seed"), [(2, 1), (3, 2), (8, 3)])
+@pytest.mark.parametrize(("size", "seed"), [(3, 2), (8, 3)])
 def test_a_batch_gives_each_prompt_what_it_gets_alone(
     model, name: str, size: int, seed: int, temperature: float
 ) -> None:

@@ -107,6 +107,14 @@ class TargetIO:
         return cls(nn.Embedding.from_pretrained(embedding_VD), head)
 
 
+def most_probable(logits_V: Tensor) -> Tensor:
+    """Return the index of the largest logit along the last axis, as argmax does.
+
+    In bfloat16 on a CPU argmax takes six times as long.
+    """
+    return logits_V.max(-1).indices
+
+
 @dataclass(frozen=True)
 class Proposal:
     """The draft tokens of one block.
@@ -308,7 +316,7 @@ class Draft(nn.Module, ABC):
         Shapes: hidden_NPD of blocks with these tokens at their anchors; returns ids_NP int64.
         """
         logits_MV: Tensor = target.head(hidden_NPD.flatten(0, 1))
-        return logits_MV.argmax(-1).unflatten(0, hidden_NPD.shape[:2])
+        return most_probable(logits_MV).unflatten(0, hidden_NPD.shape[:2])
 
     @property
     def num_candidates(self) -> int:
