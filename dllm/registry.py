@@ -39,7 +39,7 @@ class Registry(Generic[Member]):
         yield from self._installed
 
     def __contains__(self, name: object) -> bool:
-        return name in self._own or name in self._installed
+        return isinstance(name, str) and (name in self._own or name in self._installed)
 
     def __getitem__(self, name: str) -> Member:
         """Import a member, once.

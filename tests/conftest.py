@@ -4,6 +4,7 @@ import fcntl
 import os
 import platform
 import shutil
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from hypothesis import settings
 settings.register_profile("same", derandomize=True)
 settings.register_profile("other", derandomize=False, print_blob=True)
 settings.load_profile("same")
+
+# Under nohup SIGHUP is ignored, and children would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 HEADER = ("torch", "transformers", "mlflow", "prefect", "dvc")
 
