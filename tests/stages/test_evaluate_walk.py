@@ -45,6 +45,12 @@ def test_acceptance_is_counted_on_more_prompts_than_are_decoded(root: Path, monk
     one = evaluate.run(params(num_prompts=1, identity_prompts=0, walk={"prompts": 7}), root)
     assert one["prompts"] == 2 and one["walked"]["rounds"] == found["rounds"]
     assert made == [0], "the responses are in work/greedy/"
+    stored = sorted((root / walked.GREEDY).glob("*/*.json"))[0]
+    whole = stored.read_bytes()
+    stored.write_bytes(whole.replace(b"1", b"2", 1))
+    again = evaluate.run(params(num_prompts=1, identity_prompts=1, walk={"prompts": 7}), root)
+    assert made == [0, 1] and stored.read_bytes() == whole, "the damaged one was generated again"
+    assert again["walked"]["rounds"] == found["rounds"]
     assert METHODS["dflash"].score(one).value == found["tau_micro"]
     assert one["heldout_digest"] not in (every["heldout_digest"], few["heldout_digest"])
     rows = dict(METHODS["dflash"].rows({"evaluate": one}))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dllm.decoding.comparison import Pair
 from dllm.decoding.speculative import Decoder
 from dllm.decoding.together import decode_together
 from dllm.decoding.walk import GreedyText, Walked, walk
+from dllm.digests import is_sealed, sealed, unsealed
 from dllm.errors import StageError
 from dllm.files import atomic_write
 from dllm.methods.dflash.sets import Question
@@ -129,7 +131,7 @@ def _greedy_texts(
             for place, generation in decode_together(plain, prompts, **options):
                 index = left[place]
                 known[index] = generation.token_ids
-                atomic_write(files[index], json.dumps(generation.token_ids).encode())
+                atomic_write(files[index], sealed({"token_ids": generation.token_ids}))
                 progress.update(1)
     return [
         GreedyText([*question.ids, *known[index]], len(question.ids), stopped=known[index][-1] in stop_ids)
@@ -138,9 +140,12 @@ def _greedy_texts(
 
 
 def _finished(path: Path) -> list[int] | None:
-    try:
-        ids = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):  # not there, or torn by a power cut
+    """Read a response; one that is not there, torn by a power cut or damaged is generated again."""
+    if not path.is_file():
         return None
-    is_list = isinstance(ids, list) and bool(ids) and all(type(token) is int for token in ids)
-    return ids if is_list else None
+    try:
+        data = path.read_bytes()
+        return unsealed(data)["token_ids"] if is_sealed(data) else None
+    except ValueError:
+        print(f"note: {path} is damaged; its response is generated again", file=sys.stderr)
+        return None
