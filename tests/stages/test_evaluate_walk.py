@@ -81,4 +81,4 @@ def test_the_draft_tokens_that_pay_are_in_report_and_picture(root: Path) -> None
     (shown,) = [t for t in METHODS["dflash"].tables({"evaluate": found}) if t.key == "throughput"]
     assert [row["at once"] for row in shown.rows] == [1, 2] and {"0", "3", "best"} <= shown.rows[0].keys()
     labels = dict(METHODS["dflash"].rows({"evaluate": found}))
-    assert labels["speculative / autoregressive, predicted from step times"].endswith(" ×")
+    assert labels["the same, by step times"].endswith(" ×")

@@ -147,7 +147,7 @@ class DflashMethod:
         yield "tokens/s speculative", number(found.get("tokens_per_s_spec"), 1)
         yield "speculative / autoregressive", f"{number(found.get('speedup'), 2)} ×"
         if (predicted := (found.get("throughput") or {}).get("predicted_speedup")) is not None:
-            yield "speculative / autoregressive, predicted from step times", f"{number(predicted, 2)} ×"
+            yield "the same, by step times", f"{number(predicted, 2)} ×"
         same = found.get("greedy_identical")
         yield "same ids as greedy, float32", DASH if same is None else "yes" if same is True else f"NO ({same})"
 
@@ -190,7 +190,7 @@ def _throughput_table(found: Mapping[str, Any]) -> Table:
     losing = found["loses_from_concurrency"]
     loses = f"drafts lose from {losing} on" if losing else "drafts pay at every concurrency measured"
     about = f"Expected tokens per second by responses decoded at once and draft tokens per round: {loses}."
-    digits = {**dict.fromkeys(rows[0], 1), "best / 0": 2}
+    digits = {**dict.fromkeys(rows[0], 1), "at once": 0, "best": 0, "best / 0": 2}
     return Table("throughput", "draft tokens that pay", about, rows, digits=digits)
 
 
