@@ -187,8 +187,7 @@ class _Train(Section):
         if not isinstance(data, dict):
             return data
         mode = data.get("mode", cls.model_fields["mode"].default)
-        known = isinstance(mode, str) and mode in METHODS
-        return {**data, mode: {}} if known and data.get(mode) is None else data
+        return {**data, mode: {}} if mode in METHODS and data.get(mode) is None else data
 
     @model_validator(mode="after")
     def _drop_other_methods(self) -> Self:

@@ -25,7 +25,7 @@ from dllm.models.drafts.protocol import most_probable
 REPEATS = 5
 """Most measurements of a time, whose median counts; a first one is left out."""
 NEW_FEATURES = 2
-"""Positions a round whose features the draft has not read yet, about."""
+"""Context positions that a draft pass reads for the first time, about as many as a round emits tokens."""
 
 
 @dataclass
