@@ -4,7 +4,8 @@
         [--rounds 3] [--threads 2] [--dtype bfloat16] [--clock wall] [--json FILE]
 
 The same export, target, prompts and greedy tokens for both; without --checkpoint the draft is random, which changes the
-number of tokens per round but not the time per round. Requires `dflash` 0.1.0, which `make setup` installs. Prints milliseconds per round of each and their ratio, the prefill included. On a machine that others use, take
+number of tokens per round but not the time per round. Requires `dflash` 0.1.0, which `make setup` installs. Prints
+milliseconds per round of each and their ratio, the prefill included. On a machine that others use, take
 --clock cpu --threads 1.
 """
 
