@@ -35,6 +35,11 @@ class Table:
     bar: str | None = None
 
 
+def by_number(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Order a record by its keys, which are numbers: JSON files are written in the order of their digits."""
+    return dict(sorted(record.items(), key=lambda item: int(item[0])))
+
+
 def count(value: Any) -> str:
     """Format an integer with commas; a dash for anything else."""
     return f"{value:,}" if isinstance(value, int) else DASH

@@ -84,7 +84,7 @@ def test_the_table_tells_the_whole_run(root: Path) -> None:
         "optimizer steps": f"{trained['steps']} (best at {trained['best_step']})",
         "draft parameters": f"{trained['draft_params']:,}",
         "draft_acc, held-out": f"{trained['val_draft_acc']:.3f}",
-        "τ micro, held-out": f"{found['tau_micro']:.2f}",
+        f"τ micro, {found['prompts']} decoded": f"{found['tau_micro']:.2f}",
         f"τ micro, {found['walked']['prompts']} held-out": f"{found['walked']['tau_micro']:.2f} (95 % interval ",
         "τ macro": f"{found['tau_macro']:.2f}",
         "tokens/s autoregressive": f"{found['tokens_per_s_ar']:.1f}",

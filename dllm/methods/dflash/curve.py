@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm.files import atomic_path
+from dllm.methods.figures import by_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,10 +101,10 @@ def _draw_spread(axes: Axes, histogram: list[int], tau: float | None) -> None:
 def _draw_throughput(axes: Axes, paying: Mapping[str, Any]) -> None:
     from matplotlib import colormaps
 
-    table = paying["tokens_per_s"]
+    table = by_number(paying["tokens_per_s"])
     shades = colormaps["viridis"].resampled(len(table) + 1)
     for index, (concurrency, row) in enumerate(table.items()):
-        points = [(int(tokens), value) for tokens, value in row.items()]
+        points = [(int(tokens), value) for tokens, value in by_number(row).items()]
         axes.plot(*zip(*points, strict=True), color=shades(index), linewidth=2, label=f"{concurrency} at once")
         best = paying["best_draft_tokens"][concurrency]
         axes.plot([best], [row[str(best)]], marker="*", markersize=13, color=shades(index))

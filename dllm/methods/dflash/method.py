@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from dllm.config.section import Section
 from dllm.errors import ConfigError
 from dllm.methods.dflash.settings import Dflash, Throughput, Walk
-from dllm.methods.figures import DASH, Records, Row, Table, count, number
+from dllm.methods.figures import DASH, Records, Row, Table, by_number, count, number
 from dllm.methods.method import EvaluateContext, Evaluation, Method, PlanContext, Publication, Score, TrainContext
 from dllm.outside import one_line
 
@@ -135,12 +135,14 @@ class DflashMethod:
         trained, found = metrics.get("train", {}), metrics.get("evaluate", {})
         yield "draft parameters", count(trained.get("draft_params"))
         yield "draft_acc, held-out text", number(trained.get("val_draft_acc"), 3)
+        decoded = "held-out prompts"
         if walked := found.get("walked"):
+            decoded = f"{found['prompts']} decoded prompts"
             low, high = walked["tau_interval"] or (None, None)
             interval = f"(95 % interval {number(low, 2)} to {number(high, 2)})"
             yield f"τ micro, {walked['prompts']} held-out prompts", f"{number(walked['tau_micro'], 2)} {interval}"
-        yield "τ micro, held-out prompts", number(found.get("tau_micro"), 2)
-        yield "τ macro, held-out prompts", number(found.get("tau_macro"), 2)
+        yield f"τ micro, {decoded}", number(found.get("tau_micro"), 2)
+        yield f"τ macro, {decoded}", number(found.get("tau_macro"), 2)
         if sampled := found.get("sampled"):
             yield f"τ micro, sampled at temperature {sampled['temperature']:g}", number(sampled["tau_micro"], 2)
         yield "tokens/s autoregressive", number(found.get("tokens_per_s_ar"), 1)
@@ -183,9 +185,9 @@ class DflashMethod:
 
 def _throughput_table(found: Mapping[str, Any]) -> Table:
     rows = []
-    for concurrency, row in found["tokens_per_s"].items():
+    for concurrency, row in by_number(found["tokens_per_s"]).items():
         best = found["best_draft_tokens"][concurrency]
-        gain = row[str(best)] / row["0"]
+        row, gain = by_number(row), row[str(best)] / row["0"]
         rows.append({"at once": int(concurrency), **row, "best": best, "best / 0": gain})
     losing = found["loses_from_concurrency"]
     loses = f"drafts lose from {losing} on" if losing else "drafts pay at every concurrency measured"
