@@ -279,6 +279,12 @@ class Loop:
                 load_shards(self.strategy.model, weights)
             self.optimizer.load_state(moments)
             for sums, saved in ((self.interval, self.state.interval), (self.totals, self.state.totals)):
+                if len(saved) != len(sums.vector):
+                    raise StageError(
+                        "this unfinished run was begun by a version that keeps other metrics",
+                        where=str(newest),
+                        hint="finish it with that version, or delete its folder in work/train to start anew",
+                    )
                 sums.vector.copy_(torch.tensor(saved, dtype=torch.float64))
         self.journal.rewind(self.state.step)
         if not self.sharded:

@@ -120,9 +120,9 @@ def lr_factor(step: int, total: int, *, schedule: str, warmup_ratio: float) -> f
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def moment_bytes(model: nn.Module, settings: Optimizer) -> int:
+def moment_bytes(model: nn.Module, settings: Optimizer, adamw_rates: Mapping[str, float] | None = None) -> int:
     """Count what the moments of a model's parameters will take: two of each in AdamW, one in Muon. Units: bytes."""
-    groups = [(part, group) for part in Optimizers(model, settings).parts for group in part.param_groups]
+    groups = [(part, group) for part in Optimizers(model, settings, adamw_rates).parts for group in part.param_groups]
     return sum(
         4 * parameter.numel() * (1 if isinstance(part, torch.optim.Muon) else 2)
         for part, group in groups

@@ -160,6 +160,7 @@ REFUSED = {
     "EAGLE": ({"architectures": ["LlamaForCausalLMEagle3"], "dflash_config": GONE}, "EAGLE"),
     "speculators": ({"architectures": ["DFlashSpeculator"], "speculators_model_type": "dflash", "dflash_config": GONE},
                     "speculators"),
+    "speculators by the name of DFlash": ({"speculators_model_type": "dflash"}, "speculators"),
     "a section of the wrong type": ({"dflash_config": [1]}, "dflash_config"),
 }  # fmt: skip
 

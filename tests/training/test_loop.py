@@ -89,6 +89,15 @@ def test_a_crash_between_checkpoints_repeats_steps_but_no_record(tmp_path) -> No
     assert len(heard.heard) == len(set(heard.heard)) == len(journal(straight))
 
 
+def test_a_run_begun_with_other_metrics_is_refused_by_its_place(tmp_path) -> None:
+    with pytest.raises(SystemExit):
+        make(tmp_path, ToyStrategy(woe="term@10")).run()
+    newer = ToyStrategy()
+    newer.counts = {**newer.counts, "another": 1}
+    with pytest.raises(StageError, match=r"other metrics .*step-000010.*start anew"):
+        make(tmp_path, newer).run()
+
+
 def test_a_new_tracked_run_hears_the_whole_story(tmp_path) -> None:
     make(tmp_path, tracker=Listener(tmp_path)).run()
     later = Listener(tmp_path, "run-2")

@@ -158,15 +158,16 @@ def _of_sets(
     settings = ctx.params.evaluate
     questions = [question for each in measured for question in each.questions]
     walked = walked_figures(ctx, decoder, questions, stop_ids, [])["by_source"]
-    found = {}
+    found: dict[str, Any] = {}
     for each in measured:
         beside = prompt_sets.published(each, ctx.params, decoder)
         found[each.name] = {**walked[f"set {each.name}"], **each.record, "published": beside}
-        if settings.temperature and can_decode:
-            with decoder.packed():
+    if settings.temperature and can_decode:
+        with decoder.packed():
+            for each in measured:
                 sampled = sampled_figures(decoder, settings, each.questions, stop_ids, parts)
-            beside = prompt_sets.published(each, ctx.params, decoder, sampled=True)
-            found[each.name]["sampled"] = {**sampled, "published": beside}
+                beside = prompt_sets.published(each, ctx.params, decoder, sampled=True)
+                found[each.name]["sampled"] = {**sampled, "published": beside}
     return found
 
 

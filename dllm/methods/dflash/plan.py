@@ -47,7 +47,7 @@ def plan(ctx: PlanContext[Dflash]) -> Plan:
     memory = {
         "target": frozen,
         "draft weights": 4 * size,
-        "optimizer": moment_bytes(draft, train.optimizer),
+        "optimizer": moment_bytes(draft, train.optimizer, draft.adamw_rates(settings.draft)),
         "features": rows * work.longest * width * dtype.itemsize,
     }
     if settings.features == "online":

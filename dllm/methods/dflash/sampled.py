@@ -49,6 +49,7 @@ def sampled_figures(
     )
     drawn = samplings([prompt.ids for prompt in prompts], how)
     left = [(prompt, each) for prompt, each in zip(prompts, drawn, strict=True) if prompt.id not in done]
+    so_far = _pooled(done.values(), decoder)
     with Progress("evaluate: sampled", len(prompts), "prompts", initial=len(done)) as progress:
         for index, response in decode_together(
             decoder,
@@ -61,7 +62,8 @@ def sampled_figures(
             name, rounds = left[index][0].id, response.rounds
             done[name] = {"rounds": [each.counts for each in rounds], "chances": [each.chances for each in rounds]}
             atomic_write(parts / f"{name}.sampled.json", json.dumps(done[name]).encode())
-            progress.update(1, tau=_pooled(done.values(), decoder).tau_micro or 1.0)
+            so_far.add(done[name]["rounds"], done[name]["chances"])
+            progress.update(1, tau=so_far.tau_micro or 1.0)
     acceptance = _pooled([done[prompt.id] for prompt in prompts], decoder)  # they do not end in this order
     return {
         "temperature": how.temperature,

@@ -77,10 +77,14 @@ class DflashStrategy:
         self.counts |= {"walk_tokens": 1, "walk_rounds": 1}
         self.stop_ids = stop_ids
         self.adamw_rates = draft.adamw_rates(self.dflash.draft)
+        self._in_dtype: Draft | None = None
+        """The draft in the compute dtype, during a validation."""
 
     def terms(self, split: Split, rows: Sequence[int], epoch: int) -> LossSums:
         """Draw the anchors of each row from a seed of its own, and sum loss and correct predictions over its blocks."""
         settings, examples = self.dflash, [self.splits[split][row] for row in rows]
+        if split == "train":
+            self._in_dtype = None
         input_ids_BS, loss_mask_BS = collate(examples)
         anchors = draw_anchors(
             loss_mask_BS,
@@ -148,8 +152,10 @@ class DflashStrategy:
 
     def _walk(self, examples: Sequence[Example], features: Sequence[Tensor]) -> dict[str, float]:
         """Count tokens and rounds of decoding the responses; a last round that they do not determine is left out."""
-        draft = self.model if self.dtype == torch.float32 else copy.deepcopy(self.model).to(self.dtype)
-        walker = Walker(draft, TargetIO.of_weights(self.embedding_VD, self.head.weight_VD))
+        if self._in_dtype is None:
+            same = self.dtype == torch.float32
+            self._in_dtype = self.model if same else copy.deepcopy(self.model).to(self.dtype)
+        walker = Walker(self._in_dtype, TargetIO.of_weights(self.embedding_VD, self.head.weight_VD))
         texts = [GreedyText(e.input_ids, e.prompt_length, e.input_ids[-1] in self.stop_ids) for e in examples]
         rounds = [each for response in walker.rounds(texts, features) for each in response]
         return {"walk_tokens": sum(each.num_emitted for each in rounds), "walk_rounds": len(rounds)}

@@ -49,9 +49,10 @@ def save_draft(draft: Draft, directory: Path, dtype: torch.dtype | None = None) 
     Raises:
         ModelError: a tensor is missing, extra, of the wrong shape, or not finite.
     """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in draft.state_dict().items()}
-    if dtype is not None:
-        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    state = {
+        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        for name, tensor in draft.state_dict().items()
+    }
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     _check(shapes, type(draft).tensor_shapes(draft.config), str(directory))
     bad = [name for name, tensor in state.items() if not tensor.isfinite().all()]
@@ -141,7 +142,7 @@ def read_config(directory: Path) -> tuple[type[Draft], DraftConfig]:
     if not isinstance(raw, dict):
         raise ModelError("cannot read the draft's config: it is no JSON object", where=str(path))
     family = family_of(raw)
-    if family is None and (other := foreign_family(raw)):
+    if (family is None or "speculators_model_type" in raw) and (other := foreign_family(raw)):
         raise ModelError(f"this is a draft of {other}", where=str(path))
     if family is None:
         named = ", ".join(map(str, raw.get("architectures") or ["none"]))

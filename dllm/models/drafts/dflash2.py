@@ -62,7 +62,7 @@ class DFlash2Config(DFlashConfig):
         """Check what the numbers must be to each other.
 
         Raises:
-            ModelError: the groups of the convolution do not divide the width, or a block has too few slots for it.
+            ModelError: the groups of the convolution do not divide the width, or there are more candidates than tokens.
         """
         if self.hidden_size % self.conv_group_size:
             what = f"conv_group_size {self.conv_group_size} does not divide the hidden size {self.hidden_size}"

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from dllm.errors import ModelError
+from dllm.models.drafts.config import SLIDING
 from dllm.models.drafts.protocol import DraftConfig
 from dllm.registry import SERVING_ENGINES
 
-SLIDING = "sliding_attention"
 NESTED_FIRST = {name: (f"dflash_config.{name}", name) for name in ("block_size", "mask_token_id", "target_layer_ids")}
 CANDIDATES = tuple(
     f"dflash_config.{name}" for name in ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")

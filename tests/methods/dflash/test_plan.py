@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dllm.config import recipe_book
 from dllm.config.load import parse_params
-from dllm.config.params import Params
+from dllm.config.params import Optimizer, Params
 from dllm.methods.dflash.anchors import Anchors
 from dllm.methods.dflash.objective import Batch, dflash_terms
 from dllm.methods.dflash.plan import forward_flops, plan
@@ -20,6 +20,7 @@ from dllm.models.drafts import attention
 from dllm.models.drafts.checkpoint import save_draft
 from dllm.models.known_targets import planned_target
 from dllm.registry import DRAFTS
+from dllm.training.optimizer import Optimizers
 from dllm.training.plan import Workload
 
 ROWS, LENGTH, BLOCKS, VOCAB, CHUNK = 2, 200, 24, 4000, 64
@@ -97,6 +98,24 @@ def test_operations_are_those_that_torch_counts(name: str) -> None:
         vocab=VOCAB,
     )
     assert 0.94 < ours / counter.get_total_flops() < 1.06
+
+
+@pytest.mark.parametrize("name", list(DRAFTS))
+def test_moments_are_those_that_training_allocates(name: str) -> None:
+    chosen = params(name)
+    chosen = chosen.model_copy(update={"train": chosen.train.model_copy(update={"optimizer": Optimizer(name="muon")})})
+    step = Step(chosen)
+    optimizers = Optimizers(step.draft, chosen.train.optimizer, step.draft.adamw_rates(step.settings.draft))
+    step.gradient()
+    optimizers.step()
+    held = sum(
+        tensor.nbytes
+        for part in optimizers.parts
+        for state in part.state.values()
+        for tensor in state.values()
+        if isinstance(tensor, torch.Tensor) and tensor.ndim
+    )
+    assert planned(chosen).memory["optimizer"] == held
 
 
 @pytest.mark.parametrize("name", list(DRAFTS))
