@@ -82,4 +82,4 @@ def test_the_draft_tokens_that_pay_are_in_report_and_picture(root: Path) -> None
     (shown,) = [t for t in METHODS["dflash"].tables({"evaluate": stored}) if t.key == "throughput"]
     assert [row["at once"] for row in shown.rows] == [1, 2, 10] and {"0", "3", "best"} <= shown.rows[0].keys()
     labels = dict(METHODS["dflash"].rows({"evaluate": found}))
-    assert labels["the same, by step times"].endswith(" ×")
+    assert labels["predicted from step times"].endswith(" ×")

@@ -100,6 +100,7 @@ def _draw_spread(axes: Axes, histogram: list[int], tau: float | None) -> None:
 
 def _draw_throughput(axes: Axes, paying: Mapping[str, Any]) -> None:
     from matplotlib import colormaps
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
     table = by_number(paying["tokens_per_s"])
     shades = colormaps["viridis"].resampled(len(table) + 1)
@@ -109,8 +110,12 @@ def _draw_throughput(axes: Axes, paying: Mapping[str, Any]) -> None:
         best = paying["best_draft_tokens"][concurrency]
         axes.plot([best], [row[str(best)]], marker="*", markersize=13, color=shades(index))
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _style(axes, "Expected throughput, the best choice marked", "draft tokens per round", "tokens per second")
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
 
 
 def _style(axes: Axes, title: str, x: str, y: str) -> None:

@@ -149,7 +149,7 @@ class DflashMethod:
         yield "tokens/s speculative", number(found.get("tokens_per_s_spec"), 1)
         yield "speculative / autoregressive", f"{number(found.get('speedup'), 2)} ×"
         if (predicted := (found.get("throughput") or {}).get("predicted_speedup")) is not None:
-            yield "the same, by step times", f"{number(predicted, 2)} ×"
+            yield "predicted from step times", f"{number(predicted, 2)} ×"
         same = found.get("greedy_identical")
         yield "same ids as greedy, float32", DASH if same is None else "yes" if same is True else f"NO ({same})"
 
