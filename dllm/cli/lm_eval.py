@@ -73,7 +73,7 @@ def run(
     ] = [],  # noqa: B006
     batch_size: Annotated[int, option(panel=DECODING, min=1, help="Rows per forward pass.")] = 8,
     seed: Annotated[int, option(panel=DECODING, help="Random seed of masks and of sampling.")] = 0,
-    nproc: Annotated[int, option(panel=DECODING, min=1, help="Processes that share the documents.")] = 1,
+    nproc: Annotated[int, option(panel=DECODING, min=1, max=256, help="Processes that share the documents.")] = 1,
     as_json: Annotated[bool, option("--json", panel=OUTPUT, help="Print one JSON object.")] = False,
     root: Root = Path(),
     debug: Debug = False,
@@ -82,7 +82,7 @@ def run(
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm-eval is not installed", hint="pip install 'dllm[lm-eval]'")
     if nproc > 1 and not launch.is_rank():
-        raise SystemExit(launch.run(sys.orig_argv, nproc))  # the ranks run this very command
+        raise SystemExit(launch.run(sys.orig_argv, nproc, named_by="--nproc"))  # the ranks run this very command
     # Otherwise the harness forks a process per core to resample, and draws its own progress bars.
     for name in ("DISABLE_MULTIPROC", "TQDM_DISABLE"):
         os.environ.setdefault(name, "1")

@@ -46,8 +46,11 @@ def command(run_stage: Callable[[Path, Sequence[str], Path], None]) -> Callable[
             typer.Option(min=2, rich_help_panel=PLAN, help="Mean tokens of such a row."),
         ] = None,
         share_of_peak: Annotated[
-            float, typer.Option(min=0.01, max=1, rich_help_panel=PLAN, help="Of the bf16 peak, reached by a step.")
-        ] = SHARE,
+            float | None,
+            typer.Option(
+                min=0.01, max=1, rich_help_panel=PLAN, help=f"Of the bf16 peak, reached by a step; default: {SHARE:g}."
+            ),
+        ] = None,
         root: Root = Path(),
         debug: Debug = False,
     ) -> None:
@@ -55,9 +58,11 @@ def command(run_stage: Callable[[Path, Sequence[str], Path], None]) -> Callable[
             from dllm.config.load import load_params
 
             checked = load_params(root.resolve() / params, overrides)
-            print_plan(checked, root.resolve(), on, target_config, rows, length, share_of_peak)
+            print_plan(checked, root.resolve(), on, target_config, rows, length, share_of_peak or SHARE)
         else:
-            _refuse_plan_options(on=on, target_config=target_config, rows=rows, length=length)
+            _refuse_plan_options(
+                on=on, target_config=target_config, rows=rows, length=length, share_of_peak=share_of_peak
+            )
             run_stage(params, overrides, root)
 
     return verb

@@ -49,7 +49,6 @@ def decode_together(
         return
     for row in waiting:
         row.rounds = list(row.decoding.rounds())
-        row.decoding.cache = DynamicCache()  # frees the memory
         yield row.index, row.generation()
 
 
@@ -69,6 +68,8 @@ class _Row:
     rounds: list[Round] = field(default_factory=list)
 
     def generation(self) -> Generation:
+        """Return the finished response, and free what decoding kept: all rows of a call live until its end."""
+        self.decoding.cache, self.decoding.context, self.decoding.features_BSF = DynamicCache(), None, None
         return Generation.of(self.rounds[0], self.rounds[1:], self.decoding.stop_ids)
 
 

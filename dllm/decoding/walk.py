@@ -246,7 +246,9 @@ def _count_greedy(target: TargetIO, texts: Sequence[GreedyText], last: Sequence[
     counts = []
     for text, last_SD in zip(texts, last, strict=True):
         response = torch.tensor(text.ids[text.prompt_length :], device=last_SD.device)
-        counts.append(int((most_probable(target.head(last_SD[text.prompt_length - 1 : -1])) == response).sum()))
+        size = max(1, LOGITS_AT_ONCE // target.head(last_SD[:0]).shape[-1])
+        parts = zip(last_SD[text.prompt_length - 1 : -1].split(size), response.split(size), strict=True)
+        counts.append(sum(int((most_probable(target.head(last)) == ids).sum()) for last, ids in parts))
     return counts
 
 

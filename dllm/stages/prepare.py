@@ -35,8 +35,11 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         for source in section.sources
         for name, path in sources.inputs(source, root).items()
     }
-    identity = {f"{sources.label(source)}@{source.split}": sources.identity(source, root) for source in section.sources}
-    identity = {name: found for name, found in identity.items() if found}
+    identity: dict[str, Any] = {}
+    for number, source in enumerate(section.sources):
+        if found_identity := sources.identity(source, root):
+            name = f"{sources.label(source)}@{source.split}"
+            identity[name if name not in identity else f"{name} {number}"] = found_identity
     with open_stage("prepare", params, sections=[section], inputs=files, identity=identity, root=root) as stage:
         tallies: dict[str, stream.Tally] = {}
         try:

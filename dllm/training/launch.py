@@ -51,10 +51,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # none
 
 
-def run(argv: Sequence[str], nproc: int, grace_s: float = GRACE_S) -> int:
+def run(argv: Sequence[str], nproc: int, grace_s: float = GRACE_S, named_by: str = "train.nproc") -> int:
     """Run a command as `nproc` ranks; return the first failed rank's exit code, 128 + n after signal n, else 0.
 
-    A rank that fails prints one line; the others are stopped. A signal is passed on to all ranks.
+    A rank that fails prints one line; the others are stopped. A signal is passed on to all ranks. Errors name the
+    setting or flag `named_by`.
 
     Raises:
         StageError: so many processes cannot be started.
@@ -68,7 +69,7 @@ def run(argv: Sequence[str], nproc: int, grace_s: float = GRACE_S) -> int:
             failed = _wait(ranks, interrupt)
         except OSError as error:
             message = f"rank {len(ranks)} of {nproc} cannot be started: {error.strerror}"
-            raise StageError(message, where="train.nproc", hint="start fewer ranks") from None
+            raise StageError(message, where=named_by, hint="start fewer ranks") from None
         finally:
             _stop(ranks, interrupt.received, grace_s)
     return 0 if failed is None else _report(failed, ranks[failed].returncode)

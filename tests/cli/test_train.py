@@ -85,6 +85,7 @@ def test_a_target_may_be_given_by_its_config(root: Path, capsys: pytest.CaptureF
         (["--dry-run", "--on", "b200"], "no device 'b200' is known"),
         (["--on", "h100"], "with --dry-run only"),
         (["--rows", "3"], "with --dry-run only"),
+        (["--share-of-peak", "0.3"], "with --dry-run only"),
         (["--dry-run", "--set", "prepare.sources=[{name: no/such}]"], "number of prompts is not known"),
     ],
 )

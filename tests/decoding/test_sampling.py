@@ -155,6 +155,8 @@ def test_equal_logits_count_by_their_ids_as_argmax_does() -> None:
 def test_logits_that_are_not_numbers_are_refused() -> None:
     with pytest.raises(ModelError, match="logits are not numbers"):
         verify(None, torch.tensor([[1.0, float("nan")]]), sampling())
+    with pytest.raises(ModelError, match="logits are not numbers"):  # the draft's
+        sampling().sampling.law(torch.tensor([[1.0, float("nan")]]))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """Prompts in one batch are decoded as each alone: the same ids, rounds and random numbers, whatever the others do."""
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -117,3 +119,24 @@ def test_a_target_with_a_sliding_window_is_decoded_one_by_one(model) -> None:
     assert [found[n].token_ids for n in (0, 1)] == [
         Decoder(windowed).generate(ids, max_new_tokens=9).token_ids for ids in asked
     ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_finished_response_keeps_neither_cache_nor_features(model, batch_size, monkeypatch) -> None:
+    draft = random_draft(model, 4)
+    kept = []
+    real = draft.new_cache
+
+    def noted():
+        kept.append(weakref.ref(made := real()))
+        return made
+
+    monkeypatch.setattr(draft, "new_cache", noted)
+    found = decode_together(Decoder(model, draft), prompts(6, seed=2), max_new_tokens=6, batch_size=batch_size)
+    done = 0
+    for done, _ in enumerate(found, 1):
+        gc.collect()
+        if done == 5:
+            break
+    assert done == 5 and len(kept) == 6
+    assert sum(each() is not None for each in kept) <= 1, "only the one that still decodes"

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dllm.config.params import Target
+from dllm.decoding import walk as walking
 from dllm.decoding.speculative import Decoder
 from dllm.decoding.walk import GreedyText, Walker
 from dllm.models import targets
@@ -193,3 +194,11 @@ def test_a_text_is_walked_as_alone(model, responses, trained) -> None:
     texts[1] = GreedyText(texts[1].ids[:12], texts[1].prompt_length, stopped=True)
     together = walked(model, trained, texts, LONGEST, at_once=20)
     assert together == [walked(model, trained, [text], LONGEST, at_once=1)[0] for text in texts]
+
+
+def test_the_head_reads_a_part_of_a_response_at_a_time(model, responses, trained, monkeypatch) -> None:
+    texts = texts_of(responses, LONGEST)
+    whole = list(walking.walk(model, trained, texts))
+    monkeypatch.setattr(walking, "LOGITS_AT_ONCE", 3 * trained.config.vocab_size)
+    assert list(walking.walk(model, trained, texts)) == whole
+    assert all(each.greedy_tokens == len(texts[each.index].ids) - texts[each.index].prompt_length for each in whole)

@@ -140,8 +140,15 @@ class Sampling:
     generator: torch.Generator
 
     def law(self, logits_PV: Tensor) -> Tensor:
-        """Return the distribution that these logits stand for. Shapes: float64 of the logits' shape."""
-        return torch.softmax(logits_PV.double() / self.temperature, -1)
+        """Return the distribution that these logits stand for. Shapes: float64 of the logits' shape.
+
+        Raises:
+            ModelError: a logit is not a number.
+        """
+        probs_PV = torch.softmax(logits_PV.double() / self.temperature, -1)
+        if not bool(probs_PV.isfinite().all()):
+            raise ModelError("the model's logits are not numbers", hint="training may have diverged")
+        return probs_PV
 
     def draw(self, probs_PV: Tensor) -> Tensor:
         """Draw an index from each row with one random number. Shapes: returns int64 (P,); rows need not sum to 1."""
