@@ -157,7 +157,7 @@ def _refuse_pipe(event: str, arguments: tuple[object, ...]) -> None:
         return
     name = os.fsdecode(path)
     try:
-        is_pipe = stat.S_ISFIFO(os.stat(path).st_mode) and not name.startswith(("/dev/", "/proc/"))
+        is_pipe = stat.S_ISFIFO(Path(name).stat().st_mode) and not name.startswith(("/dev/", "/proc/"))
     except (OSError, ValueError):
         return
     if is_pipe:
