@@ -9,6 +9,6 @@ SCHEMA = {
     "prepare": 5,
     "regenerate": 2,
     "train": 2,
-    "evaluate": 5,
+    "evaluate": 6,
     "register": 1,
 }
