@@ -60,8 +60,10 @@ def _run_stage(name: str, params: Path, overrides: Sequence[str], root: Path) ->
 
     root = root.resolve()
     checked = load_params(root / params, overrides)
-    if name in IN_RANKS and checked.train.nproc > 1 and not launch.is_rank():
-        raise SystemExit(launch.run(sys.orig_argv, checked.train.nproc))  # the ranks run this very command
+    if name in IN_RANKS and checked.train.nproc > 1:
+        if not launch.is_rank():
+            raise SystemExit(launch.run(sys.orig_argv, checked.train.nproc))  # the ranks run this very command
+        launch.note_ranks(checked.train.nproc)
     if name in IN_RANKS:
         launch.keep_freed_memory()
     importlib.import_module(f"dllm.stages.{name}").run(checked, root)
