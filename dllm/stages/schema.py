@@ -9,6 +9,6 @@ SCHEMA = {
     "prepare": 6,
     "regenerate": 3,
     "train": 3,
-    "evaluate": 6,
+    "evaluate": 7,
     "register": 1,
 }

@@ -148,8 +148,9 @@ def test_a_run_that_names_no_known_method_has_a_report(root: Path, identity: dic
 
 
 def test_ids_that_differ_from_greedy_stand_out(root: Path) -> None:
-    _change(root, "evaluate", greedy_identical=False)
-    assert "NO" in _row(_printed(root), "same ids as greedy")
+    _change(root, "evaluate", greedy_identical=False, walk_identical=False)
+    printed = _printed(root)
+    assert "NO" in _row(printed, "same ids as greedy") and "NO" in _row(printed, "same rounds walked")
 
 
 def test_no_line_is_wider_than_100_columns(root: Path) -> None:

@@ -30,7 +30,7 @@ from dllm.methods.dflash import sets as prompt_sets
 from dllm.methods.dflash.sampled import sampled_figures
 from dllm.methods.dflash.sets import MeasuredSet, Question
 from dllm.methods.dflash.settings import Throughput, Walk
-from dllm.methods.dflash.walked import check_rounds, walked_figures
+from dllm.methods.dflash.walked import differing_round, walked_figures
 from dllm.methods.method import EvaluateContext, Evaluation
 from dllm.models import targets
 from dllm.models.drafts.checkpoint import load_draft
@@ -226,28 +226,28 @@ def _finished(path: Path) -> Pair | None:
 
 
 def _check_identity(ctx: EvaluateContext, questions: Sequence[Question], stop_ids: set[int]) -> dict[str, Any]:
-    """Decode a few questions both ways in float32, where rounding no longer decides between tokens.
-
-    Raises:
-        StageError: the walk over the same text counts other rounds.
-    """
+    """Decode a few questions both ways in float32, where rounding no longer decides between tokens, and walk them."""
     if not questions:
-        return {"greedy_identical": None, "identity_prompts": 0, "identity_identical": 0}
+        return {"greedy_identical": None, "walk_identical": None, "identity_prompts": 0, "identity_identical": 0}
     comparison = _load(ctx, "float32")
-    identical = 0
+    identical, walk_identical = 0, True
     with Progress("evaluate: same ids in float32", len(questions), "prompts") as progress:
         for question in questions:
             tokens = ctx.params.evaluate.max_new_tokens
             pair = comparison.decode(question.ids, max_new_tokens=tokens, stop_ids=stop_ids)
             identical += pair.identical
             progress.update(1, identical=identical)
+            note = ""
             if not pair.identical:
-                note = f"evaluate: float32 ids differ after {pair.same_prefix} tokens on prompt {question.id}"
-                print(note, file=sys.stderr, flush=True)
-            else:
-                check_rounds(comparison.speculative, question, pair, stop_ids)
+                note = f"float32 ids differ after {pair.same_prefix} tokens"
+            elif place := differing_round(comparison.speculative, question, pair, stop_ids):
+                walk_identical = False
+                note = f"float32 decoding and the walk over its text differ from round {place} of {len(pair.rounds)} on"
+            if note:
+                print(f"evaluate: {note}, prompt {question.id}", file=sys.stderr, flush=True)
     return {
         "greedy_identical": identical == len(questions),
+        "walk_identical": walk_identical if identical else None,
         "identity_prompts": len(questions),
         "identity_identical": identical,
     }

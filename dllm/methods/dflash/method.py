@@ -153,6 +153,8 @@ class DflashMethod:
             yield "predicted from step times", f"{number(predicted, 2)} ×"
         same = found.get("greedy_identical")
         yield "same ids as greedy, float32", DASH if same is None else "yes" if same is True else f"NO ({same})"
+        if (counted := found.get("walk_identical")) is not None:
+            yield "same rounds walked, float32", "yes" if counted is True else f"NO ({counted})"
 
     def tables(self, metrics: Records) -> Iterator[Table]:
         trained, found = metrics.get("train", {}), metrics.get("evaluate", {})
