@@ -39,6 +39,8 @@ from dllm.prompts import template as chat
 from dllm.prompts.table import HELDOUT, read_prompts
 
 WARM_UP_TOKENS = 16
+HEADLINE = ("tau_micro", "speedup", "tokens_per_s_ar", "tokens_per_s_spec", "identical_fraction", "greedy_identical")
+"""Figures of headline.json; the walk, where there was one, has counted its tau_micro on more prompts."""
 SECTION, SECTION_OF_METRICS = "walk", "walked"
 NO_DECODING = (
     "this target keeps a recurrent state, and decoding with a draft has to take back rejected tokens; acceptance is "
@@ -285,5 +287,14 @@ def _write(ctx: EvaluateContext, pairs: Sequence[Pair], metrics: dict[str, Any],
         ctx.tracker.log_metrics({name: value for name, value in both.items() if value is not None}, k)
     ctx.tracker.log_table(columns, "prompts.json")
     ctx.tracker.log_artifact(curves)
-    published = {path.name: path for path in (curves, rows, ctx.work / samples.FILE)}
-    return Evaluation(metrics, picture, published, scratch=[scratch])
+    files = {path.name: path for path in (curves, rows, ctx.work / samples.FILE)}
+    return Evaluation(metrics, picture, _headline(metrics), curve.points(metrics, shown), files, scratch=[scratch])
+
+
+def _headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures of headline.json, as far as they were measured."""
+    walked, paying = metrics.get(SECTION_OF_METRICS), metrics.get("throughput")
+    found = {name: metrics.get(name) for name in HEADLINE}
+    found |= {"tau_micro": walked["tau_micro"], "tau_decoded": metrics["tau_micro"]} if walked else {}
+    found |= {"predicted_speedup": paying["predicted_speedup"]} if paying else {}
+    return {name: value for name, value in found.items() if value is not None}

@@ -121,7 +121,8 @@ class DflashMethod:
         forget_old(ctx.root / FEATURES)
         offsets = [f"draft_acc_k{k}" for k in range(1, strategy.model.config.block_size)]
         panels = [["loss"], ["acceptance_length", "walked_acceptance_length"], ["draft_acc", *offsets]]
-        return Publication({name: export / name for name in ("config.json", "model.safetensors")}, panels)
+        curves = {"accuracy": "draft_acc", "acceptance_length": "acceptance_length"}
+        return Publication({name: export / name for name in ("config.json", "model.safetensors")}, panels, curves)
 
     def evaluate(self, ctx: EvaluateContext) -> Evaluation:
         from dllm.methods.dflash.evaluate import evaluate
