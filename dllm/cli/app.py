@@ -124,11 +124,12 @@ def report(root: Root = Path(), debug: Debug = False) -> None:
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of two or more projects or runs: each holds an out/.")],
+    runs: Annotated[list[str], typer.Argument(help="Folders that hold an out/, git revisions, DVC experiments.")],
+    root: Root = Path(),
     to: Annotated[Path, typer.Option(help="The page to write.")] = Path("out", "report", "compare.html"),
     debug: Debug = False,
 ) -> None:
     """Print the figures of several runs side by side, and write them with their curves over one another as a page."""
-    from dllm.report import comparison
+    from dllm.cli import compare as verb
 
-    comparison.compare(runs, to)
+    verb.print_comparison(runs, root.resolve(), to)
