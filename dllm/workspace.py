@@ -38,6 +38,8 @@ SIDECAR = "stage.json"
 """In a work folder while its result is unfinished: the MLflow run, when it was started, and the seconds so far."""
 RUN = "run.json"
 """How a result was made, and the digest of each published file."""
+HEADLINE = "headline.json"
+"""The few metrics that `dvc metrics` and `dvc exp show` print; metrics.json has all of them."""
 START_GRACE_S = 10.0
 """From a signal to the end of a process that waits for MLflow to make its run."""
 LINKED = (".safetensors", ".parquet")
@@ -165,8 +167,15 @@ class Workspace:
         """Record the time spent so far, for the call after a kill."""
         write_json(self.work / SIDECAR, {**self._before, "seconds": round(self.seconds, 3)})
 
-    def publish(self, files: Mapping[str, Path], metrics: Mapping[str, Any], *, step: int = 0) -> None:
-        """Publish the results: the files, metrics.json and run.json. Ranks above 0 do nothing.
+    def publish(
+        self,
+        files: Mapping[str, Path],
+        metrics: Mapping[str, Any],
+        *,
+        step: int = 0,
+        headline: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Publish the results: the files, metrics.json, headline.json and run.json. Ranks above 0 do nothing.
 
         Numbers among the metrics go to the MLflow run too, at `step`.
 
@@ -174,6 +183,7 @@ class Workspace:
             files: name in the published folder (it may hold `/`) to a file in work.
             metrics: the content of metrics.json.
             step: position of the figures on the MLflow run's axis.
+            headline: the content of headline.json, the few metrics that DVC shows; None writes none.
 
         Raises:
             StageError: a file is missing or the disk is full.
@@ -182,9 +192,10 @@ class Workspace:
             return
         run = {**self.record, "status": "finished", "seconds": round(self.seconds, 3)}
         run["outputs"] = {name: file_digest(path) for name, path in files.items() if path.is_file()}
-        run["outputs"]["metrics.json"] = hashlib.sha256(_json(metrics)).hexdigest()
+        records = {"metrics.json": metrics} | ({} if headline is None else {HEADLINE: headline})
+        run["outputs"] |= {name: hashlib.sha256(_json(record)).hexdigest() for name, record in records.items()}
         with full_disk_in_one_line(self.out):
-            self.publisher(self.out, files, {"metrics.json": metrics, RUN: run})
+            self.publisher(self.out, files, {**records, RUN: run})
         self.log(metrics, step)
 
     def log(self, metrics: Mapping[str, Any], step: int = 0) -> None:
