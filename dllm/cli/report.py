@@ -74,6 +74,7 @@ def _places(metrics: Records, root: Path) -> Iterator[Row]:
     plots = sorted(path.relative_to(root) for stage in STAGES for path in (root / "out" / stage).glob("*.png"))
     yield "plots", ", ".join(map(str, plots)) or DASH
     yield "more", "`make ui` opens MLflow (runs, models) and Prefect (flows)"
+    yield "in a shell", "`. infra/env.sh` puts its python, dvc and prefect on the path"
 
 
 def _inner(found: figures.Table) -> Table:
