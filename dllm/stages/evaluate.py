@@ -43,6 +43,9 @@ def run(params: Params, root: Path) -> dict[str, Any]:
     ) as stage:
         found = method.evaluate(EvaluateContext(params, root, stage.work, stage.tracker))
         stage.tracker.log_artifact(found.picture)
+        score = method.score(found.metrics)
+        stage.tracker.log_headline({score.key: abs(score.value)})
+        stage.constants |= {"block_size"}
         stage.publish({PICTURE: found.picture, **found.files}, found.metrics)
         for folder in found.scratch:
             shutil.rmtree(folder)
