@@ -38,6 +38,8 @@ SIDECAR = "stage.json"
 """In a work folder while its result is unfinished: the MLflow run, when it was started, and the seconds so far."""
 RUN = "run.json"
 """How a result was made, and the digest of each published file."""
+HEADLINE = "headline.json"
+"""The few metrics that `dvc metrics` and `dvc exp show` print; metrics.json has all of them."""
 START_GRACE_S = 10.0
 """From a signal to the end of a process that waits for MLflow to make its run."""
 LINKED = (".safetensors", ".parquet")
@@ -169,8 +171,15 @@ class Workspace:
         """Record the time spent so far, for the call after a kill."""
         write_json(self.work / SIDECAR, {**self._before, "seconds": round(self.seconds, 3)})
 
-    def publish(self, files: Mapping[str, Path], metrics: Mapping[str, Any], *, step: int = 0) -> None:
-        """Publish the results: the files, metrics.json and run.json. Ranks above 0 do nothing.
+    def publish(
+        self,
+        files: Mapping[str, Path],
+        metrics: Mapping[str, Any],
+        *,
+        step: int = 0,
+        headline: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Publish the results: the files, metrics.json, headline.json and run.json. Ranks above 0 do nothing.
 
         Numbers among the metrics go to the MLflow run too, at `step`.
 
@@ -178,6 +187,7 @@ class Workspace:
             files: name in the published folder (it may hold `/`) to a file in work.
             metrics: the content of metrics.json.
             step: position of the figures on the MLflow run's axis.
+            headline: the content of headline.json, the few metrics that DVC shows; None writes none.
 
         Raises:
             StageError: a file is missing or the disk is full.
@@ -186,18 +196,16 @@ class Workspace:
             return
         run = {**self.record, "status": "finished", "seconds": round(self.seconds, 3)}
         run["outputs"] = {name: file_digest(path) for name, path in files.items() if path.is_file()}
-        run["outputs"]["metrics.json"] = hashlib.sha256(_json(metrics)).hexdigest()
+        records = {"metrics.json": metrics} | ({} if headline is None else {HEADLINE: headline})
+        run["outputs"] |= {name: hashlib.sha256(_json(record)).hexdigest() for name, record in records.items()}
         with full_disk_in_one_line(self.out):
-            self.publisher(self.out, files, {"metrics.json": metrics, RUN: run})
+            self.publisher(self.out, files, {**records, RUN: run})
         self.log(metrics, step)
+        self.tracker.log_headline(_figures(headline or {}))
 
     def log(self, metrics: Mapping[str, Any], step: int = 0) -> None:
         """Send the numbers among the metrics to the MLflow run; a breakdown in one part, which repeats them, is not."""
-        figures = {
-            key: value
-            for key, value in flatten(metrics).items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
+        figures = _figures(metrics)
         repeated = {f"{key}.{only}." for key, parts in metrics.items() if _is_one_part(parts) for only in parts}
         for key in [key for key in figures if any(key.startswith(prefix) for prefix in repeated)]:
             if figures[key] == figures.get(key.split(".", 2)[2]):
@@ -284,6 +292,11 @@ class Workspace:
             tags["dllm.no_git_commit"] = str(git["reason"])
         self.tracker.set_tags(tags)
         return record
+
+
+def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
+    flat = flatten(metrics).items()
+    return {key: value for key, value in flat if isinstance(value, int | float) and not isinstance(value, bool)}
 
 
 def _is_one_part(parts: Any) -> bool:

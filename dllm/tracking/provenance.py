@@ -15,14 +15,14 @@ from dllm.errors import StageError
 
 LIBRARIES = ("dllm", "torch", "transformers", "mlflow", "dvc", "prefect", "numpy", "pyarrow")
 LOCK = "dvc.lock"
-RECORDS = ("run.json", "metrics.json")
+RECORDS = ("run.json", "metrics.json", "headline.json")
 """Records of how a result was made, left out of its digest: times and hosts differ from run to run."""
 
 
 def digest(path: Path) -> str:
     """Hash a file's bytes, or a folder's file names and bytes, into 64 hex digits.
 
-    A folder's own run.json and metrics.json (`RECORDS`) are left out: the same thing made twice has the same digest.
+    A folder's own records (`RECORDS`) are left out: the same thing made twice has the same digest.
 
     Raises:
         StageError: there is nothing at the path.

@@ -77,7 +77,9 @@ def test_a_run_publishes_a_draft_its_curves_and_its_figures(alone, store) -> Non
         "checkpoint/model.safetensors",
         "curves.png",
         "evaluation/files.json",
+        "headline.json",
         "metrics.json",
+        *(f"plots/{name}.csv" for name in ("acceptance_length", "accuracy", "loss")),
         "run.json",
         "training.jsonl",
     ]

@@ -43,8 +43,8 @@ def run_stage(root: Path, params: Params, name: str, *, fails: bool = False) -> 
         if fails:
             raise ValueError
         metrics = {"rows": 4, "size": 7, "by_source": {"a": {"rows": 4, "odd": 1}}}
-        stage.publish({"prompts.parquet": stage.work / "prompts.parquet"}, metrics)
-        stage.tracker.log_headline({"score": 2.0})
+        files = {"prompts.parquet": stage.work / "prompts.parquet"}
+        stage.publish(files, metrics, headline={"score": 2.0, "none": None})
     return get(root, run_id)
 
 
