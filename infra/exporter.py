@@ -1,8 +1,7 @@
 """Serve the pipeline's figures to Prometheus: metrics of the newest MLflow runs, registered versions, flow runs.
 
 `python infra/exporter.py --port 9400` reads the same variables as the stages: MLFLOW_TRACKING_URI, PREFECT_API_URL,
-PREFECT_API_AUTH_STRING. Each scrape asks the servers; one that does not respond is `dllm_up` 0, and its figures are left
-out.
+PREFECT_API_AUTH_STRING. Each scrape asks the servers. One that does not respond is `dllm_up` 0, without figures.
 """
 
 from __future__ import annotations

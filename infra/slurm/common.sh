@@ -9,20 +9,22 @@ set +a
 . infra/env.sh
 
 # Run a command on all nodes of the job, and leave the script with its exit code. SIGTERM, which Slurm sends before the
-# time limit (--signal) and on preemption, is passed on; the command saves its work, and the job queues again. Stages
-# resume by themselves.
+# time limit (--signal), is passed on; the command saves its work, and the job queues again: stages resume by themselves.
+# A preempted job is queued again by Slurm (--requeue), a cancelled one by nobody.
 run_on_nodes() {
   local code=0 child stopped=
   srun --kill-on-bad-exit=1 "$@" &
   child=$!
-  trap 'stopped=1; kill -TERM "$child" 2>/dev/null || true' TERM
+  # To the step, by Slurm: srun itself would have it killed after KillWait, 30 seconds. Once: a second one cuts torchrun
+  # short.
+  trap '[ -n "$stopped" ] || { stopped=1; scancel --signal=TERM "$SLURM_JOB_ID.0"; }' TERM
   while :; do
     wait "$child" && code=0 || code=$?
-    kill -0 "$child" 2>/dev/null || break  # else it was a signal that ended `wait`
+    kill -0 "$child" 2>/dev/null || break # else it was a signal that ended `wait`
   done
-  if [ -n "$stopped" ] && [ "$code" -ne 0 ]; then
-    echo "stopped after SIGTERM with code $code; requeued"
-    scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
+  if [ -n "$stopped" ] && [ "$code" -ne 0 ] && [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format %T)" = RUNNING ]; then
+    echo "stopped by SIGTERM (exit code $code); queued again"
+    scontrol requeue "$SLURM_JOB_ID"
   fi
   exit "$code"
 }
