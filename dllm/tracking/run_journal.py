@@ -32,6 +32,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "step": lambda value: isinstance(value, int),
     "params": lambda value: isinstance(value, dict),
     "tags": lambda value: isinstance(value, dict),
+    "inputs": lambda value: isinstance(value, list) and all(isinstance(each, dict) for each in value),
     "artifact": lambda value: isinstance(value, str) and ".." not in value and not value.startswith("/"),
     "status": lambda value: isinstance(value, str),
     "time": lambda value: isinstance(value, int),
@@ -39,7 +40,8 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 """What each key of a line holds."""
 
 Record = dict[str, Any]
-"""One of `metrics` (with `step`), `params`, `tags`, `artifact` (with `folder`) or `status`; all have `time`, in ms."""
+"""One of `metrics` (with `step`), `params`, `tags`, `inputs` (datasets), `artifact` (with `folder`) or `status`, each
+with its `time` in ms."""
 
 
 class RunJournal:
@@ -131,6 +133,10 @@ class RunJournal:
         with contextlib.suppress(OSError):  # a full disk: they are in doubt at the next start
             self._write_line({"taken": self._taken})
 
+    def next_step(self, prefix: str) -> int:
+        """Return the step after the last one of the metrics whose names start with a prefix."""
+        return max((step + 1 for key, step in self._points if key.startswith(prefix)), default=0)
+
     @property
     def is_closed(self) -> bool:
         """Whether `close` was called."""
@@ -208,6 +214,18 @@ def is_behind(root: Path) -> bool:
 def journal_path(root: Path, run_id: str) -> Path:
     """Return the file of a run's journal."""
     return root / FOLDER / f"{run_id}.jsonl"
+
+
+def is_open(path: Path) -> bool:
+    """Return whether a process has a journal open."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _parse(text: bytes) -> Record:
