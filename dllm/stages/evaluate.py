@@ -44,6 +44,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
     ) as stage:
         found = method.evaluate(EvaluateContext(params, root, stage.work, stage.tracker))
         stage.tracker.log_artifact(found.picture)
+        stage.constants |= {"block_size"}
         files = {PICTURE: found.picture, **found.files, **write_plots("evaluate", stage.work / "plots", found.plots)}
         stage.publish(files, found.metrics, headline=found.headline)
         for folder in found.scratch:

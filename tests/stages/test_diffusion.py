@@ -7,7 +7,6 @@ import pytest
 import yaml
 from rich.console import Console
 
-from dllm.cli import report
 from dllm.config import recipe_book
 from dllm.config.load import load_params, params_digest, parse_params
 from dllm.config.params import Params
@@ -16,6 +15,7 @@ from dllm.methods.figures import DASH
 from dllm.models.diffusion.config import DiffusionConfig
 from dllm.models.diffusion.families import load_checkpoint
 from dllm.registry import METHODS
+from dllm.report import terminal
 from dllm.stages import evaluate, prepare, regenerate, register, train
 from dllm.stages.records import read_records, trained_method
 from flows import artifacts
@@ -99,7 +99,7 @@ def test_from_prompts_to_the_registry(tmp_path, monkeypatch, mlflow_store, recip
     empty = [label for label, value in method.rows(metrics) if DASH in value.replace(f"training: {DASH}", "")]
     assert empty == ["correct final answers"], "the source has no references"
     printed = io.StringIO()
-    report.print_report(tmp_path, Console(file=printed))
+    terminal.print_report(tmp_path, Console(file=printed))
     for way in found["decodings"]:
         (line,) = [line for line in printed.getvalue().splitlines() if f" {way['way']} " in line]
         figures = f"{way['words_exact']:.3f} {way['answers_exact']:.3f} {way['tokens_per_pass']:.2f}"

@@ -70,7 +70,8 @@ def test_every_figure_is_there_and_agrees_with_the_others(root: Path, draft: DFl
     out = root / "out" / "evaluate"
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert {p.name for p in out.iterdir()} == {
-        "evaluation.png", "acceptance.json", "prompts.parquet", "metrics.json", "headline.json", "plots", "run.json",
+        "evaluation.png", "acceptance.json", "prompts.parquet", "samples.json", "metrics.json", "headline.json",
+        "plots", "run.json",
     }  # fmt: skip
     headline = json.loads((out / "headline.json").read_text())
     assert headline["tau_micro"] == metrics["walked"]["tau_micro"] and len(headline) <= 10

@@ -155,7 +155,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes_in_the_same_tracked_run(alone, t
     client = MlflowClient(store)
     experiment = client.get_experiment_by_name(params.recipe)
     assert experiment is not None
-    (killed,) = client.search_runs([experiment.experiment_id], "attributes.status = 'KILLED'")
+    query = "attributes.status = 'KILLED' and tags.`dllm.stage` = 'train'"
+    (killed,) = client.search_runs([experiment.experiment_id], query)
+    assert client.get_run(killed.data.tags["mlflow.parentRunId"]).info.status == "KILLED"
 
     again = train.run(params, tmp_path)
     assert {**again, "seconds": 0} == {**metrics, "seconds": 0}

@@ -25,7 +25,7 @@ from dllm.decoding.comparison import Comparison, Pair, figures, table
 from dllm.decoding.speculative import Decoder
 from dllm.errors import DataError
 from dllm.files import atomic_write
-from dllm.methods.dflash import curve
+from dllm.methods.dflash import curve, samples
 from dllm.methods.dflash import sets as prompt_sets
 from dllm.methods.dflash.sampled import sampled_figures
 from dllm.methods.dflash.sets import MeasuredSet, Question
@@ -105,6 +105,7 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
     }
     del comparison, speculative, draft  # the float32 target needs the memory
     metrics |= _check_identity(ctx, questions[: params.evaluate.identity_prompts], stop_ids)
+    samples.write(ctx.work / samples.FILE, tokenizer, questions, pairs)
     return _write(ctx, pairs, metrics, scratch=parts)
 
 
@@ -286,7 +287,7 @@ def _write(ctx: EvaluateContext, pairs: Sequence[Pair], metrics: dict[str, Any],
         ctx.tracker.log_metrics({name: value for name, value in both.items() if value is not None}, k)
     ctx.tracker.log_table(columns, "prompts.json")
     ctx.tracker.log_artifact(curves)
-    files = {path.name: path for path in (curves, rows)}
+    files = {path.name: path for path in (curves, rows, ctx.work / samples.FILE)}
     return Evaluation(metrics, picture, _headline(metrics), curve.points(metrics, shown), files, scratch=[scratch])
 
 
