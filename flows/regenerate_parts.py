@@ -116,7 +116,9 @@ def regenerate_parts(
     merge(output_dir, parts)
     verify(output_dir)
     folder = str(ROOT / output_dir)
-    emit_event("dllm.responses.new", {"prefect.resource.id": f"dllm.responses.{folder}"}, payload={"folder": folder})
+    emit_event(
+        "regenerate-parts.finished", {"prefect.resource.id": f"dllm.responses.{folder}"}, payload={"folder": folder}
+    )
 
 
 def _split(options: str) -> list[str]:

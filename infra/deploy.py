@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 POOLS = ("local", "checkouts", "parts")
 ALERTS = "DLLM_ALERTS_URL"
 """A webhook that takes {"text": ...}, as Slack's and Mattermost's do: what the automations below report goes there."""
-NEW_RESPONSES = "dllm.responses.new"
+NEW_RESPONSES = "regenerate-parts.finished"
 """The event of `flows/regenerate_parts.py`; its payload has the folder."""
 NIGHTLY = DeploymentScheduleCreate(
     schedule=CronSchedule(cron="0 2 * * *", timezone="UTC"), active=False, slug="nightly"
