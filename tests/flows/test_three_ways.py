@@ -132,7 +132,7 @@ def test_make_run_finds_nothing_to_do_before_it_starts_a_flow(project: Project, 
 
 def test_a_deployment_finds_nothing_to_do_and_keeps_the_lock(project: Project, server: None) -> None:
     before, made = lock(project), runs(project)
-    done = project.run("prefect", "deployment", "run", "pipeline/smollm2-dflash", "--watch")
+    done = project.run("prefect", "deployment", "run", "pipeline/project", "--watch")
     assert done.returncode == 0, done.stdout + (project.folder / "logs/prefect-worker-local.log").read_text()
     assert lock(project) == before
     assert runs(project) == made, "what is skipped makes no MLflow run"
@@ -149,7 +149,7 @@ def test_cancelling_a_flow_run_leaves_no_rank_and_no_open_run(project: Project, 
     (project.folder / "ranks.py").write_text(RANKS)
     pipeline = (project.folder / "dvc.yaml").read_text()
     (project.folder / "dvc.yaml").write_text(pipeline.replace("cmd: python -m dllm train", "cmd: python ranks.py"))
-    said = project.run("prefect", "deployment", "run", "pipeline/smollm2-dflash").stdout
+    said = project.run("prefect", "deployment", "run", "pipeline/project").stdout
     flow_run = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", said)
     assert flow_run, said
     pids = [project.folder / f"rank-{rank}.pid" for rank in (0, 1)]
