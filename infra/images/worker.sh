@@ -7,4 +7,4 @@ for name in local parts; do
     prefect --no-prompt work-pool create "$name" --type process
 done
 prefect --no-prompt deploy --all
-exec prefect worker start --pool "$pool" --type process --limit "$limit"
+exec prefect worker start --pool "$pool" --type process --limit "$limit" --with-healthcheck
