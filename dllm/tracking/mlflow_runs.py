@@ -193,7 +193,8 @@ class MlflowTracker:
     def _experiment_id(self, root: Path, experiment: str) -> str:
         found = self._client.get_experiment_by_name(experiment)
         if found is None:
-            place = (root / "mlartifacts" / experiment).absolute().as_uri() if is_local(self.uri) else None
+            # Resolved, since that of a checkout is a link to the project's.
+            place = ((root / "mlartifacts").resolve() / experiment).as_uri() if is_local(self.uri) else None
             try:
                 return self._client.create_experiment(experiment, artifact_location=place)
             except MlflowException as error:

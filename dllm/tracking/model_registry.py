@@ -44,8 +44,8 @@ class Registered:
 
 
 def store_path(root: Path, digest: str) -> Path:
-    """Name the folder that keeps a registered checkpoint's bytes."""
-    return root.absolute() / STORE / digest[:16]
+    """Name the folder that keeps a registered checkpoint's bytes; that of a checkout is a link to the project's."""
+    return (root / STORE).resolve() / digest[:16]
 
 
 def register(
