@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -17,6 +19,7 @@ from prefect import get_client, get_run_logger
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.concurrency.sync import concurrency
+from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 
@@ -29,8 +32,22 @@ from dllm.stages import workspace as contract
 from flows.artifacts import ProgressBar, share
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder that stages run in."""
+
+    root: Path
+    logs: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Added to the environment of the stages."""
+
+
+HERE = Place(ROOT, ROOT / "logs")
+"""The project's folder."""
 GPU = f"gpu:{platform.node()}"
-"""Name of the concurrency limit. One slot is all GPUs of the machine: the ranks of a stage take them together."""
+"""Start of the names of concurrency limits: one slot for each GPU of the machine, `gpu:HOST:INDEX`."""
 DEADLINE_S = 7 * 24 * 3600.0
 """No stage takes this long: a hung one is stopped and frees its slot."""
 RECORD_EVERY_S = 5.0
@@ -43,6 +60,8 @@ HOLDER = re.compile(r"  \(PID (\d+)\): (.*)")
 PROGRESS = re.compile(r"^[\w :-]+: \d\S*( \w+( \(\d+%\))?)?  \S+ \w+/s\b|\d%\|")
 """Lines of `dllm.progress.Progress`, and of tqdm, which libraries use."""
 COMPLAINT = re.compile(r"dllm( rank \d+)?: |ERROR: ")
+FAILURE = re.compile(r"dllm( rank \d+)?: |ERROR: |Traceback \(most recent call last\)|[\w.]+(Error|Exception)\b(:|$)")
+WARNING = re.compile(r"(?i:warning\b)|.*\w*Warning: ")
 STAGE_CODE = re.compile(r"exited with (\d+)")
 
 
@@ -58,11 +77,11 @@ def alone(root: Path) -> Iterator[None]:
         yield
 
 
-def reproduce(root: Path, stage: str, force: bool = False) -> None:
+def reproduce(place: Place, stage: str, force: bool = False) -> None:
     """Run one stage through DVC, if it is out of date.
 
     Args:
-        root: the project's folder.
+        place: where.
         stage: the stage.
         force: run it even if DVC considers it up to date.
 
@@ -71,18 +90,18 @@ def reproduce(root: Path, stage: str, force: bool = False) -> None:
         StageError: it failed otherwise; the message is the stage's error line.
     """
     argv = ["dvc", "--wait-for-lock", "repro", "--single-item", stage]
-    _run(root, stage, [sys.executable, "-m", *argv, *(["--force"] if force else [])])
+    _run(place, stage, [sys.executable, "-m", *argv, *(["--force"] if force else [])])
 
 
-def run_verb(root: Path, *words: str, name: str | None = None) -> None:
+def run_verb(place: Place, *words: str, name: str | None = None) -> None:
     """Run a verb of `python -m dllm` with its arguments; raises as `reproduce` does.
 
     Args:
-        root: the project's folder.
+        place: where.
         words: the verb and its arguments.
         name: name of its log and its progress bar; None takes the verb.
     """
-    _run(root, name or words[0], [sys.executable, "-m", "dllm", *words])
+    _run(place, name or words[0], [sys.executable, "-m", "dllm", *words])
 
 
 class Retries(TypedDict):
@@ -107,22 +126,26 @@ WHEN_A_SERVER_IS_BACK: Retries = {
 
 
 def gpu_slot() -> AbstractContextManager[None]:
-    """Hold the machine's GPU slot while a stage runs; without GPUs, hold nothing.
+    """Hold the slots of the GPUs that a stage sees while it runs; without GPUs, hold nothing.
 
-    A taken slot is waited for. A lease that cannot be renewed for a moment does not stop the stage.
+    Taken slots are waited for, all together. A lease that cannot be renewed for a moment does not stop the stage.
     """
-    if not process.has_gpu():
+    names = [f"{GPU}:{index}" for index in process.visible_gpus()]
+    if not names:
         return nullcontext()
     with get_client(sync_client=True) as client:
-        try:
-            client.read_global_concurrency_limit_by_name(GPU)
-        except ObjectNotFound:
-            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=GPU, limit=1))
-    return concurrency(GPU, occupy=1, strict=True, raise_on_lease_renewal_failure=False)
+        for name in names:
+            try:
+                client.read_global_concurrency_limit_by_name(name)
+            except ObjectNotFound:
+                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
+    return concurrency(names, occupy=1, strict=True, raise_on_lease_renewal_failure=False)
 
 
-def _run(root: Path, stage: str, argv: Sequence[str]) -> None:
+def _run(place: Place, stage: str, argv: Sequence[str]) -> None:
+    log_file = place.logs / f"{stage}.log"
     environment = {
+        **place.env,
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
         "PYTHONUNBUFFERED": "1",
         "DLLM_FLOW_RUN": str(flow_run.id or ""),
@@ -131,24 +154,24 @@ def _run(root: Path, stage: str, argv: Sequence[str]) -> None:
     secrets.install()  # a worker's flow run enters here
     relay = _Relay(stage)
     try:
-        result = process.run(
-            argv, env=environment, cwd=root, deadline_s=DEADLINE_S, log=relay, log_file=root / "logs" / f"{stage}.log"
-        )
+        result = process.run(argv, env=environment, cwd=place.root, deadline_s=DEADLINE_S, log=relay, log_file=log_file)
     finally:  # after SIGKILL (cancelled, out of memory) the MLflow run of the stage is still open
         with contextlib.suppress(DllmError, OSError):  # a store that cannot be used fails no stage
-            contract.close(root)
+            contract.close(ROOT)
     relay.bar.catch_up()
     get_run_logger().info("%s: exit code %d after %.1f s", stage, result.code, result.seconds)
     if result.code == 0:
         return
-    _report_holder(root, result.tail)
+    _report_holder(place.root, result.tail)
     complaints = [line for line in result.tail if COMPLAINT.match(line)]
     codes = [int(match[1]) for line in result.tail if (match := STAGE_CODE.search(line))]  # dvc's own is always 255
     reason = COMPLAINT.sub("", complaints[0], count=1) if complaints else f"exit code {result.code}"
     if "is not a git repository" in reason:
-        raise StageError("DVC looks for git here", where=str(root), hint="outside git: `dvc config core.no_scm true`")
+        raise StageError(
+            "DVC looks for git here", where=str(place.root), hint="outside git: `dvc config core.no_scm true`"
+        )
     kind = ServerError if ServerError.exit_code in [result.code, *codes] else StageError
-    raise kind(f"stage {stage} failed: {reason}", where=f"logs/{stage}.log")
+    raise kind(f"stage {stage} failed: {reason}", where=str(log_file.relative_to(ROOT)))
 
 
 def _report_holder(root: Path, lines: Sequence[str]) -> None:
@@ -169,6 +192,8 @@ class _Relay:
         print(f"\n== {stage} ==", flush=True)
 
     def __call__(self, line: str) -> None:
+        if (context := FlowRunContext.get()) is not None:  # paused: the stage is stopped, and resumes with the run
+            context.flow_run_suspension_request.raise_if_requested()
         if DVC_CHATTER.match(line):
             return
         print(line, flush=True)
@@ -177,4 +202,11 @@ class _Relay:
             if time.monotonic() - self._recorded < RECORD_EVERY_S:
                 return
             self._recorded = time.monotonic()
-        self._logger.info("%s", line)
+        self._logger.log(level(line), "%s", line)
+
+
+def level(line: str) -> int:
+    """Return the level at which a stage's line is logged."""
+    if FAILURE.match(line):
+        return logging.ERROR
+    return logging.WARNING if WARNING.match(line) else logging.INFO
