@@ -26,6 +26,8 @@ setup: $(INSTALLED)  ## create .venv with what the default recipe needs
 $(INSTALLED): pyproject.toml constraints.txt
 	@[ -n "$(PYTHON)" ] || { echo "make: no Python 3.11 or later found; install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@PYTHON=$(PYTHON) bash infra/setup.sh
+	@# Vega, for the pages of `dvc plots`: drawn without a network.
+	@$(PY) -c "import pathlib, vl_convert; pathlib.Path('.dvc/vega.js').write_text(vl_convert.javascript_bundle())"
 	@touch $@
 
 # A server pins its own torch and transformers: an environment of its own, without constraints.txt.

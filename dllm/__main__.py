@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from dllm import secrets
 from dllm.errors import DllmError, StageError
-from dllm.files import is_disk_full
+from dllm.files import is_disk_full, refuse_pipes
 from dllm.outside import MAX_LINE, one_line
 from dllm.process import signals
 from dllm.process.output import outlive_readers
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     # First of all. Even imports take a while.
     with signals.handled(signal.SIGTERM, signal.SIGINT):
         follow_parent()
+        refuse_pipes()
         outlive_readers()
         bypass_for_loopback()
         secrets.install()

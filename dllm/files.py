@@ -8,6 +8,7 @@ import fcntl
 import os
 import shutil
 import stat
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,6 +139,29 @@ def open_lock(path: Path) -> TextIO:
 
 def _no_lock(path: Path) -> StageError:
     return StageError("a link, or no file, stands in place of the lock", where=str(path), hint="remove it")
+
+
+def refuse_pipes() -> None:
+    """Let this process open no named pipe in place of a file, from now on: reading one waits for ever.
+
+    Pipes that a shell has made (`<(zcat rows.gz)`), and those opened without blocking, stay usable.
+    """
+    sys.addaudithook(_refuse_pipe)
+
+
+def _refuse_pipe(event: str, arguments: tuple[object, ...]) -> None:
+    if event != "open":
+        return
+    path, _, flags = arguments
+    if not isinstance(path, str | bytes) or (isinstance(flags, int) and flags & os.O_NONBLOCK):
+        return
+    name = os.fsdecode(path)
+    try:
+        is_pipe = stat.S_ISFIFO(Path(name).stat().st_mode) and not name.startswith(("/dev/", "/proc/"))
+    except (OSError, ValueError):
+        return
+    if is_pipe:
+        raise OSError(errno.EINVAL, "a pipe stands in place of a file", name)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -32,12 +31,15 @@ from dllm.process import children as process
 from dllm.process import signals
 from dllm.secrets import hide_in
 from dllm.tracking import provenance
+from dllm.tracking.execution import Execution
 from dllm.tracking.runs import NullTracker, Status, Tracker, flatten
 
 SIDECAR = "stage.json"
 """In a work folder while its result is unfinished: the MLflow run, when it was started, and the seconds so far."""
 RUN = "run.json"
 """How a result was made, and the digest of each published file."""
+HEADLINE = "headline.json"
+"""The few metrics that `dvc metrics` and `dvc exp show` print; metrics.json has all of them."""
 START_GRACE_S = 10.0
 """From a signal to the end of a process that waits for MLflow to make its run."""
 LINKED = (".safetensors", ".parquet")
@@ -115,6 +117,10 @@ class Workspace:
     """The MLflow experiment; None leaves no run."""
     run_name: str | None = None
     """Of the MLflow run; None takes `name`."""
+    constants: set[str] = field(default_factory=set)
+    """Keys of metrics that are sizes and settings: parameters in MLflow, which draws a chart of each metric."""
+    execution: Execution | None = None
+    """What the stage is part of; its MLflow run is nested in that of the execution."""
     publisher: Publish = publish_tree
     resume_hint: str | None = None
     """How to resume, for the message after a signal; None names the work folder."""
@@ -165,8 +171,15 @@ class Workspace:
         """Record the time spent so far, for the call after a kill."""
         write_json(self.work / SIDECAR, {**self._before, "seconds": round(self.seconds, 3)})
 
-    def publish(self, files: Mapping[str, Path], metrics: Mapping[str, Any], *, step: int = 0) -> None:
-        """Publish the results: the files, metrics.json and run.json. Ranks above 0 do nothing.
+    def publish(
+        self,
+        files: Mapping[str, Path],
+        metrics: Mapping[str, Any],
+        *,
+        step: int = 0,
+        headline: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Publish the results: the files, metrics.json, headline.json and run.json. Ranks above 0 do nothing.
 
         Numbers among the metrics go to the MLflow run too, at `step`.
 
@@ -174,6 +187,7 @@ class Workspace:
             files: name in the published folder (it may hold `/`) to a file in work.
             metrics: the content of metrics.json.
             step: position of the figures on the MLflow run's axis.
+            headline: the content of headline.json, the few metrics that DVC shows; None writes none.
 
         Raises:
             StageError: a file is missing or the disk is full.
@@ -182,18 +196,23 @@ class Workspace:
             return
         run = {**self.record, "status": "finished", "seconds": round(self.seconds, 3)}
         run["outputs"] = {name: file_digest(path) for name, path in files.items() if path.is_file()}
-        run["outputs"]["metrics.json"] = hashlib.sha256(_json(metrics)).hexdigest()
+        records = {"metrics.json": metrics} | ({} if headline is None else {HEADLINE: headline})
+        run["outputs"] |= {name: hashlib.sha256(_json(record)).hexdigest() for name, record in records.items()}
         with full_disk_in_one_line(self.out):
-            self.publisher(self.out, files, {"metrics.json": metrics, RUN: run})
+            self.publisher(self.out, files, {**records, RUN: run})
         self.log(metrics, step)
+        self.tracker.log_headline(_figures(headline or {}))
 
     def log(self, metrics: Mapping[str, Any], step: int = 0) -> None:
-        """Send the numbers among the metrics to the MLflow run."""
-        figures = {
-            key: value
-            for key, value in flatten(metrics).items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
+        """Send the numbers among the metrics to the MLflow run; a breakdown in one part, which repeats them, is not."""
+        figures = _figures(metrics)
+        repeated = {f"{key}.{only}." for key, parts in metrics.items() if _is_one_part(parts) for only in parts}
+        for key in [key for key in figures if any(key.startswith(prefix) for prefix in repeated)]:
+            if figures[key] == figures.get(key.split(".", 2)[2]):
+                del figures[key]
+        sizes = {key: figures.pop(key) for key in self.constants & figures.keys()}
+        if sizes:
+            self.tracker.log_params({self.name: sizes})
         self.tracker.log_metrics(figures, step)
 
     def _tracked(self) -> Iterator[None]:
@@ -203,10 +222,16 @@ class Workspace:
         bystanders = process.children()
         with signals.uninterrupted(START_GRACE_S):  # a run that was made is known to the next call
             if self.experiment is not None:
-                from dllm.tracking.mlflow_runs import MlflowTracker  # 2 seconds, which other ranks need not wait
+                from dllm.tracking.mlflow_runs import (  # 2 seconds; other ranks need not wait
+                    MlflowTracker,
+                    StageTracker,
+                )
 
                 name, run_id = self.run_name or self.name, before.get("mlflow_run_id")
-                self.tracker = MlflowTracker(self.root, self.experiment, name, run_id, self.work)
+                if self.execution is None:
+                    self.tracker = MlflowTracker(self.root, self.experiment, name, run_id, self.work)
+                else:
+                    self.tracker = StageTracker(self.execution, run_id, self.work)
             run_id = self.tracker.run_id
             self._before = {"mlflow_run_id": run_id, "started": started, "seconds": before.get("seconds", 0.0)}
             write_json(sidecar, self._before)
@@ -265,10 +290,17 @@ class Workspace:
             tags["mlflow.source.git.commit"] = str(git["commit"])
         else:
             tags["dllm.no_git_commit"] = str(git["reason"])
-        if flow_run := os.environ.get("DLLM_FLOW_RUN"):
-            tags["dllm.flow_run"] = flow_run
         self.tracker.set_tags(tags)
         return record
+
+
+def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
+    flat = flatten(metrics).items()
+    return {key: value for key, value in flat if isinstance(value, int | float) and not isinstance(value, bool)}
+
+
+def _is_one_part(parts: Any) -> bool:
+    return isinstance(parts, Mapping) and len(parts) == 1 and all(isinstance(part, Mapping) for part in parts.values())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

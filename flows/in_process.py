@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from dllm.process import children, signals
 from dllm.process.output import outlive_readers
 from dllm.process.parent import follow_parent
 from dllm.process.proxies import bypass_for_loopback, drop_unusable
-from infra.servers import PASSWORD, close_flow_runs, gated, new_password, recorded_api
+from infra.servers import PASSWORD, close_flow_runs, gated, new_password, recorded_api, sole_owner
 
 STOP_S = 5.0
 """How long Prefect may take, after a signal and when no child runs, to return; it may be waiting to retry."""
@@ -93,6 +94,9 @@ def _find_server() -> None:
     if address := PREFECT_API_URL.value():
         _check_server(address)
         return
+    held = contextlib.ExitStack()
+    held.enter_context(sole_owner())
+    atexit.register(held.close)
     password = new_password()
     server = gated("prefect", 0, password)
     atexit.register(server.stop)  # not before: Prefect sends its last logs when the interpreter ends

@@ -16,12 +16,13 @@ import sys
 import time
 import tomllib
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from dllm.errors import ServerError
+from dllm.errors import ServerError, StageError
+from dllm.files import lock_folder
 from dllm.process import children as process
 from dllm.process import signals
 from dllm.secrets import remember
@@ -156,6 +157,24 @@ def request(address: str, password: str | None, body: object = None) -> Any:
             return json.load(response)
     except ValueError as error:
         raise OSError(f"no JSON: {error}") from None
+
+
+@contextlib.contextmanager
+def sole_owner() -> Iterator[None]:
+    """Hold Prefect's database, for a server that closes what an earlier one has left: of those there is one at a time.
+
+    Raises:
+        StageError: a `make run` or `make serve` holds it; its process is named.
+    """
+    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock_folder(home))
+        except StageError as error:
+            hint = "wait until that `make run` or `make serve` has ended; a run started while `make serve` runs uses it"
+            raise StageError(f"Prefect's database is in use: {error.message}", where=str(home), hint=hint) from None
+        yield
 
 
 def close_flow_runs(api: str, password: str) -> None:

@@ -6,6 +6,7 @@ commands and `make run` find it, and two servers never share one database.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from servers import (
     new_password,
     recorded_api,
     request,
+    sole_owner,
     stop_all,
 )
 
@@ -52,13 +54,15 @@ COMMAND_DEADLINE_S = 300.0
 def main(what: str) -> int:
     """Start the servers, print their addresses, and run until a signal arrives; return the exit code."""
     started: list[Kept] = []
-    with signals.handled(signal.SIGTERM, signal.SIGINT):
+    with signals.handled(signal.SIGTERM, signal.SIGINT), contextlib.ExitStack() as held:
         outlive_readers()
         secrets.install()
         try:
             bypass_for_loopback()
             for variable in drop_unusable():
                 say(f"warning: {variable} names a proxy that cannot be used here; going on without it")
+            if what == "serve":
+                held.enter_context(sole_owner())
             (serve if what == "serve" else ui)(started)
             keep(started)
         except DllmError as error:
@@ -130,6 +134,9 @@ def serve(started: list[Kept]) -> None:
     """Start a Prefect server, deploy the flows of prefect.yaml, and start their workers."""
     port = _port("PREFECT_PORT", 4200)
     _check_free(port, "PREFECT_PORT")
+    if address := recorded_api().get("url"):
+        hint = f"`make run` uses that server; stop its `make ui` or `make serve`, or remove {PREFECT_TOML.name}"
+        raise StageError(f"{PREFECT_TOML.name} names a Prefect server already", where=str(address), hint=hint)
     password = new_password()
     api = _start_prefect(started, port, password)
     close_flow_runs(api, password)

@@ -96,3 +96,31 @@ def test_a_kill_in_the_middle_leaves_nothing_that_lasts(tmp_path: Path) -> None:
     assert not goal.exists() and len(names(tmp_path)) == 1
     fill(goal, "whole")
     assert names(tmp_path) == ["goal"]
+
+
+PIPES = """
+import os
+from pathlib import Path
+from dllm.files import refuse_pipes
+
+os.mkfifo("pipe")
+refuse_pipes()
+for reading in (open, Path.read_bytes, Path.read_text, lambda p: os.open(p, os.O_RDONLY), lambda p: open(p, "a+b")):
+    try:
+        reading(Path("pipe"))
+    except OSError as error:
+        assert error.strerror == "a pipe stands in place of a file" and error.filename == "pipe", error
+    else:
+        raise AssertionError(reading)
+os.close(os.open("pipe", os.O_RDONLY | os.O_NONBLOCK))
+read_end, write_end = os.pipe()
+os.write(write_end, b"of a shell")
+os.close(write_end)
+print(Path(f"/dev/fd/{read_end}").read_text(), end="")
+"""
+
+
+def test_no_named_pipe_is_waited_for(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", PIPES]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "of a shell", done.stderr

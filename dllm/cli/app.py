@@ -78,8 +78,10 @@ def _run_stage(name: str, params: Path, overrides: Sequence[str], root: Path) ->
 
     root = root.resolve()
     checked = load_params(root / params, overrides)
-    if name in IN_RANKS and checked.train.nproc > 1 and not launch.is_rank():
-        raise SystemExit(launch.run(sys.orig_argv, checked.train.nproc))  # the ranks run this very command
+    if name in IN_RANKS and checked.train.nproc > 1:
+        if not launch.is_rank():
+            raise SystemExit(launch.run(sys.orig_argv, checked.train.nproc))  # the ranks run this very command
+        launch.note_ranks(checked.train.nproc)
     if name in IN_RANKS:
         launch.keep_freed_memory()
     importlib.import_module(f"dllm.stages.{name}").run(checked, root)
@@ -129,7 +131,23 @@ def verify(root: Root = Path(), debug: Debug = False) -> None:
 
 @app.command()
 def report(root: Root = Path(), debug: Debug = False) -> None:
-    """Print the results of the stages under out/ as one table."""
-    from dllm.cli import report as tables
+    """Print the results of the stages under out/ as one table, and write them with curves and samples as a page."""
+    from dllm.report import page, terminal
 
-    tables.print_report(root.resolve())
+    root = root.resolve()
+    terminal.print_report(root)
+    run = page.Run.read(root)
+    page.write([run], root / page.FILE, f"dllm: {run.label}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Folders that hold an out/, git revisions, DVC experiments.")],
+    root: Root = Path(),
+    to: Annotated[Path, typer.Option(help="The page to write.")] = Path("out", "report", "compare.html"),
+    debug: Debug = False,
+) -> None:
+    """Print the figures of several runs side by side, and write them with their curves over one another as a page."""
+    from dllm.cli import compare as verb
+
+    verb.print_comparison(runs, root.resolve(), to)

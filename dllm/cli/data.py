@@ -1,4 +1,4 @@
-"""The verbs `data verify`, `show` and `merge`; what imports pyarrow or torch is imported when a verb needs it."""
+"""The verbs `data verify`, `show`, `diff` and `merge`; pyarrow and torch are imported when a verb needs them."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dllm.cli.options import Debug
+from dllm.cli.options import Debug, Root
 
-app = typer.Typer(help="Verify, show and merge folders of regenerated responses.", no_args_is_help=True)
+app = typer.Typer(help="Verify, show, compare and merge folders of regenerated responses.", no_args_is_help=True)
 
 Responses = Annotated[Path, typer.Argument(metavar="D", help="A folder of responses: shards and a manifest.")]
 
@@ -49,6 +49,23 @@ def show_data(
     from dllm.cli.show import show_folder
 
     show_folder(folder, row=row, prompt=prompt, limit=limit, tokens=tokens, max_length=max_length, model=model)
+
+
+@app.command("diff")
+def diff_data(
+    a: Annotated[str, typer.Argument(metavar="A", help="A folder, a git revision, or a DVC experiment.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="What it is compared with.")] = "out/regenerate",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    root: Root = Path(),
+    debug: Debug = False,
+) -> None:
+    """Compare two regenerations: rows added and removed, responses changed, lengths, flags, settings.
+
+    Of a revision, out/regenerate is taken from DVC's cache or remote; the working tree stays as it is.
+    """
+    from dllm.cli.data_diff import print_diff
+
+    print_diff(a, b, root.resolve(), as_json)
 
 
 @app.command("merge")

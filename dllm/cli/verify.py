@@ -15,7 +15,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dllm.cli.report import WIDTH
 from dllm.digests import check_files, unsealed
 from dllm.errors import DataError, DllmError, ModelError, ServerError
 from dllm.methods.dflash.features import check_part
@@ -23,6 +22,7 @@ from dllm.methods.dflash.method import FEATURES
 from dllm.models import builtin
 from dllm.models.checkpoints import check_bytes
 from dllm.regeneration.journal import count_damaged
+from dllm.report.terminal import WIDTH
 from dllm.responses import shards
 from dllm.stages import STAGES
 from dllm.stages.records import OUTPUTS, check_published, read_record

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dllm.decoding.proposals import row_generators
 from dllm.decoding.settings import SampledSettings
-from dllm.models.drafts.protocol import Proposal, Sampling, most_probable
+from dllm.models.drafts.proposal import Proposal, Sampling, most_probable
 
 NUCLEUS = 128
 """Most probable tokens examined first: sorting a whole vocabulary takes longer than what it is for."""

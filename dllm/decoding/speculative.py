@@ -25,7 +25,8 @@ from transformers import DynamicCache, PreTrainedModel
 from dllm.decoding.acceptance import RoundCounts
 from dllm.decoding.sampling import TargetSampling, verify
 from dllm.errors import DataError, ModelError
-from dllm.models.drafts.protocol import BlockRequest, Draft, Proposal, TargetIO
+from dllm.models.drafts.proposal import BlockRequest, Proposal
+from dllm.models.drafts.protocol import Draft, TargetIO
 from dllm.models.packing import packed_linears
 from dllm.models.taps import capture
 

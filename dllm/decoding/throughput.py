@@ -20,7 +20,7 @@ import torch
 from transformers import DynamicCache
 
 from dllm.decoding.speculative import Decoder
-from dllm.models.drafts.protocol import most_probable
+from dllm.models.drafts.proposal import most_probable
 
 REPEATS = 5
 """Most measurements of a time, whose median counts; a first one is left out."""

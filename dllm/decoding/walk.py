@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dllm.decoding.acceptance import RoundCounts
-from dllm.models.drafts.protocol import Draft, TargetIO, most_probable
+from dllm.models.drafts.proposal import most_probable
+from dllm.models.drafts.protocol import Draft, TargetIO
 from dllm.models.taps import compute
 
 TOKENS_AT_ONCE, TOKENS_A_PASS = 16_384, 2048

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dllm.config.params import Params, Regenerate, Target
 from dllm.engines.engine import EngineStats, Request, RequestSource, Response
@@ -26,6 +28,7 @@ from dllm.errors import ModelError
 from dllm.models import targets
 from dllm.models.packing import packed_linears
 from dllm.models.slots import SlotCache, slot_attention
+from dllm.models.target_config import built_config, check_config
 from dllm.prompts import template as chat
 
 REFILL = 16
@@ -54,7 +57,7 @@ class LocalEngine:
     is_external = False
 
     def __init__(self, model: Any, tokenizer: Any, stop_ids: set[int], batch_size: int) -> None:
-        check_attention(model.config)
+        check_attention(model.config, type(model))
         self.model, self.tokenizer, self.stop_ids, self.batch_size = model, tokenizer, stop_ids, batch_size
         self.stats = EngineStats()
 
@@ -64,12 +67,14 @@ class LocalEngine:
 
     @classmethod
     def check_target(cls, target: Target) -> None:
+        path = targets.locate(target, weights=False)
+        check_config(target, path)
         try:
-            path = targets.locate(target, weights=False)
-            config = AutoConfig.from_pretrained(path, trust_remote_code=target.trust_remote_code)
-        except (OSError, ValueError, KeyError):  # transformers does not know it; whoever loads it says so
+            config = built_config(target, path)
+        except ModelError:  # transformers does not know it; whoever loads it says so
             return
-        check_attention(config.get_text_config())
+        known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        check_attention(config, known[0] if isinstance(known, tuple) else known)
 
     @classmethod
     def num_slots(cls, settings: Regenerate) -> int:
@@ -96,19 +101,36 @@ class LocalEngine:
             yield from _Decoding(self, requests).run()
 
 
-def check_attention(config: Any) -> None:
-    """Check that the static cache serves all layers of a target.
+def check_attention(config: Any, model_class: type[Any] | None) -> None:
+    """Check that the static cache and its attention serve all layers of a target.
+
+    Args:
+        config: the target's.
+        model_class: the class that builds it; None where its code is not of transformers.
 
     Raises:
-        ModelError: one has other than full attention, such as a window or a recurrent state.
+        ModelError: a layer has other than full attention, such as a window or a recurrent state, or the model's code
+            takes no attention from outside.
     """
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(config, "final_logit_softcapping", None):
-        raise ModelError(
-            f"the local engine supports full attention only; this target has {sorted(kinds)}",
-            where="regenerate.engine",
-            hint="serve the target and use engine: openai",
-        )
+    config = config.get_text_config()
+    others = {type(layer).__name__ for layer in DynamicCache(config=config).layers} - {DynamicLayer.__name__}
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    window = getattr(config, "sliding_window", None)
+    if window and others and not kinds and window >= getattr(config, "max_position_embeddings", 0):
+        others = set()
+    if kinds or others:
+        what = ", ".join(sorted(kinds)) or (f"sliding_window {window}" if window else ", ".join(sorted(others)))
+    elif getattr(config, "final_logit_softcapping", None):
+        what = "final_logit_softcapping"
+    elif model_class and not (model_class._supports_attention_backend and model_class._supports_sdpa):
+        what = f"the attention of {model_class.__name__}"
+    else:
+        return
+    raise ModelError(
+        f"the local engine supports full attention only; this target has {what}",
+        where="regenerate.engine",
+        hint="serve the target and use engine: openai",
+    )
 
 
 class _Decoding:

@@ -10,6 +10,8 @@ DASH = "–"
 """Shown in place of a figure that is not there."""
 Row = tuple[str, str]
 """A label and a formatted value."""
+Points = Sequence[tuple[float, float | None, str]]
+"""Points of a plot: x, y, and the line that it is on."""
 Records = Mapping[str, Mapping[str, Any]]
 """The metrics.json of each finished stage, by the name of the stage."""
 

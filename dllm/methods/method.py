@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from dllm.config.section import Section
-from dllm.methods.figures import Records, Row, Table
+from dllm.methods.figures import Points, Records, Row, Table
 
 if TYPE_CHECKING:
     from dllm.config.params import Params
@@ -77,6 +77,8 @@ class Publication:
     """Files of out/train/checkpoint/, which is registered."""
     panels: Sequence[Sequence[str]]
     """Metrics that share a panel of curves.png, panel by panel."""
+    curves: Mapping[str, str] = field(default_factory=dict)
+    """Metrics that `dvc plots` shows over steps besides the loss, by plot (dllm/stages/plots.py)."""
     evaluation: Mapping[str, Path] = field(default_factory=dict)
     """Files of out/train/evaluation/: inputs of this method's evaluation other than the prompts and the checkpoint."""
     beside: Mapping[str, Path] = field(default_factory=dict)
@@ -107,6 +109,10 @@ class Evaluation:
     """metrics.json; `heldout_digest` names the data, so that only scores on the same data are compared."""
     picture: Path
     """A PNG."""
+    headline: Mapping[str, Any] = field(default_factory=dict)
+    """headline.json, at most 10 figures, which `dvc metrics` and `dvc exp show` print."""
+    plots: Mapping[str, Points] = field(default_factory=dict)
+    """Points of what `dvc plots` shows, by plot (dllm/stages/plots.py)."""
     files: Mapping[str, Path] = field(default_factory=dict)
     """Other files of out/evaluate/: name to a file in work."""
     scratch: Sequence[Path] = ()

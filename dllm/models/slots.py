@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from dllm.errors import ModelError
+
 ATTENTION = "dllm_slots"
 POSITION_MULTIPLE = 16
 """Positions are allocated, and read, in multiples of it, so that a sum over them has the same order at any length."""
@@ -132,6 +134,11 @@ def slot_attention(model: Any) -> Iterator[None]:
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **more: Any
 ) -> tuple[Tensor, None]:
+    # A model that passes one of these has other attention, and was to be refused before.
+    if others := [name for name in ("sliding_window", "softcap", "s_aux") if more.get(name) is not None]:
+        raise ModelError(
+            f"the local engine supports no attention with {', '.join(others)}", where=type(module).__name__
+        )
     if mask is None:
         # transformers passes this argument through unread; here it carries each prompt's slice.
         parts = more["cu_seq_lens_q"]
@@ -140,7 +147,7 @@ def _attend(
     batch, heads, size = query.shape[0], query.shape[1], query.shape[3]
     grouped = query.view(batch, key.shape[1], heads // key.shape[1], size)
     mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
-    return mixed.reshape(batch, 1, heads, size), None
+    return mixed.reshape(batch, 1, heads, value.shape[3]), None
 
 
 def _one_prompt(query: Tensor, key: Tensor, value: Tensor, part: slice, scaling: float) -> Tensor:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,8 @@ from dllm.digests import file_digest
 from dllm.errors import ConfigError, ModelError
 from dllm.models import builtin
 from dllm.models.quiet import without_warnings
-from dllm.models.target_config import check_config
+from dllm.models.target_config import built_config, check_config, not_built, read_config
+from dllm.outside import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -152,8 +153,29 @@ def load_tokenizer(target: Target) -> PreTrainedTokenizerBase:
     try:
         with without_warnings():  # of a config whose model has code of its own
             return AutoTokenizer.from_pretrained(path, trust_remote_code=target.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read the tokenizer: {_first_line(error)}", where=str(path)) from None
+    except Exception as error:  # its files hold anything, and each kind of tokenizer has a reader of its own
+        what = f"cannot read the tokenizer: {one_line(str(error), 250)}"
+        raise ModelError(what, where=str(path)) from error
+
+
+def check_vocabulary(target: Target, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> None:
+    """Refuse a tokenizer with tokens that have no row in the target's embedding; added ones may, while none is used.
+
+    Args:
+        ids: of a rendered prompt.
+
+    Raises:
+        ModelError: there is such a token.
+    """
+    path = locate(target, weights=False)
+    raw = read_config(path)
+    text = raw.get("text_config") or raw
+    rows = text.get("embedding_size") or text.get("vocab_size")
+    last = max(tokenizer.vocab_size - 1, *ids)
+    if isinstance(rows, int) and last >= rows:
+        token = one_line(str(tokenizer.convert_ids_to_tokens(last)), 60)
+        what = f"the tokenizer has token {last} ({token}), and the embedding {rows} rows"
+        raise ModelError(what, where=str(path), hint="the tokenizer is another model's, or rows were not added for it")
 
 
 def max_positions(target: Target) -> int | None:
@@ -182,9 +204,8 @@ def load_target(
         ModelError: the directory holds no causal model that can be read, or its own code does not load here.
     """
     import torch
-    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
     from transformers.utils import logging
 
     from dllm.models.diffusion import llada, older_code
@@ -201,29 +222,27 @@ def load_target(
     own: dict[str, str] = {}
     check_config(target, path)
     try:
-        if target.trust_remote_code:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=True)
-            own = getattr(config, "auto_map", None) or {}
         if not target.trust_remote_code and llada.is_llada(path):
             model, report = llada.load(path, asked["dtype"])
             return _ready(model, report, path, device)
+        config = built_config(target, path)
+        if target.trust_remote_code:
+            own = getattr(config, "auto_map", None) or {}
         kind = next((name for name in ("AutoModelForCausalLM", "AutoModel") if name in own), None)
         if kind is not None:
             older_code.prepare(own[kind], path)
         if kind == "AutoModel":  # as Nemotron-Labs-Diffusion's
             read = AutoModel.from_pretrained
-        model, report = read(path, output_loading_info=True, **asked)
+        with without_warnings():  # of what the report has
+            model, report = read(path, output_loading_info=True, ignore_mismatched_sizes=True, **asked)
         if kind is not None:
             older_code.settle(model)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot read the target: {_first_line(error)}", where=str(path)) from None
-    except (ImportError, AttributeError, TypeError, KeyError) as error:
-        if not (target.trust_remote_code and any(path.glob("*.py"))):
-            raise
-        told = f"{type(error).__name__}: {_first_line(error)}"
-        raise ModelError(
-            f"the model's own code fails with transformers {transformers.__version__} ({told})", where=str(path)
-        ) from error
+    except (ImportError, AttributeError, TypeError, LookupError) as error:
+        raise not_built(target, path, error, "cannot build the target") from error
+    if kind is None:
+        _check_unread(model, report, path)
     return _ready(model, report, path, device)
 
 
@@ -234,22 +253,38 @@ def empty_target(target: Target) -> PreTrainedModel:
         ModelError: transformers knows no such causal model, or its config has a key that is not supported.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     path = locate(target, weights=False)
     check_config(target, path)
+    config = built_config(target, path)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=target.trust_remote_code)
-        with torch.device("meta"):
+        with torch.device("meta"), without_warnings():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=target.trust_remote_code
             )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise ModelError(f"cannot build the target: {_first_line(error)}", where=str(path)) from None
+    except Exception as error:  # sizes that do not fit each other fail anywhere
+        raise not_built(target, path, error, "cannot build the target") from error
     return model
 
 
+def _check_unread(model: Any, report: Mapping[str, Any], path: Path) -> None:
+    """Refuse weights that the config leaves out: layers beyond its number, biases and scales that it does not name.
+
+    Other tensors that are not read, such as buffers of older versions or whole parts beside the text model, pass.
+    """
+    places = {re.sub(r"\d+", "#", name.rpartition(".")[0]) for name, _ in model.named_parameters()}
+    unread = sorted(key for key in report["unexpected_keys"] if re.sub(r"\d+", "#", key.rpartition(".")[0]) in places)
+    if unread:
+        what = f"its config leaves out {len(unread)} tensors of the target, {unread[0]} among them"
+        raise ModelError(what, where=str(path), hint="check the numbers of layers and the switches in config.json")
+
+
 def _ready(model: Any, report: Mapping[str, Any], path: Path, device: torch.device | str | None) -> PreTrainedModel:
+    if wrong := sorted(report["mismatched_keys"]):
+        name, stored, expected = wrong[0]
+        what = f"{len(wrong)} tensors of the target are not as its config says: {name} is {tuple(stored)}"
+        raise ModelError(f"{what}, expected {tuple(expected)}", where=str(path))
     if missing := sorted(report["missing_keys"]):  # transformers would draw them at random
         raise ModelError(f"the target lacks {len(missing)} tensors, {missing[0]} among them", where=str(path))
     place: Any = best_device() if device is None else device

@@ -37,11 +37,13 @@ def identity(settings: Regenerate, target: Target, tokenizer: PreTrainedTokenize
     """
     factory = ENGINES[settings.engine]
     factory.check(settings)
-    chat.end_of_turn_id(tokenizer)  # raises for an unusable template before the first request
+    factory.check_target(target)
+    end = chat.end_of_turn_id(tokenizer)  # raises for an unusable template before the first request
     found = {"engine": settings.engine, "template": chat.template_digest(tokenizer)}
     if factory.is_external:  # the servers have the weights
         named = {"model": target.model, "revision": target.revision}
         return {**found, "target": named, "served_model": settings.served_model or target.model}
+    targets.check_vocabulary(target, tokenizer, [end])
     return {**found, "target": targets.identity(target)}
 
 

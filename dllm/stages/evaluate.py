@@ -11,6 +11,7 @@ from dllm.methods.method import EvaluateContext, Method
 from dllm.models import targets
 from dllm.prompts import sets
 from dllm.registry import METHODS
+from dllm.stages.plots import write_plots
 from dllm.stages.records import read_record, trained_method
 from dllm.stages.workspace import open_stage
 from dllm.workspace import RUN
@@ -43,7 +44,9 @@ def run(params: Params, root: Path) -> dict[str, Any]:
     ) as stage:
         found = method.evaluate(EvaluateContext(params, root, stage.work, stage.tracker))
         stage.tracker.log_artifact(found.picture)
-        stage.publish({PICTURE: found.picture, **found.files}, found.metrics)
+        stage.constants |= {"block_size"}
+        files = {PICTURE: found.picture, **found.files, **write_plots("evaluate", stage.work / "plots", found.plots)}
+        stage.publish(files, found.metrics, headline=found.headline)
         for folder in found.scratch:
             shutil.rmtree(folder)
         return found.metrics

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Params
 from dllm.engines.engine import EngineFactory
-from dllm.models.targets import load_tokenizer
+from dllm.models.targets import check_vocabulary, load_tokenizer
 from dllm.prompts.template import check_thinking_modes, prompt_ids
 from dllm.registry import ENGINES, METHODS
 
@@ -26,7 +26,8 @@ def check(params: Params) -> PreTrainedTokenizerBase:
     METHODS[params.train.mode].check_models(params)
     engine.check_target(params.target)
     tokenizer = load_tokenizer(params.target)
-    prompt_ids(tokenizer, [{"role": "user", "content": "Hello"}], params.target.enable_thinking)
+    ids = prompt_ids(tokenizer, [{"role": "user", "content": "Hello"}], params.target.enable_thinking)
+    check_vocabulary(params.target, tokenizer, ids)
     if params.evaluate.thinking is not None:
         check_thinking_modes(tokenizer, "evaluate.thinking")
     return tokenizer

@@ -17,6 +17,9 @@ from dllm.prompts import table as prompts
 from dllm.stages import preflight
 from dllm.stages.workspace import open_stage
 
+HEADLINE = ("prompts", "train", "heldout", "duplicates", "refused", "references")
+"""Figures of headline.json."""
+
 
 def run(params: Params, root: Path) -> dict[str, Any]:
     """Collect the prompts and publish them; return the counts.
@@ -50,8 +53,9 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         known = {prompt.id: prompt.reference for prompt in found if prompt.reference is not None}
         references.write_references(known, stage.work / references.FILE)
         counts["references"] = len(known)
+        headline = {name: counts[name] for name in HEADLINE}
         stage.record["read"] = {name: tally.to_json() | tally.reading.to_json() for name, tally in tallies.items()}
-        stage.publish({name: stage.work / name for name in (prompts.FILE, references.FILE)}, counts)
+        stage.publish({name: stage.work / name for name in (prompts.FILE, references.FILE)}, counts, headline=headline)
     for name, tally in counts["sources"].items():
         refused = "".join(f", {n} refused: {reason}" for reason, n in tally["refused"].items())
         print(

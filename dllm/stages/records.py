@@ -6,6 +6,7 @@ were damaged, or that another run has left.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def read_record(root: Path, stage: str, file: str) -> dict[str, Any]:
     except FileNotFoundError:
         hint = f"run `python -m dllm {stage}` or `dvc repro {stage}` first"
         raise StageError(f"stage {stage} has left no {file}", where=str(path), hint=hint) from None
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"damaged: {_one_line(error)}", where=str(path), hint=restore_hint(stage)) from None
     if file == RUN and OUTPUTS in record and not is_sealed(path.read_bytes()):
         raise DataError("damaged: it has lost its seal", where=str(path), hint=restore_hint(stage))
@@ -61,7 +62,7 @@ def check_published(root: Path, path: Path, digest: str | None = None) -> None:
         stage, *parts = path.relative_to(root / "out").parts
     except ValueError:
         return
-    if not (root / "out" / stage / RUN).is_file():
+    if not os.path.lexists(root / "out" / stage / RUN):
         return
     outputs = read_record(root, stage, RUN).get(OUTPUTS)
     if outputs is None:
@@ -92,7 +93,7 @@ def read_records(root: Path, file: str) -> Records:
     Raises:
         DataError: a file is not a JSON object.
     """
-    return {stage: read_record(root, stage, file) for stage in STAGES if (root / "out" / stage / file).is_file()}
+    return {stage: read_record(root, stage, file) for stage in STAGES if os.path.lexists(root / "out" / stage / file)}
 
 
 def lineage(root: Path, checkpoint_digest: str) -> tuple[Records, Records]:

@@ -19,6 +19,9 @@ from dllm.responses import shards
 from dllm.stages import preflight
 from dllm.stages.workspace import Stage, open_stage
 
+HEADLINE = ("rows", "rejected", "tokens", "tokens_per_response", "cut_share")
+"""Figures of headline.json."""
+
 
 def run(params: Params, root: Path) -> dict[str, Any]:
     """Generate the responses that are missing, publish all of them, and return the figures.
@@ -68,7 +71,8 @@ def _publish(stage: Stage, num_prompts: int, regenerated: Regenerated) -> dict[s
     }
     metrics = {"prompts": num_prompts, **counts, **regenerated.counts.lengths(), **regenerated.pace}
     stage.record["served"] = regenerated.served
-    stage.publish(core.write_records(regenerated, manifest), metrics)
+    headline = {name: metrics[name] for name in HEADLINE}
+    stage.publish(core.write_records(regenerated, manifest), metrics, headline=headline)
     core.remove_others(regenerated)
     print(f"regenerate: {core.summary(regenerated)}", flush=True)
     return metrics

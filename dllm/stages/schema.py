@@ -6,9 +6,9 @@ again. Files of code are no dependency of a stage: a docstring must not cost an 
 """
 
 SCHEMA = {
-    "prepare": 5,
-    "regenerate": 2,
-    "train": 2,
-    "evaluate": 5,
+    "prepare": 6,
+    "regenerate": 3,
+    "train": 3,
+    "evaluate": 7,
     "register": 1,
 }

@@ -18,6 +18,7 @@ from dllm.methods.method import Method, Publication, TrainContext
 from dllm.models import targets
 from dllm.registry import METHODS
 from dllm.stages import other_work
+from dllm.stages.plots import training_points, write_plots
 from dllm.stages.training_rows import announce, read_splits
 from dllm.stages.workspace import Stage, open_stage
 from dllm.training import journal
@@ -26,6 +27,9 @@ from dllm.training.distributed import Join, Ranks
 from dllm.training.loop import Loop
 from dllm.training.strategy import Split
 from dllm.workspace import fingerprint_of
+
+HEADLINE = ("steps", "best_step")
+"""Figures of headline.json, besides those of the held-out text."""
 
 
 def run(params: Params, root: Path) -> dict[str, Any]:
@@ -78,6 +82,7 @@ def _train(params: Params, root: Path, stage: Stage, ranks: Ranks, identity: dic
         "seconds": round(outcome.seconds, 3),
         **method.sizes(strategy),
     }
+    stage.constants |= {"block_size", *method.sizes(strategy)}
     if ranks.is_main:
         _publish(stage, method.publish(ctx, strategy, outcome, stage.work), metrics, outcome.steps)
     return metrics
@@ -85,11 +90,14 @@ def _train(params: Params, root: Path, stage: Stage, ranks: Ranks, identity: dic
 
 def _publish(stage: Stage, publication: Publication, metrics: dict[str, Any], step: int) -> None:
     log, picture, inputs = (stage.work / name for name in ("training.jsonl", "curves.png", "files.json"))
-    journal.draw_curves(journal.read(log), picture, publication.panels)
+    records, curves = journal.read(log), {"loss": "loss", **publication.curves}
+    journal.draw_curves(records, picture, publication.panels)
     stage.tracker.log_artifact(picture)
     # The list is there for every method, so that DVC has a folder to depend on.
     inputs.write_text(json.dumps(sorted(publication.evaluation)) + "\n")
     files = {f"checkpoint/{name}": path for name, path in publication.checkpoint.items()}
     files |= {f"evaluation/{name}": path for name, path in publication.evaluation.items()}
     files |= {"evaluation/files.json": inputs, "training.jsonl": log, "curves.png": picture}
-    stage.publish({**files, **publication.beside}, metrics, step=step)
+    files |= write_plots("train", stage.work / "plots", training_points(records, curves))
+    headline = {name: metrics.get(name) for name in (*(f"val_{figure}" for figure in curves.values()), *HEADLINE)}
+    stage.publish({**files, **publication.beside}, metrics, step=step, headline=headline)

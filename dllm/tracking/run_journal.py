@@ -26,7 +26,8 @@ OPEN = (None, "RUNNING")
 """Statuses of a run that has not ended."""
 
 Record = dict[str, Any]
-"""One of `metrics` (with `step`), `params`, `tags`, `artifact` (with `folder`) or `status`; all have `time`, in ms."""
+"""One of `metrics` (with `step`), `params`, `tags`, `inputs` (datasets), `artifact` (with `folder`) or `status`, each
+with its `time` in ms."""
 
 
 class RunJournal:
@@ -117,6 +118,10 @@ class RunJournal:
         with contextlib.suppress(OSError):  # a full disk: they are in doubt at the next start
             self._write_line({"taken": self._taken})
 
+    def next_step(self, prefix: str) -> int:
+        """Return the step after the last one of the metrics whose names start with a prefix."""
+        return max((step + 1 for key, step in self._points if key.startswith(prefix)), default=0)
+
     @property
     def is_closed(self) -> bool:
         """Whether `close` was called."""
@@ -194,6 +199,18 @@ def is_behind(root: Path) -> bool:
 def journal_path(root: Path, run_id: str) -> Path:
     """Return the file of a run's journal."""
     return root / FOLDER / f"{run_id}.jsonl"
+
+
+def is_open(path: Path) -> bool:
+    """Return whether a process has a journal open."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _parse(text: bytes) -> Record:

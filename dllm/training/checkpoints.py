@@ -88,7 +88,7 @@ class Checkpoints:
             StageError: a shard cannot be written.
         """
         folder = self._shards(step)
-        if (self.root / f"step-{step:06d}").exists():
+        if (self.root / _name(step)).exists():
             return
         folder.mkdir(parents=True, exist_ok=True)
         for kind, tensors in (("optimizer", optimizer), ("weights", weights or {})):
@@ -115,7 +115,7 @@ class Checkpoints:
         Raises:
             StageError: the disk is full or refuses.
         """
-        final = self.root / f"step-{state.step:06d}"
+        final = self.root / _name(state.step)
         if not final.exists():
             with atomic_folder(final) as aside:
                 try:
@@ -144,7 +144,7 @@ class Checkpoints:
         Raises:
             ModelError: there is none.
         """
-        path = self.root / f"step-{step:06d}"
+        path = self.root / _name(step)
         if not (path / STATE).exists():
             raise ModelError("the run's best checkpoint is missing", where=str(path), hint="delete the run's folder")
         return path
@@ -208,7 +208,7 @@ class Checkpoints:
         atomic_write(self.root / name, f"{target}\n".encode())
 
     def _prune(self, best_step: int | None) -> None:
-        spared = {*self._complete()[-self.keep :], self.root / f"step-{best_step or 0:06d}"}
+        spared = {*self._complete()[-self.keep :], self.root / _name(best_step or 0)}
         for path in self._complete():
             if path not in spared:
                 path.rename(self.root / f".{path.name}.doomed")  # so that a half-deleted one is never taken for whole
@@ -220,7 +220,7 @@ def read_state(directory: Path) -> dict[str, Any]:
     """Read a checkpoint's state.json: the fields of `TrainState`, `files` with their digests, the number of `shards`.
 
     Raises:
-        ModelError: it is missing, damaged, or written by another version.
+        ModelError: it is missing, damaged, of another step, or written by another version.
     """
     path = directory / STATE
     try:
@@ -230,6 +230,8 @@ def read_state(directory: Path) -> dict[str, Any]:
         raise ModelError(f"checkpoint is damaged: {error}", where=str(path), hint=AGAIN) from None
     if record.get("schema") != SCHEMA or not is_sealed(data):
         raise ModelError("checkpoint of another version", where=str(directory), hint="delete it, start again")
+    if directory.name != _name(record["step"]):
+        raise ModelError(f"it holds the checkpoint of step {record['step']}", where=str(directory), hint=AGAIN)
     return record
 
 
@@ -256,6 +258,10 @@ class _Sharded(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def _files(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from dllm.training import launch
 
 TIMEOUT = timedelta(minutes=30)
 """Collective timeout; one rank may fill its share of the feature cache while others wait."""
+
+NOTICE_S = 15.0
+"""Before a rank that waits for the others says so: the environment of an earlier torchrun may be left in a shell."""
 
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
@@ -121,31 +125,33 @@ class Join:
     first peer that misses it.
 
     Raises:
-        ConfigError: there are GPUs, but fewer than ranks.
-        StageError: another rank ended early and had no time to say why.
+        ConfigError: there are GPUs, but fewer than ranks; or the environment is half that of torchrun.
+        StageError: another rank ended early and had no time to say why, or did not come.
     """
 
     def __enter__(self) -> Ranks:
-        self.world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+        self.world, local = _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
         device = device_of(local, torch.cuda.device_count() if torch.cuda.is_available() else 0)
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.set_device(device)
         if self.world == 1:
             return Ranks(0, 1, device)
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        rank, local_world = _number("RANK"), _number("LOCAL_WORLD_SIZE", 1)
         if not cuda and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own default: it would idle most cores
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
         if local_world == self.world:  # one machine: stay on loopback
             for library in ("GLOO", "NCCL"):
                 os.environ.setdefault(f"{library}_SOCKET_IFNAME", LOOPBACK)
-        rank, backend = int(os.environ["RANK"]), "nccl" if cuda else "gloo"
-        # Without a store of ours, that of torchrun.
         path = os.environ.get(launch.STORE)
+        # Without a store of ours, that of torchrun.
+        place = "" if path else f" at {os.environ.get('MASTER_ADDR')}:{_number('MASTER_PORT')}"
         store = dist.FileStore(path, self.world) if path else None  # type: ignore[attr-defined]
-        dist.init_process_group(
-            backend, timeout=TIMEOUT, device_id=device if cuda else None, store=store, rank=rank, world_size=self.world
-        )
+        backend, gpu = ("nccl", device) if cuda else ("gloo", None)
+        with _met(rank, self.world, place):
+            dist.init_process_group(
+                backend, timeout=TIMEOUT, device_id=gpu, store=store, rank=rank, world_size=self.world
+            )
         return Ranks(rank, self.world, device)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -161,6 +167,43 @@ class Join:
                     raise SystemExit(launch.PEER_LOST) from None  # the launcher knows how the other one ended
             elif not _first_to_fail():
                 raise SystemExit(getattr(error, "exit_code", 1)) from None
+
+
+def _number(name: str, otherwise: int | None = None) -> int:
+    """Read a number that torchrun sets in the environment.
+
+    Raises:
+        ConfigError: it is missing or no number.
+    """
+    text = os.environ.get(name)
+    if text is None and otherwise is not None:
+        return otherwise
+    if text is None or not text.isascii() or not text.isdigit() or len(text) > 9:
+        found = "is missing" if text is None else f"is {text[:40]!r}"
+        hint = "start the ranks by torchrun, which sets it; or unset WORLD_SIZE to train alone"
+        raise ConfigError(f"{name} {found}", where="environment", hint=hint)
+    return int(text)
+
+
+@contextmanager
+def _met(rank: int, world: int, place: str) -> Iterator[None]:
+    """Wait for the other ranks, and say so when they are long in coming.
+
+    Raises:
+        StageError: they did not come, or do not fit together.
+    """
+    unset = "WORLD_SIZE is set in the environment; unset it to train alone"
+    line = f"dllm: rank {rank} of {world} waits for the others{place}: {unset}"
+    notice = threading.Timer(NOTICE_S, print, (line,), {"file": sys.stderr, "flush": True})
+    notice.daemon = True
+    notice.start()
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        cause = str(error).strip().partition("\n")[0][:200]
+        raise StageError(f"rank {rank} of {world} did not meet the others{place}: {cause}", hint=unset) from None
+    finally:
+        notice.cancel()
 
 
 @contextmanager

@@ -39,6 +39,14 @@ def is_rank() -> bool:
     return "WORLD_SIZE" in os.environ
 
 
+def note_ranks(nproc: int) -> None:
+    """Say that the environment, and not `train.nproc`, gives the number of ranks, where the two differ."""
+    world = os.environ.get("WORLD_SIZE")
+    if STORE not in os.environ and world != str(nproc) and os.environ.get("RANK", "0") == "0":
+        line = f"WORLD_SIZE={world} in the environment gives the number of ranks; train.nproc={nproc} has no effect"
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
 def keep_freed_memory() -> None:
     """Let this process keep the memory it frees, for the tensors of the next step.
 

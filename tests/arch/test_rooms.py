@@ -29,9 +29,12 @@ MAY_USE = {
     "lm_eval": GROUND | {"prompts", "responses", "models", "training", "decoding", "methods"},
     "stages": GROUND
     | {"workspace", "prompts", "responses", "models", "engines", "regeneration", "training", "decoding", "methods"},
+    "report": GROUND
+    | {"workspace", "prompts", "responses", "models", "engines", "regeneration", "training", "decoding", "methods"}
+    | {"stages"},
     "cli": GROUND
     | {"workspace", "prompts", "responses", "models", "engines", "regeneration", "training", "decoding", "methods"}
-    | {"lm_eval", "stages"},
+    | {"lm_eval", "stages", "report"},
     "__main__": {"outside", "errors", "secrets", "process", "cli", "files"},
 }
 """Each room of dllm/ and the rooms it may import: only ever further down, so that no cycle can form."""

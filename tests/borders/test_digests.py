@@ -26,6 +26,7 @@ from dllm.regeneration.journal import ResponseJournal, count_damaged
 from dllm.regeneration.store import ShardStore
 from dllm.responses.counts import ManifestCounts
 from dllm.stages import evaluate, prepare, regenerate, register, train
+from dllm.stages.records import read_records
 from dllm.training.checkpoints import Checkpoints
 from tests.stages.test_train import RECIPE
 
@@ -151,6 +152,20 @@ def test_features_that_were_damaged_are_named_before_a_step(project: Project, tm
 
 
 @pytest.mark.outage
+@pytest.mark.parametrize("kind", ["directory", "link to itself"])
+def test_what_stands_in_place_of_a_record_does_not_pass_for_none(project: Project, kind: str) -> None:
+    record = project.root / "out" / "prepare" / "run.json"
+    before = record.read_bytes()
+    record.unlink()
+    record.mkdir() if kind == "directory" else record.symlink_to(record.name)
+    try:
+        assert refused(project.run(regenerate), "run.json")
+        assert refused(lambda: read_records(project.root, "run.json"), "run.json")
+    finally:
+        record.rmdir() if kind == "directory" else record.unlink()
+        record.write_bytes(before)
+
+
 def test_another_runs_checkpoint_is_not_registered(project: Project, tmp_path: Path) -> None:
     root = tmp_path / "copy"
     shutil.copytree(project.root, root)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tomllib
@@ -110,6 +111,7 @@ def test_make_run_leaves_nothing_and_the_next_call_resumes(project: Project, blo
     run_id = under_way(project)
     if blow == signal.SIGKILL:
         expect_strangers_refused(project)
+        expect_serve_refused(project, f"Prefect's database is in use: another process works on this (pid {flow.pid})")
     os.killpg(flow.pid, blow)
     assert flow.wait(timeout=60) == (-9 if blow == signal.SIGKILL else 128 + signal.SIGHUP), said(project)
     expect_nothing_left(project, run_id)
@@ -117,6 +119,14 @@ def test_make_run_leaves_nothing_and_the_next_call_resumes(project: Project, blo
     assert project.run(sys.executable, "stage.py").returncode == 0
     client = tracking.connect(f"sqlite:///{project.folder}/mlflow.db")
     assert client.get_run(run_id).info.status == "FINISHED" and under_way(project) == run_id
+
+
+def expect_serve_refused(project: Project, why: str) -> None:
+    """Two servers over one database: the second would mark as crashed what the first one runs."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    second = project.run(sys.executable, "infra/services.py", "serve", PREFECT_PORT=str(port))
+    assert second.returncode == 5 and why in second.stdout and len(second.stdout.splitlines()) == 1, second.stdout
 
 
 def expect_strangers_refused(project: Project) -> None:
@@ -145,6 +155,7 @@ def test_make_serve_restarts_what_dies_and_leaves_nothing_when_killed(project: P
     limited = project.run("prefect", "work-pool", "set-concurrency-limit", "local", "1")
     assert limited.returncode == 0, limited.stdout
     written = (project.folder / "prefect.toml").read_text()
+    expect_serve_refused(project, "Prefect's database is in use")
     for name, words in {"prefect-worker-parts": ["worker", "parts"], "prefect-server": ["prefect", port]}.items():
         wait_until(lambda words=words: len(living(project, sys.executable, *words)) == 1, LONGEST_S)
         (before,) = living(project, sys.executable, *words)

@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from dllm.config.load import parse_params
 from dllm.config.params import Target
+from dllm.engines.local import LocalEngine
 from dllm.errors import DllmError, ModelError
+from dllm.methods.diffusion.build import check_family
 from dllm.models import builtin, checkpoints, config_keys, targets
+from dllm.models.diffusion.families import load_diffusion_lm
 from dllm.models.target_config import check_config
 from dllm.stages import preflight
+from tests.models.diffusion.llada_code import published
 
 SHAPE = {
     "hidden_size": 64,
@@ -192,3 +197,115 @@ def test_a_pointer_file_names_a_step_beside_it_only(tmp_path: Path, pointer: str
     (run / "LATEST").write_text(pointer)
     with pytest.raises(ModelError, match="no checkpoint in this directory"):
         checkpoints.resolve(run, tmp_path)
+
+
+IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
+    "a kind of RoPE": ({"rope_scaling": {"type": "su", "factor": 8.0}}, "rope_scaling of the type 'su'"),
+    "a key of RoPE": ({"rope_parameters": {"rope_type": "default", "xpos_scale": 512}}, "rope_parameters.xpos_scale"),
+    "RoPE without its factor": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "factor"),
+    "RoPE of a part": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "an activation": ({"hidden_act": "squircle"}, "squircle"),
+    "a text for a number": ({"vocab_size": "1408"}, "vocab_size"),
+    "null for a size": ({"hidden_size": None}, "hidden_size"),
+    "no layers": ({"num_hidden_layers": -1}, "num_hidden_layers"),
+    "heads": ({"num_attention_heads": 5}, "attention heads"),
+    "weights that an absent package reads": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"\(gptq\)"),
+    "no quantization": ({"quantization_config": {"quant_method": "mine"}}, r"\(mine\)"),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_a_config_that_cannot_be_built_is_one_line_at_prepare_and_at_load(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    folder = _copy_of_tiny(tmp_path / "m", **changes)
+    for call in (preflight.check, lambda params: targets.load_target(params.target, device="cpu")):
+        with pytest.raises(ModelError, match=said) as caught:
+            call(_params(folder))
+        assert len(str(caught.value)) <= 500 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 6}, r"leaves out 18 tensors.*layers\.6\."),
+        ({"vocab_size": 1472}, r"embed_tokens\.weight is \(1408, 64\), expected \(1472, 64\)"),
+        ({"attention_bias": True}, r"lacks 32 tensors"),
+    ],
+)
+def test_weights_that_the_config_does_not_describe_are_refused(
+    tmp_path: Path, changes: dict[str, Any], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = _copy_of_tiny(tmp_path / "m", **changes)
+    with pytest.raises(ModelError, match=said):
+        targets.load_target(Target(model=str(folder), dtype="float32"), device="cpu")
+    assert "LOAD REPORT" not in capfd.readouterr().err
+
+
+def test_weights_beside_the_model_pass(tmp_path: Path) -> None:
+    folder = _copy_of_tiny(tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "v_head.weight": torch.ones(1, 64)}
+    (folder / "model.safetensors").unlink()
+    save_file({**weights, **more}, folder / "model.safetensors", metadata={"format": "pt"})
+    targets.load_target(Target(model=str(folder), dtype="float32"), device="cpu")
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Phi3", "Gemma2", "GptOss", "StableLm"])
+def test_attention_that_the_local_engine_has_not_is_refused_before_weights_are_read(
+    tmp_path: Path, family: str
+) -> None:
+    folder = _copy_of_tiny(tmp_path / "m")
+    windows = {"sliding_window": 16} if family in ("Mistral", "Phi3") else {}
+    alone = {"GptOss": {"layer_types": ["full_attention"] * 8}, "Phi3": {"pad_token_id": 0}}.get(family, {})
+    getattr(transformers, f"{family}Config")(**SHAPE, **windows, **alone).save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"supports full attention only.*engine: openai"):
+        LocalEngine.check_target(Target(model=str(folder)))
+
+
+@pytest.mark.parametrize("text", ["[]", '{"tokenizer_class": 3}', "{", '{"chat_template": 7}'])
+def test_a_broken_tokenizer_is_one_line(tmp_path: Path, text: str) -> None:
+    folder = _copy_of_tiny(tmp_path / "m")
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer_config.json").write_text(text)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(DllmError) as caught:
+        preflight.check(_params(folder))
+    assert len(str(caught.value)) <= 500 and "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = _copy_of_tiny(tmp_path / "m")
+    path = folder / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    end = next(token for token in raw["added_tokens"] if token["content"] == "<|im_end|>")
+    end["id"] = raw["model"]["vocab"]["<|im_end|>"] = 5000
+    path.unlink()
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ModelError, match=r"token \d+ .*the embedding 1408 rows"):
+        preflight.check(_params(folder))
+
+
+SHIFTED = {"model_type": "Dream", "auto_map": {"AutoConfig": "modeling.C", "AutoModel": "modeling.M"}}
+
+
+def test_a_diffusion_model_of_own_code_that_no_family_knows_is_refused_by_name(tmp_path: Path) -> None:
+    folder = _copy_of_tiny(tmp_path / "m", **SHIFTED)
+    trusted = Target(model=str(folder), trust_remote_code=True)
+    with pytest.raises(ModelError, match=r"'Dream'.* none of llada.*next token.*model-family\.md"):
+        load_diffusion_lm(trusted, mask_token_id=3)
+    with pytest.raises(ModelError, match="Dream"):
+        check_family(trusted, _params(folder).train)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("scale_logits", True), ("clip_qkv", 8.0), ("layer_norm_with_affine", False), ("a_switch", 1)]
+)
+def test_a_llada_with_a_switch_that_llama_has_not_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    published(tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    for call in (load_diffusion_lm, lambda target: check_config(target, tmp_path / "m")):
+        with pytest.raises(ModelError, match=key):
+            call(Target(model=str(tmp_path / "m"), dtype="float32"))

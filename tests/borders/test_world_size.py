@@ -2,16 +2,22 @@
 
 import json
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from dllm.errors import ConfigError, StageError
 from dllm.stages import train
+from dllm.training import distributed, launch
 from dllm.workspace import SIDECAR
+from tests.flows.conftest import free_port
 from tests.stages.test_train import prepare
 from tests.training.test_distribution import finish, toy
+
+__all__ = ["free_port"]
 
 SHAPES = [(1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2)]
 """Ranks, batch_size and grad_accumulation with the same global batch."""
@@ -42,6 +48,44 @@ def test_ranks_may_change_between_calls(straight: Path, tmp_path: Path, first: i
     last = "checkpoints/step-000012/model.safetensors"
     for name, tensor in load_file(straight / last).items():
         torch.testing.assert_close(load_file(tmp_path / last)[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("left", "named"),
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
+        ({"WORLD_SIZE": "4x"}, "WORLD_SIZE is '4x'"),
+        ({"WORLD_SIZE": "2"}, "RANK is missing"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK is '-1'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "all"}, "LOCAL_WORLD_SIZE is 'all'"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_PORT is missing"),
+    ],
+)
+def test_half_of_an_environment_of_torchrun_is_named(
+    left: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", launch.STORE):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=named), distributed.Join():
+        pass
+
+
+def test_an_environment_of_torchrun_left_in_a_shell_is_no_silent_wait(
+    free_port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distributed, "NOTICE_S", 0.2)
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=2))
+    left = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(launch.STORE, raising=False)
+    with pytest.raises(StageError, match=r"did not meet the others.*unset it to train alone"), distributed.Join():
+        pass
+    assert f"rank 0 of 2 waits for the others at 127.0.0.1:{free_port}" in capfd.readouterr().err
+    launch.note_ranks(4)
+    assert "train.nproc=4 has no effect" in capfd.readouterr().err
 
 
 def unfinished(root: Path) -> Path:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from dllm.models.drafts.config import DFlashConfig, for_target
 from dllm.models.drafts.dflash import ContextCache
-from dllm.models.drafts.protocol import Draft, Proposal, Sampling, TargetIO
+from dllm.models.drafts.proposal import Proposal, Sampling
+from dllm.models.drafts.protocol import Draft, TargetIO
 
 
 def config(model, block_size: int, mask_token_id: int = 3, **more) -> DFlashConfig:

@@ -16,7 +16,7 @@ from dllm.errors import ModelError
 from dllm.models.drafts.config import for_target
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.drafts.dflash2 import DFlash2Config, DFlash2Draft
-from dllm.models.drafts.protocol import Proposal, Sampling
+from dllm.models.drafts.proposal import Proposal, Sampling
 from tests.decoding.stand_in_drafts import ScriptedDraft
 
 VOCAB = 6

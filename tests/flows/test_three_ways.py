@@ -65,7 +65,8 @@ def lock(project: Project) -> str:
 def runs(project: Project) -> list[tuple[str, str]]:
     client = tracking.connect(f"sqlite:///{project.folder}/mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name == "tiny-dflash"]
-    return sorted((r.info.run_name, r.info.status) for r in client.search_runs([experiment.experiment_id]))
+    found = client.search_runs([experiment.experiment_id])
+    return sorted((r.data.tags.get("dllm.stage", "pipeline"), r.info.status) for r in found)
 
 
 def artifacts(prefect_home: Path) -> list[str]:
@@ -79,7 +80,7 @@ def test_the_first_run_leaves_everything(project: Project, first: str, prefect_h
     assert re.search(r"regenerate: \d+/24 responses .* responses/s", first), "live progress reaches the terminal"
     assert "Traceback" not in first and "\x1b" not in first
     assert "git add" not in first
-    assert runs(project) == sorted((stage, "FINISHED") for stage in STAGES)
+    assert runs(project) == sorted((stage, "FINISHED") for stage in (*STAGES, "pipeline"))
     bars = {f"{stage}-progress" for stage in ("regenerate", "train", "evaluate")}
     assert {"acceptance-curve", "summary"} | bars == set(artifacts(prefect_home))
     registered = json.loads((project.folder / "out/register/metrics.json").read_text())

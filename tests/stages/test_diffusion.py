@@ -7,7 +7,6 @@ import pytest
 import yaml
 from rich.console import Console
 
-from dllm.cli import report
 from dllm.config import recipe_book
 from dllm.config.load import load_params, params_digest, parse_params
 from dllm.config.params import Params
@@ -16,6 +15,7 @@ from dllm.methods.figures import DASH
 from dllm.models.diffusion.config import DiffusionConfig
 from dllm.models.diffusion.families import load_checkpoint
 from dllm.registry import METHODS
+from dllm.report import terminal
 from dllm.stages import evaluate, prepare, regenerate, register, train
 from dllm.stages.records import read_records, trained_method
 from flows import artifacts
@@ -85,6 +85,10 @@ def test_from_prompts_to_the_registry(tmp_path, monkeypatch, mlflow_store, recip
     assert again["version"] == standing["version"]
     record = json.loads((tmp_path / "out" / "evaluate" / "metrics.json").read_text())
     assert record["heldout_digest"] == found["heldout_digest"]
+    headline = json.loads((tmp_path / "out" / "evaluate" / "headline.json").read_text())
+    assert headline["score"] == found["score"] and 6 < len(headline) <= 10
+    points = (tmp_path / "out" / "evaluate" / "plots" / "masked_accuracy.csv").read_text()
+    assert points.startswith("masked,accuracy,series\n") and ",held-out responses\n" in points
     metrics, runs = read_records(tmp_path, "metrics.json"), read_records(tmp_path, "run.json")
     assert trained_method(runs) == asked.train.mode
     method = METHODS[asked.train.mode]
@@ -95,7 +99,7 @@ def test_from_prompts_to_the_registry(tmp_path, monkeypatch, mlflow_store, recip
     empty = [label for label, value in method.rows(metrics) if DASH in value.replace(f"training: {DASH}", "")]
     assert empty == ["correct final answers"], "the source has no references"
     printed = io.StringIO()
-    report.print_report(tmp_path, Console(file=printed))
+    terminal.print_report(tmp_path, Console(file=printed))
     for way in found["decodings"]:
         (line,) = [line for line in printed.getvalue().splitlines() if f" {way['way']} " in line]
         figures = f"{way['words_exact']:.3f} {way['answers_exact']:.3f} {way['tokens_per_pass']:.2f}"

@@ -70,10 +70,15 @@ def test_every_figure_is_there_and_agrees_with_the_others(root: Path, draft: DFl
     out = root / "out" / "evaluate"
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert {p.name for p in out.iterdir()} == {
-        "evaluation.png", "acceptance.json", "prompts.parquet", "metrics.json", "run.json",
+        "evaluation.png", "acceptance.json", "prompts.parquet", "samples.json", "metrics.json", "headline.json",
+        "plots", "run.json",
     }  # fmt: skip
+    headline = json.loads((out / "headline.json").read_text())
+    assert headline["tau_micro"] == metrics["walked"]["tau_micro"] and len(headline) <= 10
+    assert "1," in (out / "plots/acceptance.csv").read_text()
     assert metrics["prompts"] == 5 and metrics["tokens"] <= 50
-    assert metrics["greedy_identical"] is True and metrics["identity_identical"] == metrics["identity_prompts"] == 2
+    assert metrics["greedy_identical"] is metrics["walk_identical"] is True
+    assert metrics["identity_identical"] == metrics["identity_prompts"] == 2
     assert metrics["identical_fraction"] == metrics["same_prefix_fraction"] == 1.0, "float32 throughout"
     assert 1 <= metrics["tau_micro"] <= 4 and 1 <= metrics["tau_macro"] <= 4
     assert len(metrics["acceptance_by_offset"]) == len(metrics["conditional_acceptance_by_offset"]) == 3

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from dllm.cli import report
 from dllm.config.load import parse_params
 from dllm.config.params import Params, Source, Target
 from dllm.decoding.acceptance import Acceptance
@@ -25,6 +24,7 @@ from dllm.prompts import sets
 from dllm.prompts import template as chat
 from dllm.prompts.sets import GSM8K
 from dllm.prompts.table import HELDOUT, TRAIN, Prompt, prompt_id, write_prompts
+from dllm.report import terminal
 from dllm.stages import evaluate, prepare
 from tests.decoding import stand_in_drafts
 
@@ -101,7 +101,7 @@ def test_sets_are_measured_apart_in_each_mode_without_what_training_has_asked(
     record = json.loads((root / "out/evaluate/run.json").read_text())
     assert len(record["identity"]["set 0 gsm8k"]["test.jsonl"]) == 64
     text = io.StringIO()
-    report.print_report(root, Console(file=text))
+    terminal.print_report(root, Console(file=text))
     (line,) = [line for line in text.getvalue().splitlines() if "gsm8k thinking off" in line]
     assert f"{found['gsm8k thinking off']['tau_micro']:.2f}" in line
 

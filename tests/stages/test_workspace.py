@@ -34,6 +34,11 @@ def params() -> Params:
     return parse_params(RAW)
 
 
+def parent_of(run_id: str) -> str:
+    client = tracking.connect(tracking.tracking_uri(Path()))
+    return str(client.get_run(run_id).data.tags["mlflow.parentRunId"])
+
+
 def status_of(run_id: str | None) -> str:
     assert run_id is not None
     client = tracking.connect(tracking.tracking_uri(Path()))
@@ -206,5 +211,7 @@ def test_a_stage_killed_outright_is_closed_afterwards(tmp_path: Path) -> None:
     os.kill(grandchild, signal.SIGKILL)
     child.communicate()
     assert status_of(run_id) == "RUNNING"
-    assert contract.close(tmp_path) == [run_id]
-    assert status_of(run_id) == "KILLED"
+    parent = parent_of(run_id)
+    assert status_of(parent) == "RUNNING"
+    assert sorted(contract.close(tmp_path)) == sorted([run_id, parent])
+    assert status_of(run_id) == status_of(parent) == "KILLED"

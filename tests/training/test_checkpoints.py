@@ -48,6 +48,15 @@ def test_an_unfinished_one_is_never_taken_for_whole(tmp_path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_one_of_another_step_is_refused(tmp_path) -> None:
+    """Two folders that were swapped are whole, and the better one is not the one that would be published."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    moved = save(checkpoints, 3).rename(tmp_path / "step-000004")
+    for read in (checkpoints.load, checkpoints.weights):
+        with pytest.raises(ModelError, match="it holds the checkpoint of step 3"):
+            read(moved)
+
+
 def test_a_lost_pointer_costs_nothing(tmp_path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=3)
     save(checkpoints, 9)

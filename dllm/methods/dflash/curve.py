@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm.files import atomic_path
-from dllm.methods.figures import by_number
+from dllm.methods.figures import Points, by_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +38,28 @@ def draw(figures: Mapping[str, Any], path: Path, title: str) -> None:
     figure.suptitle(_headline(figures, title), x=0.01, ha="left", color=INK, fontsize=12, fontweight="bold")
     with atomic_path(path) as aside:
         figure.savefig(aside, format="png")
+
+
+def points(metrics: Mapping[str, Any], shown: Mapping[str, Any]) -> dict[str, Points]:
+    """Return the points of acceptance and throughput for DVC.
+
+    Args:
+        metrics: metrics.json.
+        shown: figures of `Acceptance.figures` on the most prompts.
+    """
+    given, reached = "given that all before it were", "with all before it"
+    acceptance = [
+        (offset, value, series)
+        for series, name in ((reached, "acceptance_by_offset"), (given, "conditional_acceptance_by_offset"))
+        for offset, value in enumerate(shown[name], start=1)
+    ]
+    table = (metrics.get("throughput") or {}).get("tokens_per_s", {})
+    throughput = [
+        (int(tokens), value, f"{concurrency} at once")
+        for concurrency, row in by_number(table).items()
+        for tokens, value in by_number(row).items()
+    ]
+    return {"acceptance": acceptance, "throughput": throughput}
 
 
 def _headline(figures: Mapping[str, Any], title: str) -> str:

@@ -25,12 +25,12 @@ from dllm.decoding.comparison import Comparison, Pair, figures, table
 from dllm.decoding.speculative import Decoder
 from dllm.errors import DataError
 from dllm.files import atomic_write
-from dllm.methods.dflash import curve
+from dllm.methods.dflash import curve, samples
 from dllm.methods.dflash import sets as prompt_sets
 from dllm.methods.dflash.sampled import sampled_figures
 from dllm.methods.dflash.sets import MeasuredSet, Question
 from dllm.methods.dflash.settings import Throughput, Walk
-from dllm.methods.dflash.walked import check_rounds, walked_figures
+from dllm.methods.dflash.walked import differing_round, walked_figures
 from dllm.methods.method import EvaluateContext, Evaluation
 from dllm.models import targets
 from dllm.models.drafts.checkpoint import load_draft
@@ -39,6 +39,8 @@ from dllm.prompts import template as chat
 from dllm.prompts.table import HELDOUT, read_prompts
 
 WARM_UP_TOKENS = 16
+HEADLINE = ("tau_micro", "speedup", "tokens_per_s_ar", "tokens_per_s_spec", "identical_fraction", "greedy_identical")
+"""Figures of headline.json; the walk, where there was one, has counted its tau_micro on more prompts."""
 SECTION, SECTION_OF_METRICS = "walk", "walked"
 NO_DECODING = (
     "this target keeps a recurrent state, and decoding with a draft has to take back rejected tokens; acceptance is "
@@ -103,6 +105,7 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
     }
     del comparison, speculative, draft  # the float32 target needs the memory
     metrics |= _check_identity(ctx, questions[: params.evaluate.identity_prompts], stop_ids)
+    samples.write(ctx.work / samples.FILE, tokenizer, questions, pairs)
     return _write(ctx, pairs, metrics, scratch=parts)
 
 
@@ -224,28 +227,28 @@ def _finished(path: Path) -> Pair | None:
 
 
 def _check_identity(ctx: EvaluateContext, questions: Sequence[Question], stop_ids: set[int]) -> dict[str, Any]:
-    """Decode a few questions both ways in float32, where rounding no longer decides between tokens.
-
-    Raises:
-        StageError: the walk over the same text counts other rounds.
-    """
+    """Decode a few questions both ways in float32, where rounding no longer decides between tokens, and walk them."""
     if not questions:
-        return {"greedy_identical": None, "identity_prompts": 0, "identity_identical": 0}
+        return {"greedy_identical": None, "walk_identical": None, "identity_prompts": 0, "identity_identical": 0}
     comparison = _load(ctx, "float32")
-    identical = 0
+    identical, walk_identical = 0, True
     with Progress("evaluate: same ids in float32", len(questions), "prompts") as progress:
         for question in questions:
             tokens = ctx.params.evaluate.max_new_tokens
             pair = comparison.decode(question.ids, max_new_tokens=tokens, stop_ids=stop_ids)
             identical += pair.identical
             progress.update(1, identical=identical)
+            note = ""
             if not pair.identical:
-                note = f"evaluate: float32 ids differ after {pair.same_prefix} tokens on prompt {question.id}"
-                print(note, file=sys.stderr, flush=True)
-            else:
-                check_rounds(comparison.speculative, question, pair, stop_ids)
+                note = f"float32 ids differ after {pair.same_prefix} tokens"
+            elif place := differing_round(comparison.speculative, question, pair, stop_ids):
+                walk_identical = False
+                note = f"float32 decoding and the walk over its text differ from round {place} of {len(pair.rounds)} on"
+            if note:
+                print(f"evaluate: {note}, prompt {question.id}", file=sys.stderr, flush=True)
     return {
         "greedy_identical": identical == len(questions),
+        "walk_identical": walk_identical if identical else None,
         "identity_prompts": len(questions),
         "identity_identical": identical,
     }
@@ -284,4 +287,14 @@ def _write(ctx: EvaluateContext, pairs: Sequence[Pair], metrics: dict[str, Any],
         ctx.tracker.log_metrics({name: value for name, value in both.items() if value is not None}, k)
     ctx.tracker.log_table(columns, "prompts.json")
     ctx.tracker.log_artifact(curves)
-    return Evaluation(metrics, picture, {path.name: path for path in (curves, rows)}, scratch=[scratch])
+    files = {path.name: path for path in (curves, rows, ctx.work / samples.FILE)}
+    return Evaluation(metrics, picture, _headline(metrics), curve.points(metrics, shown), files, scratch=[scratch])
+
+
+def _headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures of headline.json, as far as they were measured."""
+    walked, paying = metrics.get(SECTION_OF_METRICS), metrics.get("throughput")
+    found = {name: metrics.get(name) for name in HEADLINE}
+    found |= {"tau_micro": walked["tau_micro"], "tau_decoded": metrics["tau_micro"]} if walked else {}
+    found |= {"predicted_speedup": paying["predicted_speedup"]} if paying else {}
+    return {name: value for name, value in found.items() if value is not None}

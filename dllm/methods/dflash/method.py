@@ -121,7 +121,8 @@ class DflashMethod:
         forget_old(ctx.root / FEATURES)
         offsets = [f"draft_acc_k{k}" for k in range(1, strategy.model.config.block_size)]
         panels = [["loss"], ["acceptance_length", "walked_acceptance_length"], ["draft_acc", *offsets]]
-        return Publication({name: export / name for name in ("config.json", "model.safetensors")}, panels)
+        curves = {"accuracy": "draft_acc", "acceptance_length": "acceptance_length"}
+        return Publication({name: export / name for name in ("config.json", "model.safetensors")}, panels, curves)
 
     def evaluate(self, ctx: EvaluateContext) -> Evaluation:
         from dllm.methods.dflash.evaluate import evaluate
@@ -152,6 +153,8 @@ class DflashMethod:
             yield "predicted from step times", f"{number(predicted, 2)} ×"
         same = found.get("greedy_identical")
         yield "same ids as greedy, float32", DASH if same is None else "yes" if same is True else f"NO ({same})"
+        if (counted := found.get("walk_identical")) is not None:
+            yield "same rounds walked, float32", "yes" if counted is True else f"NO ({counted})"
 
     def tables(self, metrics: Records) -> Iterator[Table]:
         trained, found = metrics.get("train", {}), metrics.get("evaluate", {})

@@ -8,6 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
+from dllm.methods.figures import Points
+
 
 def draw(metrics: Mapping[str, Any], path: Path) -> None:
     """Draw accuracy by noise level, and correct words by tokens per forward pass, as a PNG."""
@@ -32,6 +34,13 @@ def draw(metrics: Mapping[str, Any], path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def points(metrics: Mapping[str, Any]) -> dict[str, Points]:
+    """Return the points of the same two plots for DVC."""
+    levels = [(level["masked_up_to"], level["accuracy"], "held-out responses") for level in metrics["by_noise_level"]]
+    ways = [(place[0], place[1], label) for label, places in _lines(metrics).items() for place in places]
+    return {"masked_accuracy": levels, "parallel_decoding": ways}
 
 
 def _lines(metrics: Mapping[str, Any]) -> dict[str, dict[tuple[float, float], list[str]]]:

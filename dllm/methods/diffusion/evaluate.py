@@ -35,6 +35,11 @@ from dllm.training.batches import Example, make_examples
 
 POINT = 0.01
 """Fraction of words that parallel decoding may lose and still count as equally good."""
+HEADLINE = (
+    "score", "nelbo", "masked_acc", "answers_right", "words_exact", "words_unseen_exact", "parallel_words_exact",
+    "parallel_tokens_per_pass", "parallel_tokens_per_s", "ar_nll",
+)  # fmt: skip
+"""Figures of headline.json, as far as they were measured."""
 KNOWN_WORDS = "known_words.json"
 SHARD_ROWS = 1000
 
@@ -233,4 +238,5 @@ def _write(ctx: EvaluateContext, table: dict[str, list[Any]], metrics: dict[str,
         if level["accuracy"] is not None:
             at_noise = {"accuracy_at_noise": level["accuracy"], "cross_entropy_at_noise": level["cross_entropy"]}
             ctx.tracker.log_metrics(at_noise, round(100 * level["masked_up_to"]))
-    return Evaluation(metrics, picture, {rows.name: rows})
+    headline = {name: metrics[name] for name in HEADLINE if metrics.get(name) is not None}
+    return Evaluation(metrics, picture, headline, curve.points(metrics), {rows.name: rows})

@@ -98,6 +98,7 @@ class MaskedMethod(Generic[Settings]):
         return Publication(
             {path.name: path for path in sorted(export.iterdir())},
             self.panels(),
+            {"accuracy": "masked_acc"},
             write_heldout(ctx.root / "out" / "regenerate", work / "evaluation"),
             {name: path for name, path in adapter.items() if path.is_file()},
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dllm.config.params import Target
+from dllm.errors import ModelError
 from dllm.models import targets
 from dllm.models.diffusion.config import config_at, read_config
 from dllm.models.diffusion.protocol import DiffusionLM, eos_ids_of
@@ -31,8 +32,22 @@ def family_of(config: Mapping[str, Any]) -> type[DiffusionLM]:
 
 
 def family_to_run(directory: Path, trust_remote_code: bool) -> type[DiffusionLM]:
-    """Return the family by which a directory's model runs; without trust none that runs its own code."""
-    family = family_at(directory)
+    """Return the family by which a directory's model runs; without trust none that runs its own code.
+
+    Raises:
+        ModelError: it runs code of its own, and no family knows that code.
+    """
+    config = config_at(directory)
+    family = family_of(config)
+    runs_own_code = trust_remote_code and any(name.startswith("AutoModel") for name in config.get("auto_map") or ())
+    if runs_own_code and not family.runs_own_code:
+        others = ", ".join(name for name, each in DIFFUSION_LMS.items() if each.runs_own_code)
+        raise ModelError(
+            f"a model of type {config.get('model_type')!r} with code of its own is none of {others}: "
+            "its logits may be those of the next token, and its attention another",
+            where=str(directory / "config.json"),
+            hint="docs/extending/model-family.md says how to add a family, for Dream's too",
+        )
     return DIFFUSION_LMS[DEFAULT] if family.runs_own_code and not trust_remote_code else family
 
 

@@ -9,7 +9,7 @@ Source: Nie et al. 2025, LLaDA, section 2.4; the model's configuration and forwa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from typing_extensions import override
 
 from dllm.errors import ModelError
+from dllm.models.config_keys import refuse_unknown
 from dllm.models.diffusion.config import DiffusionConfig, config_at
 from dllm.models.diffusion.own_code import OwnCodeLM, accepted, check_width, in_one_dtype, without_head
 from dllm.models.quiet import without_warnings
@@ -52,8 +53,21 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "include_qkv_bias": (False, None),
     "bias_for_layer_norm": (False, None),
     "block_group_size": (1, None),
+    "layer_norm_with_affine": (True, None),
+    "scale_logits": (False, None),
 }
-"""Switches of its configuration, and the values at which it is a Llama. An absent one has another default there."""
+"""Switches of its configuration, and the values at which it is a Llama. An absent one has another default there, but
+for the last two."""
+
+_KNOWN = """
+vocab_size embedding_size d_model mlp_hidden_size mlp_ratio n_layers n_heads n_kv_heads multi_query_attention
+max_sequence_length rms_norm_eps rope_theta weight_tying mask_token_id
+alibi_bias_max attention_layer_norm_with_affine embedding_dropout residual_dropout flash_attention precision
+rope_full_precision init_cutoff_factor init_device init_fn init_std
+"""
+KNOWN = frozenset(_KNOWN.split()) | MUST_BE.keys()
+"""Keys that are read here; in the last two lines those without effect on a Llama that is not trained from scratch."""
+RUN_ITS_CODE = "run its own code: --trust-remote-code, or target.trust_remote_code"
 
 
 class LLaDA(OwnCodeLM):
@@ -66,6 +80,15 @@ class LLaDA(OwnCodeLM):
     published = DiffusionConfig("mdlm", 126336)
     config_keys = None
     can_run_without_code = True
+
+    @classmethod
+    @override
+    def check_config(cls, config: Mapping[str, Any], where: str) -> None:
+        refuse_unknown(config, KNOWN, where)
+        for name, allowed in MUST_BE.items():
+            if config.get(name) not in allowed:
+                what = f"this LLaDA is no Llama: {name} is {config.get(name)!r}"
+                raise ModelError(what, where=where, hint=RUN_ITS_CODE)
 
     @classmethod
     @override
@@ -140,13 +163,7 @@ def load(directory: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
         OSError, ValueError: its files cannot be read.
     """
     own = config_at(directory)
-    for name, allowed in MUST_BE.items():
-        if own.get(name) not in allowed:
-            raise ModelError(
-                f"this LLaDA is no Llama: {name} is {own.get(name)!r}",
-                where=str(directory / "config.json"),
-                hint="run its own code: --trust-remote-code, or target.trust_remote_code",
-            )
+    LLaDA.check_config(own, str(directory / "config.json"))
     heads = own["n_heads"]
     config = LlamaConfig(
         vocab_size=own.get("embedding_size") or own["vocab_size"],

@@ -60,7 +60,7 @@ class DiffusionLM(nn.Module, ABC):
     checkpoint of the family is a diffusion LM; without it one that has a `dllm.json`."""
     config_keys: ClassVar[frozenset[str] | None] = frozenset()
     """Keys of config.json that it reads besides those that transformers reads for the model type; others are refused.
-    None: it reads config.json without transformers, and checks it itself."""
+    None: it reads config.json without transformers, and checks it itself, in `check_config`."""
     runs_own_code: ClassVar[bool] = False
     """Whether it runs the code in its directory; without trust the checkpoint is then read as `transformers`."""
     can_run_without_code: ClassVar[bool] = True
@@ -90,6 +90,15 @@ class DiffusionLM(nn.Module, ABC):
     @abstractmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
         """Return whether a checkpoint is of this family, by the content of its config.json."""
+
+    @classmethod
+    def check_config(cls, config: Mapping[str, Any], where: str) -> None:
+        """Check a config.json that is read without transformers.
+
+        Raises:
+            ModelError: it has a key that is not known, or a value that is not supported; it names `where`, the file.
+        """
+        raise NotImplementedError
 
     @classmethod
     def mask_token_id_in(cls, config: Mapping[str, Any]) -> int | None:

@@ -258,7 +258,13 @@ def for_target(
     Raises:
         ModelError: the target has too few layers for the taps, or a tapped layer does not exist.
     """
-    needed = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "rms_norm_eps")
+    needed = (
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "rms_norm_eps",
+        "max_position_embeddings",
+    )
     if lacking := [name for name in needed if not isinstance(getattr(target, name, None), (int, float))]:
         raise ModelError(
             f"no draft can be sized by a target of type {getattr(target, 'model_type', '?')!r}: its config has no "

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from dllm.models.drafts.attention import block_attention, cached_attention
 from dllm.models.drafts.config import DFlashConfig, for_target
-from dllm.models.drafts.protocol import BlockRequest, Draft, DraftSettings, Proposal, Sampling, TargetIO, most_probable
+from dllm.models.drafts.proposal import BlockRequest, Proposal, Sampling, most_probable
+from dllm.models.drafts.protocol import Draft, DraftSettings, TargetIO
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""

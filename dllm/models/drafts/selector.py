@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dllm.models.drafts.dflash import Linear
-from dllm.models.drafts.protocol import Proposal, Sampling
+from dllm.models.drafts.proposal import Proposal, Sampling
 
 COLUMNS = 16
 """Logits of a group in `top_candidates`: fewer make its second pass longer, more its third."""

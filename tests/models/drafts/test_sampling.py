@@ -2,7 +2,7 @@
 
 import torch
 
-from dllm.models.drafts.protocol import Sampling
+from dllm.models.drafts.proposal import Sampling
 
 
 def sampling(temperature: float = 1.0, seed: int = 0) -> Sampling:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm.models.drafts.protocol import Sampling
+from dllm.models.drafts.proposal import Sampling
 from dllm.models.drafts.selector import CandidateSelector, top_candidates
 
 

@@ -12,11 +12,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from dllm.cli import report
 from dllm.config import recipe_book
 from dllm.config.load import parse_params
 from dllm.digests import sealed
 from dllm.errors import DataError, StageError
+from dllm.methods.figures import DASH
+from dllm.report import terminal
 from dllm.stages import STAGES, evaluate, prepare, regenerate, register, train
 from tests.arch.source_tree import ROOT
 
@@ -64,7 +65,7 @@ def _change(root: Path, stage: str, file: str = "metrics.json", **values: object
 
 def _printed(root: Path, **settings: object) -> str:
     text = io.StringIO()
-    report.print_report(root, Console(file=text, **settings))  # type: ignore[arg-type]
+    terminal.print_report(root, Console(file=text, **settings))  # type: ignore[arg-type]
     return text.getvalue()
 
 
@@ -95,6 +96,7 @@ def test_the_table_tells_the_whole_run(root: Path) -> None:
         "champion?": "champion: the first version",
         "plots": "out/evaluate/evaluation.png, out/train/curves.png",
         "more": "make ui",
+        "in a shell": "`. infra/env.sh` puts its python, dvc and prefect on the path ",
     }
     for name, value in expected.items():
         assert value in _row(text, name), name
@@ -113,7 +115,7 @@ def test_the_curve_has_one_row_per_offset(root: Path) -> None:
     assert rows == [
         ["1", accuracies[0], "0.530", "0.530", "█" * 11],
         ["2", accuracies[1], "0.490", "0.260", "█" * 5],
-        ["3", accuracies[2], report.DASH, "0.120", "█" * 2],
+        ["3", accuracies[2], DASH, "0.120", "█" * 2],
     ]
 
 
@@ -130,9 +132,9 @@ def test_each_stage_shows_its_seconds_and_its_run(root: Path) -> None:
 def test_a_stage_that_has_not_run_leaves_dashes(root: Path, missing: str) -> None:
     shutil.rmtree(root / "out" / missing)
     text = _printed(root)
-    assert report.DASH in text
+    assert DASH in text
     if missing == "evaluate":
-        assert report.DASH in _row(text, "τ micro")
+        assert DASH in _row(text, "τ micro")
         first = f"{_record(root, 'train')['val_draft_acc_k1']:.3f}"
         assert first in text.split("by offset in the block")[1], "the curve on text is there without decoding"
 
@@ -148,13 +150,14 @@ def test_a_run_that_names_no_known_method_has_a_report(root: Path, identity: dic
 
 
 def test_ids_that_differ_from_greedy_stand_out(root: Path) -> None:
-    _change(root, "evaluate", greedy_identical=False)
-    assert "NO" in _row(_printed(root), "same ids as greedy")
+    _change(root, "evaluate", greedy_identical=False, walk_identical=False)
+    printed = _printed(root)
+    assert "NO" in _row(printed, "same ids as greedy") and "NO" in _row(printed, "same rounds walked")
 
 
 def test_no_line_is_wider_than_100_columns(root: Path) -> None:
     for settings in ({}, {"width": 250, "force_terminal": True, "color_system": None}):
-        assert max(len(line) for line in _printed(root, **settings).splitlines()) <= report.WIDTH
+        assert max(len(line) for line in _printed(root, **settings).splitlines()) <= terminal.WIDTH
 
 
 def test_a_pipe_gets_plain_text(root: Path) -> None:
@@ -172,11 +175,11 @@ def test_a_pipe_gets_plain_text(root: Path) -> None:
 
 def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="no stage has run"):
-        report.print_report(tmp_path)
+        terminal.print_report(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]"])
 def test_a_damaged_record_is_named(root: Path, text: str) -> None:
     (root / "out" / "train" / "metrics.json").write_text(text)
     with pytest.raises(DataError, match=r"out/train/metrics\.json"):
-        report.print_report(root)
+        terminal.print_report(root)

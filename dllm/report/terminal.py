@@ -3,19 +3,16 @@
 Owns the layout; computes no figure. A figure that a stage did not leave shows as a dash.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from dllm.errors import StageError
 from dllm.methods import figures
-from dllm.methods.figures import DASH, Row, count, number
-from dllm.methods.method import Method
-from dllm.registry import METHODS
+from dllm.methods.figures import DASH, number
+from dllm.report import facts
 from dllm.stages import STAGES
-from dllm.stages.records import Records, read_records, trained_method
+from dllm.stages.records import Records
 
 WIDTH = 100
 """Columns of the table; a wider terminal leaves the rest empty."""
@@ -28,23 +25,20 @@ def print_report(root: Path, console: Console | None = None) -> None:
         StageError: no stage has finished yet.
         DataError: a record is not JSON.
     """
-    metrics, runs = read_records(root, "metrics.json"), read_records(root, "run.json")
-    if not metrics:
-        raise StageError("no stage has run yet", where=str(root / "out"), hint="start with `make run` or `dvc repro`")
+    metrics, runs = facts.records(root)
     console = console or Console()
     # Rich takes 80 columns where there is no terminal, such as in a pipe.
     console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
-    recipe = next((run["recipe"] for run in runs.values() if "recipe" in run), root.name)
-    console.print(_report(f"dllm: {recipe}", metrics, runs, root))
+    console.print(_report(f"dllm: {facts.recipe(runs, root)}", metrics, runs, root))
 
 
 def _report(title: str, metrics: Records, runs: Records, root: Path) -> Table:
     table = Table(title=title, show_header=False, title_justify="left", width=WIDTH)
     table.add_column("figure", no_wrap=True)
     table.add_column("value", overflow="fold")
-    name = trained_method(runs) or ""  # runs of older versions do not name theirs
-    method: Method | None = METHODS[name] if name in METHODS else None  # noqa: SIM401 (a registry has no get)
-    for part in (_data(metrics), method.rows(metrics) if method else (), _places(metrics, root)):
+    method = facts.method(runs)
+    shown = method.rows(metrics) if method else ()
+    for part in (facts.data(metrics), shown, [*facts.registered(metrics), *facts.places(root)]):
         for label, value in part:
             table.add_row(label, value)
         table.add_section()
@@ -53,27 +47,6 @@ def _report(title: str, metrics: Records, runs: Records, root: Path) -> Table:
         table.add_section()
     table.add_row("stages", _stages(runs))
     return table
-
-
-def _data(metrics: Records) -> Iterator[Row]:
-    found, trained = metrics.get("regenerate", {}), metrics.get("train", {})
-    yield "prompts regenerated", f"{count(found.get('prompts'))} ({count(found.get('rows'))} responses)"
-    yield "tokens regenerated", count(found.get("tokens"))
-    cut = found.get("cut_share")
-    lengths = f"{number(found.get('tokens_per_response'), 1)}, {DASH if cut is None else f'{cut:.0%}'} cut by the limit"
-    yield "tokens per response", lengths
-    yield "optimizer steps", f"{count(trained.get('steps'))} (best at {count(trained.get('best_step'))})"
-
-
-def _places(metrics: Records, root: Path) -> Iterator[Row]:
-    found = metrics.get("register", {})
-    name, version = found.get("model_name"), found.get("version")
-    aliases = ", ".join(f"@{alias}" for alias in found.get("aliases", []))
-    yield "registered", f"{name} version {version} {aliases}" if version else DASH
-    yield "champion?", found.get("verdict") or DASH
-    plots = sorted(path.relative_to(root) for stage in STAGES for path in (root / "out" / stage).glob("*.png"))
-    yield "plots", ", ".join(map(str, plots)) or DASH
-    yield "more", "`make ui` opens MLflow (runs, models) and Prefect (flows)"
 
 
 def _inner(found: figures.Table) -> Table:
