@@ -3,4 +3,4 @@
 set -euo pipefail
 pool=$1 limit=${2:-1}
 python infra/deploy.py
-exec prefect worker start --pool "$pool" --type process --limit "$limit"
+exec prefect worker start --pool "$pool" --type process --limit "$limit" --with-healthcheck

@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,24 @@ def test_dvc_repro_finds_nothing_to_do_and_keeps_the_lock(project: Project, firs
     assert all(f"Stage '{stage}' didn't change, skipping" in done.stdout for stage in DVC_STAGES)
     assert lock(project) == before
     assert "tau_micro" in project.run("dvc", "metrics", "show", "--json").stdout
+
+
+def test_make_run_finds_nothing_to_do_before_it_starts_a_flow(project: Project, first: str) -> None:
+    asked = (sys.executable, "-m", "flows.unchanged")
+    done = project.run(*asked)
+    assert done.returncode == 0 and "up to date" in done.stdout, done.stdout
+    with closing(sqlite3.connect(project.folder / "mlflow.db")) as database:
+        database.execute("update registered_model_aliases set alias = 'gone' where alias = 'champion'")
+        database.commit()
+        assert project.run(*asked).returncode == 1, "the registry says otherwise"
+        database.execute("update registered_model_aliases set alias = 'champion' where alias = 'gone'")
+        database.commit()
+    curve = project.folder / "out/evaluate/plots/acceptance.csv"
+    before = curve.read_bytes()
+    curve.write_bytes(before + b"4,1.0,edited\n")
+    assert project.run(*asked).returncode == 1, "DVC says otherwise"
+    curve.write_bytes(before)
+    assert project.run(*asked).returncode == 0
 
 
 def test_a_deployment_finds_nothing_to_do_and_keeps_the_lock(project: Project, server: None) -> None:

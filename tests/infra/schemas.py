@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,10 @@ KUBERNETES = "1.34"
 
 def compose(document: dict[str, Any]) -> None:
     """Check a compose file."""
-    import check_jsonschema
     import jsonschema
 
-    folder = Path(check_jsonschema.__file__).parent / "builtin_schemas" / "vendor"
-    jsonschema.validate(document, json.loads((folder / "compose-spec.json").read_text()))
+    (file,) = (each.locate() for each in files("check-jsonschema") or () if each.name == "compose-spec.json")
+    jsonschema.validate(document, json.loads(Path(str(file)).read_text()))
 
 
 def kubernetes(document: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ INFRA = ROOT / "infra"
 BIN = Path(os.environ.get("DLLM_INFRA_BIN", ROOT / ".venv-infra" / "bin"))
 """The programs and schemas, in an environment of their own: `make test-infra` makes it."""
 SCRIPTS = sorted([*INFRA.rglob("*.sh"), *INFRA.rglob("*.sbatch")])
-MANIFESTS = [path for path in sorted((INFRA / "kubernetes").glob("*.yaml")) if path.name != "secrets.yaml"]
+MANIFESTS = sorted((INFRA / "kubernetes").glob("*.yaml"))
 
 
 def _run(*argv: str, text: str | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
