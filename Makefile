@@ -52,8 +52,8 @@ $(VLLM)/installed: | $(INSTALLED)
 run: setup  ## the whole pipeline, then its report; RECIPE=name chooses the recipe, FORCE=1 reruns every stage
 	@$(if $(RECIPE),$(ENV) python -m dllm recipe use $(RECIPE))
 	@# Not outliving make, however that ends: no shell in between, and the number of its process.
-	@$(ENV) DLLM_PARENT=$$PPID PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL=CRITICAL \
-	  exec python -m flows.pipeline $(if $(FORCE),--force)
+	@$(ENV) $(if $(FORCE),,python -m flows.unchanged ||) DLLM_PARENT=$$PPID \
+	  PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL=CRITICAL exec python -m flows.pipeline $(if $(FORCE),--force)
 	@$(ENV) exec python -m dllm report
 
 long: RECIPE := smollm2-135m-dflash-long

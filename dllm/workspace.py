@@ -24,7 +24,7 @@ from typing import Any
 from psutil import Process
 from pydantic import BaseModel
 
-from dllm.digests import file_digest, sealed
+from dllm.digests import file_digest, sealed, unsealed
 from dllm.errors import StageError
 from dllm.files import atomic_folder, atomic_link, atomic_path, atomic_write, full_disk_in_one_line, lock_folder
 from dllm.process import children as process
@@ -233,7 +233,7 @@ class Workspace:
                 else:
                     self.tracker = StageTracker(self.execution, run_id, self.work)
             run_id = self.tracker.run_id
-            self._before = {"mlflow_run_id": run_id, "started": started, "seconds": before.get("seconds", 0.0)}
+            self._before = {"mlflow_run_id": run_id, "started": started, "seconds": before.get("seconds") or 0.0}
             write_json(sidecar, self._before)
         try:
             with signals.on_stop(lambda: self._stop("KILLED", bystanders)):
@@ -304,10 +304,17 @@ def _is_one_part(parts: Any) -> bool:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """Read the sidecar; empty where it is not there, torn or damaged."""
     try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        found = unsealed(path.read_bytes())
+    except (OSError, ValueError):
         return {}
+    is_right = {
+        "mlflow_run_id": lambda value: isinstance(value, str) and value.isalnum(),
+        "started": lambda value: isinstance(value, str),
+        "seconds": lambda value: isinstance(value, int | float) and 0 <= value < 1 << 40,
+    }
+    return {key: found[key] for key, check in is_right.items() if found.get(key) is not None and check(found[key])}
 
 
 def _json(record: Mapping[str, Any]) -> bytes:

@@ -81,7 +81,7 @@ def open_stage(
             "inputs": {key: _digest_of_input(root, path) for key, path in (inputs or {}).items()},
             "identity": dict(identity or {}),
         }
-        works, out = root / "work" / name, root / "out" / name
+        works, out = (root / "work").resolve() / name, root / "out" / name  # of a checkout, a link to the project's
         stage = Stage(name, root, works, out, made_of, sections, params.recipe, is_main=is_main, params=params)
         if is_main:
             stage.execution = Execution(root, params, name, STAGES, _earlier(root, name))

@@ -20,12 +20,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from dllm.errors import DllmError, ServerError
 from dllm.secrets import hide
 from dllm.tracking import delivery
-from dllm.tracking.address import is_local, tracking_uri
+from dllm.tracking.address import home, is_local, tracking_uri
 from dllm.tracking.execution import Execution
 from dllm.tracking.run_journal import RunJournal, is_open, journal_path
 from dllm.tracking.runs import DatasetInput, Status, flatten
@@ -78,7 +79,7 @@ class MlflowTracker:
         self._retry_at = 0.0
         self._sending = threading.RLock()
         with faults_in_one_line(self.uri):
-            self.experiment_id = self._experiment_id(root, experiment)
+            self.experiment_id = experiment_id(self._client, self.uri, root, experiment)
             self.resumed = run_id is not None and self._exists(run_id)
             if run_id is None or not self.resumed:
                 tags = {delivery.PROJECT: delivery.project_id(root), delivery.WORK: str(work or ""), **_whose()}
@@ -190,24 +191,6 @@ class MlflowTracker:
                 raise
             return False
 
-    def _experiment_id(self, root: Path, experiment: str) -> str:
-        found = self._client.get_experiment_by_name(experiment)
-        if found is None:
-            place = (root / "mlartifacts" / experiment).absolute().as_uri() if is_local(self.uri) else None
-            try:
-                return self._client.create_experiment(experiment, artifact_location=place)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another stage was quicker
-                    raise
-            found = self._client.get_experiment_by_name(experiment)
-        if found is None or found.lifecycle_stage == "deleted":
-            raise ServerError(
-                f"MLflow experiment {experiment!r} is deleted",
-                where=self.uri,
-                hint="restore it with `mlflow experiments restore`, or give the recipe another name",
-            )
-        return str(found.experiment_id)
-
 
 class StageTracker(MlflowTracker):
     """The run of a stage, nested in that of its execution, which has the status of its latest stage.
@@ -260,6 +243,31 @@ class StageTracker(MlflowTracker):
 
     def _description(self) -> str:
         return self._execution.describe(self.parent.experiment_id)
+
+
+def experiment_id(client: MlflowClient, uri: str, root: Path, name: str) -> str:
+    """Return the id of an experiment, made where there is none.
+
+    Raises:
+        ServerError: it is deleted.
+    """
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        # Resolved, since that of a checkout is a link to the project's.
+        place = ((home(root) / "mlartifacts").resolve() / name).as_uri() if is_local(uri) else None
+        try:
+            return str(client.create_experiment(name, artifact_location=place))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another stage was quicker
+                raise
+        found = client.get_experiment_by_name(name)
+    if found is None or found.lifecycle_stage == "deleted":
+        raise ServerError(
+            f"MLflow experiment {name!r} is deleted",
+            where=uri,
+            hint="restore it with `mlflow experiments restore`, or give the recipe another name",
+        )
+    return str(found.experiment_id)
 
 
 def _name(key: str) -> str:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,20 @@ PATIENCE_S = 120.0
 FOLDER = Path("work", "tracking")
 OPEN = (None, "RUNNING")
 """Statuses of a run that has not ended."""
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "head": lambda value: isinstance(value, dict) and all(isinstance(each, str) for each in value.values()),
+    "taken": lambda value: isinstance(value, int) and value >= 0,
+    "metrics": lambda value: isinstance(value, dict) and all(isinstance(each, int | float) for each in value.values()),
+    "step": lambda value: isinstance(value, int),
+    "params": lambda value: isinstance(value, dict),
+    "tags": lambda value: isinstance(value, dict),
+    "inputs": lambda value: isinstance(value, list) and all(isinstance(each, dict) for each in value),
+    "artifact": lambda value: isinstance(value, str) and ".." not in value and not value.startswith("/"),
+    "status": lambda value: isinstance(value, str),
+    "time": lambda value: isinstance(value, int),
+}
+"""What each key of a line holds."""
 
 Record = dict[str, Any]
 """One of `metrics` (with `step`), `params`, `tags`, `inputs` (datasets), `artifact` (with `folder`) or `status`, each
@@ -53,7 +67,8 @@ class RunJournal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.run_id = path.stem
-        self._file = path.open("a+b")
+        # Of a link, what it points to would be cut and written to.
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.read()
@@ -214,8 +229,10 @@ def is_open(path: Path) -> bool:
 
 
 def _parse(text: bytes) -> Record:
+    """Read a line; empty where it is none that this file writes."""
     try:
         line = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return line if isinstance(line, dict) else {}
+    is_right = isinstance(line, dict) and all(check(line[key]) for key, check in _KINDS.items() if key in line)
+    return line if is_right and ("step" in line or "metrics" not in line) else {}

@@ -1,5 +1,6 @@
 """What a teammate does: clone, pull from the remote, run, and generate with the champion; nothing is made again."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,20 @@ def s3() -> Iterator[str]:
     server.stop()
 
 
+def test_an_experiment_in_a_copy_is_compared_with_the_commit(mine: Project) -> None:
+    done(mine, "git", "add", "--all")
+    done(mine, "git", *IDENTITY, "commit", "--quiet", "--message", "first")
+    done(mine, "dvc", "exp", "run", "--temp", "--name", "longer", "--set-param", "train.epochs=2")
+    changed = json.loads(done(mine, "dvc", "metrics", "diff", "HEAD", "longer", "--json"))
+    steps = changed["out/train/headline.json"]["steps"]
+    assert steps["new"] == 2 * steps["old"]
+    assert "failed" not in done(mine, "dvc", "plots", "diff", "HEAD", "longer")
+    page = (mine.folder / "dvc_plots" / "index.html").read_text()
+    assert '"rev": "HEAD"' in page and '"rev": "longer"' in page
+    same = json.loads(done(mine, sys.executable, "-m", "dllm", "data", "diff", "HEAD", "longer", "--json"))
+    assert same["rows"]["changed"] == same["rows"]["added"] == 0 < same["rows"]["same"]
+
+
 @pytest.mark.parametrize("kind", ["folder", "s3"])
 def test_a_teammate_pulls_what_was_made_and_generates_with_it(
     mine: Project, kind: str, tmp_path: Path, request: pytest.FixtureRequest
@@ -60,7 +75,7 @@ def test_a_teammate_pulls_what_was_made_and_generates_with_it(
     if kind == "s3":
         done(mine, "dvc", "remote", "modify", "team", "endpointurl", request.getfixturevalue("s3"))
     done(mine, "git", "add", "--all")
-    done(mine, "git", *IDENTITY, "commit", "--quiet", "--message", kind)
+    done(mine, "git", *IDENTITY, "commit", "--quiet", "--allow-empty", "--message", kind)
     assert "pushed" in done(mine, "dvc", "push")
 
     subprocess.run(["git", "clone", "--quiet", mine.folder, tmp_path / "yours"], check=True)

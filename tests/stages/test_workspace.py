@@ -14,7 +14,7 @@ from dllm.config.params import Params
 from dllm.errors import DllmError, StageError
 from dllm.stages import workspace as contract
 from dllm.tracking import mlflow_runs as tracking
-from dllm.workspace import publish_tree
+from dllm.workspace import SIDECAR, publish_tree
 
 RAW = {
     "recipe": "contract-test",
@@ -149,6 +149,26 @@ def test_a_failed_stage_reads_failed_and_its_next_call_goes_on(
     assert status_of(second.tracker.run_id) == "FINISHED"
     with opened(params, tmp_path) as third:
         assert third.tracker.run_id != first.tracker.run_id, "a rerun of a finished stage is a new run"
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        b'{"mlflow_run_id": 5, "started": 7, "seconds": "x"}',
+        b'{"mlflow_run_id": "../../x", "started": null, "seconds": -1}',
+        b"[" * 100_000,
+        b"\xff\xfe",
+    ],
+    ids=["kinds", "values", "depth", "bytes"],
+)
+def test_a_damaged_sidecar_counts_as_none(params: Params, tmp_path: Path, left: bytes) -> None:
+    with opened(params, tmp_path) as stage:
+        work = stage.work
+    (work / SIDECAR).write_bytes(left)
+    with opened(params, tmp_path) as stage:
+        assert stage.work == work and stage.seconds < 3600
+        stage.publish({}, {})
+    assert not (work / SIDECAR).exists()
 
 
 def test_full_disk_is_one_line(params: Params, tmp_path: Path) -> None:
