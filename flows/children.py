@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -17,6 +19,7 @@ from prefect import get_client, get_run_logger
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.concurrency.sync import concurrency
+from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 
@@ -24,25 +27,45 @@ from dllm import secrets
 from dllm.errors import DllmError, ServerError, StageError
 from dllm.files import lock_folder
 from dllm.process import children as process
+from dllm.process import signals
 from dllm.process.output import outlive_readers
 from dllm.stages import workspace as contract
 from flows.artifacts import ProgressBar, share
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder that stages run in."""
+
+    root: Path
+    logs: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Added to the environment of the stages."""
+
+
+HERE = Place(ROOT, ROOT / "logs")
+"""The project's folder."""
 GPU = f"gpu:{platform.node()}"
-"""Name of the concurrency limit. One slot is all GPUs of the machine: the ranks of a stage take them together."""
+"""Start of the names of concurrency limits: one slot for each GPU of the machine, `gpu:HOST:INDEX`."""
 DEADLINE_S = 7 * 24 * 3600.0
 """No stage takes this long: a hung one is stopped and frees its slot."""
 RECORD_EVERY_S = 5.0
+WAIT_S = 5.0
+"""Between two looks whether another run has finished a stage of the same configuration."""
 DVC_CHATTER = re.compile(
     r"\s*$|To track the changes|To enable auto|\s+git add|\s+dvc config|Use `dvc push`|\w+ lock file "
     r"|WARNING: Process .* RWLock"  # the stale lock of a killed run; DVC has removed it
     r"|ERROR: .*it is being blocked by:|  \(PID \d+\): |If there are no processes with such PIDs"  # one line instead
 )
+BUSY = re.compile(r"another process works on this \(pid \w+\) \((.+)\); ")
 HOLDER = re.compile(r"  \(PID (\d+)\): (.*)")
 PROGRESS = re.compile(r"^[\w :-]+: \d\S*( \w+( \(\d+%\))?)?  \S+ \w+/s\b|\d%\|")
 """Lines of `dllm.progress.Progress`, and of tqdm, which libraries use."""
 COMPLAINT = re.compile(r"dllm( rank \d+)?: |ERROR: ")
+FAILURE = re.compile(r"dllm( rank \d+)?: |ERROR: |Traceback \(most recent call last\)|[\w.]+(Error|Exception)\b(:|$)")
+WARNING = re.compile(r"(?i:warning\b)|.*\w*Warning: ")
 STAGE_CODE = re.compile(r"exited with (\d+)")
 
 
@@ -58,11 +81,11 @@ def alone(root: Path) -> Iterator[None]:
         yield
 
 
-def reproduce(root: Path, stage: str, force: bool = False) -> None:
+def reproduce(place: Place, stage: str, force: bool = False) -> None:
     """Run one stage through DVC, if it is out of date.
 
     Args:
-        root: the project's folder.
+        place: where.
         stage: the stage.
         force: run it even if DVC considers it up to date.
 
@@ -71,18 +94,25 @@ def reproduce(root: Path, stage: str, force: bool = False) -> None:
         StageError: it failed otherwise; the message is the stage's error line.
     """
     argv = ["dvc", "--wait-for-lock", "repro", "--single-item", stage]
-    _run(root, stage, [sys.executable, "-m", *argv, *(["--force"] if force else [])])
+    while True:
+        try:
+            return _run(place, stage, [sys.executable, "-m", *argv, *(["--force"] if force else [])])
+        except _Busy as busy:  # runs with the same prompts, say: what the other has finished is restored
+            if place is HERE:
+                raise
+            get_run_logger().info("%s: waiting for another run that works on the same: %s", stage, busy.folder)
+            _wait_until_free(busy.folder)
 
 
-def run_verb(root: Path, *words: str, name: str | None = None) -> None:
+def run_verb(place: Place, *words: str, name: str | None = None) -> None:
     """Run a verb of `python -m dllm` with its arguments; raises as `reproduce` does.
 
     Args:
-        root: the project's folder.
+        place: where.
         words: the verb and its arguments.
         name: name of its log and its progress bar; None takes the verb.
     """
-    _run(root, name or words[0], [sys.executable, "-m", "dllm", *words])
+    _run(place, name or words[0], [sys.executable, "-m", "dllm", *words])
 
 
 class Retries(TypedDict):
@@ -107,22 +137,26 @@ WHEN_A_SERVER_IS_BACK: Retries = {
 
 
 def gpu_slot() -> AbstractContextManager[None]:
-    """Hold the machine's GPU slot while a stage runs; without GPUs, hold nothing.
+    """Hold the slots of the GPUs that a stage sees while it runs; without GPUs, hold nothing.
 
-    A taken slot is waited for. A lease that cannot be renewed for a moment does not stop the stage.
+    Taken slots are waited for, all together. A lease that cannot be renewed for a moment does not stop the stage.
     """
-    if not process.has_gpu():
+    names = [f"{GPU}:{index}" for index in process.visible_gpus()]
+    if not names:
         return nullcontext()
     with get_client(sync_client=True) as client:
-        try:
-            client.read_global_concurrency_limit_by_name(GPU)
-        except ObjectNotFound:
-            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=GPU, limit=1))
-    return concurrency(GPU, occupy=1, strict=True, raise_on_lease_renewal_failure=False)
+        for name in names:
+            try:
+                client.read_global_concurrency_limit_by_name(name)
+            except ObjectNotFound:
+                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
+    return concurrency(names, occupy=1, strict=True, raise_on_lease_renewal_failure=False)
 
 
-def _run(root: Path, stage: str, argv: Sequence[str]) -> None:
+def _run(place: Place, stage: str, argv: Sequence[str]) -> None:
+    log_file = place.logs / f"{stage}.log"
     environment = {
+        **place.env,
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
         "PYTHONUNBUFFERED": "1",
         "DLLM_FLOW_RUN": str(flow_run.id or ""),
@@ -131,24 +165,51 @@ def _run(root: Path, stage: str, argv: Sequence[str]) -> None:
     secrets.install()  # a worker's flow run enters here
     relay = _Relay(stage)
     try:
-        result = process.run(
-            argv, env=environment, cwd=root, deadline_s=DEADLINE_S, log=relay, log_file=root / "logs" / f"{stage}.log"
-        )
+        result = process.run(argv, env=environment, cwd=place.root, deadline_s=DEADLINE_S, log=relay, log_file=log_file)
     finally:  # after SIGKILL (cancelled, out of memory) the MLflow run of the stage is still open
         with contextlib.suppress(DllmError, OSError):  # a store that cannot be used fails no stage
-            contract.close(root)
+            contract.close(ROOT)
     relay.bar.catch_up()
     get_run_logger().info("%s: exit code %d after %.1f s", stage, result.code, result.seconds)
     if result.code == 0:
         return
-    _report_holder(root, result.tail)
+    _report_holder(place.root, result.tail)
     complaints = [line for line in result.tail if COMPLAINT.match(line)]
     codes = [int(match[1]) for line in result.tail if (match := STAGE_CODE.search(line))]  # dvc's own is always 255
     reason = COMPLAINT.sub("", complaints[0], count=1) if complaints else f"exit code {result.code}"
     if "is not a git repository" in reason:
-        raise StageError("DVC looks for git here", where=str(root), hint="outside git: `dvc config core.no_scm true`")
+        raise StageError(
+            "DVC looks for git here", where=str(place.root), hint="outside git: `dvc config core.no_scm true`"
+        )
     kind = ServerError if ServerError.exit_code in [result.code, *codes] else StageError
-    raise kind(f"stage {stage} failed: {reason}", where=f"logs/{stage}.log")
+    error = kind(f"stage {stage} failed: {reason}", where=str(log_file.relative_to(ROOT)))
+    raise _Busy(error, Path(busy[1])) if (busy := BUSY.match(reason)) else error
+
+
+class _Busy(StageError):
+    """Another process works on the same configuration of a stage, in `folder`."""
+
+    def __init__(self, error: DllmError, folder: Path) -> None:
+        super().__init__(error.message, where=error.where, hint=error.hint)
+        self.folder = folder
+
+
+def _wait_until_free(folder: Path) -> None:
+    while True:
+        signals.sleep(WAIT_S)
+        _stop_if_suspended()
+        with contextlib.suppress(StageError):
+            try:
+                with lock_folder(folder):
+                    return
+            except OSError:  # somebody has removed it
+                return
+
+
+def _stop_if_suspended() -> None:
+    """Raise Prefect's signal for a flow run that its user has suspended; the stage that runs is stopped by it."""
+    if (context := FlowRunContext.get()) is not None:
+        context.flow_run_suspension_request.raise_if_requested()
 
 
 def _report_holder(root: Path, lines: Sequence[str]) -> None:
@@ -169,6 +230,7 @@ class _Relay:
         print(f"\n== {stage} ==", flush=True)
 
     def __call__(self, line: str) -> None:
+        _stop_if_suspended()
         if DVC_CHATTER.match(line):
             return
         print(line, flush=True)
@@ -177,4 +239,11 @@ class _Relay:
             if time.monotonic() - self._recorded < RECORD_EVERY_S:
                 return
             self._recorded = time.monotonic()
-        self._logger.info("%s", line)
+        self._logger.log(level(line), "%s", line)
+
+
+def level(line: str) -> int:
+    """Return the level at which a stage's line is logged."""
+    if FAILURE.match(line):
+        return logging.ERROR
+    return logging.WARNING if WARNING.match(line) else logging.INFO

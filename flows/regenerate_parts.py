@@ -22,6 +22,7 @@ from prefect import flow, get_client, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.deployments import run_deployment
+from prefect.events import emit_event
 from prefect.exceptions import ObjectNotFound
 from pydantic import AfterValidator, Field, PositiveInt
 
@@ -29,7 +30,7 @@ from dllm.errors import ConfigError, StageError
 from dllm.process import signals
 from dllm.secrets import holds_secret
 from flows.artifacts import ProgressBar
-from flows.children import ROOT, WHEN_A_SERVER_IS_BACK, gpu_slot, run_verb
+from flows.children import HERE, ROOT, WHEN_A_SERVER_IS_BACK, gpu_slot, run_verb
 from flows.in_process import run
 
 OURS = ("--input-data", "--output-dir", "--part", "--resume", "--dry-run")
@@ -43,20 +44,20 @@ def answer(input_data: str, output_dir: str, part: int, parts: int, options: str
     words = ["--input-data", input_data, "--output-dir", str(_folder(output_dir, part, parts))]
     words += ["--part", f"{part}/{parts}", "--resume", *_split(options)]
     with nullcontext() if "--target-server" in options else gpu_slot():
-        run_verb(ROOT, "regenerate", *words, name=f"regenerate-{part}-of-{parts}")
+        run_verb(HERE, "regenerate", *words, name=f"regenerate-{part}-of-{parts}")
 
 
 @task(name="merge", cache_policy=NO_CACHE)
 def merge(output_dir: str, parts: int) -> None:
     """Join the parts, which rewrites no row."""
     folders = [str(_folder(output_dir, part, parts)) for part in range(parts)]
-    run_verb(ROOT, "data", "merge", *folders, "--output-dir", output_dir, name="merge")
+    run_verb(HERE, "data", "merge", *folders, "--output-dir", output_dir, name="merge")
 
 
 @task(name="verify", cache_policy=NO_CACHE)
 def verify(output_dir: str) -> None:
     """Check every hash, count and row of the result."""
-    run_verb(ROOT, "data", "verify", output_dir, name="verify")
+    run_verb(HERE, "data", "verify", output_dir, name="verify")
 
 
 def _check_open(text: str) -> str:
@@ -114,6 +115,10 @@ def regenerate_parts(
             raise
     merge(output_dir, parts)
     verify(output_dir)
+    folder = str(ROOT / output_dir)
+    emit_event(
+        "regenerate-parts.finished", {"prefect.resource.id": f"dllm.responses.{folder}"}, payload={"folder": folder}
+    )
 
 
 def _split(options: str) -> list[str]:

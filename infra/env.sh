@@ -1,4 +1,5 @@
 # Environment for this project's tools: `. infra/env.sh` in the project's folder. Facts about the machine only.
+# shellcheck shell=sh
 DLLM_HOME="$PWD"
 PATH="$PWD/.venv/bin:$PATH"
 PREFECT_HOME="$PWD/.prefect"

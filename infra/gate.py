@@ -6,6 +6,9 @@ route, must name this server as its host, must not come from a page of another s
 
 `infra/servers.py` starts this file. The password is in PREFECT_API_AUTH_STRING, as `user:password`. While the server
 listens, its client file (mode 0600) has address and password, so that clients on this machine need no typing.
+
+In a container (`infra/compose.yaml`) it listens on DLLM_GATE_BIND instead of loopback, and answers also to the names in
+DLLM_GATE_HOSTS (`mlflow:5000`, commas between).
 """
 
 from __future__ import annotations
@@ -68,7 +71,7 @@ class Gate:
     def __init__(self, app: App, port: int, password: str) -> None:
         self._app, self._password = app, password
         self._home = f"{HOST}:{port}"
-        self._hosts = {self._home, f"localhost:{port}"}
+        self._hosts = {self._home, f"localhost:{port}", *_more_hosts()}
         self._origins = {f"http://{host}" for host in self._hosts}
         self._basic = "Basic " + base64.b64encode(password.encode()).decode()
 
@@ -134,6 +137,10 @@ class _Handshake:
         await self._send(message)
 
 
+def _more_hosts() -> list[str]:
+    return [name.strip().lower() for name in os.environ.get("DLLM_GATE_HOSTS", "").split(",") if name.strip()]
+
+
 def _headers(scope: Message) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, value in scope["headers"]:
@@ -178,7 +185,7 @@ def mlflow_app(port: int) -> App:
     Without job execution, which runs code that clients send and takes three processes more.
     """
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-    os.environ["MLFLOW_SERVER_ALLOWED_HOSTS"] = f"{HOST}:{port},localhost:{port}"
+    os.environ["MLFLOW_SERVER_ALLOWED_HOSTS"] = ",".join([f"{HOST}:{port}", f"localhost:{port}", *_more_hosts()])
     os.environ["_MLFLOW_SGI_NAME"] = "uvicorn"
     from dllm.tracking.store import connect
 
@@ -190,7 +197,8 @@ def mlflow_app(port: int) -> App:
     os.environ[constants.BACKEND_STORE_URI_ENV_VAR] = os.environ[constants.REGISTRY_STORE_URI_ENV_VAR] = uri
     os.environ[constants.ARTIFACT_ROOT_ENV_VAR] = "mlflow-artifacts:/"
     os.environ[constants.SERVE_ARTIFACTS_ENV_VAR] = "true"
-    os.environ[constants.ARTIFACTS_DESTINATION_ENV_VAR] = "./mlartifacts"
+    destination = os.environ.get("MLFLOW_ARTIFACTS_DESTINATION", "./mlartifacts")
+    os.environ[constants.ARTIFACTS_DESTINATION_ENV_VAR] = destination
     initialize_backend_stores(uri, uri, os.environ[constants.ARTIFACT_ROOT_ENV_VAR])
     from mlflow.server.fastapi_app import app
 
@@ -252,7 +260,7 @@ def main(arguments: list[str]) -> None:
         socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
     )  # named, else asyncio delays packets
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((HOST, int(wanted)))
+    listener.bind((os.environ.get("DLLM_GATE_BIND", HOST), int(wanted)))
     listener.listen(BACKLOG)
     port = listener.getsockname()[1]
     address = f"http://{HOST}:{port}"

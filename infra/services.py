@@ -38,9 +38,10 @@ from dllm.tracking.address import is_local, sqlite_path, tracking_uri
 from dllm.tracking.store import connect
 
 MLFLOW_TOML = ROOT / "mlflow.toml"
-POOLS = {"local": 1, "parts": 2}
+DEPLOY = ROOT / "infra" / "deploy.py"
+POOLS = {"local": 1, "checkouts": 2, "parts": 2}
 """Work pools, and how many flow runs this machine takes from each at a time. Runs in `local` share out/, where DVC and
-the stages refuse a second one. Runs in `parts` write to separate folders."""
+the stages refuse a second one. Runs in `checkouts` and `parts` write to separate folders."""
 WORKER_GRACE_S = 10.0
 """From SIGTERM to SIGKILL for a worker, its flow runs, and their stages."""
 PAUSES_S = (1.0, 5.0, 20.0, 60.0)
@@ -140,16 +141,15 @@ def serve(started: list[Kept]) -> None:
     password = new_password()
     api = _start_prefect(started, port, password)
     close_flow_runs(api, password)
-    for pool in POOLS:
-        _make_pool(pool)
-    _prefect("--no-prompt", "deploy", "--all")
+    _deploy()
     for pool, limit in POOLS.items():
         argv = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
-        worker = Service(f"prefect-worker-{pool}", [*argv, "--limit", str(limit)], grace_s=WORKER_GRACE_S)
+        often = {"PREFECT_WORKER_QUERY_SECONDS": "2"}
+        worker = Service(f"prefect-worker-{pool}", [*argv, "--limit", str(limit)], often, grace_s=WORKER_GRACE_S)
         started.append(Kept(worker, is_server=False))
     say(f"Prefect  {_way_in(api.removesuffix('/api'), PREFECT_TOML.name)}")
-    say("run      . infra/env.sh && prefect deployment run 'pipeline/smollm2-dflash' --watch")
-    say("logs     logs/prefect-worker-local.log, logs/prefect-worker-parts.log")
+    say("run      . infra/env.sh && prefect deployment run 'pipeline/project' --watch")
+    say(f"logs     {', '.join(f'logs/prefect-worker-{pool}.log' for pool in POOLS)}")
 
 
 def keep(started: list[Kept]) -> None:
@@ -178,26 +178,11 @@ def _start_prefect(started: list[Kept], port: int, password: str) -> str:
     return api
 
 
-def _make_pool(name: str) -> None:
-    """Make a work pool; one that is there keeps what its user has set."""
-    made = _command("work-pool", "create", name, "--type", "process")
-    if made.code and "already exists" not in " ".join(made.tail):
-        raise _failed(made, "work-pool", "create", name)
-
-
-def _prefect(*arguments: str) -> None:
-    result = _command(*arguments)
-    if result.code:
-        raise _failed(result, *arguments)
-
-
-def _command(*arguments: str) -> process.Result:
-    return process.run([sys.executable, "-m", "prefect", *arguments], cwd=ROOT, deadline_s=COMMAND_DEADLINE_S)
-
-
-def _failed(result: process.Result, *arguments: str) -> ServerError:
-    output = " ".join(" ".join(result.tail).split())[-300:]
-    return ServerError(f"`prefect {' '.join(arguments)}` failed: {output}", where=os.environ["PREFECT_API_URL"])
+def _deploy() -> None:
+    deployed = process.run([sys.executable, str(DEPLOY)], cwd=ROOT, deadline_s=COMMAND_DEADLINE_S)
+    if deployed.code:
+        said = " ".join(" ".join(deployed.tail).split()).removeprefix("dllm: ")[-300:]
+        raise ServerError(f"cannot deploy the flows: {said}", where=os.environ["PREFECT_API_URL"])
 
 
 def _way_in(address: str, file: str) -> str:

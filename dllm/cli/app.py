@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from dllm import __version__
 from dllm.cli import data, export, generate, lm_eval, recipes, track
 from dllm.cli import regenerate as regenerate_verb
 from dllm.cli import train as train_verb
@@ -38,6 +39,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Take the options that come before a verb."""
+
+
 app.add_typer(recipes.app, name="recipe")
 app.add_typer(data.app, name="data")
 app.add_typer(track.app, name="track")
@@ -124,11 +142,12 @@ def report(root: Root = Path(), debug: Debug = False) -> None:
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of two or more projects or runs: each holds an out/.")],
+    runs: Annotated[list[str], typer.Argument(help="Folders that hold an out/, git revisions, DVC experiments.")],
+    root: Root = Path(),
     to: Annotated[Path, typer.Option(help="The page to write.")] = Path("out", "report", "compare.html"),
     debug: Debug = False,
 ) -> None:
     """Print the figures of several runs side by side, and write them with their curves over one another as a page."""
-    from dllm.report import comparison
+    from dllm.cli import compare as verb
 
-    comparison.compare(runs, to)
+    verb.print_comparison(runs, root.resolve(), to)

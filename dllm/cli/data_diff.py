@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dllm.errors import DataError
+from dllm.cli import revisions
 from dllm.methods.figures import DASH
 from dllm.outside import one_line
 from dllm.responses.diff import diff
@@ -36,24 +34,8 @@ def print_diff(a: str, b: str, root: Path, as_json: bool) -> None:
         Console(soft_wrap=True).print(_table(a, b, found))
 
 
-def _folder(name: str, root: Path, copy: Path) -> Path:
-    """Return a folder of responses; that of a revision is copied out of DVC's cache, or fetched from its remote."""
-    for place in (Path(name), root / name):
-        if name and place.is_dir():
-            return place
-    if name.startswith("-") or not name:
-        raise DataError(f"{name!r} is no folder and no revision")
-    command = [sys.executable, "-m", "dvc", "get", str(root), RESPONSES, "--rev", name, "--out", str(copy)]
-    done = subprocess.run(command, cwd=root, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode or not copy.is_dir():
-        lines = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = one_line(lines[0] if lines else f"`dvc get` ended with {done.returncode}", 250)
-        raise DataError(
-            f"no folder, and no git revision or DVC experiment with {RESPONSES}: {reason}",
-            where=name,
-            hint="`git log -- dvc.lock` and `dvc exp list` name them; `dvc fetch` gets what only a remote has",
-        )
-    return copy
+def _folder(name: str, root: Path, to: Path) -> Path:
+    return revisions.folder(name, root, RESPONSES) or revisions.copy(name, root, RESPONSES, to)
 
 
 def _table(a: str, b: str, found: Mapping[str, Any]) -> Table:

@@ -15,6 +15,7 @@ import typer
 from dllm.registry import SAMPLERS
 
 MODEL, PROMPTS, DECODING, OUTPUT, TASKS = "Model", "Prompts", "Decoding", "Output", "Tasks"
+DIFFUSION = "Decoding, diffusion models only"
 """Panels of `--help`."""
 
 ParamsPath = Annotated[Path, typer.Option("--params", help="Params file, relative to --root.", show_default=True)]
@@ -72,9 +73,11 @@ def flags_from(
 
     Args:
         classes: fields of one name are one flag, described by the first class that has it.
-        panel: of `--help`.
+        panel: of `--help`; flags that only diffusion models take are in the panel `DIFFUSION`.
     """
     found: dict[str, tuple[Any, Field[Any]]] = {}
+    causal = [each.settings[kind] for _, each in SAMPLERS.items() for kind in each.settings if kind != "diffusion"]
+    shared = {field.name for each in causal for field in fields(each)}
     for each in classes:
         hints = get_type_hints(each)
         for field in fields(each):
@@ -84,7 +87,10 @@ def flags_from(
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
         before = [each for each in signature.parameters.values() if each.name != into]
-        flags = [_parameter(name, hint, field, panel) for name, (hint, field) in found.items()]
+        flags = [
+            _parameter(name, hint, field, panel if name in shared else DIFFUSION)
+            for name, (hint, field) in found.items()
+        ]
 
         @functools.wraps(command)
         def with_flags(**given: Any) -> None:

@@ -110,8 +110,9 @@ def _folders(place: Path) -> list[Path]:
 def _published(root: Path, stage: str) -> str:
     has_digests = OUTPUTS in read_record(root, stage, RUN)
     check_published(root, root / "out" / stage)
-    if (root / "out" / stage / "metrics.json").is_file():
-        read_record(root, stage, "metrics.json")
+    for name in provenance.RECORDS:
+        if (root / "out" / stage / name).is_file():
+            read_record(root, stage, name)
     if has_digests:
         return OK
     folder = root / "out" / stage

@@ -41,13 +41,13 @@ def load_params(path: Path | str = "params.yaml", overrides: typing.Sequence[str
     raw = _read_file(path)
     if not isinstance(raw, dict):
         raise ConfigError("params must be a mapping of sections", where=str(path))
+    return parse_params(raw, where=str(path), overrides=overrides)
+
+
+def parse_params(raw: dict[str, Any], where: str = "params.yaml", overrides: typing.Sequence[str] = ()) -> Params:
+    """Apply overrides to a mapping, and check it as params; see `load_params`."""
     for override in overrides:
         _override(raw, override)
-    return parse_params(raw, where=str(path))
-
-
-def parse_params(raw: dict[str, Any], where: str = "params.yaml") -> Params:
-    """Check a mapping as params; see `load_params`."""
     return parse_as(Params, raw, where)
 
 

@@ -288,6 +288,9 @@ class Register(Section):
 
     model_name: Annotated[str, AfterValidator(_model_name)]
     """Registered model the checkpoint becomes a version of."""
+    store: str | None = None
+    """Where its bytes are kept: `mlflow`, MLflow's own artifacts; a folder; an address such as s3://BUCKET/PREFIX. null
+    takes registered/ in the project, and `mlflow` where MLflow is a server."""
 
 
 class Params(Section):

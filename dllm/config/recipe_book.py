@@ -49,16 +49,28 @@ def source(name: str) -> str:
     return (FOLDER / f"{name}.yaml").read_text()
 
 
-def load(name: str) -> Params:
-    """Load a recipe, with defaults for what it does not state; raises as `source` does."""
-    return parse_params(read_yaml(source(name)), where=f"{name}.yaml")
+def load(name: str, overrides: typing.Sequence[str] = ()) -> Params:
+    """Load a recipe, with defaults for what it does not state.
+
+    Args:
+        name: the recipe.
+        overrides: `a.b.c=value`, as for `load_params`.
+
+    Raises:
+        ConfigError: no recipe has that name, or an override is wrong.
+    """
+    return parse_params(read_yaml(source(name)), where=f"{name}.yaml", overrides=overrides)
 
 
 def text(name: str) -> str:
     """Write a recipe as a whole params.yaml: its comments, then every key; raises as `source` does."""
-    header = [line for line in source(name).splitlines() if line.startswith("#")]
-    sections = [_dump({key: value}) for key, value in every_key(load(name)).items()]
-    return "\n".join(["\n".join(header) + "\n" + sections[0], *sections[1:]])
+    return text_of(load(name), [line for line in source(name).splitlines() if line.startswith("#")])
+
+
+def text_of(params: Params, comments: typing.Sequence[str]) -> str:
+    """Write params as a whole params.yaml: lines of comment, then every key."""
+    first, *rest = [_dump({key: value}) for key, value in every_key(params).items()]
+    return "\n".join(["".join(f"{line}\n" for line in comments) + first, *rest])
 
 
 def every_key(model: BaseModel) -> dict[str, Any]:
@@ -81,10 +93,27 @@ def activate(name: str, path: Path, *, force: bool = False) -> None:
             not given.
     """
     content = text(name)
-    if path.exists() and not force and not _is_recipe(path):
-        raise ConfigError(
-            "its values are those of no recipe", where=str(path), hint="keep a copy and give --force to overwrite it"
-        )
+    if not force:
+        check_nothing_lost(path, "keep a copy and give --force to overwrite it")
+    write(path, content)
+
+
+def check_nothing_lost(path: Path, hint: str) -> None:
+    """Refuse to overwrite a params.yaml that has values of its own.
+
+    Raises:
+        ConfigError: its values are those of no recipe.
+    """
+    if path.exists() and not _is_recipe(path):
+        raise ConfigError("its values are those of no recipe", where=str(path), hint=hint)
+
+
+def write(path: Path, content: str) -> None:
+    """Write a params.yaml, atomically.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
     if not path.parent.is_dir():
         raise ConfigError("no such folder", where=str(path.parent))
     atomic_write(path, content.encode())

@@ -54,7 +54,7 @@ def planned_target(target: Target, config_file: Path | None = None) -> PreTraine
         config = AutoConfig.for_model(**raw)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         why = " ".join(str(error).split())[:200]
         raise ModelError(f"no config of a causal model: {why}", where=str(config_file or target.model)) from None
     return model

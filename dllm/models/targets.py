@@ -188,7 +188,7 @@ def max_positions(target: Target) -> int | None:
         scaling = config.get("rope_scaling") or {}
         if positions and (scaling.get("rope_type") or scaling.get("type")) == "yarn":
             positions = max(positions, int(scaling["original_max_position_embeddings"] * scaling["factor"]))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return positions
 

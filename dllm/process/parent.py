@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -23,5 +24,7 @@ def follow_parent() -> None:
     if sys.platform != "linux" or not (parent or FORGETFUL & os.environ.keys()):
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if parent and int(parent) != os.getppid():  # it has died before
+    if parent and parent != str(os.getppid()):  # it has died before
+        with contextlib.suppress(OSError):
+            print(f"dllm: stopped: {PARENT} names no parent that lives: {parent[:20]!r}", file=sys.stderr, flush=True)
         signal.raise_signal(signal.SIGTERM)

@@ -22,7 +22,7 @@ from dllm.digests import unsealed
 from dllm.engines.engine import Engine, Response, request_origin
 from dllm.errors import LONGEST_HINT, DataError, ServerError, StageError
 from dllm.files import atomic_write
-from dllm.outside import MAX_LINE, one_line
+from dllm.outside import MAX_LINE, one_line, parse_json
 from dllm.progress import Progress
 from dllm.prompts.table import Prompt
 from dllm.regeneration.rollout import RolloutConfig, num_samples, split_turns
@@ -280,9 +280,9 @@ def _collect(store: ShardStore, served: dict[str, Any], stats: _CallStats) -> Re
 
 def _read_served(work: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads((work / SERVED).read_bytes())
+        found = parse_json((work / SERVED).read_bytes())
         return {"folder": str(found["folder"]), "served": dict(found["served"])}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 

@@ -63,3 +63,4 @@ def places(root: Path) -> Iterator[Row]:
     plots = sorted(path.relative_to(root) for stage in STAGES for path in (root / "out" / stage).glob("*.png"))
     yield "plots", ", ".join(map(str, plots)) or DASH
     yield "more", "out/report/index.html; `make ui` opens MLflow and Prefect"
+    yield "in a shell", "`. infra/env.sh` puts its python, dvc and prefect on the path"

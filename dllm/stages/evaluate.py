@@ -19,6 +19,9 @@ from dllm.workspace import RUN
 PICTURE = "evaluation.png"
 """Name of the picture in out/evaluate/, the same for every method: dvc.yaml names it."""
 
+SIZES = {"block_size", "draft_layers", "draft_params", "params", "trained_params", "threads"}
+"""What among the metrics describes the model and the machine."""
+
 
 def run(params: Params, root: Path) -> dict[str, Any]:
     """Evaluate out/train/checkpoint, publish out/evaluate/, and return the metrics.
@@ -44,6 +47,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
     ) as stage:
         found = method.evaluate(EvaluateContext(params, root, stage.work, stage.tracker))
         stage.tracker.log_artifact(found.picture)
+        stage.constants |= SIZES
         files = {PICTURE: found.picture, **found.files, **write_plots("evaluate", stage.work / "plots", found.plots)}
         stage.publish(files, found.metrics, headline=found.headline)
         for folder in found.scratch:

@@ -7,17 +7,18 @@ where another setting differs, one line says what lies there.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dllm.config.params import Train
+from dllm.digests import read_sealed, sealed
 from dllm.errors import ModelError
+from dllm.files import atomic_write
 from dllm.tracking.runs import flatten
 from dllm.training.checkpoints import Checkpoints, read_state
-from dllm.workspace import SIDECAR, write_json
+from dllm.workspace import SIDECAR
 
 FILE = "determining.json"
 GLOBAL_BATCH = "global batch"
@@ -61,8 +62,8 @@ def note(work: Path, train: Train, world: int, inputs: Mapping[str, str]) -> str
     """
     own = {**flatten(determining(train, world).model_dump(mode="json", exclude_none=True)), **inputs}
     own[GLOBAL_BATCH] = own.pop("batch_size")
-    before = _read(work / FILE)
-    write_json(work / FILE, {"settings": own, "world": world})
+    before = read_sealed(work / FILE) or {}
+    atomic_write(work / FILE, sealed({"settings": own, "world": world}))
     newest = Checkpoints(work / "checkpoints", 1).latest()
     if newest is not None:
         began = before.get("world", world)
@@ -76,7 +77,7 @@ def note(work: Path, train: Train, world: int, inputs: Mapping[str, str]) -> str
 
 
 def _unfinished(folder: Path, own: Mapping[str, Any]) -> _Found | None:
-    settings = _read(folder / FILE).get("settings")
+    settings = (read_sealed(folder / FILE) or {}).get("settings")
     newest = Checkpoints(folder / "checkpoints", 1).latest()
     if not isinstance(settings, dict) or newest is None or not (folder / SIDECAR).exists():
         return None
@@ -111,11 +112,3 @@ def _difference(key: str, there: Any, here: Any) -> str:
 
 def _ranks(number: int) -> str:
     return f"{number} rank{'s' if number > 1 else ''}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -45,7 +45,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         if found_identity := sources.identity(source, root):
             name = f"{sources.label(source)}@{source.split}"
             identity[name if name not in identity else f"{name} {number}"] = found_identity
-    with open_stage("prepare", params, sections=[section], inputs=files, identity=identity, root=root) as stage:
+    with open_stage("prepare", params, sections=[params.prepare], inputs=files, identity=identity, root=root) as stage:
         tallies: dict[str, stream.Tally] = {}
         try:
             found, counts = stream.collect(section, root, tallies)

@@ -7,6 +7,7 @@ again makes no second version.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from dllm.methods.method import Method
 from dllm.registry import METHODS
 from dllm.stages.records import check_published, read_record, trained_method
 from dllm.stages.workspace import open_stage
-from dllm.tracking import model_registry, provenance
+from dllm.tracking import model_registry, model_store, provenance
+from dllm.tracking.address import VARIABLE, sqlite_path, tracking_uri, vanishes
 from dllm.workspace import publish_tree
 
 
@@ -27,7 +29,8 @@ def run(params: Params, root: Path) -> dict[str, Any]:
     Raises:
         ServerError: MLflow cannot be reached.
         ModelError: the checkpoint is not the one that the run in out/train/run.json made.
-        StageError: the checkpoint or its evaluation is missing, or the evaluation is of another checkpoint.
+        StageError: the checkpoint or its evaluation is missing, the evaluation is of another checkpoint, or what is
+            registered here would be deleted with the folder.
     """
     root = root.absolute()
     checkpoint = root / "out" / "train" / "checkpoint"
@@ -44,7 +47,12 @@ def run(params: Params, root: Path) -> dict[str, Any]:
     except KeyError as error:
         hint = "run `dvc repro -sf evaluate`"
         raise StageError(f"the evaluation has no {error}", where="out/evaluate/metrics.json", hint=hint) from None
-    _keep(root, checkpoint, digest, trained)
+    uri = tracking_uri(root)
+    store = model_store.chosen(params.register_.store, uri)
+    folder = model_store.folder_in(store, root, digest)
+    _check_it_stays(root, uri, folder)
+    staged = folder or root / "work" / "register" / f"upload-{digest[:16]}"
+    _keep(staged, checkpoint, digest, trained, link=folder is None)
     lock = root / "dvc.lock"
     done = model_registry.register(
         root,
@@ -63,7 +71,13 @@ def run(params: Params, root: Path) -> dict[str, Any]:
             "dllm.evaluate_run": str(evaluated["mlflow_run_id"]),
         },
         run_id=trained["mlflow_run_id"],
+        store=store,
+        folder=staged,
+        experiment=params.recipe,
+        score_key=score.key,
     )
+    if folder is None:
+        shutil.rmtree(staged)
     new = "new" if done.is_new else "same bytes as before"
     print(f"register: {done.name} version {done.version} ({new}); {done.verdict}", flush=True)
     standing = {
@@ -94,9 +108,23 @@ def _record(
     return metrics
 
 
-def _keep(root: Path, checkpoint: Path, digest: str, trained: dict[str, Any]) -> None:
+def _keep(kept: Path, checkpoint: Path, digest: str, trained: dict[str, Any], *, link: bool) -> None:
     """Copy the checkpoint to where later runs do not touch it: what damages out/train must not damage this one."""
-    kept = model_registry.store_path(root, digest)
     if not kept.is_dir() or provenance.digest(kept) != digest:
         files = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
-        publish_tree(kept, files, {"run.json": trained}, link=False)
+        publish_tree(kept, files, {"run.json": trained}, link=link)
+
+
+def _check_it_stays(root: Path, uri: str, folder: Path | None) -> None:
+    """Refuse to register into a checkout that is deleted after the flow run.
+
+    Raises:
+        StageError: the version or its bytes would be lost.
+    """
+    kept = [path for path in (sqlite_path(uri), folder) if path is not None]
+    if lost := [path for path in kept if vanishes(path)]:
+        raise StageError(
+            "not registered: this checkout is deleted after the flow run, and the version with it",
+            where=str(lost[0]),
+            hint=f"set {VARIABLE} to a server, or register.store and the database to a place outside {root}",
+        )

@@ -82,6 +82,7 @@ def _train(params: Params, root: Path, stage: Stage, ranks: Ranks, identity: dic
         "seconds": round(outcome.seconds, 3),
         **method.sizes(strategy),
     }
+    stage.constants |= {"block_size", *method.sizes(strategy)}
     if ranks.is_main:
         _publish(stage, method.publish(ctx, strategy, outcome, stage.work), metrics, outcome.steps)
     return metrics

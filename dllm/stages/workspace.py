@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,13 +14,22 @@ from pydantic import BaseModel
 
 from dllm.config.load import params_digest
 from dllm.config.params import Params
+from dllm.errors import DllmError
 from dllm.files import full_disk_in_one_line, lock_folder
 from dllm.process import signals
-from dllm.stages.records import check_published
+from dllm.stages import STAGES
+from dllm.stages.records import check_published, read_record
 from dllm.stages.schema import SCHEMA
-from dllm.tracking.provenance import digest
+from dllm.tracking.execution import Execution
+from dllm.tracking.provenance import digest, dvc_digest
 from dllm.tracking.run_journal import is_behind
-from dllm.workspace import Workspace
+from dllm.tracking.runs import DatasetInput
+from dllm.workspace import RUN, Workspace
+
+NAMES = {"regenerate": "responses"}
+"""What inputs are called as datasets, where not by their own name."""
+CONTEXTS = {"train": "training", "evaluate": "evaluation"}
+"""What a stage's datasets are used for, in MLflow's words."""
 
 __all__ = ["Stage", "Workspace", "close", "digest", "forget", "open_stage"]
 
@@ -71,9 +81,13 @@ def open_stage(
             "inputs": {key: _digest_of_input(root, path) for key, path in (inputs or {}).items()},
             "identity": dict(identity or {}),
         }
-        works, out = root / "work" / name, root / "out" / name
+        works, out = (root / "work").resolve() / name, root / "out" / name  # of a checkout, a link to the project's
         stage = Stage(name, root, works, out, made_of, sections, params.recipe, is_main=is_main, params=params)
+        if is_main:
+            stage.execution = Execution(root, params, name, STAGES, _earlier(root, name))
         with stage.open():
+            if is_main:
+                stage.tracker.log_inputs(_datasets(root, name, inputs or {}))
             yield stage
 
 
@@ -81,6 +95,27 @@ def _digest_of_input(root: Path, path: Path) -> str:
     found = digest(path)
     check_published(root, path.absolute(), found)
     return found
+
+
+def _earlier(root: Path, name: str) -> dict[str, str]:
+    found = {}
+    for stage in STAGES[: STAGES.index(name)]:
+        with contextlib.suppress(DllmError):
+            found[stage] = str(read_record(root, stage, RUN).get("mlflow_run_id") or "")
+    return {stage: run_id for stage, run_id in found.items() if run_id}
+
+
+def _datasets(root: Path, name: str, inputs: Mapping[str, Path]) -> list[DatasetInput]:
+    return [
+        DatasetInput(NAMES.get(key, key), dvc_digest(root, path), _in_project(root, path), CONTEXTS.get(name, name))
+        for key, path in inputs.items()
+        if key != "checkpoint"
+    ]
+
+
+def _in_project(root: Path, path: Path) -> str:
+    path = path.absolute()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
 def forget(root: Path, name: str) -> None:

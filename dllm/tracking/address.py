@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from dllm.errors import ConfigError
 
@@ -13,6 +14,7 @@ VARIABLE = "MLFLOW_TRACKING_URI"
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 OR_UNSET = f"or unset {VARIABLE} to track into ./mlflow.db"
 _FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
+_OF_PREFECT = re.compile(r"tmp\w+prefect")
 _HOST = re.compile(r"(\[[0-9a-fA-F:]+\]|[\w-]+(\.[\w-]+)*)(:\d+)?(/.*)?")
 
 
@@ -24,9 +26,35 @@ def tracking_uri(root: Path) -> str:
     """
     uri = os.environ.get(VARIABLE, "").strip()
     if not uri:
-        return sqlite_uri(root.absolute() / "mlflow.db")
+        return sqlite_uri(home(root) / "mlflow.db")
     _check(uri)
     return uri
+
+
+def home(root: Path) -> Path:
+    """Return the folder in which a project keeps what outlives a run: runs, their artifacts, registered checkpoints.
+
+    That of the project, and for the temporary copies of it in which `dvc exp run --temp` and `--queue` work too.
+    """
+    root = root.absolute()
+    return next((at.parents[2] for at in root.parents if at.parts[-3:] == (".dvc", "tmp", "exps")), root)
+
+
+def vanishes(path: Path) -> bool:
+    """Return whether a path lies in the temporary folder of a flow run, into which a deployment clones the project."""
+    place = Path(tempfile.gettempdir())
+    at = path.absolute()
+    return (
+        at.is_relative_to(place)
+        and at.relative_to(place).parts[:1] != ()
+        and _OF_PREFECT.fullmatch(at.relative_to(place).parts[0]) is not None
+    )
+
+
+def page(server: str, experiment_id: str, run_id: str = "") -> str:
+    """Return the address of an experiment's runs, or of one run, in MLflow's view for training."""
+    runs = f"{server.rstrip('/')}/#/experiments/{quote(experiment_id)}/runs"
+    return f"{runs}/{quote(run_id)}" if run_id else f"{runs}?workflowType=machine_learning"
 
 
 def is_local(uri: str) -> bool:

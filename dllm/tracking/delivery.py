@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from dllm.errors import DllmError, StageError
@@ -205,6 +205,8 @@ def _send(client: MlflowClient, journal: RunJournal, batch: Sequence[Record]) ->
             client.log_batch(run_id, params=some)
     elif "tags" in first:
         client.log_batch(run_id, tags=[RunTag(key, str(value)[:TAG_CHARS]) for key, value in first["tags"].items()])
+    elif "inputs" in first:
+        client.log_inputs(run_id, [_dataset(each) for each in first["inputs"]])
     elif "artifact" in first:
         if journal.file_of(first).is_file():
             client.log_artifact(run_id, str(journal.file_of(first)), first.get("folder"))
@@ -214,6 +216,12 @@ def _send(client: MlflowClient, journal: RunJournal, batch: Sequence[Record]) ->
         client.update_run(run_id, status="RUNNING")
     elif "status" in first:
         client.set_terminated(run_id, first["status"], end_time=first["time"])
+
+
+def _dataset(given: Mapping[str, str]) -> DatasetInput:
+    source = json.dumps({"uri": given["source"]})
+    dataset = Dataset(given["name"], given["digest"], source_type="local", source=source)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", given["context"])])
 
 
 def _announce_table(client: MlflowClient, run_id: str, name: str) -> None:
@@ -249,7 +257,9 @@ def _is_deleted(client: MlflowClient, run_id: str, error: MlflowException) -> bo
 
 
 def _name(record: Record) -> str:
-    kind = next((kind for kind in ("metrics", "params", "tags", "artifact", "status") if kind in record), "a record")
+    kind = next(
+        (kind for kind in ("metrics", "params", "tags", "inputs", "artifact", "status") if kind in record), "a record"
+    )
     held = record.get(kind)
     return f"{kind} {', '.join(held) if isinstance(held, dict) else held}"[:200]
 

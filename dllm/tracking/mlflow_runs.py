@@ -7,6 +7,7 @@ or a registered model is used.
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import posixpath
 import re
@@ -14,20 +15,27 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from dllm.errors import DllmError, ServerError
 from dllm.secrets import hide
 from dllm.tracking import delivery
-from dllm.tracking.address import is_local, tracking_uri
-from dllm.tracking.run_journal import RunJournal, journal_path
-from dllm.tracking.runs import Status, flatten
+from dllm.tracking.address import home, is_local, tracking_uri
+from dllm.tracking.execution import Execution
+from dllm.tracking.run_journal import RunJournal, is_open, journal_path
+from dllm.tracking.runs import DatasetInput, Status, flatten
 from dllm.tracking.store import FAULTS, cause_of, connect, faults_in_one_line
+from dllm.tracking.system_metrics import PREFIX, SystemMetrics
 
+PARENT, NOTE = "mlflow.parentRunId", "mlflow.note.content"
+OF_BOTH = ("mlflow.source.git.commit", "dllm.git_dirty", "dllm.no_git_commit", "dllm.model", "dllm.verdict")
+"""Tags that a stage's run shares with the one around it."""
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
 NAME_CHARS = 250
 RETRY_AFTER_S = 5.0
@@ -48,6 +56,7 @@ class MlflowTracker:
         name: the run's name (the stage).
         run_id: a run to go on with; a new one is made where it is None or the store has lost it.
         work: the folder that the stage works in, locked by the caller; nobody else has a live run for it.
+        parent: the run in which a new one is nested.
 
     Raises:
         ConfigError: MLFLOW_TRACKING_URI is not the address of a store.
@@ -56,7 +65,13 @@ class MlflowTracker:
     """
 
     def __init__(
-        self, root: Path, experiment: str, name: str, run_id: str | None = None, work: Path | None = None
+        self,
+        root: Path,
+        experiment: str,
+        name: str,
+        run_id: str | None = None,
+        work: Path | None = None,
+        parent: MlflowTracker | None = None,
     ) -> None:
         self.uri = tracking_uri(root)
         self._client = connect(self.uri)
@@ -64,10 +79,12 @@ class MlflowTracker:
         self._retry_at = 0.0
         self._sending = threading.RLock()
         with faults_in_one_line(self.uri):
-            self.experiment_id = self._experiment_id(root, experiment)
+            self.experiment_id = experiment_id(self._client, self.uri, root, experiment)
             self.resumed = run_id is not None and self._exists(run_id)
             if run_id is None or not self.resumed:
-                tags = {delivery.PROJECT: delivery.project_id(root), delivery.WORK: str(work or "")}
+                tags = {delivery.PROJECT: delivery.project_id(root), delivery.WORK: str(work or ""), **_whose()}
+                if parent is not None:
+                    tags[PARENT] = parent.run_id
                 run_id = str(self._client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id)
             self.run_id: str = run_id
         self._journal = RunJournal.wait_for(journal_path(root, self.run_id))
@@ -75,26 +92,31 @@ class MlflowTracker:
             self._journal.begin(store=hide(self.uri), stage=name, work=str(work or ""))
         if self.resumed:
             self._journal.add(status="RUNNING")
-        with contextlib.suppress(DllmError, *FAULTS):  # else at the next start
-            delivery.close_orphans(self._client, root, [self.experiment_id], own=(self.run_id, work))
-            delivery.synchronize(root, self._client)
+        if parent is None:
+            with contextlib.suppress(DllmError, *FAULTS):  # else at the next start
+                delivery.close_orphans(self._client, root, [self.experiment_id], own=(self.run_id, work))
+                delivery.synchronize(root, self._client)
         self._send()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        self._journal.add(metrics={_name(key): float(value) for key, value in metrics.items()}, step=step)
-        self._send()
+        self._add(metrics={_name(key): float(value) for key, value in metrics.items()}, step=step)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        self._journal.add(params={_name(key): str(value) for key, value in flatten(params).items()})
-        self._send()
+        self._add(params={_name(key): str(value) for key, value in flatten(params).items()})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        self._journal.add(tags={_name(key): str(value) for key, value in tags.items()})
-        self._send()
+        self._add(tags={_name(key): str(value) for key, value in tags.items()})
+
+    def log_inputs(self, inputs: Sequence[DatasetInput]) -> None:
+        if inputs:
+            self._add(inputs=[asdict(each) for each in inputs])
+
+    def log_headline(self, metrics: Mapping[str, float]) -> None: ...
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        self._journal.keep_file(path, folder)
-        self._send()
+        with self._sending:
+            self._journal.keep_file(path, folder)
+            self._send()
 
     def log_table(self, columns: Mapping[str, list[Any]], name: str) -> None:
         # MLflow's own log_table appends to a table that is there: sent twice, it would hold all rows twice.
@@ -102,14 +124,21 @@ class MlflowTracker:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, name)
             path.write_text(json.dumps({"columns": list(columns), "data": rows}, default=str))
-            self._journal.keep_file(path, None, table=name)
-        self._send()
+            with self._sending:
+                self._journal.keep_file(path, None, table=name)
+                self._send()
 
     def finish(self, status: Status) -> None:
         with self._sending:  # a signal may end the process from a thread, while the main thread sends
             self._finish(status)
 
-    def _finish(self, status: Status) -> None:
+    def _add(self, **record: Any) -> None:
+        with self._sending:  # system metrics come from a thread
+            if not self._journal.is_closed:
+                self._journal.add(**record)
+                self._send()
+
+    def _finish(self, status: Status, *, is_away: bool = False) -> None:
         if self._is_gone:
             self._journal.remove()
         if self._is_gone or self._journal.is_closed:
@@ -118,10 +147,11 @@ class MlflowTracker:
         self._journal.read()
         with contextlib.suppress(OSError):  # the disk is full: the next synchronization finds no end, and says KILLED
             self._journal.add(status=status)
-        self._retry_at = 0.0
-        self._send()
-        if left := len(self._journal.pending):
-            _warn(f"MLflow has missed {left} records of this run; `python -m dllm track sync` sends them")
+        if not is_away:
+            self._retry_at = 0.0
+            self._send()
+            if left := len(self._journal.pending):
+                _warn(f"MLflow has missed {left} records of this run; `python -m dllm track sync` sends them")
         self._journal.close()
 
     def _send(self) -> None:
@@ -161,28 +191,94 @@ class MlflowTracker:
                 raise
             return False
 
-    def _experiment_id(self, root: Path, experiment: str) -> str:
-        found = self._client.get_experiment_by_name(experiment)
-        if found is None:
-            place = (root / "mlartifacts" / experiment).absolute().as_uri() if is_local(self.uri) else None
-            try:
-                return self._client.create_experiment(experiment, artifact_location=place)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another stage was quicker
-                    raise
-            found = self._client.get_experiment_by_name(experiment)
-        if found is None or found.lifecycle_stage == "deleted":
-            raise ServerError(
-                f"MLflow experiment {experiment!r} is deleted",
-                where=self.uri,
-                hint="restore it with `mlflow experiments restore`, or give the recipe another name",
-            )
-        return str(found.experiment_id)
+
+class StageTracker(MlflowTracker):
+    """The run of a stage, nested in that of its execution, which has the status of its latest stage.
+
+    Args:
+        execution: the execution that the stage is part of.
+        run_id, work: as for a run without one.
+    """
+
+    def __init__(self, execution: Execution, run_id: str | None, work: Path) -> None:
+        self._execution, root, experiment = execution, execution.root, execution.params.recipe
+        self._store = hide(tracking_uri(root))
+        known = execution.run_id(self._store)
+        if known is not None and is_open(journal_path(root, known)):
+            known = None  # another stage of the same configuration works, and would be waited for
+        self.parent = MlflowTracker(root, experiment, execution.name, known, work)
+        self._note("RUNNING", run_id or "")  # first, so that a process killed meanwhile leaves one run, not two
+        super().__init__(root, experiment, execution.stage_name, run_id, work, self.parent)
+        self._note("RUNNING", self.run_id)
+        if not self.parent.resumed:
+            self.parent.log_params(execution.params.model_dump(mode="json", by_alias=True, exclude_none=True))
+        self.parent.set_tags({**execution.tags("pipeline"), **execution.links, NOTE: self._description()})
+        self.set_tags({PARENT: self.parent.run_id, **execution.tags(execution.stage)})
+        self._system = SystemMetrics(self.log_metrics, self._journal.next_step(PREFIX))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        super().set_tags(tags)
+        if shared := {key: value for key, value in tags.items() if key in OF_BOTH}:
+            self.parent.set_tags(shared)
+
+    def log_inputs(self, inputs: Sequence[DatasetInput]) -> None:
+        super().log_inputs(inputs)
+        self.parent.log_inputs(inputs)
+
+    def log_headline(self, metrics: Mapping[str, float]) -> None:
+        self.parent.log_metrics({f"{self._execution.stage}.{key}": value for key, value in metrics.items()})
+
+    def finish(self, status: Status) -> None:
+        self._system.stop()
+        super().finish(status)
+        with self.parent._sending:
+            if not self.parent._journal.is_closed:
+                with contextlib.suppress(OSError):  # the disk is full
+                    self._note(status, self.run_id)
+                    self.parent._journal.add(tags={NOTE: self._description()})
+            self.parent._finish(status, is_away=self._is_away)
+
+    def _note(self, status: str, run_id: str) -> None:
+        self._execution.note(self.parent.run_id, self._store, run_id, status)
+
+    def _description(self) -> str:
+        return self._execution.describe(self.parent.experiment_id)
+
+
+def experiment_id(client: MlflowClient, uri: str, root: Path, name: str) -> str:
+    """Return the id of an experiment, made where there is none.
+
+    Raises:
+        ServerError: it is deleted.
+    """
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        # Resolved, since that of a checkout is a link to the project's.
+        place = ((home(root) / "mlartifacts").resolve() / name).as_uri() if is_local(uri) else None
+        try:
+            return str(client.create_experiment(name, artifact_location=place))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another stage was quicker
+                raise
+        found = client.get_experiment_by_name(name)
+    if found is None or found.lifecycle_stage == "deleted":
+        raise ServerError(
+            f"MLflow experiment {name!r} is deleted",
+            where=uri,
+            hint="restore it with `mlflow experiments restore`, or give the recipe another name",
+        )
+    return str(found.experiment_id)
 
 
 def _name(key: str) -> str:
     """Return a key as MLflow takes it: one that it refuses would cost all that is sent with it."""
     return posixpath.normpath(_NOT_IN_NAMES.sub("_", key)).lstrip("./")[:NAME_CHARS] or "_"
+
+
+def _whose() -> dict[str, str]:
+    with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
+        return {"mlflow.user": getpass.getuser()}
+    return {}
 
 
 def _warn(text: str) -> None:

@@ -1,30 +1,36 @@
 """Checkpoints as versions of MLflow registered models, and the gate between challenger and champion.
 
-MLflow holds a URI and a digest; the bytes stay on disk, in `registered/<digest>/`, where no later run touches them.
+MLflow holds a URI and a digest; the bytes are where `model_store` keeps them, and no later run touches them.
 """
 
 from __future__ import annotations
 
-import platform
+import json
+import re
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import quote, unquote, urlsplit
 
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from dllm.errors import ModelError, ServerError
 from dllm.secrets import hide_in
-from dllm.tracking import provenance
-from dllm.tracking.address import is_local, sqlite_path, tracking_uri
+from dllm.tracking import model_store
+from dllm.tracking.address import VARIABLE, sqlite_path, tracking_uri
+from dllm.tracking.mlflow_runs import experiment_id
+from dllm.tracking.model_store import STORE, store_path
 from dllm.tracking.runs import REGISTERED
 from dllm.tracking.store import FAULTS, connect, one_line, unreachable
 
-STORE = "registered"
+__all__ = ["STORE", "Registered", "register", "resolve", "store_path"]
+_MODEL_NAME = re.compile(r"[/:.%\"']")
 CHAMPION, CHALLENGER = "champion", "challenger"
 DIGEST, TAU, HELDOUT, TARGET = "dllm.digest", "dllm.tau", "dllm.heldout_digest", "dllm.target"
 
@@ -43,11 +49,6 @@ class Registered:
     """False if the same bytes were registered before."""
 
 
-def store_path(root: Path, digest: str) -> Path:
-    """Name the folder that keeps a registered checkpoint's bytes."""
-    return root.absolute() / STORE / digest[:16]
-
-
 def register(
     root: Path,
     name: str,
@@ -59,6 +60,10 @@ def register(
     target: str,
     tags: Mapping[str, str],
     run_id: str | None = None,
+    store: str | None = None,
+    folder: Path | None = None,
+    experiment: str | None = None,
+    score_key: str = "score",
 ) -> Registered:
     """Create a version for the checkpoint stored under `digest`, set its aliases, and compare it with the champion.
 
@@ -74,23 +79,53 @@ def register(
         target: the model the draft was made for; only drafts for the same one are compared.
         tags: further facts about the version.
         run_id: the MLflow run that trained it.
+        store: `register.store`.
+        folder: the checkpoint's files; None takes the project's own folder for registered ones.
+        experiment: where MLflow lists the checkpoint as a model, too; None lists none.
+        score_key: how MLflow calls the score among the model's metrics.
 
     Raises:
-        ServerError: MLflow is out of reach.
+        ServerError: MLflow is out of reach, or the store of the bytes is.
     """
     client, uri = _client(root)
     facts: dict[str, str] = hide_in(
         {**tags, DIGEST: digest, TAU: repr(float(tau)), HELDOUT: heldout_digest, TARGET: target}
     )
+    store = model_store.chosen(store, uri)
+    folder = folder or store_path(root, digest)
     with _answering(uri):
-        known = _find(client, name, digest)
-        version = known or _create(client, name, _source(uri, store_path(root, digest)), facts, run_id)
-        if known is not None:
+        if run_id is not None and not _has_run(client, run_id):
+            print(
+                f"warning: MLflow has no run {run_id} here: the training was tracked in another store", file=sys.stderr
+            )
+            run_id = None
+        known = _find(client, name, digest, store)
+        if known is None:
+            model_id = None
+            if experiment is not None or store == model_store.MLFLOW:
+                score = Metric(score_key, abs(tau), int(time.time() * 1000), 0)
+                place = experiment_id(client, uri, root, experiment or name)
+                model_id = _listed(client, place, name, facts, run_id, score)
+            at = model_store.folder_in(store, root, digest)
+            if at is not None:
+                source = model_store.folder_source(uri, at)
+            else:
+                source = model_store.upload(client, str(store), folder, digest, model_id)
+            if model_id is not None:
+                client.finalize_logged_model(model_id, "READY")
+            version = _create(client, uri, name, source, facts, run_id, model_id)
+            if model_id is not None:  # a server notes it by itself
+                noted = json.dumps([{"name": name, "version": int(version.version)}])
+                client.set_logged_model_tags(model_id, {"mlflow.modelVersions": noted})
+            client.set_registered_model_alias(name, CHALLENGER, version.version)
+        else:
+            version = known
             for key, value in facts.items():
                 if known.tags.get(key) != value:
                     client.set_model_version_tag(name, known.version, key, value)
-        if known is None:
-            client.set_registered_model_alias(name, CHALLENGER, version.version)
+        text = _description(name, version.version, score_name, tau, tags, target)
+        if version.description != text:
+            client.update_model_version(name, version.version, text)
         verdict = _judge(client, name, client.get_model_version(name, version.version), score_name)
         aliases = tuple(sorted(_aliases(client, name, version.version)))
     return Registered(name, int(version.version), str(version.source), aliases, verdict, known is None)
@@ -121,15 +156,7 @@ def resolve(reference: str, root: Path) -> Path:
     expected = version.tags.get(DIGEST)
     if expected is None:
         raise ModelError(f"{reference} was not registered by dllm: it has no digest", where=str(version.source))
-    kept = Path(unquote(urlsplit(str(version.source)).path))
-    places = [kept, store_path(root, expected), root / "out" / "train" / "checkpoint"]
-    there = [place for place in places if place.is_dir()]
-    for place in there:
-        if provenance.digest(place) == expected:
-            return place
-    wrong = "has changed since it was registered" if kept in there else "is not on this machine"
-    hint = f"expected digest {expected[:16]}; bring {version.source} here, or `dvc checkout` the run that trained it"
-    raise ModelError(f"the checkpoint of {reference} {wrong}", where=str(kept), hint=hint)
+    return model_store.bring(str(version.source), uri, root, expected, reference)
 
 
 def _judge(client: MlflowClient, name: str, version: ModelVersion, score_name: str) -> str:
@@ -170,25 +197,70 @@ def _aliases(client: MlflowClient, name: str, version: str) -> list[str]:
     return [alias for alias, number in aliases.items() if str(number) == str(version)]
 
 
-def _find(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
+def _find(client: MlflowClient, name: str, digest: str, store: str | None) -> ModelVersion | None:
     quote_mark = '"' if "'" in name else "'"
     versions = client.search_model_versions(f"name={quote_mark}{name}{quote_mark}")
-    return next((version for version in versions if version.tags.get(DIGEST) == digest), None)
+    same = (version for version in versions if version.tags.get(DIGEST) == digest)
+    return next((version for version in same if model_store.is_kept(str(version.source), store)), None)
 
 
-def _create(client: MlflowClient, name: str, source: str, facts: Mapping[str, str], run_id: str | None) -> ModelVersion:
+def _create(
+    client: MlflowClient,
+    uri: str,
+    name: str,
+    source: str,
+    facts: Mapping[str, str],
+    run_id: str | None,
+    model_id: str | None,
+) -> ModelVersion:
     try:
-        client.create_registered_model(name)
+        client.create_registered_model(
+            name, description=f"Checkpoints of dllm. Load the best one: models:/{name}@{CHAMPION}"
+        )
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    return client.create_model_version(name, source, run_id=run_id, tags=dict(facts))
+    with model_store.variable(VARIABLE, uri):  # a database is asked for the listed model by a client of MLflow's own
+        return client.create_model_version(name, source, run_id=run_id, tags=dict(facts), model_id=model_id)
 
 
-def _source(uri: str, path: Path) -> str:
-    """Write a path as a URI; an MLflow server reads `file:` as its own disk and refuses it."""
-    where = "file://" if is_local(uri) else f"ssh://{platform.node()}"
-    return where + quote(str(path))
+def _listed(
+    client: MlflowClient, experiment_id: str, name: str, facts: Mapping[str, str], run_id: str | None, score: Metric
+) -> str:
+    """List a checkpoint among the models of its experiment, as the output of the run that trained it."""
+    listed = client.search_logged_models([experiment_id], f"tags.`{DIGEST}` = '{facts[DIGEST]}'")
+    if listed:
+        return str(listed[0].model_id)
+    model = client.create_logged_model(
+        experiment_id, _MODEL_NAME.sub("-", name), run_id, tags=dict(facts), model_type="dllm checkpoint"
+    )
+    if run_id is not None:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+        scored = Metric(score.key, score.value, score.timestamp, score.step, model_id=model.model_id)
+        client.log_batch(run_id, metrics=[scored])
+    return str(model.model_id)
+
+
+def _description(
+    name: str, version: str | int, score_name: str, tau: float, tags: Mapping[str, str], target: str
+) -> str:
+    reference = f"models:/{name}/{version}"
+    lines = [f"{score_name} {abs(tau):.3f} on held-out prompts; git commit {tags.get('dllm.git_commit')}.", ""]
+    lines += ["Trained for:", "", f"    {target}", "", "Load it:", ""]
+    lines += [f"    python -m dllm generate --checkpoint {reference} --prompt 'Hello'"]
+    lines += [f"    python -m dllm export --checkpoint {reference} --to DIR"]
+    lines += [f'    mlflow.artifacts.download_artifacts("{reference}")']
+    return "\n".join(lines)
+
+
+def _has_run(client: MlflowClient, run_id: str) -> bool:
+    try:
+        client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return False
+    return True
 
 
 def _parse(reference: str) -> tuple[str, str | None, str]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
 import subprocess
 from pathlib import Path
 
+from dllm.config.load import read_yaml
 from dllm.digests import file_digest, folder_digests, tree_digest
 from dllm.errors import StageError
 
 LIBRARIES = ("dllm", "torch", "transformers", "mlflow", "dvc", "prefect", "numpy", "pyarrow")
+LOCK = "dvc.lock"
 RECORDS = ("run.json", "metrics.json", "headline.json")
 """Records of how a result was made, left out of its digest: times and hosts differ from run to run."""
 
@@ -29,6 +32,30 @@ def digest(path: Path) -> str:
     if not path.is_dir():
         raise StageError("input is missing", where=str(path), hint="run the stage that makes it, or `dvc repro`")
     return tree_digest(folder_digests(path, RECORDS))
+
+
+def dvc_digest(root: Path, path: Path) -> str:
+    """Return the digest under which DVC knows a file or folder of a project, in at most 36 characters.
+
+    A folder's is that of dvc.lock, as long as its files add up to what is recorded there; otherwise the start of
+    `digest` stands in for it.
+
+    Raises:
+        StageError: there is nothing at the path.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "md5").hexdigest()
+    try:
+        stages = read_yaml((root / LOCK).read_text())["stages"]
+        name = path.absolute().relative_to(root.absolute()).as_posix()
+        out = next(out for stage in stages.values() for out in stage["outs"] if out["path"] == name)
+        sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+        if (out["nfiles"], out["size"]) == (len(sizes), sum(sizes)):
+            return str(out["md5"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
+        pass
+    return digest(path)[:36]
 
 
 def git_state(root: Path) -> dict[str, str | bool | None]:

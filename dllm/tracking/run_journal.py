@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,23 @@ FOLDER = Path("work", "tracking")
 OPEN = (None, "RUNNING")
 """Statuses of a run that has not ended."""
 
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "head": lambda value: isinstance(value, dict) and all(isinstance(each, str) for each in value.values()),
+    "taken": lambda value: isinstance(value, int) and value >= 0,
+    "metrics": lambda value: isinstance(value, dict) and all(isinstance(each, int | float) for each in value.values()),
+    "step": lambda value: isinstance(value, int),
+    "params": lambda value: isinstance(value, dict),
+    "tags": lambda value: isinstance(value, dict),
+    "inputs": lambda value: isinstance(value, list) and all(isinstance(each, dict) for each in value),
+    "artifact": lambda value: isinstance(value, str) and ".." not in value and not value.startswith("/"),
+    "status": lambda value: isinstance(value, str),
+    "time": lambda value: isinstance(value, int),
+}
+"""What each key of a line holds."""
+
 Record = dict[str, Any]
-"""One of `metrics` (with `step`), `params`, `tags`, `artifact` (with `folder`) or `status`; all have `time`, in ms."""
+"""One of `metrics` (with `step`), `params`, `tags`, `inputs` (datasets), `artifact` (with `folder`) or `status`, each
+with its `time` in ms."""
 
 
 class RunJournal:
@@ -52,7 +67,8 @@ class RunJournal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.run_id = path.stem
-        self._file = path.open("a+b")
+        # Of a link, what it points to would be cut and written to.
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.read()
@@ -116,6 +132,10 @@ class RunJournal:
         self._taken += count
         with contextlib.suppress(OSError):  # a full disk: they are in doubt at the next start
             self._write_line({"taken": self._taken})
+
+    def next_step(self, prefix: str) -> int:
+        """Return the step after the last one of the metrics whose names start with a prefix."""
+        return max((step + 1 for key, step in self._points if key.startswith(prefix)), default=0)
 
     @property
     def is_closed(self) -> bool:
@@ -196,9 +216,23 @@ def journal_path(root: Path, run_id: str) -> Path:
     return root / FOLDER / f"{run_id}.jsonl"
 
 
+def is_open(path: Path) -> bool:
+    """Return whether a process has a journal open."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _parse(text: bytes) -> Record:
+    """Read a line; empty where it is none that this file writes."""
     try:
         line = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return line if isinstance(line, dict) else {}
+    is_right = isinstance(line, dict) and all(check(line[key]) for key, check in _KINDS.items() if key in line)
+    return line if is_right and ("step" in line or "metrics" not in line) else {}

@@ -1,4 +1,4 @@
-"""One MLflow run per stage: metrics, parameters, tables, files, and the final status.
+"""One MLflow run per stage, nested in that of the execution: metrics, parameters, tables, files, and the final status.
 
 Only the main rank tracks; the others hold a `NullTracker`. Ids travel explicitly: no global active run. `mlflow_runs`
 holds what needs MLflow, which takes 2 seconds to import.
@@ -6,13 +6,27 @@ holds what needs MLflow, which takes 2 seconds to import.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 REGISTERED = "models:/"
 """What a reference to a registered model starts with; `model_registry` resolves it."""
+
+
+@dataclass(frozen=True)
+class DatasetInput:
+    """Data that a run reads."""
+
+    name: str
+    digest: str
+    """DVC's, of the file or folder; at most 36 characters."""
+    source: str
+    """Its path in the project."""
+    context: str
+    """What it is used for, such as `training`."""
 
 
 class Tracker(Protocol):
@@ -36,6 +50,12 @@ class Tracker(Protocol):
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""
 
+    def log_inputs(self, inputs: Sequence[DatasetInput]) -> None:
+        """Log what the run reads."""
+
+    def log_headline(self, metrics: Mapping[str, float]) -> None:
+        """Log the figures by which whole executions are compared, on the run around this one."""
+
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Log a small file as an artifact."""
 
@@ -55,6 +75,8 @@ class NullTracker:
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None: ...
     def log_params(self, params: Mapping[str, Any]) -> None: ...
     def set_tags(self, tags: Mapping[str, str]) -> None: ...
+    def log_inputs(self, inputs: Sequence[DatasetInput]) -> None: ...
+    def log_headline(self, metrics: Mapping[str, float]) -> None: ...
     def log_artifact(self, path: Path, folder: str | None = None) -> None: ...
     def log_table(self, columns: Mapping[str, list[Any]], name: str) -> None: ...
     def finish(self, status: Status) -> None: ...

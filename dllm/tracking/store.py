@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,6 +106,10 @@ def _set_up() -> None:
     # A stage must not wait long for a store. MLflow's defaults retry a dead server, and a database, for minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    # Its own lines link to the view for traces, and a bar would fill a log.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     vars(mlflow_databases).update(
         MAX_RETRY_COUNT=1,
         # It would take the quoted path of the URI for the name of a folder.

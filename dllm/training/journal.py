@@ -56,13 +56,13 @@ class MetricsLog:
         known = {k: v for k, v in record.items() if k not in LABELS and v is not None}
         self.tracker.log_metrics(known, record["step"])
 
-    def _lines(self) -> list[str]:
-        return self.path.read_text().splitlines() if self.path is not None and self.path.exists() else []
+    def _lines(self) -> list[bytes]:
+        return self.path.read_bytes().splitlines() if self.path is not None and self.path.exists() else []
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the records of a training.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [record for line in path.read_bytes().splitlines() if (record := _parse(line)) is not None]
 
 
 def draw_curves(records: Sequence[dict[str, Any]], path: Path, panels: Sequence[Sequence[str]]) -> None:
@@ -97,9 +97,17 @@ def draw_curves(records: Sequence[dict[str, Any]], path: Path, panels: Sequence[
     figure.savefig(path, dpi=120)
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Read a line; None if it is no record: cut short by a kill, or damaged."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and {"step", "kind"} <= record.keys() else None
+    if not isinstance(record, dict) or not {"step", "kind"} <= record.keys():
+        return None
+    figures = [value for key, value in record.items() if key not in LABELS and value is not None]
+    return record if all(map(_is_number, [record["step"], *figures])) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

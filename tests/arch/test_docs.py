@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -62,6 +63,16 @@ def test_every_command_is_a_verb_with_its_options(document: str, words: list[str
     for index, word in enumerate(words):
         if word == "--set":
             load_params(ROOT / "params.yaml", [words[index + 1]])
+
+
+@pytest.mark.skipif(not (ROOT / ".venv/bin/dvc").exists(), reason="needs `make setup`")
+def test_one_line_of_the_readme_enters_the_environment_from_a_plain_shell() -> None:
+    (line,) = {words for words in _snippets(ROOT / "README.md") if words.startswith(". ")}
+    code = f"{line} && command -v python dvc prefect && python -m dllm recipe list >/dev/null"
+    plain = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}
+    done = subprocess.run(["bash", "-c", code], cwd=ROOT, env=plain, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == [str(ROOT / ".venv/bin" / name) for name in ("python", "dvc", "prefect")], done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_make_target_exists() -> None:

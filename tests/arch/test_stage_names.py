@@ -56,3 +56,21 @@ def test_each_dvc_stage_reruns_when_its_schema_number_rises() -> None:
         ]
         assert watched == [f"SCHEMA.{name}"]
     assert list(SCHEMA) == list(STAGES)
+
+
+def test_each_dvc_stage_reruns_for_the_sections_that_it_opens_with_and_for_no_other() -> None:
+    for name, stage in _dvc_stages().items():
+        calls = [node for node in ast.walk(tree(PACKAGE / "stages" / f"{name}.py")) if isinstance(node, ast.Call)]
+        (sections,) = [
+            keyword.value
+            for call in calls
+            if isinstance(call.func, ast.Name) and call.func.id == "open_stage"
+            for keyword in call.keywords
+            if keyword.arg == "sections"
+        ]
+        read = {
+            node.attr
+            for node in ast.walk(sections)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "params"
+        }
+        assert {section for section in stage["params"] if isinstance(section, str)} == read, name

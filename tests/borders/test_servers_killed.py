@@ -183,7 +183,7 @@ def test_make_serve_restarts_what_dies_and_leaves_nothing_when_killed(project: P
 
 
 def deploy(project: Project) -> str:
-    done = project.run("prefect", "deployment", "run", "pipeline/smollm2-dflash")
+    done = project.run("prefect", "deployment", "run", "pipeline/project")
     assert done.returncode == 0, done.stdout
     return under_way(project)
 

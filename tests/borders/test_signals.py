@@ -202,6 +202,13 @@ def test_a_stage_whose_reader_is_gone_saves_a_checkpoint_when_it_is_stopped(stru
     assert struck.statuses() == {"FINISHED", "KILLED"}
 
 
+@pytest.mark.parametrize("number", ["999999999", "none", "\x1b[2J"])
+def test_a_number_left_in_a_shell_is_named(number: str) -> None:
+    argv = [sys.executable, "-m", "dllm", "recipe", "list"]
+    done = subprocess.run(argv, env={**os.environ, "DLLM_PARENT": number}, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode in (143, -15) and f"DLLM_PARENT names no parent that lives: {number!r}" in done.stderr
+
+
 def test_every_signal_has_a_documented_exit() -> None:
     assert "| 129, 130, 143 |" in (ROOT / "docs/operations.md").read_text()
     assert Path(ROOT / "Makefile").read_text().count("tests.kill.blows") == 1

@@ -17,7 +17,7 @@ from dllm.errors import ServerError
 from dllm.stages.workspace import close
 from dllm.tracking import delivery, mlflow_runs
 from dllm.tracking.mlflow_runs import MlflowTracker
-from dllm.tracking.run_journal import FOLDER
+from dllm.tracking.run_journal import FOLDER, RunJournal, journal_path
 from dllm.tracking.store import connect
 from dllm.workspace import SIDECAR, Workspace
 from tests.borders.faulty_proxy import FaultyProxy
@@ -244,3 +244,40 @@ def check_kills(root: Path, kills: int, steps: int, seed: int) -> list[str]:
     status = client.get_run(run_id).info.status
     wrong += [] if status == "FINISHED" else [f"published, and reads {status}"]
     return wrong
+
+
+ODD_LINES = [
+    b"\xff\xfe",
+    b'{"head": [1]}',
+    b'{"head": {"store": 1}}',
+    b'{"taken": "all"}',
+    b'{"taken": -5}',
+    b'{"metrics": [1], "step": 0, "time": 1}',
+    b'{"metrics": {"a": 1}, "time": 1}',
+    b'{"metrics": {"a": "x"}, "step": 0, "time": 1}',
+    b'{"status": ["FINISHED"], "time": 1}',
+    b'{"artifact": "../../../params.yaml", "time": 1}',
+    b'{"artifact": "/etc/passwd", "time": 1}',
+    b"[" * 100_000,
+    b'{"taken": ' + b"9" * 5000 + b"}",
+]
+
+
+def test_an_odd_line_of_a_journal_is_left_out(tmp_path: Path) -> None:
+    right = [b'{"head": {"store": "s"}}', b'{"metrics": {"loss": 2.0}, "step": 3, "time": 1}']
+    path = journal_path(tmp_path, "a")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"".join(line + b"\n" for line in [*ODD_LINES[:6], *right, *ODD_LINES[6:]]))
+    journal = RunJournal(path)
+    assert journal.head == {"store": "s"}
+    assert [record["metrics"] for record in journal.pending] == [{"loss": 2.0}]
+
+
+def test_a_link_in_place_of_a_journal_is_not_written_to(tmp_path: Path) -> None:
+    path, precious = journal_path(tmp_path, "a"), tmp_path / "precious"
+    path.parent.mkdir(parents=True)
+    precious.write_bytes(b"a line\nand a tail that is none")
+    path.symlink_to(precious)
+    with pytest.raises(OSError, match="symbolic links"):
+        RunJournal(path)
+    assert precious.read_bytes() == b"a line\nand a tail that is none"

@@ -17,7 +17,8 @@ import yaml
 from dllm.config import recipe_book
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("dllm", "flows", "infra", "data", ".dvc/config", ".dvcignore", "dvc.yaml", "prefect.yaml")
+OF_DVC = (".dvc/config", ".dvc/page.html", ".dvc/plots", ".dvcignore", "dvc.yaml")
+PARTS = ("dllm", "flows", "infra", "data", *OF_DVC, "prefect.yaml")
 
 
 class Project:

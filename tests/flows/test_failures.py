@@ -74,7 +74,7 @@ def test_only_a_server_out_of_reach_is_tried_again(project: Project, prefect_hom
     assert "train is out of order" in (project.folder / "logs" / "train.log").read_text()
     with sqlite3.connect(prefect_home / "prefect.db") as database:
         slots = database.execute(
-            'select "limit", active_slots from concurrency_limit_v2 where name = ?', (f"gpu:{platform.node()}",)
+            'select "limit", active_slots from concurrency_limit_v2 where name = ?', (f"gpu:{platform.node()}:0",)
         )
         assert slots.fetchall() == [(1, 0)], "the slot was made, taken and given back"
 

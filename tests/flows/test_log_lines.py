@@ -25,3 +25,23 @@ def test_only_progress_is_thinned_out(monkeypatch: pytest.MonkeyPatch, caplog: p
         for line in [*kept, *progress, *kept, "\rDownloading:  12%|█  | 3/24", "same ids: 17  12.3 rows/s"]:
             relay(line)
     assert [record.message for record in caplog.records] == [*kept, progress[0], progress[-1], *kept]
+    warned = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert warned == [*kept[1:3], *kept[1:3]]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("dllm: train.lr_peek: unknown key (params.yaml)", logging.ERROR),
+        ("dllm rank 1: out of memory", logging.ERROR),
+        ("ERROR: failed to reproduce 'train'", logging.ERROR),
+        ("Traceback (most recent call last):", logging.ERROR),
+        ("torch.OutOfMemoryError: CUDA out of memory", logging.ERROR),
+        ("WARNING: stage is frozen", logging.WARNING),
+        ("/x/y.py:3: FutureWarning: use z", logging.WARNING),
+        ("train: 35 rows, 8 held out", logging.INFO),
+        ("evaluate: no errors", logging.INFO),
+    ],
+)
+def test_levels(line: str, expected: int) -> None:
+    assert children.level(line) == expected

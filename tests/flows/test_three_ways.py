@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -65,12 +66,24 @@ def lock(project: Project) -> str:
 def runs(project: Project) -> list[tuple[str, str]]:
     client = tracking.connect(f"sqlite:///{project.folder}/mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name == "tiny-dflash"]
-    return sorted((r.info.run_name, r.info.status) for r in client.search_runs([experiment.experiment_id]))
+    found = client.search_runs([experiment.experiment_id])
+    return sorted((r.data.tags.get("dllm.stage", "pipeline"), r.info.status) for r in found)
 
 
 def artifacts(prefect_home: Path) -> list[str]:
     with sqlite3.connect(prefect_home / "prefect.db") as database:
         return sorted(key for (key,) in database.execute("select distinct key from artifact where key is not null"))
+
+
+def flow_runs(prefect_home: Path) -> list[tuple[str, str, str]]:
+    """Give name, state and message of each flow run, the latest last."""
+    with sqlite3.connect(prefect_home / "prefect.db") as database:
+        query = "select r.name, s.type, s.message from flow_run r join flow_run_state s on s.id = r.state_id"
+        return database.execute(f"{query} order by r.start_time").fetchall()
+
+
+def score(project: Project) -> str:
+    return f"τ {json.loads((project.folder / 'out/register/metrics.json').read_text())['tau_micro']:.3f}"
 
 
 def test_the_first_run_leaves_everything(project: Project, first: str, prefect_home: Path) -> None:
@@ -79,11 +92,12 @@ def test_the_first_run_leaves_everything(project: Project, first: str, prefect_h
     assert re.search(r"regenerate: \d+/24 responses .* responses/s", first), "live progress reaches the terminal"
     assert "Traceback" not in first and "\x1b" not in first
     assert "git add" not in first
-    assert runs(project) == sorted((stage, "FINISHED") for stage in STAGES)
+    assert runs(project) == sorted((stage, "FINISHED") for stage in (*STAGES, "pipeline"))
     bars = {f"{stage}-progress" for stage in ("regenerate", "train", "evaluate")}
-    assert {"acceptance-curve", "summary"} | bars == set(artifacts(prefect_home))
+    assert {"acceptance-curve", "evaluation", "summary"} | bars == set(artifacts(prefect_home))
     registered = json.loads((project.folder / "out/register/metrics.json").read_text())
     assert registered["aliases"] == ["challenger", "champion"]
+    assert flow_runs(prefect_home) == [("tiny-dflash", "COMPLETED", f"champion: the first version, {score(project)}")]
 
 
 def test_the_registered_version_tells_where_it_came_from(
@@ -110,9 +124,27 @@ def test_dvc_repro_finds_nothing_to_do_and_keeps_the_lock(project: Project, firs
     assert "tau_micro" in project.run("dvc", "metrics", "show", "--json").stdout
 
 
+def test_make_run_finds_nothing_to_do_before_it_starts_a_flow(project: Project, first: str) -> None:
+    asked = (sys.executable, "-m", "flows.unchanged")
+    done = project.run(*asked)
+    assert done.returncode == 0 and "up to date" in done.stdout, done.stdout
+    with closing(sqlite3.connect(project.folder / "mlflow.db")) as database:
+        database.execute("update registered_model_aliases set alias = 'gone' where alias = 'champion'")
+        database.commit()
+        assert project.run(*asked).returncode == 1, "the registry says otherwise"
+        database.execute("update registered_model_aliases set alias = 'champion' where alias = 'gone'")
+        database.commit()
+    curve = project.folder / "out/evaluate/plots/acceptance.csv"
+    before = curve.read_bytes()
+    curve.write_bytes(before + b"4,1.0,edited\n")
+    assert project.run(*asked).returncode == 1, "DVC says otherwise"
+    curve.write_bytes(before)
+    assert project.run(*asked).returncode == 0
+
+
 def test_a_deployment_finds_nothing_to_do_and_keeps_the_lock(project: Project, server: None) -> None:
     before, made = lock(project), runs(project)
-    done = project.run("prefect", "deployment", "run", "pipeline/smollm2-dflash", "--watch")
+    done = project.run("prefect", "deployment", "run", "pipeline/project", "--watch")
     assert done.returncode == 0, done.stdout + (project.folder / "logs/prefect-worker-local.log").read_text()
     assert lock(project) == before
     assert runs(project) == made, "what is skipped makes no MLflow run"
@@ -129,7 +161,7 @@ def test_cancelling_a_flow_run_leaves_no_rank_and_no_open_run(project: Project, 
     (project.folder / "ranks.py").write_text(RANKS)
     pipeline = (project.folder / "dvc.yaml").read_text()
     (project.folder / "dvc.yaml").write_text(pipeline.replace("cmd: python -m dllm train", "cmd: python ranks.py"))
-    said = project.run("prefect", "deployment", "run", "pipeline/smollm2-dflash").stdout
+    said = project.run("prefect", "deployment", "run", "pipeline/project").stdout
     flow_run = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", said)
     assert flow_run, said
     pids = [project.folder / f"rank-{rank}.pid" for rank in (0, 1)]

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dllm.cli import compare
 from dllm.config.params import Target
 from dllm.decoding.acceptance import RoundCounts
 from dllm.decoding.comparison import Pair
-from dllm.errors import ConfigError, StageError
+from dllm.errors import ConfigError, DataError, StageError
 from dllm.methods.dflash import samples
 from dllm.methods.dflash.sets import Question
 from dllm.models import targets
-from dllm.report import comparison, drawings, page
+from dllm.report import drawings, page
 
 METRICS = {
     "regenerate": {"prompts": 3, "rows": 3, "tokens": 30, "tokens_per_response": 10.0, "cut_share": 0.5},
@@ -93,10 +94,11 @@ def test_text_from_outside_is_shown_as_text(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_runs_lie_side_by_side(tmp_path: Path) -> None:
-    one, two = _root(tmp_path / "one", 1.5), _root(tmp_path / "two", 2.5)
+    for name, tau in (("one", 1.5), ("two", 2.5)):
+        _root(tmp_path / name, tau)
     printed = io.StringIO()
     to = tmp_path / "compare.html"
-    comparison.compare([one, two], to, Console(file=printed, width=120))
+    compare.print_comparison(["one", "two"], tmp_path, to, Console(file=printed, width=120))
     (row,) = [line for line in printed.getvalue().splitlines() if "τ micro" in line]
     assert row.index("1.50") < row.index("2.50")
     text = to.read_text()
@@ -105,10 +107,17 @@ def test_runs_lie_side_by_side(tmp_path: Path) -> None:
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     one = _root(tmp_path / "one")
-    with pytest.raises(ConfigError, match="2 to 6 runs, got 1"):
-        comparison.compare([one], tmp_path / "page.html")
-    with pytest.raises(StageError, match="no stage has run yet"):
-        comparison.compare([one, tmp_path / "two"], tmp_path / "page.html")
+    (tmp_path / "two").mkdir()
+    for names, error, message in (
+        (["one"], ConfigError, "2 to 6 runs, got 1"),
+        (["one", "one"], ConfigError, "the same run twice"),
+        (["one", "two"], StageError, "no stage has run yet"),
+        (["one", "main"], DataError, "no folder, and no git revision or DVC experiment"),
+        (["one", "-x"], DataError, "no folder and no revision"),
+    ):
+        with pytest.raises(error, match=message):
+            compare.print_comparison(names, tmp_path, tmp_path / "page.html")
+    assert one.is_dir() and not (tmp_path / "page.html").exists()
 
 
 def test_pieces_are_the_rounds_of_the_response(tmp_path: Path) -> None:

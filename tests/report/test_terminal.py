@@ -96,6 +96,7 @@ def test_the_table_tells_the_whole_run(root: Path) -> None:
         "champion?": "champion: the first version",
         "plots": "out/evaluate/evaluation.png, out/train/curves.png",
         "more": "make ui",
+        "in a shell": "`. infra/env.sh` puts its python, dvc and prefect on the path ",
     }
     for name, value in expected.items():
         assert value in _row(text, name), name

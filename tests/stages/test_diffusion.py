@@ -85,6 +85,10 @@ def test_from_prompts_to_the_registry(tmp_path, monkeypatch, mlflow_store, recip
     assert again["version"] == standing["version"]
     record = json.loads((tmp_path / "out" / "evaluate" / "metrics.json").read_text())
     assert record["heldout_digest"] == found["heldout_digest"]
+    headline = json.loads((tmp_path / "out" / "evaluate" / "headline.json").read_text())
+    assert headline["score"] == found["score"] and 6 < len(headline) <= 10
+    points = (tmp_path / "out" / "evaluate" / "plots" / "masked_accuracy.csv").read_text()
+    assert points.startswith("masked,accuracy,series\n") and ",held-out responses\n" in points
     metrics, runs = read_records(tmp_path, "metrics.json"), read_records(tmp_path, "run.json")
     assert trained_method(runs) == asked.train.mode
     method = METHODS[asked.train.mode]

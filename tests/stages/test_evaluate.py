@@ -73,6 +73,9 @@ def test_every_figure_is_there_and_agrees_with_the_others(root: Path, draft: DFl
         "evaluation.png", "acceptance.json", "prompts.parquet", "samples.json", "metrics.json", "headline.json",
         "plots", "run.json",
     }  # fmt: skip
+    headline = json.loads((out / "headline.json").read_text())
+    assert headline["tau_micro"] == metrics["walked"]["tau_micro"] and len(headline) <= 10
+    assert "1," in (out / "plots/acceptance.csv").read_text()
     assert metrics["prompts"] == 5 and metrics["tokens"] <= 50
     assert metrics["greedy_identical"] is metrics["walk_identical"] is True
     assert metrics["identity_identical"] == metrics["identity_prompts"] == 2

@@ -56,7 +56,7 @@ def registrations(params: Params, root: Path) -> int:
     client = tracking.connect(tracking.tracking_uri(root))
     experiment = client.get_experiment_by_name(params.recipe)
     assert experiment is not None
-    return len(client.search_runs([experiment.experiment_id]))
+    return len(client.search_runs([experiment.experiment_id], "tags.`dllm.stage` = 'register'"))
 
 
 def test_a_checkpoint_becomes_a_version_with_all_that_made_it(params: Params, root: Path) -> None:

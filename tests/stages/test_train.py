@@ -84,6 +84,12 @@ def test_a_run_publishes_a_draft_its_curves_and_its_figures(alone, store) -> Non
         "training.jsonl",
     ]
     assert json.loads((out / "metrics.json").read_text()) == pytest.approx(metrics)
+    headline = json.loads((out / "headline.json").read_text())
+    assert list(headline) == ["best_step", "steps", "val_acceptance_length", "val_draft_acc", "val_loss"]
+    assert headline == pytest.approx({name: metrics[name] for name in headline})
+    assert (out / "plots/loss.csv").read_text().count(",held-out\n") == len(
+        {r["step"] for r in records(root) if r["kind"] == "validation"}
+    )
     draft = load_draft(out / "checkpoint")
     assert sum(p.numel() for p in draft.parameters()) == metrics["draft_params"]
     assert not [name for name in load_file(out / "checkpoint/model.safetensors") if "embed" in name or "head" in name]
@@ -149,7 +155,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes_in_the_same_tracked_run(alone, t
     client = MlflowClient(store)
     experiment = client.get_experiment_by_name(params.recipe)
     assert experiment is not None
-    (killed,) = client.search_runs([experiment.experiment_id], "attributes.status = 'KILLED'")
+    query = "attributes.status = 'KILLED' and tags.`dllm.stage` = 'train'"
+    (killed,) = client.search_runs([experiment.experiment_id], query)
+    assert client.get_run(killed.data.tags["mlflow.parentRunId"]).info.status == "KILLED"
 
     again = train.run(params, tmp_path)
     assert {**again, "seconds": 0} == {**metrics, "seconds": 0}

@@ -14,7 +14,7 @@ from dllm.config.params import Params
 from dllm.errors import DllmError, StageError
 from dllm.stages import workspace as contract
 from dllm.tracking import mlflow_runs as tracking
-from dllm.workspace import publish_tree
+from dllm.workspace import SIDECAR, publish_tree
 
 RAW = {
     "recipe": "contract-test",
@@ -32,6 +32,11 @@ def _tracked(mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def params() -> Params:
     return parse_params(RAW)
+
+
+def parent_of(run_id: str) -> str:
+    client = tracking.connect(tracking.tracking_uri(Path()))
+    return str(client.get_run(run_id).data.tags["mlflow.parentRunId"])
 
 
 def status_of(run_id: str | None) -> str:
@@ -146,6 +151,26 @@ def test_a_failed_stage_reads_failed_and_its_next_call_goes_on(
         assert third.tracker.run_id != first.tracker.run_id, "a rerun of a finished stage is a new run"
 
 
+@pytest.mark.parametrize(
+    "left",
+    [
+        b'{"mlflow_run_id": 5, "started": 7, "seconds": "x"}',
+        b'{"mlflow_run_id": "../../x", "started": null, "seconds": -1}',
+        b"[" * 100_000,
+        b"\xff\xfe",
+    ],
+    ids=["kinds", "values", "depth", "bytes"],
+)
+def test_a_damaged_sidecar_counts_as_none(params: Params, tmp_path: Path, left: bytes) -> None:
+    with opened(params, tmp_path) as stage:
+        work = stage.work
+    (work / SIDECAR).write_bytes(left)
+    with opened(params, tmp_path) as stage:
+        assert stage.work == work and stage.seconds < 3600
+        stage.publish({}, {})
+    assert not (work / SIDECAR).exists()
+
+
 def test_full_disk_is_one_line(params: Params, tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"disk is full \(shard-7\)"), opened(params, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device", "shard-7")
@@ -206,5 +231,7 @@ def test_a_stage_killed_outright_is_closed_afterwards(tmp_path: Path) -> None:
     os.kill(grandchild, signal.SIGKILL)
     child.communicate()
     assert status_of(run_id) == "RUNNING"
-    assert contract.close(tmp_path) == [run_id]
-    assert status_of(run_id) == "KILLED"
+    parent = parent_of(run_id)
+    assert status_of(parent) == "RUNNING"
+    assert sorted(contract.close(tmp_path)) == sorted([run_id, parent])
+    assert status_of(run_id) == status_of(parent) == "KILLED"

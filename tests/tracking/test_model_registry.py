@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow import artifacts
 
 from dllm.errors import ModelError, ServerError
 from dllm.tracking import mlflow_runs as tracking
@@ -172,8 +173,53 @@ def server(tmp_path: Path, empty_mlflow_store: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-def test_a_server_takes_versions_too(server: str, tmp_path: Path, name: str) -> None:
-    done = enter(tmp_path, name, "a", 1.8)
-    assert done.uri.startswith("ssh://")
-    kept = model_registry.resolve(f"models:/{name}@champion", tmp_path)
+def test_what_a_server_keeps_is_fetched_where_nothing_else_is_shared(server: str, tmp_path: Path, name: str) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    done = enter(here, name, "a", 1.8)
+    assert done.uri.startswith("models:/m-") and not enter(here, name, "a", 1.8).is_new
+    reference = f"models:/{name}@champion"
+    fetched = model_registry.resolve(reference, elsewhere)
+    assert fetched.is_relative_to(elsewhere) and (fetched / "model.safetensors").read_text() == "a"
+    plain = Path(artifacts.download_artifacts(reference, dst_path=str(tmp_path / "plain"), tracking_uri=server))
+    assert (plain / "model.safetensors").read_text() == "a", "MLflow's own client gets it"
+
+    fetched.joinpath("model.safetensors").write_text("damaged")
+    assert model_registry.resolve(reference, elsewhere) == fetched, "a damaged copy is fetched again"
+    assert fetched.joinpath("model.safetensors").read_text() == "a"
+    (kept,) = (tmp_path / "a").rglob("model.safetensors")
+    kept.write_text("tampered")
+    with pytest.raises(ModelError, match="has changed since it was registered"):
+        model_registry.resolve(reference, tmp_path / "third")
+
+
+@pytest.mark.parametrize("store", [None, "mlflow", "shared"])
+def test_each_store_of_a_local_mlflow_is_read_by_its_client(root: Path, name: str, store: str | None) -> None:
+    digest = checkpoint(root, "a")
+    if store == "shared":
+        (root / store).mkdir()
+        model_registry.store_path(root, digest).rename(root / store / digest[:16])
+    done = model_registry.register(
+        root, name, digest=digest, tau=1.5, heldout_digest="h", target="t", tags={}, store=store, experiment=name
+    )
+    uri = tracking.tracking_uri(root)
+    got = Path(artifacts.download_artifacts(f"models:/{name}@champion", tracking_uri=uri, registry_uri=uri))
+    assert (got / "model.safetensors").read_text() == "a"
+    kept = model_registry.resolve(f"models:/{name}/{done.version}", root)
     assert (kept / "model.safetensors").read_text() == "a"
+    client = tracking.connect(uri)
+    about = client.get_model_version(name, str(done.version)).description
+    assert f"generate --checkpoint models:/{name}/{done.version}" in about and "1.500" in about
+    place = client.get_experiment_by_name(name)
+    assert place is not None
+    listed = client.search_logged_models([place.experiment_id])
+    assert [model.tags["mlflow.modelVersions"] for model in listed] == [f'[{{"name": "{name}", "version": 1}}]']
+
+
+def test_a_run_of_another_store_is_named_and_not_linked(
+    root: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"tau": 1.5, "heldout_digest": "h", "target": "t", "tags": {}}
+    model_registry.register(root, name, digest=checkpoint(root, "a"), run_id="0" * 32, **facts)
+    assert "tracked in another store" in capsys.readouterr().err
+    assert not tracking.connect(tracking.tracking_uri(root)).get_model_version(name, "1").run_id

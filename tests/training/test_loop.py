@@ -12,6 +12,7 @@ from dllm.process.signals import Interrupt
 from dllm.tracking.run_journal import RunJournal
 from dllm.tracking.runs import NullTracker
 from dllm.training.distributed import Ranks
+from dllm.training.journal import MetricsLog, read
 from dllm.training.loop import Loop
 from dllm.training.strategy import LossSums, Rows
 from tests.training.toy import ToyStrategy, settings
@@ -96,6 +97,17 @@ def test_a_run_begun_with_other_metrics_is_refused_by_its_place(tmp_path) -> Non
     newer.counts = {**newer.counts, "another": 1}
     with pytest.raises(StageError, match=r"other metrics .*step-000010.*start anew"):
         make(tmp_path, newer).run()
+
+
+def test_odd_lines_of_the_log_are_left_out(tmp_path) -> None:
+    path = tmp_path / "training.jsonl"
+    right = b'{"step": 1, "kind": "train", "epoch": 0.5, "time": "t", "loss": 2.0, "lr": null}'
+    odd = [b"\xff\xfe", b'{"step": "x", "kind": "train"}', b'{"step": [1], "kind": "train"}', b"[" * 100_000]
+    odd += [b'{"step": 2, "kind": "train", "loss": "abc"}', b'{"step": 2, "kind": "train", "loss": [1]}', b'{"step": 1']
+    path.write_bytes(b"\n".join([*odd[:3], right, *odd[3:]]))
+    assert [record["loss"] for record in read(path)] == [2.0]
+    MetricsLog(path, NullTracker()).rewind(9)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [json.loads(right)]
 
 
 def test_a_new_tracked_run_hears_the_whole_story(tmp_path) -> None:

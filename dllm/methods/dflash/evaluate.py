@@ -23,6 +23,7 @@ from dllm.decoding import throughput
 from dllm.decoding.acceptance import Acceptance
 from dllm.decoding.comparison import Comparison, Pair, figures, table
 from dllm.decoding.speculative import Decoder
+from dllm.digests import read_sealed, sealed
 from dllm.errors import DataError
 from dllm.files import atomic_write
 from dllm.methods.dflash import curve, samples
@@ -211,7 +212,7 @@ def _compare(
                 source=question.source,
                 speculative_first=index % 2 == 1,
             )
-            atomic_write(parts / f"{question.id}.json", json.dumps(pair.to_json()).encode())
+            atomic_write(parts / f"{question.id}.json", sealed(pair.to_json()))
             done[question.id] = pair
             so_far = figures(list(done.values()), comparison.speculative.block_size)
             shown = {"tau": so_far["tau_micro"], "speedup": so_far["speedup"]}
@@ -220,10 +221,8 @@ def _compare(
 
 
 def _finished(path: Path) -> Pair | None:
-    try:
-        return Pair.from_json(json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError, TypeError, KeyError):  # not there, or torn by a power cut
-        return None
+    found = read_sealed(path)
+    return None if found is None else Pair.from_json(found)
 
 
 def _check_identity(ctx: EvaluateContext, questions: Sequence[Question], stop_ids: set[int]) -> dict[str, Any]:

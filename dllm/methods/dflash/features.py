@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import io
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,9 +32,11 @@ from dllm.training.batches import Example
 from dllm.training.distributed import Ranks
 from dllm.training.strategy import Split
 
-SCHEMA = 2
+SCHEMA = 3
 TOKENS_A_PART = 16_384
 """Tokens in one cache file: about 90 MB at 5 taps of 576, and the most that a kill can cost."""
+HASHED_BYTES = 8 << 20
+"""In one block of a file's digest."""
 FILL_TOKENS = 2048
 """Tokens that the target runs over at one time while a cache is filled; one longer row is run alone."""
 LOCK = ".lock"
@@ -95,7 +98,7 @@ class FeatureCache:
         self.directory.mkdir(parents=True, exist_ok=True)
         data = save({"features": features_TF.contiguous()})
         name = f"part-{part:05d}"
-        digest = _digest(f"{self.directory.name}/{name}", io.BytesIO(data))
+        digest = _digest(f"{self.directory.name}/{name}", data)
         with atomic_path(self.directory / f"{name}-{digest}.safetensors") as aside:
             aside.write_bytes(data)
         return len(features_TF)
@@ -138,19 +141,24 @@ def check_part(path: Path) -> None:
     """
     name, _, expected = path.stem.rpartition("-")
     try:
-        with path.open("rb") as stream:
-            found = _digest(f"{path.parent.name}/{name}", stream)
-    except OSError as error:
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            found = _digest(f"{path.parent.name}/{name}", data)
+    except (OSError, ValueError) as error:  # ValueError: it is empty
         raise _damaged(path, str(error)) from None
     if found != expected:
         raise _damaged(path, f"damaged, or of other rows: sha256 {found}, expected {expected}")
 
 
-def _digest(place: str, stream: IO[bytes]) -> str:
-    digest = hashlib.sha256(place.encode())
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()[:16]
+def _digest(place: str, data: bytes | mmap.mmap) -> str:
+    """Hash a file's place and its blocks, several at the same time: a GPU fills a part in half a second."""
+
+    def digest_of(at: int) -> bytes:
+        with memoryview(data) as view:
+            return hashlib.sha256(view[at : at + HASHED_BYTES]).digest()
+
+    with ThreadPoolExecutor() as pool:
+        blocks = pool.map(digest_of, range(0, len(data), HASHED_BYTES))
+        return hashlib.sha256(b"".join([place.encode(), *blocks])).hexdigest()[:16]
 
 
 def _damaged(path: Path, why: str) -> DataError:

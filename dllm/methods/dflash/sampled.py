@@ -6,7 +6,6 @@ decoding, one prompt at a time.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from dllm.decoding.sampling import samplings
 from dllm.decoding.settings import SampledSettings
 from dllm.decoding.speculative import Decoder
 from dllm.decoding.together import decode_together
+from dllm.digests import read_sealed, sealed
 from dllm.files import atomic_write
 from dllm.progress import Progress
 
@@ -61,7 +61,7 @@ def sampled_figures(
         ):
             name, rounds = left[index][0].id, response.rounds
             done[name] = {"rounds": [each.counts for each in rounds], "chances": [each.chances for each in rounds]}
-            atomic_write(parts / f"{name}.sampled.json", json.dumps(done[name]).encode())
+            atomic_write(parts / f"{name}.sampled.json", sealed(done[name]))
             so_far.add(done[name]["rounds"], done[name]["chances"])
             progress.update(1, tau=so_far.tau_micro or 1.0)
     acceptance = _pooled([done[prompt.id] for prompt in prompts], decoder)  # they do not end in this order
@@ -85,8 +85,6 @@ def _pooled(responses: Iterable[dict[str, Any]], decoder: Decoder) -> Acceptance
 
 
 def _finished(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text())
-        return {"rounds": [RoundCounts(*counts) for counts in found["rounds"]], "chances": found["chances"]}
-    except (FileNotFoundError, ValueError, TypeError, KeyError):  # not there, or torn by a power cut
+    if (found := read_sealed(path)) is None:
         return None
+    return {"rounds": [RoundCounts(*counts) for counts in found["rounds"]], "chances": found["chances"]}

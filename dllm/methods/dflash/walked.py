@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from dllm.decoding.comparison import Pair
 from dllm.decoding.speculative import Decoder
 from dllm.decoding.together import decode_together
 from dllm.decoding.walk import GreedyText, Walked, walk
-from dllm.digests import is_sealed, sealed, unsealed
+from dllm.digests import read_sealed, sealed
 from dllm.files import atomic_write
 from dllm.methods.dflash.sets import Question
 from dllm.methods.dflash.settings import Walk
@@ -134,11 +133,5 @@ def _greedy_texts(
 
 def _finished(path: Path) -> list[int] | None:
     """Read a response; one that is not there, torn by a power cut or damaged is generated again."""
-    if not path.is_file():
-        return None
-    try:
-        data = path.read_bytes()
-        return unsealed(data)["token_ids"] if is_sealed(data) else None
-    except ValueError:
-        print(f"note: {path} is damaged; its response is generated again", file=sys.stderr)
-        return None
+    found = read_sealed(path)
+    return None if found is None else found["token_ids"]

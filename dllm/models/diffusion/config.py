@@ -87,7 +87,7 @@ def read_config(directory: Path) -> DiffusionConfig | None:
     except ValidationError as error:
         first = error.errors()[0]
         wrong = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         wrong = str(error)
     raise ModelError(f"cannot read the checkpoint's {CONFIG_FILE}: {wrong}", where=str(path))
 
@@ -96,6 +96,6 @@ def config_at(directory: Path) -> dict[str, Any]:
     """Return the content of config.json; empty where it cannot be read."""
     try:
         found = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

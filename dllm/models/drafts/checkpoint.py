@@ -137,7 +137,7 @@ def read_config(directory: Path) -> tuple[type[Draft], DraftConfig]:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise ModelError("no draft here: config.json is missing", where=str(directory)) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read the draft's config: {error}", where=str(path)) from None
     if not isinstance(raw, dict):
         raise ModelError("cannot read the draft's config: it is no JSON object", where=str(path))

