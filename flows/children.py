@@ -27,6 +27,7 @@ from dllm import secrets
 from dllm.errors import DllmError, ServerError, StageError
 from dllm.files import lock_folder
 from dllm.process import children as process
+from dllm.process import signals
 from dllm.process.output import outlive_readers
 from dllm.stages import workspace as contract
 from flows.artifacts import ProgressBar, share
@@ -51,11 +52,14 @@ GPU = f"gpu:{platform.node()}"
 DEADLINE_S = 7 * 24 * 3600.0
 """No stage takes this long: a hung one is stopped and frees its slot."""
 RECORD_EVERY_S = 5.0
+WAIT_S = 5.0
+"""Between two looks whether another run has finished a stage of the same configuration."""
 DVC_CHATTER = re.compile(
     r"\s*$|To track the changes|To enable auto|\s+git add|\s+dvc config|Use `dvc push`|\w+ lock file "
     r"|WARNING: Process .* RWLock"  # the stale lock of a killed run; DVC has removed it
     r"|ERROR: .*it is being blocked by:|  \(PID \d+\): |If there are no processes with such PIDs"  # one line instead
 )
+BUSY = re.compile(r"another process works on this \(pid \w+\) \((.+)\); ")
 HOLDER = re.compile(r"  \(PID (\d+)\): (.*)")
 PROGRESS = re.compile(r"^[\w :-]+: \d\S*( \w+( \(\d+%\))?)?  \S+ \w+/s\b|\d%\|")
 """Lines of `dllm.progress.Progress`, and of tqdm, which libraries use."""
@@ -90,7 +94,14 @@ def reproduce(place: Place, stage: str, force: bool = False) -> None:
         StageError: it failed otherwise; the message is the stage's error line.
     """
     argv = ["dvc", "--wait-for-lock", "repro", "--single-item", stage]
-    _run(place, stage, [sys.executable, "-m", *argv, *(["--force"] if force else [])])
+    while True:
+        try:
+            return _run(place, stage, [sys.executable, "-m", *argv, *(["--force"] if force else [])])
+        except _Busy as busy:  # runs with the same prompts, say: what the other has finished is restored
+            if place is HERE:
+                raise
+            get_run_logger().info("%s: waiting for another run that works on the same: %s", stage, busy.folder)
+            _wait_until_free(busy.folder)
 
 
 def run_verb(place: Place, *words: str, name: str | None = None) -> None:
@@ -171,7 +182,34 @@ def _run(place: Place, stage: str, argv: Sequence[str]) -> None:
             "DVC looks for git here", where=str(place.root), hint="outside git: `dvc config core.no_scm true`"
         )
     kind = ServerError if ServerError.exit_code in [result.code, *codes] else StageError
-    raise kind(f"stage {stage} failed: {reason}", where=str(log_file.relative_to(ROOT)))
+    error = kind(f"stage {stage} failed: {reason}", where=str(log_file.relative_to(ROOT)))
+    raise _Busy(error, Path(busy[1])) if (busy := BUSY.match(reason)) else error
+
+
+class _Busy(StageError):
+    """Another process works on the same configuration of a stage, in `folder`."""
+
+    def __init__(self, error: DllmError, folder: Path) -> None:
+        super().__init__(error.message, where=error.where, hint=error.hint)
+        self.folder = folder
+
+
+def _wait_until_free(folder: Path) -> None:
+    while True:
+        signals.sleep(WAIT_S)
+        _stop_if_suspended()
+        with contextlib.suppress(StageError):
+            try:
+                with lock_folder(folder):
+                    return
+            except OSError:  # somebody has removed it
+                return
+
+
+def _stop_if_suspended() -> None:
+    """Raise Prefect's signal for a flow run that its user has suspended; the stage that runs is stopped by it."""
+    if (context := FlowRunContext.get()) is not None:
+        context.flow_run_suspension_request.raise_if_requested()
 
 
 def _report_holder(root: Path, lines: Sequence[str]) -> None:
@@ -192,8 +230,7 @@ class _Relay:
         print(f"\n== {stage} ==", flush=True)
 
     def __call__(self, line: str) -> None:
-        if (context := FlowRunContext.get()) is not None:  # paused: the stage is stopped, and resumes with the run
-            context.flow_run_suspension_request.raise_if_requested()
+        _stop_if_suspended()
         if DVC_CHATTER.match(line):
             return
         print(line, flush=True)

@@ -125,9 +125,15 @@ class Execution:
     def _read(self) -> dict[str, Any]:
         try:
             record = json.loads(self._file.read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
-        return record if isinstance(record, dict) and isinstance(record.get("stages"), dict) else {}
+        stages = record.get("stages") if isinstance(record, dict) else None
+        if not isinstance(stages, dict):
+            return {}
+        texts = [record.get("run_id"), record.get("store")]
+        for each in stages.values():
+            texts += [each.get("run_id"), each.get("status")] if isinstance(each, dict) else [None]
+        return record if all(isinstance(text, str) for text in texts) else {}
 
 
 def overridden(params: Params) -> dict[str, Any]:

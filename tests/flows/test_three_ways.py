@@ -75,6 +75,17 @@ def artifacts(prefect_home: Path) -> list[str]:
         return sorted(key for (key,) in database.execute("select distinct key from artifact where key is not null"))
 
 
+def flow_runs(prefect_home: Path) -> list[tuple[str, str, str]]:
+    """Give name, state and message of each flow run, the latest last."""
+    with sqlite3.connect(prefect_home / "prefect.db") as database:
+        query = "select r.name, s.type, s.message from flow_run r join flow_run_state s on s.id = r.state_id"
+        return database.execute(f"{query} order by r.start_time").fetchall()
+
+
+def score(project: Project) -> str:
+    return f"τ {json.loads((project.folder / 'out/register/metrics.json').read_text())['tau_micro']:.3f}"
+
+
 def test_the_first_run_leaves_everything(project: Project, first: str, prefect_home: Path) -> None:
     positions = [first.index(f"== {stage} ==") for stage in STAGES]
     assert positions == sorted(positions)
@@ -83,9 +94,10 @@ def test_the_first_run_leaves_everything(project: Project, first: str, prefect_h
     assert "git add" not in first
     assert runs(project) == sorted((stage, "FINISHED") for stage in (*STAGES, "pipeline"))
     bars = {f"{stage}-progress" for stage in ("regenerate", "train", "evaluate")}
-    assert {"acceptance-curve", "summary"} | bars == set(artifacts(prefect_home))
+    assert {"acceptance-curve", "evaluation", "summary"} | bars == set(artifacts(prefect_home))
     registered = json.loads((project.folder / "out/register/metrics.json").read_text())
     assert registered["aliases"] == ["challenger", "champion"]
+    assert flow_runs(prefect_home) == [("tiny-dflash", "COMPLETED", f"champion: the first version, {score(project)}")]
 
 
 def test_the_registered_version_tells_where_it_came_from(

@@ -108,6 +108,26 @@ def test_a_stage_that_failed_goes_on_in_its_execution(root: Path) -> None:
     assert (parent.info.run_id, parent.info.status) == (failed.data.tags["mlflow.parentRunId"], "FINISHED")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"[" * 100_000,
+        b"\xff",
+        b'{"run_id": "a", "store": "s", "stages": {"train": 1}}',
+        b'{"run_id": ["a"], "store": "s", "stages": {}}',
+        b'{"run_id": "a", "store": "s", "stages": {"train": {"status": "FAILED"}}}',
+    ],
+    ids=["depth", "bytes", "entry", "run", "key"],
+)
+def test_a_damaged_record_of_an_execution_counts_as_none(tmp_path: Path, damage: bytes) -> None:
+    execution = Execution(tmp_path, load(), "train", STAGES)
+    execution.note("a", "s", "b", "FAILED")
+    assert execution.run_id("s") == "a"
+    (record,) = tmp_path.rglob("*.json")
+    record.write_bytes(damage)
+    assert execution.run_id("s") is None and "| [" not in execution.describe("1")
+
+
 def test_names_say_what_differs_from_the_recipe() -> None:
     params = load("epochs=7")
     assert overridden(load()) == {} and overridden(params) == {"train.epochs": 7.0}

@@ -1,0 +1,170 @@
+"""Two recipes side by side through a real server and its workers, each in a checkout, beside the user's files."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import tomllib
+import urllib.error
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dllm.tracking import mlflow_runs as tracking
+from infra import servers
+from tests.flows.conftest import ROOT, Project, copy_project, served, wait_until
+
+pytestmark = [pytest.mark.outage, pytest.mark.flows]
+
+TINIER = {
+    "prepare.sources": [{"name": "gsm8k", "limit": 24}],
+    "regenerate.max_new_tokens": 8,
+    "train.epochs": 1,
+    "evaluate.num_prompts": 1,
+    "evaluate.max_new_tokens": 8,
+    "evaluate.identity_prompts": 1,
+}
+LONGEST_S = 600
+
+
+@pytest.fixture(scope="module")
+def told() -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """Serve a webhook; give its address and what it is told."""
+    heard: list[dict[str, str]] = []
+
+    class Webhook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Webhook) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/token", heard
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def project(
+    tmp_path_factory: pytest.TempPathFactory, prefect_home: Path, free_port: int, told: tuple[str, Any]
+) -> Iterator[Project]:
+    folder = tmp_path_factory.mktemp("project")
+    copy_project(folder)
+    shutil.copy(ROOT / ".gitignore", folder)
+    shutil.copy(ROOT / ".dvc/.gitignore", folder / ".dvc")
+    (folder / ".gitignore").write_text((ROOT / ".gitignore").read_text() + "/serve.log\n")
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
+    for words in (["add", "--all"], ["commit", "--quiet", "--message", "first"]):
+        subprocess.run([*git, *words], cwd=folder, check=True)
+    project = Project(folder, prefect_home)
+    project.environment["DLLM_ALERTS_URL"] = told[0]
+    with served(project, free_port):
+        yield project
+
+
+def ask(project: Project, what: str, body: object = None) -> Any:
+    api = tomllib.loads((project.folder / "prefect.toml").read_text())["api"]
+    return servers.request(f"{api['url']}/{what}", api["auth_string"], body)
+
+
+def start(project: Project, deployment: str, **parameters: object) -> str:
+    found = {each["name"]: each["id"] for each in ask(project, "deployments/filter", {})}
+    given = {"parameters": {"overrides": TINIER, **parameters}}
+    return str(ask(project, f"deployments/{found[deployment]}/create_flow_run", given)["id"])
+
+
+def end(project: Project, run: str) -> dict[str, Any]:
+    """Wait for a flow run's final state."""
+    final = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+    wait_until(lambda: ask(project, f"flow_runs/{run}")["state"]["type"] in final, LONGEST_S)
+    return dict(ask(project, f"flow_runs/{run}"))
+
+
+def workers_said(project: Project) -> str:
+    return (project.folder / "logs/prefect-worker-checkouts.log").read_text()
+
+
+def test_two_recipes_side_by_side_beside_the_users_files(project: Project) -> None:
+    one = start(project, "tiny", seed=3, save_as="experiment")
+    two = start(project, "tiny", recipe="tiny-dflash2", save_as="branch")
+    trees = [project.folder / "work/checkouts" / run / "tree" for run in (one, two)]
+    wait_until(lambda: all(tree.exists() for tree in trees), LONGEST_S)
+    ended = [end(project, run) for run in (one, two)]
+    for run, recipe in zip(ended, ("tiny-dflash", "tiny-dflash2"), strict=True):
+        assert run["state"]["type"] == "COMPLETED", workers_said(project)
+        assert run["state"]["message"].startswith("champion: the first version, τ 1.0")
+        assert run["name"].startswith(f"{recipe}: prepare.sources=") and set(run["tags"]) == {"pipeline", "dflash"}
+    assert ended[0]["name"].endswith("evaluate.identity_prompts=1, seed 3")
+    assert not any(tree.parent.exists() for tree in trees)
+    assert git(project, "status", "--porcelain") == "" and not (project.folder / "out").exists()
+    experiment, branch = (re.search(r"(experiment|branch) (\S+)", run["state"]["message"])[2] for run in ended)
+    assert yaml.safe_load(git(project, "show", f"{branch}:params.yaml"))["recipe"] == "tiny-dflash2"
+    applied = project.run("dvc", "exp", "apply", experiment)
+    assert applied.returncode == 0, applied.stdout
+    assert (project.folder / "out/train/checkpoint/model.safetensors").exists(), "bytes are in the shared cache"
+    assert yaml.safe_load((project.folder / "params.yaml").read_text())["train"]["seed"] == 3
+    client = tracking.connect(f"sqlite:///{project.folder}/mlflow.db")
+    assert {each.name for each in client.search_experiments()} >= {"tiny-dflash", "tiny-dflash2"}
+    for name in ("tiny-dflash", "tiny-dflash2"):
+        source = client.get_model_version_by_alias(name, "champion").source
+        assert f"{project.folder}/registered/" in str(source), "not in the checkout, which is gone"
+
+
+def test_what_fails_says_so_and_is_reported(project: Project, told: tuple[str, list[dict[str, str]]]) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        start(project, "tiny", overrides={"train.epochz": 2})
+    assert "'train.epochz' was unexpected" in refused.value.read().decode()
+    run = end(project, start(project, "tiny", overrides={"train.epochs": "many"}))
+    said = "train.epochs: Input should be a valid number, got 'many' (tiny-dflash.yaml)"
+    assert (run["state"]["type"], run["state"]["message"]) == ("FAILED", said)
+    wait_until(lambda: any(said in each["text"] for each in told[1]), LONGEST_S)
+
+
+def test_a_suspended_run_stops_its_stage_and_resumes(project: Project) -> None:
+    long = {**TINIER, "train.epochs": 60, "train.validate_every": 100_000}
+    run = start(project, "tiny", overrides=long)
+    log = project.folder / "logs" / run / "train.log"
+    wait_until(lambda: log.exists() and "steps (" in log.read_text(), LONGEST_S)
+    ask(project, f"flow_runs/{run}/set_state", {"state": {"type": "PAUSED", "name": "Suspended"}})
+    wait_until(lambda: not (project.folder / "work/checkouts" / run).exists(), LONGEST_S)
+    assert ask(project, f"flow_runs/{run}")["state"]["name"] == "Suspended"
+    before = log.read_text()
+    ask(project, f"flow_runs/{run}/resume", {})
+    ended = end(project, run)
+    assert ended["state"]["type"] == "COMPLETED", workers_said(project)
+    after = log.read_text().removeprefix(before)
+    steps = [[int(step) for step in re.findall(r"train: (\d+)/", text)] for text in (before, after)]
+    assert 0 < steps[0][-1] <= steps[1][0], "it went on from the checkpoint that it saved when it was stopped"
+
+
+def test_a_deployment_anew_keeps_what_its_user_has_set(project: Project) -> None:
+    known = {each["name"]: each for each in ask(project, "automations/filter", {})}
+    assert len(known) == 6 and not known["dllm: train on new responses"]["enabled"]
+    (dflash,) = (each for each in ask(project, "deployments/filter", {}) if each["name"] == "dflash")
+    (nightly,) = ask(project, f"deployments/{dflash['id']}/schedules")
+    assert not nightly["active"]
+    for words in (
+        ["automation", "pause", "dllm: report what fails"],
+        ["deployment", "schedule", "resume", "pipeline/dflash", nightly["id"]],
+    ):
+        done = project.run("prefect", *words)
+        assert done.returncode == 0, done.stdout
+    done = project.run(sys.executable, "infra/deploy.py")
+    assert done.returncode == 0, done.stdout
+    again = {each["name"]: each for each in ask(project, "automations/filter", {})}
+    assert {name: each["id"] for name, each in again.items()} == {name: each["id"] for name, each in known.items()}
+    assert not again["dllm: report what fails"]["enabled"]
+    assert [each["active"] for each in ask(project, f"deployments/{dflash['id']}/schedules")] == [True]
+
+
+def git(project: Project, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=project.folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
