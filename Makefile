@@ -99,7 +99,7 @@ $(VENV)/installed-stack: pyproject.toml constraints.txt $(INSTALLED)
 	@touch $@
 
 test-stack: setup $(VENV)/installed-stack  ## the servers of infra/compose.yaml without containers: PostgreSQL, S3, Prefect, MLflow, Prometheus; a killed run resumes
-	@$(ENV) time python -m pytest -m stack tests/stack -s $(ARGS)
+	@$(ENV) time python -m pytest -m stack tests/stack -s -o faulthandler_timeout=1800 $(ARGS)
 
 test-sglang: setup $(SGLANG)/installed  ## a real SGLang server, on a GPU or a CPU: its life cycle, and regenerate through it
 	@$(ENV) python -m pytest tests/servers/test_sglang.py -s -o faulthandler_timeout=1800 $(ARGS)

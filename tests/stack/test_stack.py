@@ -75,7 +75,7 @@ def _losses(client: MlflowClient, run: Run) -> list[tuple[int, float]]:
 def test_the_pipeline_is_killed_resumed_and_compared(stack: Stack, client: MlflowClient) -> None:
     begin = time.monotonic()
     params = yaml.safe_load((stack.project / "params.yaml").read_text())
-    params["train"] |= {"epochs": 30, "log_every": 1}
+    params["train"] |= {"epochs": 8, "log_every": 1}
     (stack.project / "params.yaml").write_text(yaml.safe_dump(params))
 
     first = _start_pipeline(stack)
