@@ -155,7 +155,7 @@ def test_a_suspended_run_stops_its_stage_and_resumes(project: Project) -> None:
 
 def test_a_deployment_anew_keeps_what_its_user_has_set(project: Project) -> None:
     known = {each["name"]: each for each in ask(project, "automations/filter", {})}
-    assert len(known) == 6 and not known["dllm: train on new responses"]["enabled"]
+    assert len(known) == 7 and not known["dllm: train on new responses"]["enabled"]
     (dflash,) = (each for each in ask(project, "deployments/filter", {}) if each["name"] == "dflash")
     (nightly,) = ask(project, f"deployments/{dflash['id']}/schedules")
     assert not nightly["active"]
