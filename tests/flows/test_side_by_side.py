@@ -136,8 +136,8 @@ def test_what_fails_says_so_and_is_reported(project: Project, told: tuple[str, l
     wait_until(lambda: any(said in each["text"] for each in told[1]), LONGEST_S)
 
 
-def test_a_suspended_run_stops_its_stage_and_resumes(project: Project) -> None:
-    long = {**TINIER, "train.epochs": 60, "train.validate_every": 100_000}
+def test_a_suspended_run_stops_its_stage_resumes_and_can_be_cancelled(project: Project) -> None:
+    long = {**TINIER, "train.epochs": 100_000, "train.validate_every": 1_000_000}
     run = start(project, "tiny", overrides=long)
     log = project.folder / "logs" / run / "train.log"
     wait_until(lambda: log.exists() and "steps (" in log.read_text(), LONGEST_S)
@@ -146,11 +146,14 @@ def test_a_suspended_run_stops_its_stage_and_resumes(project: Project) -> None:
     assert ask(project, f"flow_runs/{run}")["state"]["name"] == "Suspended"
     before = log.read_text()
     ask(project, f"flow_runs/{run}/resume", {})
-    ended = end(project, run)
-    assert ended["state"]["type"] == "COMPLETED", workers_said(project)
+    wait_until(lambda: "steps (" in log.read_text().removeprefix(before), LONGEST_S)
     after = log.read_text().removeprefix(before)
     steps = [[int(step) for step in re.findall(r"train: (\d+)/", text)] for text in (before, after)]
     assert 0 < steps[0][-1] <= steps[1][0], "it went on from the checkpoint that it saved when it was stopped"
+    ask(project, f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    final = {"COMPLETED", "FAILED", "CANCELLED"}  # one that is cancelled crashes on the way
+    wait_until(lambda: ask(project, f"flow_runs/{run}")["state"]["type"] in final, LONGEST_S)
+    assert ask(project, f"flow_runs/{run}")["state"]["type"] == "CANCELLED", workers_said(project)
 
 
 def test_a_deployment_anew_keeps_what_its_user_has_set(project: Project) -> None:
