@@ -178,7 +178,8 @@ def full_disk_in_one_line(
     except Exception as error:
         if not is_disk_full(error):
             raise
-        named = getattr(error, "filename", None) or where
+        copied_to = getattr(error, "filename2", None)  # else the file named is the one that was copied
+        named = copied_to or getattr(error, "filename", None) or where
         raise StageError("disk is full", where=str(named), hint=hint) from None
 
 

@@ -41,8 +41,11 @@ class JsonError(ValueError):
         """1-based line of the text."""
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, is_row: bool = False) -> Any:
     """Parse JSON that others wrote.
+
+    Args:
+        is_row: refuse a key that stands twice in an object, of which one value would be lost.
 
     Raises:
         JsonError: it is not JSON, holds a number that JSON has not (NaN) or one of thousands of digits, or is nested
@@ -51,7 +54,7 @@ def parse_json(text: str | bytes) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique if is_row else None)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise JsonError(f"{error.msg} at {line}column {error.colno}", error.lineno) from None
@@ -110,6 +113,14 @@ def markdown(text: str) -> str:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)[:40]!r} stands twice")
+    return found
 
 
 def _check_depth(value: Any) -> None:

@@ -137,8 +137,8 @@ class Request:
 
 
 def is_made_up(name: str) -> bool:
-    """Return whether Prefect made up a flow run's name, two words, so that nobody minds another one."""
-    return re.fullmatch(r"[a-z]+-[a-z]+", name) is not None
+    """Return whether Prefect may have made up a flow run's name: `brave-otter`, `tau4-roentgen-k` in its pages."""
+    return re.fullmatch(r"[a-z0-9-]+", name) is not None
 
 
 def _shown(value: JsonValue) -> str:

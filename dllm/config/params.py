@@ -43,7 +43,7 @@ class Target(Section):
 class Source(Section):
     """Where prompts come from."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"\S")]
     """`gsm8k`, `humaneval`, `aime`, `arithmetic`, `reasoning-gym` (built in), a Hugging Face dataset id, or a file or
     folder of parquet, Arrow, JSON or JSON Lines."""
     split: str = "train"

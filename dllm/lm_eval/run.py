@@ -53,10 +53,10 @@ def run_tasks(
         ModelError: the checkpoint is missing or cannot be read.
         DataError: a text does not fit the model.
     """
-    loaded = measuring.load_tasks(tasks, include_path, num_fewshot=num_fewshot, generation=parse(overrides))
-    need_greedy = measuring.greedy_tasks(loaded)
-    checks = bool(need_greedy) if check_greedy is None else check_greedy
-    with Join() as ranks:
+    with Join() as ranks:  # first: what every rank refuses is one line
+        loaded = measuring.load_tasks(tasks, include_path, num_fewshot=num_fewshot, generation=parse(overrides))
+        need_greedy = measuring.greedy_tasks(loaded)
+        checks = bool(need_greedy) if check_greedy is None else check_greedy
         if checkpoint.startswith(builtin.PREFIX):
             directory = builtin.directory(checkpoint)
         else:

@@ -109,6 +109,11 @@ def _plain(value: Any) -> Any:
 
     Readers of JSON, that of `datasets` too, take texts such as 2024-05-01 for times.
     """
+    if isinstance(value, bytes):  # columns of text by writers that do not mark them as UTF-8
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
     if isinstance(value, datetime.datetime):
         is_day = value.timetz().replace(tzinfo=None) == datetime.time()
         return value.date().isoformat() if is_day else value.isoformat()

@@ -40,14 +40,19 @@ def files(path: Path, split: str, where: str) -> Found:
     passed_over: dict[str, str] = {}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
-        if file.is_dir() or any(part.startswith(".") for part in Path(name).parts):
+        is_hidden = any(part.startswith(".") for part in Path(name).parts)
+        if is_hidden or (file.is_dir() and not file.is_symlink()):
+            continue
+        if file.is_dir():
+            passed_over[name] = "a link to a folder"
             continue
         if kind_of(name) is None or not file.is_file():
             passed_over[name] = "this kind is not read" if file.is_file() else "no file"
         else:
             found[name] = file
     if not found:
-        raise DataError(f"no {KINDS} file in the folder", where=where)
+        there = ", ".join(list(passed_over)[:3]) + (", ..." if len(passed_over) > 3 else "")
+        raise DataError(f"no {KINDS} file in the folder, only {there or 'nothing'}", where=where)
     return _of_split(found, passed_over, split, where)
 
 

@@ -9,6 +9,7 @@ import bz2
 import gzip
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,11 +64,54 @@ def all_records(path: Path) -> Iterator[Record]:
         DataError: the file is damaged, or is not what its name says.
     """
     kind = kind_of(path.name)
+    _check_kind(path)
     if kind in TABLES:
         return _table(path, kind)
     if kind == ".json" and not _is_lines(path):
         return _json_document(path)
     return _json_lines(path)
+
+
+_BEGINS = {
+    b"PAR1": ("a parquet file", ".parquet"),
+    b"ARROW1": ("an Arrow file", ".arrow"),
+    b"\x1f\x8b": ("compressed with gzip", ".gz"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", ".zst"),
+    b"BZh": ("compressed with bzip2", ".bz2"),
+    b"\xfd7zXZ": ("compressed with xz", ".xz"),
+    b"PK\x03\x04": ("a zip archive", None),
+    b"\xff\xfe": ("text in UTF-16", None),
+    b"\xfe\xff": ("text in UTF-16", None),
+    b"version https://git-lfs": ("a pointer of Git LFS, without the data", None),
+    b"<": ("a page of HTML or XML", None),
+}
+"""What files begin with that have another suffix, and the suffix that they should have."""
+_DOCUMENT = re.compile(rb"(?:\xef\xbb\xbf)?\s*[\[{]\s*\n")
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse a file that is of another kind than its name says.
+
+    Raises:
+        DataError: it is, or it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            begin = file.read(64)
+    except OSError as error:
+        raise DataError(f"cannot read the file: {error.strerror or error}", where=str(path)) from None
+    suffix = path.suffix.lower().replace(".feather", ".arrow")
+    for first, (what, expected) in _BEGINS.items():
+        if begin.startswith(first) and suffix != expected:
+            hint = f"read are {KINDS}"
+            if expected is not None:
+                hint = f"name it {path.name if expected in COMPRESSED else path.stem}{expected}"
+            elif "LFS" in what:
+                hint = "`git lfs pull` fetches it"
+            raise DataError(f"the file is {what}", where=str(path), hint=hint)
+    if suffix in LINES and _DOCUMENT.match(begin):
+        what = "the file is one JSON document, not an object a line"
+        raise DataError(what, where=str(path), hint=f"name it {path.stem}.json")
 
 
 def as_record(row: Any) -> Any:
@@ -90,7 +134,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
 
 def _parse_row(line: bytes) -> Any:
     try:
-        return parse_json(line)
+        return parse_json(line, is_row=True)
     except JsonError as error:
         return BadRow(str(error) if str(error).startswith("not UTF-8") else f"not JSON: {error}")
 
@@ -124,7 +168,7 @@ def _is_lines(path: Path) -> bool:
 def _json_document(path: Path) -> Iterator[Record]:
     try:
         with _open(path) as stream:
-            value = parse_json(stream.read().decode("utf-8-sig"))
+            value = parse_json(stream.read().decode("utf-8-sig"), is_row=True)
     except JsonError as error:
         raise DataError(f"not JSON: {error}", where=f"{path}:{error.line}") from None
     except (*_DAMAGE, UnicodeDecodeError) as error:

@@ -25,7 +25,11 @@ TEXTS = ("instruction", "input", "context", "passage", "document", "documents", 
 """Names of texts that belong to a prompt, unless the chat holds them already."""
 _MEDIA = re.compile(r"(?:.*_)?(?:images?|audios?|videos?|pixel_values)")
 _MORE_TOOLS = re.compile(r".*_(?:tools|functions)|custom_instructions?")
-_TURN_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name", "id"}
+TEMPLATE = "chat_template_kwargs"
+"""A column of arguments of the chat template, as TRL reads it: any of them may change the prompt."""
+_TURN_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "id"}
+_RESULTS = {name for name, role in ROLES.items() if role == "tool"}
+"""Roles whose turns may have a `name`."""
 
 CHAT, EMPTY, UNUSED = "chat", "empty", "not used"
 _SHOWN = 40
@@ -92,6 +96,9 @@ def read_row(row: Mapping[str, Any], chat_column: str, source: Source, place: st
             reading.note(name, "correct result")
         elif name in ignored or name.split(".")[0] in ignored:
             reading.note(name, "left out, as asked")
+        elif name.startswith(f"{TEMPLATE}.") and key not in (*SYSTEMS, *TOOLS) and value is not None:
+            if not isinstance(value, list | dict) or not _is_empty(value):
+                texts[name] = value
         elif _is_empty(value):
             reading.note(name, EMPTY)
         elif key in SYSTEMS and isinstance(value, str):
@@ -136,12 +143,18 @@ def _columns(row: Mapping[str, Any], chat_column: str, chat: Any) -> Iterator[tu
         yield name, value
         if isinstance(value, Mapping):
             for key, inner in value.items():
-                if _key(key) in (*SYSTEMS, *TOOLS) or _MEDIA.fullmatch(_key(key)) or _MORE_TOOLS.fullmatch(_key(key)):
+                if name == TEMPLATE or _belongs(_key(key)):
                     yield f"{name}.{key}", inner
     for turn in chat if isinstance(chat, list) else ():
         for key, value in turn.items() if isinstance(turn, Mapping) else ():
-            if key not in _TURN_KEYS:
+            is_used = key in _TURN_KEYS or (key == "name" and turn.get("role", turn.get("from")) in _RESULTS)
+            if not is_used:
                 yield f"{chat_column}[].{key}", value
+
+
+def _belongs(key: str) -> bool:
+    is_named = key in (*SYSTEMS, *TOOLS)
+    return is_named or any(names.fullmatch(key) for names in (_MEDIA, _MORE_TOOLS))
 
 
 def _mapping_of(value: Any, name: str) -> Any:
@@ -179,7 +192,7 @@ def _with_texts(chat: Any, chat_column: str, texts: Mapping[str, Any], place: st
         ):
             chat = f"{chat}\n\n{value}"
             reading.note(name, f"joined to {chat_column}")
-        elif isinstance(value, str | list | Mapping):
+        elif isinstance(value, str | list | Mapping) or name.startswith(f"{TEMPLATE}."):
             raise UnusedColumn(
                 f"the column {one_line(name, 60)} belongs to the prompt, and is not used",
                 where=place,

@@ -87,6 +87,9 @@ def find(source: Source, root: Path) -> PromptSource:
         return checked(member, source, "a built-in source")
     if (root / Path(source.name).expanduser()).exists():
         return checked(FILES, source, "files")
+    if "://" in source.name:
+        hint = "name a file, a folder, or a dataset of the Hugging Face hub as OWNER/NAME"
+        raise DataError("an address is not read", where=_key(source), hint=hint)
     if source.name.startswith((".", "/", "~")) or kind_of(source.name) is not None or source.name.count("/") > 1:
         raise DataError("no such file or folder", where=_key(source), hint="paths are relative to the project's folder")
     near = difflib.get_close_matches(source.name.lower().replace("_", ""), list(SOURCES), n=1, cutoff=0.7)
@@ -177,10 +180,13 @@ class FileSource(TableSource):
         files = self._find(source, root, reading)
         for name, path in files.items():
             rows = all_records(path)
+            if len(files) + len(reading.passed_over) > 1:
+                reading.files.setdefault(name, 0)
             if len(files) > 1 and kind_of(name) == ".json":
                 first = list(itertools.islice(rows, 2))
                 if len(first) == 1 and _is_about_others(first[0][1], source):
                     reading.passed_over[name] = "one object without a chat"
+                    reading.files.pop(name, None)
                     continue
                 rows = itertools.chain(first, rows)
             for row in rows:
@@ -193,6 +199,8 @@ class FileSource(TableSource):
         if not path.is_dir():
             if kind_of(path.name) is None:
                 raise DataError(f"cannot read this kind of file, only {KINDS}", where=_key(source))
+            if path.exists() and not path.is_file():
+                raise DataError("no file, but a pipe or a device", where=_key(source), hint="write its rows to a file")
             if source.split != SPLIT:
                 raise ConfigError(
                     f"split {source.split!r} does not apply to a file", where=_key(source), hint="leave the split out"
@@ -247,7 +255,10 @@ class HubSource(TableSource):
     def _load(self, source: Source) -> Any:
         # datasets takes 1.2 seconds to import; sources of files and built-in ones do without it.
         import datasets
+        from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
+        if source.name in _PACKAGED_DATASETS_MODULES:  # it would read whatever lies in the working directory
+            raise self.failed(source, "a kind of file, and no dataset")
         try:
             return datasets.load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
         except Exception as error:  # of datasets, of the hub's client, or of the loader of any format

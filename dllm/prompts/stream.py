@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dllm.config.params import Prepare, Source
 from dllm.errors import DataError
@@ -23,7 +23,11 @@ from dllm.prompts.readers import BadRow
 from dllm.prompts.reading import Reading
 from dllm.prompts.sources import PromptSource
 from dllm.prompts.table import HELDOUT, TRAIN, Prompt, prompt_id, split_of
-from dllm.prompts.turns import Chat, Unusable, parse_chat
+from dllm.prompts.template import ignores_tools
+from dllm.prompts.turns import Chat, Tools, Unusable, parse_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_BAD_ROWS = 0.01
 """Share of a source's rows that may be set aside, where `max_bad_rows` does not say."""
@@ -51,6 +55,8 @@ class Tally:
     first_place: dict[str, str] = field(default_factory=dict)
     """The first such row for each reason."""
     reading: Reading = field(default_factory=Reading)
+    tools: Tools | None = None
+    """Those of the first prompt that has some."""
 
     def set_row_aside(self, reason: str, place: str) -> None:
         """Count a row that cannot be read."""
@@ -72,11 +78,10 @@ class Tally:
             (reason, _), *others = self.set_aside.most_common()
             more = f" and {len(others)} other reasons" if others else ""
             counted = f"{bad} of {self.rows} rows cannot be read, more than the share {share:.3g}"
-            raise DataError(
-                f"{one_line(reason, 200)}{more}: {counted}",
-                where=self.first_place[reason],
-                hint=f"mend them, or set prepare.sources[].max_bad_rows to {_round_up(bad / self.rows)} or more",
-            )
+            hint = f"mend them, or set prepare.sources[].max_bad_rows to {_round_up(bad / self.rows)} or more"
+            if bad == self.rows:
+                hint = "no row can be read: look whether it is the right file, and prepare.sources[].column"
+            raise DataError(f"{one_line(reason, 200)}{more}: {counted}", where=self.first_place[reason], hint=hint)
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts as a manifest has them."""
@@ -87,6 +92,12 @@ class Tally:
             for reason, count in sorted(self.set_aside.items())
         }
         return {**counts, **({"set_aside": aside} if aside else {})}
+
+    def unseen_tools(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Warn of tools that the target never sees, in a line."""
+        if self.tools is None or not ignores_tools(tokenizer, self.tools):
+            return []
+        return ["warning: the rows have tools, which the target's chat template does not render: it never sees them"]
 
     def lines(self) -> list[str]:
         """Describe what became of the rows that have no prompt, and of columns and files, a line each."""
@@ -135,6 +146,7 @@ def stream(
             tally.other_parts += 1
         else:
             tally.prompts += 1
+            tally.tools = tally.tools or chat.tools
             yield Prompt(id, name, split_of(id, heldout_fraction), *chat, reference)
 
 
@@ -203,11 +215,7 @@ def _check_splits(totals: Counter[str], prepare: Prepare, counts: dict[str, Any]
         refused: Counter[str] = sum((Counter(entry["refused"]) for entry in counts.values()), Counter())
         reasons = ", ".join(f"{n} with {reason}" for reason, n in refused.items())
         rows = sum(entry["rows"] for entry in counts.values())
-        raise DataError(
-            f"no usable prompt in {rows} rows" + (f" ({reasons})" if reasons else ""),
-            where=f"prepare.sources: {', '.join(counts)}",
-            hint="every row needs a user turn with text",
-        )
+        raise no_prompt(rows, reasons, f"prepare.sources: {', '.join(counts)}")
     for split in (TRAIN, HELDOUT):
         if totals[split] == 0:
             raise DataError(
@@ -215,6 +223,12 @@ def _check_splits(totals: Counter[str], prepare: Prepare, counts: dict[str, Any]
                 where=f"prepare.heldout_fraction: {prepare.heldout_fraction}",
                 hint="add prompts or change the fraction",
             )
+
+
+def no_prompt(rows: int, reasons: str, where: str) -> DataError:
+    """Return the error for an input without any prompt."""
+    what = f"no usable prompt in {rows} rows" + (f" ({reasons})" if reasons else "")
+    return DataError(what, where=where, hint="every row needs a user turn with text" if rows else "the input is empty")
 
 
 def _distinct(

@@ -88,6 +88,15 @@ def check_thinking_modes(tokenizer: PreTrainedTokenizerBase, where: str) -> None
         raise DataError(what, where=where, hint="leave it out")
 
 
+def ignores_tools(tokenizer: PreTrainedTokenizerBase, tools: Tools) -> bool:
+    """Return whether the chat template renders the same prompt with tools as without."""
+    asked: list[Message] = [{"role": "user", "content": _PROBE}]
+    try:
+        return prompt_ids(tokenizer, asked, tools=tools) == prompt_ids(tokenizer, asked)
+    except DataError:
+        return False
+
+
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash the chat template into 16 hex digits.
 

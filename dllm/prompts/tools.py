@@ -135,6 +135,8 @@ def _schema(tool: Any, number: int, where: str) -> dict[str, Any]:
         inner = _mapping_of(tool.get("function", tool))
         if isinstance(inner, Mapping) and isinstance(inner.get("name"), str):
             function = {key: value for key, value in inner.items() if key != "type"}
+            if "input_schema" in function and "parameters" not in function:  # Anthropic's name for it
+                function["parameters"] = function.pop("input_schema")
             if "parameters" in function:
                 function["parameters"] = _mapping_of(function["parameters"])
             return {"type": "function", "function": _without_nulls(function)}

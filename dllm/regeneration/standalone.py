@@ -26,7 +26,7 @@ from dllm.files import full_disk_in_one_line
 from dllm.models import targets
 from dllm.process import signals
 from dllm.prompts import sources
-from dllm.prompts.stream import Tally, stream
+from dllm.prompts.stream import Tally, no_prompt, stream
 from dllm.prompts.table import Prompt
 from dllm.regeneration import core, identity, output_folder
 from dllm.regeneration.core import Job, Regenerated
@@ -169,15 +169,11 @@ def survey(args: RegenerateArgs) -> Survey:
             found.rollouts += num_samples(prompt, config.settings)
             found.turns += core.num_turns(prompt, config)
     finally:
-        for line in found.tally.lines():
+        for line in [*found.tally.lines(), *found.tally.unseen_tools(args.tokenizer)]:
             print(line, file=sys.stderr, flush=True)
     if not found.turns and not found.tally.other_parts:
         reasons = ", ".join(f"{number} with {reason}" for reason, number in found.tally.refused.items())
-        raise DataError(
-            f"no usable prompt in {found.tally.rows} rows" + (f" ({reasons})" if reasons else ""),
-            where=f"--input-data {args.settings.source.name}",
-            hint="every row needs a user turn with text",
-        )
+        raise no_prompt(found.tally.rows, reasons, f"--input-data {args.settings.source.name}")
     return found
 
 

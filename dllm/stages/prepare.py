@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from dllm.config.params import Params
 from dllm.outside import one_line
 from dllm.prompts import references, sets, sources, stream
@@ -29,7 +31,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
             the draft, the template or the engine.
         DataError: a source or prompt set cannot be read, too many of its rows cannot, or a split would be empty.
     """
-    preflight.check(params)
+    tokenizer = preflight.check(params)
     for entry in params.evaluate.sets or []:
         sets.identity(entry, root)  # loaded now: one that is out of reach must not stop the run after the training
     section = params.prepare
@@ -48,7 +50,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         try:
             found, counts = stream.collect(section, root, tallies)
         finally:
-            _print(tallies)
+            _print(tallies, tokenizer)
         prompts.write_prompts(found, stage.work / prompts.FILE)
         known = {prompt.id: prompt.reference for prompt in found if prompt.reference is not None}
         references.write_references(known, stage.work / references.FILE)
@@ -65,7 +67,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
     return counts
 
 
-def _print(tallies: Mapping[str, stream.Tally]) -> None:
+def _print(tallies: Mapping[str, stream.Tally], tokenizer: PreTrainedTokenizerBase) -> None:
     for name, tally in tallies.items():
-        for line in tally.lines():
+        for line in [*tally.lines(), *tally.unseen_tools(tokenizer)]:
             print(f"prepare: {one_line(name)}: {line}", flush=True)

@@ -250,6 +250,7 @@ def test_a_finished_shard_with_a_damaged_record_is_made_again(tmp_path: Path) ->
     "error",
     [
         OSError(28, "No space left on device"),
+        OSError(28, "No space left on device", "copied", None, "here"),
         OSError(122, "Disk quota exceeded"),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         Exception("Disk quota exceeded (os error 122)"),
@@ -260,3 +261,4 @@ def test_a_full_disk_is_one_line_whoever_met_it(tmp_path: Path, error: Exception
     with pytest.raises(StageError, match="disk is full") as raised, files.full_disk_in_one_line(tmp_path):
         raise error
     assert raised.value.exit_code == 5
+    assert raised.value.where == (getattr(error, "filename2", None) or str(tmp_path)), "where there is no room"

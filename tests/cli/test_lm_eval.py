@@ -111,6 +111,9 @@ def test_processes_share_the_documents_and_listen_on_loopback(tasks, checkpoints
     assert ranks.returncode == 0, said
     assert figures(json.loads(out)) == figures(alone)
     assert watch.found and not watch.beyond_loopback, "gloo's own"
+    argv[argv.index("sea,twice")] = "no-such-task"
+    refused = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.count("no task no-such-task") == 1, refused.stderr
 
 
 @pytest.mark.parametrize("name", ["wet", "wet-hybrid"])

@@ -80,7 +80,8 @@ def test_a_name_says_the_recipe_and_what_is_special(tmp_path: Path) -> None:
     assert Request().name(tmp_path) == "params.yaml"
     recipe_book.activate("tiny-mdlm", tmp_path / "params.yaml")
     assert Request().name(tmp_path) == "tiny-mdlm"
-    assert parameters.is_made_up("brave-otter") and not parameters.is_made_up("nightly-2026-11-29")
+    assert parameters.is_made_up("brave-otter") and parameters.is_made_up("tau4-roentgen-k")
+    assert not parameters.is_made_up("my run") and not parameters.is_made_up("Nightly")
 
 
 def test_params_are_written_where_nothing_is_lost(tmp_path: Path) -> None:
