@@ -141,7 +141,9 @@ def test_a_suspended_run_stops_its_stage_resumes_and_can_be_cancelled(project: P
     run = start(project, "tiny", overrides=long)
     log = project.folder / "logs" / run / "train.log"
     wait_until(lambda: log.exists() and "steps (" in log.read_text(), LONGEST_S)
-    ask(project, f"flow_runs/{run}/set_state", {"state": {"type": "PAUSED", "name": "Suspended"}})
+    suspend = "import sys; from uuid import UUID; from prefect.flow_runs import suspend_flow_run as suspend; "
+    done = project.run(sys.executable, "-c", f"{suspend} suspend(flow_run_id=UUID(sys.argv[1]), timeout=86400)", run)
+    assert done.returncode == 0, done.stdout
     wait_until(lambda: not (project.folder / "work/checkouts" / run).exists(), LONGEST_S)
     assert ask(project, f"flow_runs/{run}")["state"]["name"] == "Suspended"
     before = log.read_text()
