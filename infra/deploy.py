@@ -42,6 +42,7 @@ TEMPLATES = {kind: ROOT / "infra" / kind / "work-pool.json" for kind in ("docker
 SILENT = timedelta(minutes=9)
 """Three heartbeats of a flow run."""
 UNSTARTED, QUEUED, LONG = timedelta(minutes=30), timedelta(hours=1), timedelta(days=1)
+CANCELLED = timedelta(minutes=2)
 RUN = "prefect.flow-run"
 ENDS = {f"{RUN}.{name}" for name in ("Completed", "Failed", "Crashed", "Cancelled")}
 
@@ -111,11 +112,13 @@ def watches(report: ActionTypes) -> list[AutomationCore]:
         ),
         _watch("dllm: report what waits for an hour", {f"{RUN}.Late"}, {f"{RUN}.Running", *ENDS}, QUEUED, report),
         _watch("dllm: report what runs for a day", {f"{RUN}.Running"}, ENDS, LONG, report),
+        # One that is cancelled crashes on the way, for a moment.
+        _watch("dllm: report what crashes", {f"{RUN}.Crashed"}, {f"{RUN}.Cancelled"}, CANCELLED, report),
         AutomationCore(
             name="dllm: report what fails",
-            description="Failed or crashed flow runs.",
+            description="Failed flow runs.",
             trigger=EventTrigger(
-                expect={f"{RUN}.Failed", f"{RUN}.Crashed"}, match={"prefect.resource.id": f"{RUN}.*"},
+                expect={f"{RUN}.Failed"}, match={"prefect.resource.id": f"{RUN}.*"},
                 posture=Posture.Reactive, threshold=1,
             ),
             actions=[report],

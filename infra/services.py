@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 
+from mlflow.exceptions import MlflowException
 from servers import (
     HOST,
     PASSWORD,
@@ -29,12 +30,14 @@ from servers import (
 )
 
 from dllm import secrets
+from dllm.config.load import load_params
 from dllm.errors import DllmError, ServerError, StageError
 from dllm.process import children as process
 from dllm.process import signals
 from dllm.process.output import outlive_readers
 from dllm.process.proxies import bypass_for_loopback, drop_unusable
-from dllm.tracking.address import is_local, sqlite_path, tracking_uri
+from dllm.secrets import hide
+from dllm.tracking.address import is_local, page, sqlite_path, tracking_uri
 from dllm.tracking.store import connect
 
 MLFLOW_TOML = ROOT / "mlflow.toml"
@@ -118,7 +121,7 @@ def ui(started: list[Kept]) -> None:
         _check_free(prefect_port, "PREFECT_PORT")
     password = recorded_api().get("auth_string") or new_password()
     if is_local(uri):
-        connect(uri)  # MLflow's server would make its tables in place, and leave them half made when it is killed
+        connect(uri, ROOT)  # MLflow's server would make its tables in place, and leave them half made when it is killed
         # Relative, since MLflow would take a quoted path for the name of a folder; in the environment, since every user
         # of the machine may read a command line.
         is_ours = sqlite_path(uri) == ROOT / "mlflow.db"
@@ -127,7 +130,8 @@ def ui(started: list[Kept]) -> None:
         started.append(mlflow)
     if running is None:
         running = _start_prefect(started, prefect_port, password)
-    say(f"MLflow   {_way_in(mlflow.service.wait_ready(), MLFLOW_TOML.name) if is_local(uri) else uri}")
+    address = mlflow.service.wait_ready() if is_local(uri) else uri
+    say(f"MLflow   {_way_in(_runs_page(uri, address), MLFLOW_TOML.name) if is_local(uri) else hide(address)}")
     say(f"Prefect  {_way_in(running.removesuffix('/api'), PREFECT_TOML.name)}")
 
 
@@ -187,6 +191,15 @@ def _deploy() -> None:
 
 def _way_in(address: str, file: str) -> str:
     return f"{address}   user and password are in {file}" if (ROOT / file).exists() else address
+
+
+def _runs_page(uri: str, address: str) -> str:
+    """Return the page with the runs of params.yaml's recipe, in the view for training: MLflow opens in another."""
+    with contextlib.suppress(DllmError, MlflowException):
+        recipe = load_params(ROOT / "params.yaml").recipe
+        if (found := connect(uri, ROOT).get_experiment_by_name(recipe)) is not None:
+            return page(address, str(found.experiment_id))
+    return address
 
 
 def _running_prefect() -> str | None:

@@ -34,10 +34,16 @@ def tracking_uri(root: Path) -> str:
 def home(root: Path) -> Path:
     """Return the folder in which a project keeps what outlives a run: runs, their artifacts, registered checkpoints.
 
-    That of the project, and for the temporary copies of it in which `dvc exp run --temp` and `--queue` work too.
+    That of the project, and for the temporary copies of it in which `dvc exp run --temp`, `--queue` and flow runs with
+    a checkout work too.
     """
     root = root.absolute()
-    return next((at.parents[2] for at in root.parents if at.parts[-3:] == (".dvc", "tmp", "exps")), root)
+    for at in root.parents:
+        if at.parts[-3:] == (".dvc", "tmp", "exps"):
+            return at.parents[2]
+        if at.parts[-2:] == ("work", "checkouts"):
+            return at.parents[1]
+    return root
 
 
 def vanishes(path: Path) -> bool:

@@ -18,7 +18,7 @@ from dllm.errors import DllmError, StageError
 from dllm.files import lock_folder
 from dllm.secrets import hide
 from dllm.tracking import sqlite_store
-from dllm.tracking.address import sqlite_path, tracking_uri
+from dllm.tracking.address import home, sqlite_path, tracking_uri
 from dllm.tracking.run_journal import OPEN, Record, RunJournal, journal_path, journals
 from dllm.tracking.store import FAULTS, cause_of, connect, faults_in_one_line, unreachable
 
@@ -32,6 +32,7 @@ REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", 
 """Codes of records that the store will never take."""
 PROJECT, WORK = "dllm.project", "dllm.work"
 """Tags by which a run is found whose process was killed before it could note the run's id."""
+OWN = "mlflow.db"
 GONE = "RESOURCE_DOES_NOT_EXIST"
 
 
@@ -99,13 +100,13 @@ def synchronize(root: Path, client: MlflowClient | None = None, *, everything: b
     """
     report, uri = Report(), tracking_uri(root)
     if everything:
-        client = client or connect(uri)
+        client = client or connect(uri, root)
         with faults_in_one_line(uri):
             experiments = [str(each.experiment_id) for each in client.search_experiments()]
             report.closed += close_orphans(client, root, experiments)
     place = hide(uri)
     for journal in journals(root):
-        if journal.head.get("store") != place:
+        if journal.head.get("store") not in (place, store_name(root, uri)):
             if journal.pending:
                 store = str(journal.head.get("store"))
                 report.elsewhere[store] = report.elsewhere.get(store, 0) + len(journal.pending)
@@ -115,7 +116,7 @@ def synchronize(root: Path, client: MlflowClient | None = None, *, everything: b
             report.closed.append(journal.run_id)
         if not journal.pending:
             continue
-        client = client or connect(uri)
+        client = client or connect(uri, root)
         count = len(journal.pending)
         try:
             report.refused += send(client, uri, journal)
@@ -129,6 +130,11 @@ def synchronize(root: Path, client: MlflowClient | None = None, *, everything: b
             raise unreachable(uri, error) from None
         report.sent[journal.run_id] = count
     return report
+
+
+def store_name(root: Path, uri: str) -> str:
+    """Name a store in records, without secrets; the project's own by a name that stays when its folder is moved."""
+    return OWN if sqlite_path(uri) == home(root) / "mlflow.db" else hide(uri)
 
 
 def project_id(root: Path) -> str:

@@ -74,7 +74,7 @@ class MlflowTracker:
         parent: MlflowTracker | None = None,
     ) -> None:
         self.uri = tracking_uri(root)
-        self._client = connect(self.uri)
+        self._client = connect(self.uri, root)
         self._is_away = self._is_gone = False
         self._retry_at = 0.0
         self._sending = threading.RLock()
@@ -89,7 +89,7 @@ class MlflowTracker:
             self.run_id: str = run_id
         self._journal = RunJournal.wait_for(journal_path(root, self.run_id))
         if not self._journal.head:
-            self._journal.begin(store=hide(self.uri), stage=name, work=str(work or ""))
+            self._journal.begin(store=delivery.store_name(root, self.uri), stage=name, work=str(work or ""))
         if self.resumed:
             self._journal.add(status="RUNNING")
         if parent is None:
@@ -202,7 +202,7 @@ class StageTracker(MlflowTracker):
 
     def __init__(self, execution: Execution, run_id: str | None, work: Path) -> None:
         self._execution, root, experiment = execution, execution.root, execution.params.recipe
-        self._store = hide(tracking_uri(root))
+        self._store = delivery.store_name(root, tracking_uri(root))
         known = execution.run_id(self._store)
         if known is not None and is_open(journal_path(root, known)):
             known = None  # another stage of the same configuration works, and would be waited for

@@ -274,7 +274,7 @@ def _parse(reference: str) -> tuple[str, str | None, str]:
 
 def _client(root: Path) -> tuple[MlflowClient, str]:
     uri = tracking_uri(root)
-    return connect(uri), uri
+    return connect(uri, root), uri
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def folder_in(store: str | None, root: Path, digest: str) -> Path | None:
         return store_path(root, digest)
     if store == MLFLOW or "://" in store:
         return None
-    return (root / Path(store).expanduser()).resolve() / digest[:16]
+    return (home(root) / Path(store).expanduser()).resolve() / digest[:16]
 
 
 def folder_source(uri: str, path: Path) -> str:

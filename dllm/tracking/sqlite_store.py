@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from mlflow import MlflowClient
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as RegistryStore
@@ -26,6 +27,15 @@ from dllm.tracking.address import sqlite_uri
 MAKING_S = 120.0
 """Patience with another process that makes the file, in seconds."""
 COMPANIONS = ("-journal", "-wal", "-shm")
+FILES = "mlartifacts"
+PLACES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Where MLflow records absolute places: table and column."""
 CHECKED_BYTES = 64 << 20
 """Larger files are not read as a whole at the start of a stage."""
 
@@ -125,6 +135,27 @@ def check(path: Path) -> None:
                 said = str(error)
         if said != "ok":
             raise damaged(path, said)
+
+
+def follow_move(path: Path) -> None:
+    """Have a project's store that was moved or copied with its folder point to the files that now lie beside it.
+
+    MLflow records absolute places, of experiments, runs, models and versions, and would go on with the old ones.
+    """
+    here = path.parent.absolute().as_uri()
+    with closing(sqlite3.connect(path, timeout=10)) as database:
+        found = database.execute("SELECT name, artifact_location FROM experiments").fetchall()
+        ends = [(str(place), f"/{FILES}/{quote(name)}") for name, place in found]
+        old = {place.removesuffix(end) for place, end in ends if place.startswith("file://") and place.endswith(end)}
+        for there in old - {here}:
+            if not (path.parent / FILES).is_dir() and Path(unquote(there.removeprefix("file://"))).exists():
+                continue  # the file alone was copied
+            for table, column in PLACES:
+                for folder in (FILES, "registered"):
+                    start = f"{there}/{folder}/"
+                    move = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"
+                    database.execute(move, (f"{here}/{folder}/", len(start) + 1, len(start), start))
+        database.commit()
 
 
 def holds_runs(path: Path) -> bool:

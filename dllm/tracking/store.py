@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
@@ -24,7 +25,7 @@ from dllm.errors import ConfigError, DllmError, ServerError, StageError
 from dllm.files import is_disk_full
 from dllm.secrets import hide
 from dllm.tracking import sqlite_store
-from dllm.tracking.address import OR_UNSET, VARIABLE, is_local, sqlite_path
+from dllm.tracking.address import OR_UNSET, VARIABLE, home, is_local, sqlite_path
 
 FAULTS = (MlflowException, SQLAlchemyError, OSError, sqlite3.Error, ImportError, ValueError)
 """What MLflow and the libraries under it raise for a store that fails."""
@@ -35,8 +36,12 @@ CAUSE_CHARS = 220
 _PING = "/api/2.0/mlflow/experiments/search"
 
 
-def connect(uri: str) -> MlflowClient:
+def connect(uri: str, root: Path | None = None) -> MlflowClient:
     """Open a client and check that the store responds.
+
+    Args:
+        uri: the store's.
+        root: the project's folder: its own store follows it where it is moved.
 
     Raises:
         ConfigError: the driver of a database is not installed.
@@ -57,6 +62,8 @@ def connect(uri: str) -> MlflowClient:
                 raise
             sqlite_store.make(path, instead=True)  # half made by a process that was killed meanwhile
             client = _open(uri)
+        if path is not None and root is not None and path == home(root) / "mlflow.db":
+            sqlite_store.follow_move(path)
     return client
 
 

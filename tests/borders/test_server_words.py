@@ -14,7 +14,7 @@ from dllm.engines.openai.pool import MAX_RETRY_AFTER_S, pause_s
 from dllm.engines.openai.servers import Server, server_url
 from dllm.errors import ConfigError, ServerError
 from dllm.responses import shards
-from tests.borders.test_replies import call, flags, no_surroundings, tokenizer
+from tests.borders.test_replies import call, completion, flags, no_surroundings, tokenizer
 from tests.engines.openai.asking import answers, engine, outcomes, refusal
 from tests.engines.openai.loopback_server import LoopbackServer, serving
 
@@ -90,6 +90,8 @@ def test_access_denied_inside_a_200_ends_the_run(code: int, tokenizer: Any) -> N
         (204, b"", "answered 204"),
         (206, b"half", "answered 206: half"),
         (200, ["a", "list"], "not a chat completion"),
+        (200, '{"choices": "Grüße"}'.encode("latin-1"), "(not UTF-8: "),
+        (200, b'{"choices": NaN}', "(NaN is no number of JSON)"),
     ],
 )
 def test_pages_of_proxies_are_shown(status: int, body: Any, words: str, tokenizer: Any) -> None:
@@ -160,6 +162,24 @@ def test_prompts_longer_than_the_model_s_positions_are_rejected_by_every_engine(
     for engine_folder in ("local", "served"):
         (line,) = (tmp_path / engine_folder / shards.REJECTED).read_text().splitlines()
         assert "and the model 2048 positions for prompt and response" in json.loads(line)["reason"]
+
+
+@pytest.mark.parametrize("limit", [-1, 0, None, "4096", True])
+def test_a_limit_that_is_none_limits_nothing(limit: Any, tokenizer: Any) -> None:
+    with serving() as server:
+        server.reports["/v1/models"] = models({"id": "builtin:tiny", "max_model_len": limit})
+        answers(engine(server.url, tokenizer))
+        assert server.bodies[0]["max_tokens"] == 8
+
+
+def test_a_response_in_parts_of_text_is_their_text(tokenizer: Any) -> None:
+    parts = [{"type": "text", "text": "yes "}, {"type": "text", "text": "it is"}]
+    with serving() as server:
+        said(server, 200, completion(parts), always=False)
+        (found,) = answers(engine(server.url, tokenizer))
+        assert found.text == "yes it is"
+        said(server, 200, completion([{"type": "image_url", "image_url": "x"}]))
+        assert "its content is a list" in refusal(engine(server.url, tokenizer, max_retries=0)).reason
 
 
 def test_a_long_cause_is_one_line_and_whole_in_a_file(tmp_path: Path, capsys: Any) -> None:

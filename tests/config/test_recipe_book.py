@@ -130,4 +130,4 @@ def test_every_recipe_sums_itself_up() -> None:
 
 def test_the_projects_params_are_the_default_recipe() -> None:
     text = (ROOT / "params.yaml").read_text()
-    assert text == recipe_book.text("smollm2-135m-dflash"), "run `python -m dllm recipe use smollm2-135m-dflash`"
+    assert text == recipe_book.text("smollm2-135m-dflash2"), "run `python -m dllm recipe use smollm2-135m-dflash2`"

@@ -15,7 +15,8 @@ from tests.arch.source_tree import ROOT
 INFRA = ROOT / "infra"
 COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-OURS = {"dllm", "prefect", "mlflow", "worker", "worker-gpu", "exporter", "s3"}
+OURS = {name for name, service in SERVICES.items() if service["image"].startswith("${DLLM_")}
+ONCE = {"deploy"}
 ENVIRONMENT = dict(
     line.split("=", 1) for line in (INFRA / "stack.env").read_text().splitlines() if line and line[0] != "#"
 )
@@ -42,7 +43,7 @@ def test_a_service_listens_on_loopback_is_pinned_and_says_its_health(name: str) 
     image = service["image"]
     assert image.startswith("${DLLM_") or re.search(r":v?\d+\.\d+\.\d+", image) or image.startswith("postgres:17.6")
     assert name == "sglang" or service.get("user") not in (None, "root", "0", "0:0"), "runs as root"
-    assert service["restart"] == "unless-stopped"
+    assert service["restart"] == ("no" if name in ONCE else "unless-stopped")
 
 
 def test_secrets_are_files_that_exist_after_the_script_and_nowhere_else(tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_secrets_are_files_that_exist_after_the_script_and_nowhere_else(tmp_path
 
 def test_every_secret_file_variable_is_read_by_the_entrypoint(tmp_path: Path) -> None:
     known = set(re.findall(r"\b[A-Z][A-Z_]{3,}\b", (INFRA / "images" / "entrypoint.sh").read_text()))
-    for name in OURS & SERVICES.keys():
+    for name in OURS:
         for variable in SERVICES[name].get("environment", {}):
             assert not variable.endswith("_FILE") or variable.removesuffix("_FILE") in known, variable
     secret = tmp_path / "token"
@@ -155,6 +156,13 @@ def test_ranges_of_the_dashboard_do_not_overlap_and_every_query_names_a_figure()
             for name in re.findall(r"\bdllm_\w+", target["expr"]):
                 assert f'"{name}"' in exporter, f"{panel['title']}: {name}"
             assert target["datasource"]["uid"] == "prometheus"
+
+
+def test_every_work_pool_has_a_worker_in_each_profile() -> None:
+    pools = {each["work_pool"]["name"] for each in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
+    for profile in ("cpu", "gpu"):
+        workers = [each["command"] for each in SERVICES.values() if profile in each.get("profiles", [])]
+        assert {command[-1] for command in workers if "worker" in command} == pools
 
 
 def test_prometheus_scrapes_services_that_exist() -> None:

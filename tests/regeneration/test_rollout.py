@@ -10,6 +10,7 @@ from dllm.config.params import Regenerate, Target
 from dllm.engines.engine import Response, request_seed
 from dllm.models.targets import load_tokenizer
 from dllm.prompts.table import Prompt
+from dllm.prompts.turns import parse_chat
 from dllm.regeneration.rollout import Rollout, RolloutConfig, split_turns
 
 TARGET = Target(model="builtin:tiny")
@@ -135,3 +136,16 @@ def test_a_refused_turn_keeps_the_turns_before_it(tokenizer: Any) -> None:
     rollout.reject(request.key, "too long")
     assert rollout.next_request() is None and rollout.rejection is not None
     assert len(rollout.rows()) == 1
+
+
+def test_calls_that_old_responses_spell_as_text_are_generated_again_as_calls(tokenizer: Any) -> None:
+    spelt = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+    turns = [("system", "<tools>[]</tools>"), ("human", "Add 1 and 2."), ("gpt", spelt), ("tool", "3")]
+    turns += [("gpt", "The sum is 3."), ("human", "And 4 and 5?"), ("gpt", spelt)]
+    chat = parse_chat([{"from": role, "value": content} for role, content in turns], None, "here").messages
+    rollout, requests = play(chat, [text(0, call("new")), text(1), text(2, call("more"))], tokenizer)
+    assert rollout.rejection is None and rollout.next_request() is None
+    roles = [[message["role"] for message in request.messages] for request in requests]
+    assert roles[1] == ["system", "user", "assistant", "tool"] and len(roles[2]) == 6
+    called, result = requests[1].messages[2:]
+    assert result["tool_call_id"] == called["tool_calls"][0]["id"]

@@ -102,6 +102,36 @@ def test_the_table_tells_the_whole_run(root: Path) -> None:
         assert value in _row(text, name), name
 
 
+def test_each_source_has_a_row_and_many_draft_tokens_fit(root: Path) -> None:
+    walked = _record(root, "evaluate")["walked"]
+    source = {"prompts": 7, "tau_micro": 1.5, "tau_interval": [1.4, 1.6]}
+    tokens_per_s = {str(k): 100.0 + k for k in range(16)}
+    throughput = {
+        "tokens_per_s": {"1": tokens_per_s, "32": tokens_per_s},
+        "best_draft_tokens": {"1": 11, "32": 3},
+        "loses_from_concurrency": None,
+        "predicted_speedup": 1.0,
+    }
+    by_source = {"a": source, "b": source | {"tau_interval": None}}
+    _change(root, "evaluate", walked=walked | {"by_source": by_source}, throughput=throughput)
+    text = _printed(root)
+    lines = [line.split() for line in text.splitlines()]
+    assert ["│", "│", "a", "7", "1.50", "1.40", "1.60", "│"] in lines and [
+        "│",
+        "│",
+        "b",
+        "7",
+        "1.50",
+        DASH,
+        DASH,
+        "│",
+    ] in lines
+    (head,) = [line for line in lines if "once" in line]
+    numbers = ["0", "1", "2", "3", "4", "8", "11", "15"]
+    assert head[head.index("once") + 1 : head.index("best")] == numbers, "powers of two, the best and the last"
+    assert "…" not in text.split("draft tokens that pay")[1]
+
+
 def test_the_curve_has_one_row_per_offset(root: Path) -> None:
     reached, given = [0.53, 0.26, 0.12], [0.53, 0.49, None]
     found = _record(root, "evaluate")["walked"]

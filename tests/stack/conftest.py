@@ -105,6 +105,19 @@ class Stack:
         healthy = lambda: subprocess.run(check, env=environment, capture_output=True).returncode == 0  # noqa: E731
         wait_until(lambda: self.alive(service) and healthy(), f"{service} is healthy")
 
+    def run(self, service: str) -> None:
+        """Run a service that ends, to its end."""
+        command = [self._local(word) for word in self._services[service]["command"]]
+        done = subprocess.run(
+            [sys.executable, *command[1:]],
+            cwd=self.project,
+            env=self.environment(service),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
     def spawn(self, name: str, command: list[str], environment: Mapping[str, str], **more: Any) -> None:
         """Start a process with a log."""
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -184,8 +197,10 @@ def stack() -> Iterator[Stack]:
         running = Stack(Path(folder))
         try:
             running.start_postgres()
-            for service in ("s3", "prefect", "mlflow", "exporter", "worker"):
+            for service in ("s3", "prefect", "mlflow", "exporter"):
                 running.start(service)
+            running.run("deploy")
+            running.start("worker")
             yield running
         finally:
             running.stop()

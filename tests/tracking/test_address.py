@@ -13,11 +13,11 @@ from tests.stages.test_register import leave
 from tests.stages.test_workspace import RAW
 
 
-def test_temporary_copies_of_dvc_keep_their_runs_in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_copies_of_dvc_and_checkouts_keep_their_runs_in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     project = Path("/srv/project")
     assert home(project) == project
-    for copy in (".dvc/tmp/exps/standalone/tmp1x2y", ".dvc/tmp/exps/tmpabc/sub"):
+    for copy in (".dvc/tmp/exps/standalone/tmp1x2y", ".dvc/tmp/exps/tmpabc/sub", "work/checkouts/1/tree/sub"):
         assert home(project / copy) == project
         assert tracking_uri(project / copy) == "sqlite:////srv/project/mlflow.db"
 

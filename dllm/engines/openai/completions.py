@@ -86,6 +86,8 @@ class Completions:
             message, reason = choice["message"], choice["finish_reason"]
             text, calls = message.get("content") or "", message.get("tool_calls") or []
             tool_calls = tuple(_call(call) for call in calls)
+            if isinstance(text, list) and all(part.get("type") == "text" for part in text):
+                text = "".join(part["text"] for part in text)
         except (TypeError, KeyError, IndexError, AttributeError, ValueError, RecursionError):
             raise Fault("the reply is not a chat completion", "outage") from None
         if not isinstance(text, str):
@@ -136,7 +138,7 @@ class Completions:
             raise Fault(f"the reply is not a chat completion: its model is a {type(model).__name__}", "outage")
         if model not in server.names:
             shown = one_line(model, 200)
-            hint = f"; if that is the target, ask for {shown!r} (regenerate.served_model)"
+            hint = f"; if that is the target, ask for {shown!r} (regenerate.served_model, or --model)"
             raise Fault(f"the server answered as {shown!r}, not as {self._model!r}{hint}", "wrong_model")
 
     def _compare(self, request: Request, reply: Reply, num_ids: int) -> None:

@@ -145,7 +145,9 @@ def _json(data: bytes) -> Any:
     except JsonError as error:
         if "nested" in str(error):
             raise Refused(f"the reply cannot be used: {error}", is_transient=True) from None
-        raise Fault(f"the reply is not JSON: {_shown(data, 200)!r}", "outage", status=200) from None
+        # What looks like JSON needs the reason: a number that it has not, or bytes that are not UTF-8.
+        why = f" ({error})" if data.lstrip().startswith((b"{", b"[")) else ""
+        raise Fault(f"the reply is not JSON: {_shown(data, 200)!r}{why}", "outage", status=200) from None
 
 
 def _shown(data: bytes, limit: int = MAX_REASON) -> str:

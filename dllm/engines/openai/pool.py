@@ -129,7 +129,7 @@ class Pool:
         root = entry.get("root")
         # One model under several names: servers reply under the first of them, whichever was asked for.
         server.names = frozenset(model["id"] for model in models if root is not None and model.get("root") == root)
-        if type(limit := entry.get("max_model_len")) is int:
+        if type(limit := entry.get("max_model_len")) is int and limit > 0:  # else it means that there is none
             # One fewer: some servers refuse a request that takes all positions.
             self.positions = min(limit - 1, self.positions or limit)
         reported = {"software": plain(entry.get("owned_by")), "model_path": plain(root)}

@@ -27,6 +27,10 @@ FEATURES = Path("work", "features")
 """Caches of the target's hidden states, shared by all configurations: gigabytes, faster to read than to compute."""
 
 
+MOST_COLUMNS = 5
+"""Numbers of draft tokens that all have a column in the table of throughput."""
+
+
 class DflashMethod:
     """Train a DFlash draft, and measure its acceptance length in speculative decoding."""
 
@@ -161,6 +165,8 @@ class DflashMethod:
         if found.get("sets"):
             yield _sets_table(found["sets"])
         accepted = found.get("walked", found)
+        if len(accepted.get("by_source", ())) > 1:
+            yield _sources_table(accepted["by_source"])
         if found.get("throughput"):
             yield _throughput_table(found["throughput"])
         columns: dict[str, list[float | None]] = {
@@ -186,16 +192,34 @@ class DflashMethod:
             )
 
 
+def _sources_table(sources: Mapping[str, Mapping[str, Any]]) -> Table:
+    rows = []
+    for name, each in sources.items():
+        low, high = each.get("tau_interval") or (None, None)
+        rows.append({"source": name, "prompts": each.get("prompts"), "τ": each["tau_micro"], "low": low, "high": high})
+    about = "Acceptance length on held-out prompts of each source, with a 95 % interval."
+    return Table("sources", "by source", about, rows, digits=dict.fromkeys(("τ", "low", "high"), 2))
+
+
 def _throughput_table(found: Mapping[str, Any]) -> Table:
     rows = []
+    last = max(int(number) for row in found["tokens_per_s"].values() for number in row)
+    shown = set(range(last + 1))
+    if last > MOST_COLUMNS:  # powers of two, and what is best somewhere
+        shown = {0, last, *(2**k for k in range(last.bit_length())), *found["best_draft_tokens"].values()}
     for concurrency, row in by_number(found["tokens_per_s"]).items():
         best = found["best_draft_tokens"][concurrency]
         row, gain = by_number(row), row[str(best)] / row["0"]
-        rows.append({"at once": int(concurrency), **row, "best": best, "best / 0": gain})
+        some = {name: value for name, value in row.items() if int(name) in shown}
+        rows.append({"at once": int(concurrency), **some, "best": best, "gain": gain})
     losing = found["loses_from_concurrency"]
     loses = f"drafts lose from {losing} on" if losing else "drafts pay at every concurrency measured"
-    about = f"Expected tokens per second by responses decoded at once and draft tokens per round: {loses}."
-    digits = {**dict.fromkeys(rows[0], 1), "at once": 0, "best": 0, "best / 0": 2}
+    about = (
+        "Expected tokens per second by responses decoded at once and draft tokens per round; gain is the best over "
+        f"none: {loses}."
+    )
+    decimals = 1 if last <= MOST_COLUMNS else 0
+    digits = {**dict.fromkeys(rows[0], decimals), "at once": 0, "best": 0, "gain": 2}
     return Table("throughput", "draft tokens that pay", about, rows, digits=digits)
 
 
