@@ -15,6 +15,7 @@ import random
 import select
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,8 @@ def _version() -> str:
 
 def _generate(task: str, size: int, seed: int) -> Iterator[dict[str, Any]]:
     """Generate questions and answers, and where that fails, an error and a hint."""
-    from reasoning_gym.factory import DATASETS, create_dataset  # 2 seconds, and only ever in the child
+    with warnings.catch_warnings(category=SyntaxWarning, action="ignore"):  # of what it imports, when it is compiled
+        from reasoning_gym.factory import DATASETS, create_dataset  # 2 seconds, and only ever in the child
 
     names = sorted(set(DATASETS) - MADE_OF_OTHERS)
     if task not in names:
