@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -132,6 +133,31 @@ class Progress:
         if self._extra:
             parts.append(self._extra_text())
         print("  ".join(parts), file=self.stream, flush=True)
+
+
+class Lines:
+    """Print the lines of another process; on a terminal a line of progress is drawn over the one before it."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._is_terminal, self._is_open = self._stream.isatty(), False
+
+    def show(self, line: str, *, is_progress: bool) -> None:
+        """Print a line, or draw it over the line of progress that is there."""
+        if not self._is_terminal:
+            print(line, file=self._stream, flush=True)
+            return
+        start = "\r\x1b[2K" if is_progress and self._is_open else "\n" if self._is_open else ""
+        if is_progress:  # a folded line could not be drawn over
+            line = line[: shutil.get_terminal_size().columns - 1]
+        print(start + line, end="" if is_progress else "\n", file=self._stream, flush=True)
+        self._is_open = is_progress
+
+    def end(self) -> None:
+        """End a line of progress that is there."""
+        if self._is_open:
+            print(file=self._stream, flush=True)
+        self._is_open = False
 
 
 def clock(seconds: float) -> str:

@@ -29,6 +29,7 @@ from dllm.files import lock_folder
 from dllm.process import children as process
 from dllm.process import signals
 from dllm.process.output import outlive_readers
+from dllm.progress import Lines
 from dllm.stages import workspace as contract
 from flows.artifacts import ProgressBar, share
 
@@ -169,6 +170,7 @@ def _run(place: Place, stage: str, argv: Sequence[str]) -> None:
     finally:  # after SIGKILL (cancelled, out of memory) the MLflow run of the stage is still open
         with contextlib.suppress(DllmError, OSError):  # a store that cannot be used fails no stage
             contract.close(ROOT)
+        relay.lines.end()
     relay.bar.catch_up()
     get_run_logger().info("%s: exit code %d after %.1f s", stage, result.code, result.seconds)
     if result.code == 0:
@@ -227,15 +229,17 @@ class _Relay:
         self.bar = ProgressBar(f"{stage}-progress")
         self._logger = get_run_logger()
         self._recorded = 0.0
+        self.lines = Lines()
         print(f"\n== {stage} ==", flush=True)
 
     def __call__(self, line: str) -> None:
         _stop_if_suspended()
         if DVC_CHATTER.match(line):
             return
-        print(line, flush=True)
+        is_progress = bool(PROGRESS.search(line))
+        self.lines.show(line, is_progress=is_progress)
         self.bar.show(line)
-        if PROGRESS.search(line) and share(line) != 1:
+        if is_progress and share(line) != 1:
             if time.monotonic() - self._recorded < RECORD_EVERY_S:
                 return
             self._recorded = time.monotonic()

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from dllm import progress
-from dllm.progress import Progress, clock
+from dllm.progress import Lines, Progress, clock
 
 
 def test_plain_lines_carry_share_rate_time_left_and_extras(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +75,30 @@ def test_a_terminal_gets_a_bar() -> None:
         pass
     os.close(ours)
     assert b"\x1b" in shown and b"3/3 steps" in shown and b"loss 0.5" in shown
+
+
+def test_progress_of_another_process_is_drawn_over_on_a_terminal() -> None:
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as stream:
+        lines = Lines(stream)
+        for line in ("train: 1/3 steps", "train: 2/3 steps"):
+            lines.show(line, is_progress=True)
+        lines.show("saved", is_progress=False)
+        lines.show("train: 3/3 steps", is_progress=True)
+        lines.end()
+        lines.end()
+        shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert shown == "train: 1/3 steps\r\x1b[2Ktrain: 2/3 steps\r\nsaved\r\ntrain: 3/3 steps\r\n"
+
+
+def test_progress_of_another_process_has_lines_of_its_own_elsewhere() -> None:
+    stream = io.StringIO()
+    lines = Lines(stream)
+    lines.show("train: 1/3 steps", is_progress=True)
+    lines.show("saved", is_progress=False)
+    lines.end()
+    assert stream.getvalue() == "train: 1/3 steps\nsaved\n"
 
 
 @pytest.mark.parametrize(
