@@ -20,7 +20,7 @@ def compare(runs: Sequence[page.Run], to: Path, console: Console | None = None) 
         console: where to print.
     """
     table = Table(show_edge=False, title_justify="left")
-    table.add_column("figure")
+    table.add_column("figure", no_wrap=True)
     for run in runs:
         table.add_column(run.label, overflow="fold")
     for label, values in page.beside([run.rows() for run in runs]):
@@ -33,7 +33,7 @@ def compare(runs: Sequence[page.Run], to: Path, console: Console | None = None) 
 def labels(folders: Sequence[Path]) -> list[str]:
     """Return the names of folders, with as many parents as it takes to tell them apart."""
     whole = [folder.resolve().parts for folder in folders]
-    for length in range(1, max(map(len, whole)) + 1):
+    for length in range(1, max(map(len, whole), default=0) + 1):
         labels = ["/".join(parts[-length:]) for parts in whole]
         if len(set(labels)) == len(labels):
             return labels

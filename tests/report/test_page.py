@@ -113,6 +113,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         (["one", "one"], ConfigError, "the same run twice"),
         (["one", "two"], StageError, "no stage has run yet"),
         (["one", "main"], DataError, "no folder, and no git revision or DVC experiment"),
+        (["main", "other"], DataError, "no folder, and no git revision or DVC experiment"),
         (["one", "-x"], DataError, "no folder and no revision"),
     ):
         with pytest.raises(error, match=message):
