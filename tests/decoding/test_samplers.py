@@ -65,7 +65,7 @@ def test_each_setting_is_a_flag_with_its_help_and_bounds() -> None:
         flag = found.get(f"--{field.name.replace('_', '-')}")
         assert (flag is None) == (field.metadata["help"] is None)
         if flag is not None:
-            assert flag.help == field.metadata["help"] and flag.rich_help_panel == options.DECODING
+            assert flag.help == field.metadata["help"] and flag.rich_help_panel in (options.DECODING, options.DIFFUSION)
             assert flag.default is None, "a flag that was not given is told from one given its default"
             bounds = field.metadata["bounds"]
             assert (flag.min, flag.max) == (bounds["low"], bounds["high"])

@@ -39,6 +39,12 @@ with contract.open_stage("train", params, sections=[params.train], root=root, is
 
 
 @pytest.fixture(scope="module")
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Have a database without the runs of other files, for all of it is looked at."""
+    return tmp_path_factory.mktemp("prefect")
+
+
+@pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, prefect_home: Path) -> Project:
     folder = tmp_path_factory.mktemp("project")
     copy_project(folder)
@@ -97,7 +103,8 @@ def test_the_first_run_leaves_everything(project: Project, first: str, prefect_h
     assert {"acceptance-curve", "evaluation", "summary"} | bars == set(artifacts(prefect_home))
     registered = json.loads((project.folder / "out/register/metrics.json").read_text())
     assert registered["aliases"] == ["challenger", "champion"]
-    assert flow_runs(prefect_home) == [("tiny-dflash", "COMPLETED", f"champion: the first version, {score(project)}")]
+    said = f"champion: the first version, {score(project)}"
+    assert flow_runs(prefect_home) == [("tiny-dflash", "COMPLETED", said)]
 
 
 def test_the_registered_version_tells_where_it_came_from(
@@ -150,8 +157,9 @@ def test_a_deployment_finds_nothing_to_do_and_keeps_the_lock(project: Project, s
     assert runs(project) == made, "what is skipped makes no MLflow run"
 
 
-def test_a_taken_port_is_one_line(project: Project, server: None, free_port: int) -> None:
-    done = project.run(sys.executable, "infra/services.py", "serve", PREFECT_PORT=str(free_port))
+def test_a_taken_port_is_one_line(project: Project, server: None, free_port: int, tmp_path: Path) -> None:
+    port, home = str(free_port), str(tmp_path)  # the first server's own database is refused before its port
+    done = project.run(sys.executable, "infra/services.py", "serve", PREFECT_PORT=port, PREFECT_HOME=home)
     assert done.returncode == 5
     assert len(done.stdout.splitlines()) == 1 and f"the port is taken (127.0.0.1:{free_port})" in done.stdout
 

@@ -72,11 +72,16 @@ def leaves(folder: Path) -> list[int]:
     return [int(path.stem) for path in found]
 
 
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # also where it ends in between
+        return False
+
+
 def assert_gone(pids: list[int], within_s: float) -> None:
     end = time.monotonic() + within_s
-    while alive := [
-        pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    ]:
+    while alive := [pid for pid in pids if is_alive(pid)]:
         assert time.monotonic() < end, f"still alive: {alive}"
         time.sleep(0.05)
 

@@ -115,7 +115,7 @@ def test_a_template_that_renders_the_context_otherwise_refuses_the_row(caller) -
         {"choices": [{}]},
         {"choices": [{"message": None, "finish_reason": "stop"}]},
         {"choices": [{"message": "yes", "finish_reason": "stop"}]},
-        reply([{"type": "text", "text": "yes"}]),
+        reply([{"type": "image_url", "image_url": {"url": "x"}}]),
         reply(tool_calls=[{"name": "add"}]),
         reply(tool_calls=7),
     ],
