@@ -74,7 +74,8 @@ def test_nothing_outlives_it_and_the_next_run_resumes(project: Project, struck: 
     left = psutil.wait_procs(seen, timeout=IN_TIME_S)[1]
     assert not [process.cmdline() for process in left if process.status() != psutil.STATUS_ZOMBIE]
     assert not (project.folder / "prefect.toml").exists()
-    assert statuses(project) == {"prepare": "FINISHED", "regenerate": "FINISHED", "train": "KILLED"}
+    expected = {"pipeline": "KILLED", "prepare": "FINISHED", "regenerate": "FINISHED", "train": "KILLED"}
+    assert statuses(project) == expected
     assert steps(latest) > before, "it resumed from the last checkpoint, and made one when it was stopped"
 
 
@@ -91,9 +92,12 @@ def logged(work: Path) -> int:
 
 
 def statuses(project: Project) -> dict[str, str]:
-    """Return the status of each stage's MLflow run: one a stage, as calls that resume go on with theirs."""
+    """Return the status of each stage's MLflow run, and of the one around them: calls that resume go on with theirs."""
+    query = "select coalesce(t.value, 'pipeline'), r.status from runs r left join tags t on t.run_uuid = r.run_uuid"
     with contextlib.closing(sqlite3.connect(project.folder / "mlflow.db")) as database:
-        return dict(database.execute("select name, status from runs"))
+        found = database.execute(f"{query} and t.key = 'dllm.stage'").fetchall()
+    assert len(dict(found)) == len(found), "one run a stage"
+    return dict(found)
 
 
 def test_make_run_gives_its_flow_the_number_to_follow() -> None:

@@ -259,7 +259,7 @@ def test_a_stage_leaves_no_secret_whether_it_succeeds_or_fails(project: Project,
         done = project.run(*argv, **variables)
         assert done.returncode == code, done.stdout
         printed += done.stdout
-    assert "View run prepare at: http://***@127.0.0.1" in printed and "Traceback" in printed
+    assert "http://***@" in printed and "Traceback" in printed
     assert leaks(project.folder.parent, printed, environment) == []
 
 
