@@ -64,6 +64,13 @@ class FrozenHead:
         self.weight_VD = weight_VD
 
     @cached_property
+    def logits(self) -> Callable[[Tensor], Tensor]:
+        """Multiply hidden states by the weight: packed in three quarters of the time with AMX, slower without it."""
+        if torch.cpu._is_amx_tile_supported():
+            return packed_product(self.weight_VD)
+        return lambda hidden_MD: hidden_MD @ self.weight_VD.T
+
+    @cached_property
     def back(self) -> Callable[[Tensor], Tensor]:
         """Multiply errors of logits by the weight: on CPUs a fifth faster than by the weight as it lies in memory."""
         return packed_product(self.weight_VD.T)
@@ -81,6 +88,7 @@ class _FrozenHead(torch.autograd.Function):
         ctx: Any,
         hidden_MD: Tensor,
         head_VD: Tensor,
+        logits: Callable[[Tensor], Tensor],
         back: Callable[[Tensor], Tensor],
         labels_M: Tensor,
         chunk: int,
@@ -95,12 +103,12 @@ class _FrozenHead(torch.autograd.Function):
         top_logits_MK = hidden_MD.new_empty(rows, candidates)
         top_ids_MK = torch.empty(rows, candidates, dtype=torch.int64, device=device)
         grad_MD = torch.empty_like(hidden_MD) if ctx.needs_input_grad[0] else None
-        for part, label_C, logits_CV in _chunks(hidden_MD, labels_M, lambda x_CD: x_CD @ head_VD.T, chunk):
+        for part, label_C, logits_CV in _chunks(hidden_MD, labels_M, logits, chunk):
             probs_CV = torch.softmax(logits_CV, -1)
             row_C = _rows(label_C)
             nll_M[part] = -probs_CV[row_C, label_C].float().clamp_min(1e-37).log()
             if share:
-                teacher_CV = torch.softmax(teacher_MD[part] @ head_VD.T, -1)
+                teacher_CV = torch.softmax(logits(teacher_MD[part]), -1)
                 soft_M[part] = -(probs_CV.float().clamp_min(1e-37).log_() * teacher_CV).sum(-1)
                 probs_CV.sub_(teacher_CV, alpha=share)
             probs_CV[row_C, label_C] -= 1 - share
@@ -123,7 +131,7 @@ class _FrozenHead(torch.autograd.Function):
         grad_MD = grad_MD * grad_loss_M[:, None].to(grad_MD.dtype)
         if top_ids_MK.shape[1]:
             grad_MD += F.embedding_bag(top_ids_MK, head_VD, mode="sum", per_sample_weights=grads[2].to(head_VD.dtype))
-        return grad_MD, *[None] * 8
+        return grad_MD, *[None] * 9
 
 
 class FrozenHeadRows(NamedTuple):
@@ -159,9 +167,12 @@ def frozen_head_cross_entropy(
     """
     if teacher_MD is None:
         teacher_MD, share = hidden_MD.new_empty(0), 0.0
-    head_VD, back = (head.weight_VD, head.back) if isinstance(head, FrozenHead) else (head, lambda x_CV: x_CV @ head)
+    if isinstance(head, FrozenHead):
+        head_VD, logits, back = head.weight_VD, head.logits, head.back
+    else:
+        head_VD, logits, back = head, lambda x_MD: x_MD @ head.T, lambda x_CV: x_CV @ head
     number = min(candidates, len(head_VD))
-    rows = _FrozenHead.apply(hidden_MD, head_VD, back, labels_M, chunk, teacher_MD, share, number)
+    rows = _FrozenHead.apply(hidden_MD, head_VD, logits, back, labels_M, chunk, teacher_MD, share, number)
     return FrozenHeadRows(*rows)
 
 

@@ -11,6 +11,7 @@ from dllm.models.drafts import attention as structured_attention
 from dllm.models.drafts.attention import block_attention
 from dllm.models.drafts.config import FULL, SLIDING, DFlashConfig, layer_ids
 from dllm.models.drafts.dflash import DFlashDraft, Rope
+from dllm.models.drafts.merged_attention import MergedAttention
 
 
 def tiny_config(**changes) -> DFlashConfig:
@@ -64,8 +65,9 @@ def oracle(query, key, value, block_key, block_value, visible, window, is_causal
 @pytest.mark.parametrize("slots", [4, 3])
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("at_once", [1 << 26, 300])
-def test_equals_the_oracle(monkeypatch, window, slots, is_causal, at_once):
-    monkeypatch.setattr(structured_attention, "SCORES_AT_ONCE", at_once)
+@pytest.mark.parametrize("merged_on", [{"cpu"}, {}])
+def test_equals_the_oracle(monkeypatch, window, slots, is_causal, at_once, merged_on):
+    hold_at_once(monkeypatch, at_once, merged_on)
     torch.manual_seed(0)
     parts = [torch.randn(2, 3, 4, 4, 8)[:, :, 4 - slots :], torch.randn(2, 12, 2, 8), torch.randn(2, 12, 2, 8)]
     parts += [torch.randn(2, 3, 4, 2, 8), torch.randn(2, 3, 4, 2, 8)]
@@ -74,20 +76,40 @@ def test_equals_the_oracle(monkeypatch, window, slots, is_causal, at_once):
     torch.testing.assert_close(got, oracle(*parts, visible, window, is_causal), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_groups_of_blocks_give_the_same_gradient(monkeypatch, window):
+@pytest.mark.parametrize("window", [None, 5, 2])
+@pytest.mark.parametrize("slots", [4, 3])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_every_way_gives_the_same_gradient(monkeypatch, window, slots, is_causal):
+    """By groups and whole, merged after the softmax and before."""
     torch.manual_seed(1)
-    parts = [torch.randn(2, 5, 3, 4, 8), torch.randn(2, 12, 2, 8), torch.randn(2, 12, 2, 8)]
+    parts = [torch.randn(2, 5, slots, 4, 8), torch.randn(2, 12, 2, 8), torch.randn(2, 12, 2, 8)]
     parts += [torch.randn(2, 5, 4, 2, 8), torch.randn(2, 5, 4, 2, 8)]
     visible = torch.tensor([[3, 4, 6, 11, 0], [1, 2, 9, 10, 0]])
-    grads = []
-    for at_once in (1 << 26, 1):
-        monkeypatch.setattr(structured_attention, "SCORES_AT_ONCE", at_once)
+    mixed, grads = [], []
+    for at_once, merged_on in ((1 << 26, {}), (1, {}), (1 << 26, {"cpu"}), (1, {"cpu"})):
+        hold_at_once(monkeypatch, at_once, merged_on)
         leaves = [part.clone().requires_grad_() for part in parts]
-        block_attention(*leaves, visible, window).square().sum().backward()
+        mixed.append(block_attention(*leaves, visible, window, is_causal))
+        mixed[-1].square().sum().backward()
         grads.append([leaf.grad for leaf in leaves])
-    for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    for other, found in zip(mixed[1:], grads[1:], strict=True):
+        torch.testing.assert_close(other, mixed[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, grads[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("own_hidden", [None, torch.ones(4, 4).triu(1).bool()])
+def test_merged_attention_has_the_gradient_of_its_values(own_hidden):
+    torch.manual_seed(2)
+    shapes = [(1, 2, 2, 4, 3), (1, 2, 5, 3), (1, 2, 5, 3), (1, 2, 2, 4, 3), (1, 2, 2, 4, 3)]
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    hidden = torch.arange(5).expand(1, 8, 5) >= torch.tensor([0, 0, 0, 0, 3, 3, 3, 3])[:, None]
+    assert torch.autograd.gradcheck(lambda *parts: MergedAttention.apply(*parts, hidden, own_hidden), leaves)
+
+
+def hold_at_once(monkeypatch, number, merged_on):
+    for name in ("SCORES_AT_ONCE", "MASK_AT_ONCE"):
+        monkeypatch.setattr(structured_attention, name, number)
+    monkeypatch.setattr(structured_attention, "MERGED_ON", merged_on)
 
 
 def inputs(draft: DFlashDraft, anchors: list[int], length: int = 20):
