@@ -56,7 +56,7 @@ run: setup  ## the whole pipeline, then its report; RECIPE=name chooses the reci
 	  PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL=CRITICAL exec python -m flows.pipeline $(if $(FORCE),--force)
 	@$(ENV) exec python -m dllm report
 
-long: RECIPE := smollm2-135m-dflash-long
+long: RECIPE := smollm2-135m-dflash2-long
 long: run  ## the same with a recipe of about 75 minutes and a better draft
 
 test: setup  ## all tests but the heavy ones and the outages; CI runs it, and test-outages
