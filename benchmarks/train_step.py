@@ -1,14 +1,14 @@
 """One exact draft training step, ours against NeMo AutoModel's, alternating in one process.
 
     python benchmarks/train_step.py [--draft dflash2] [--batch 8 --length 240 --anchors 48 --block 8]
-        [--rounds 8] [--threads 2] [--clock wall] [--memory] [--keep-memory] [--json FILE]
+        [--rounds 8] [--threads 2] [--clock wall] [--memory] [--json FILE]
 
 The same work for both: SmolLM2-135M's shapes, 2 layers, cached features, the full vocabulary, loss, backward, clipping
 and AdamW; for dflash2 also the convolutions, the selector (rank 256, 16 candidates), its loss and its figures. Needs
 `pip install --no-deps nemo-automodel==0.7.0`; nothing of it is part of dllm. Prints block positions per second of each,
 their ratio per round, and the share of the arithmetic bound that this machine's own matrix product allows; with
---memory the peak memory of each, in a process of its own. `python -m dllm train` keeps freed memory; --keep-memory does
-so here, for both. On a machine that others use, take --clock cpu --threads 1.
+--memory the peak memory of each, in a process of its own. As in `python -m dllm train`, malloc asks for huge pages, for
+both. On a machine that others use, take --clock cpu --threads 1.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dllm.models.drafts.config import DFlashConfig
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.drafts.dflash2 import DFlash2Config, DFlash2Draft
 from dllm.models.drafts.dflash2_settings import DFlash2Settings
-from dllm.training import launch
+from dllm.process.huge_pages import restart_with_huge_pages
 from dllm.training.cross_entropy import FrozenHead
 
 Step = Callable[[Batch], float]
@@ -196,14 +196,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--keep-memory", action="store_true")
     parser.add_argument("--only", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    if args.keep_memory:
-        launch.keep_freed_memory()
     if args.only:
         return _own_memory(args)
     clock = time.perf_counter if args.clock == "wall" else time.process_time
@@ -240,4 +237,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     main()

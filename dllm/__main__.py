@@ -21,6 +21,7 @@ from dllm.errors import DllmError, StageError
 from dllm.files import is_disk_full, refuse_pipes
 from dllm.outside import MAX_LINE, one_line
 from dllm.process import signals
+from dllm.process.huge_pages import restart_with_huge_pages
 from dllm.process.output import outlive_readers
 from dllm.process.parent import follow_parent
 from dllm.process.proxies import bypass_for_loopback
@@ -133,4 +134,6 @@ def _print_line(text: str) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["train"]:
+        restart_with_huge_pages()
     main()

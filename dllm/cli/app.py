@@ -82,8 +82,6 @@ def _run_stage(name: str, params: Path, overrides: Sequence[str], root: Path) ->
         if not launch.is_rank():
             raise SystemExit(launch.run(sys.orig_argv, checked.train.nproc))  # the ranks run this very command
         launch.note_ranks(checked.train.nproc)
-    if name in IN_RANKS:
-        launch.keep_freed_memory()
     importlib.import_module(f"dllm.stages.{name}").run(checked, root)
 
 

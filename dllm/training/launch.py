@@ -8,7 +8,6 @@ Several machines need torchrun: `Join` takes its environment as well.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -31,7 +30,6 @@ PEER_LOST = 99
 SETTLE_S = 5.0
 """For the rank that others miss to end: closing its connections comes before that."""
 POLL_INTERVAL_S = 0.05
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def is_rank() -> bool:
@@ -45,18 +43,6 @@ def note_ranks(nproc: int) -> None:
     if STORE not in os.environ and world != str(nproc) and os.environ.get("RANK", "0") == "0":
         line = f"WORLD_SIZE={world} in the environment gives the number of ranks; train.nproc={nproc} has no effect"
         print(f"warning: {line}", file=sys.stderr, flush=True)
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory it frees, for the tensors of the next step.
-
-    glibc returns freed blocks above 32 MB to the kernel, which clears their pages before it gives them again: up to a
-    tenth of a training step on a CPU. Other C libraries have no such switch.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # none
 
 
 def run(argv: Sequence[str], nproc: int, grace_s: float = GRACE_S, named_by: str = "train.nproc") -> int:

@@ -1,6 +1,5 @@
 """Real ranks that fail, are killed, or are stopped: one line, one exit code, and none is left."""
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -63,32 +62,3 @@ def test_sigterm_stops_the_ranks_without_a_traceback(tmp_path: Path) -> None:
     for path in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.read_text()), 0)
-
-
-FAULTS = """
-import resource, sys, torch
-from dllm.training import launch
-if sys.argv[1] == "keep":
-    launch.keep_freed_memory()
-def step():
-    torch.ones(20_000_000).sum()
-for _ in range(20):  # until the heap is in its final shape, which took up to seven
-    step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
-def test_kept_memory_needs_no_new_pages() -> None:
-    tuned = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(tuned)}
-
-    def faults(word: str) -> int:
-        argv = [sys.executable, "-c", FAULTS, word]
-        done = subprocess.run(argv, capture_output=True, text=True, check=True, env=environment)
-        return int(done.stdout)
-
-    assert faults("keep") < faults("return") / 10

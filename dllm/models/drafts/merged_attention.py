@@ -38,6 +38,7 @@ class MergedAttention(torch.autograd.Function):
         hidden_BMS: Tensor,
         own_hidden_QL: Tensor | None,
     ) -> Tensor:
+        """Merge the two parts by their sums of exponentials."""
         shape = query_BGNQE.shape
         rows_BGME = query_BGNQE.flatten(2, 3)
         mask = _additive(hidden_BMS, query_BGNQE)
@@ -58,6 +59,7 @@ class MergedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_BGNQE: Tensor) -> tuple[Tensor | None, ...]:
+        """Return both parts' gradients of the whole softmax."""
         query, key, value, own_key, own_value, hidden_BMS, merged, total_BGNQ = ctx.saved_tensors
         dtype, scale = query.dtype, query.shape[-1] ** -0.5
         grad_BGNQE = grad_BGNQE.contiguous()
