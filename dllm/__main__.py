@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import typer
 
 PACKAGE = Path(__file__).parent
+WITH_MODELS = {"regenerate", "train", "evaluate", "generate", "lm-eval"}
 
 MEMORY_HINT = (
     "make batches or rows smaller (train.batch_size, train.max_length, batch_size of the stage); "
@@ -134,6 +135,6 @@ def _print_line(text: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["train"]:
+    if WITH_MODELS & set(sys.argv[1:2]):
         restart_with_huge_pages()
     main()

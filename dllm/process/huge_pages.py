@@ -1,4 +1,4 @@
-"""Huge pages for the tensors of a training step: malloc asks for them, if it is told to before the process starts."""
+"""Huge pages for tensors: malloc asks for them, if it is told to before the process starts."""
 
 from __future__ import annotations
 
