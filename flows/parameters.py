@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, JsonValue
 
 from dllm.config import recipe_book
+from dllm.config.brief import brief
 from dllm.config.load import load_params
 from dllm.config.params import Params
 from dllm.errors import ConfigError, DllmError
@@ -113,7 +114,7 @@ class Request:
         return [f"# Changed for a flow run: {', '.join(changes)}."] if (changes := self._changes()) else []
 
     def _changes(self) -> list[str]:
-        changes = [f"{key}={_shown(value)}" for key, value in self.overrides.items()]
+        changes = [f"{key}={brief(value)}" for key, value in self.overrides.items()]
         return [*changes, f"seed {self.seed}"] if self.seed is not None else changes
 
     def name(self, root: Path) -> str:
@@ -128,8 +129,7 @@ class Request:
         if self.from_stage != "prepare":
             special.append(f"from {self.from_stage}")
         special += ["forced"] * self.force + ["not registered"] * (not self.register)
-        name = f"{recipe}: {', '.join(special)}" if special else recipe
-        return name if len(name) <= NAME_CHARS else f"{name[: NAME_CHARS - 1]}…"
+        return brief(f"{recipe}: {', '.join(special)}" if special else recipe, NAME_CHARS)
 
     def stages(self) -> tuple[str, ...]:
         """List the stages of DVC from `from_stage` on."""
@@ -139,7 +139,3 @@ class Request:
 def is_made_up(name: str) -> bool:
     """Return whether Prefect may have made up a flow run's name: `brave-otter`, `tau4-roentgen-k` in its pages."""
     return re.fullmatch(r"[a-z0-9-]+", name) is not None
-
-
-def _shown(value: JsonValue) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -14,6 +14,7 @@ import typer
 
 from dllm import __version__
 from dllm.cli import data, export, generate, lm_eval, recipes, track
+from dllm.cli import evaluate as evaluate_verb
 from dllm.cli import regenerate as regenerate_verb
 from dllm.cli import train as train_verb
 from dllm.cli.options import Debug, Overrides, ParamsPath, Root
@@ -93,6 +94,9 @@ for _name in STAGES:
     elif _name == "train":
         _help += " With --dry-run: what that would cost."
         app.command(_name, help=_help)(train_verb.command(functools.partial(_run_stage, _name)))
+    elif _name == "evaluate":
+        _help += " With --checkpoint: any other one."
+        app.command(_name, help=_help)(evaluate_verb.command(functools.partial(_run_stage, _name)))
     else:
         app.command(_name, help=_help)(_stage_verb(_name))
 

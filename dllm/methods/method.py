@@ -94,11 +94,8 @@ class EvaluateContext:
     work: Path
     """Scratch of this configuration; it is kept when a run is killed."""
     tracker: Tracker
-
-    @property
-    def checkpoint(self) -> Path:
-        """The trained checkpoint."""
-        return self.root / "out" / "train" / "checkpoint"
+    checkpoint: Path
+    """What is measured: a folder with config.json and weights."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +156,7 @@ class Method(Protocol[Settings]):
         """Export the best checkpoint into work, in train.compute_dtype; rank 0 alone calls it."""
 
     def evaluate(self, ctx: EvaluateContext) -> Evaluation:
-        """Measure the trained checkpoint."""
+        """Measure the checkpoint."""
 
     def score(self, metrics: Mapping[str, Any]) -> Score:
         """Return the score in a metrics.json of its evaluation; KeyError where it has none."""

@@ -86,7 +86,7 @@ def find(name: str, root: Path, trust_remote_code: bool = False, revision: str |
     """Return the directory of a checkpoint, registered or not.
 
     Args:
-        name: `models:/NAME@ALIAS`, or as in `resolve`.
+        name: as in `resolve`.
         trust_remote_code: download the code of a Hugging Face repository too.
         revision: commit of that repository.
 
@@ -102,17 +102,14 @@ def find(name: str, root: Path, trust_remote_code: bool = False, revision: str |
         raise ConfigError(
             "--revision is for models off the Hugging Face hub", where=name, hint="a directory has no commit"
         )
-    if name.startswith(REGISTERED):
-        from dllm.tracking import model_registry  # MLflow takes 2 seconds to import
-
-        return resolve(model_registry.resolve(name, root), root)
     return resolve(name, root)
 
 
 def resolve(name: str | Path, root: Path) -> Path:
     """Return the directory with config.json and weights that a name refers to.
 
-    Tried in this order: a directory that is a checkpoint (an export or a training step), a stage's output (its
+    `models:/NAME@ALIAS` and `models:/NAME/VERSION` are registered checkpoints, whose digest is compared. Else are tried
+    in this order: a directory that is a checkpoint (an export or a training step), a stage's output (its
     `checkpoint/`), a project's folder (its `out/train/checkpoint/`), a step of NeMo AutoModel (its `consolidated/`), a
     run's top directory (its best step, else its latest), a Hugging Face id.
 
@@ -123,6 +120,10 @@ def resolve(name: str | Path, root: Path) -> Path:
     Raises:
         ModelError: nothing by that name holds a checkpoint.
     """
+    if str(name).startswith(REGISTERED):
+        from dllm.tracking import model_registry  # MLflow takes 2 seconds to import
+
+        name = model_registry.resolve(str(name), root)
     given = Path(name).expanduser()
     for path in dict.fromkeys((given, root / given)):
         if _is_folder(path):

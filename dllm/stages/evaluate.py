@@ -1,19 +1,26 @@
-"""Stage `evaluate`: measure the trained checkpoint on held-out data, in the way of the method that trained it."""
+"""Stage `evaluate`: measure the trained checkpoint on held-out data, in the way of the method that trained it.
+
+Any other checkpoint is measured by the same work, into a folder of its own: it is no stage of DVC then.
+"""
 
 from __future__ import annotations
 
 import shutil
+import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from dllm.config.params import Params
+from dllm.errors import StageError
 from dllm.methods.method import EvaluateContext, Method
-from dllm.models import targets
+from dllm.models import checkpoints, targets
+from dllm.outside import one_line
 from dllm.prompts import sets
 from dllm.registry import METHODS
 from dllm.stages.plots import write_plots
 from dllm.stages.records import read_record, trained_method
-from dllm.stages.workspace import open_stage
+from dllm.stages.workspace import Stage, open_stage
 from dllm.workspace import RUN
 
 PICTURE = "evaluation.png"
@@ -31,25 +38,68 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         ModelError: a model is missing or cannot be read, or the checkpoint is not the one that the run in
             out/train/run.json made.
     """
-    trained = root / "out" / "train" / RUN
-    name = trained_method({"train": read_record(root, "train", RUN)} if trained.is_file() else {}) or params.train.mode
+    record = read_record(root, "train", RUN) if (root / "out" / "train" / RUN).is_file() else {}
+    name = trained_method({"train": record}) or params.train.mode
+    checkpoint = root / "out" / "train" / "checkpoint"
+    with _open(params, root, name, checkpoint) as stage:
+        return _measure(params, root, name, checkpoint, stage)
+
+
+def run_on(checkpoint: str, params: Params, root: Path, to: Path) -> tuple[Method[Any], dict[str, Any]]:
+    """Evaluate any checkpoint on this project's held-out data, and publish into a folder.
+
+    Args:
+        checkpoint: as in `dllm.models.checkpoints.find`.
+        params: which target, prompts and settings; the method is the checkpoint's own, else that of `train.mode`.
+        root: the project's folder, in which prepare has run (and train, where the method reads what it left).
+        to: new or empty.
+
+    Returns: the method, and the metrics.
+
+    Raises:
+        StageError: the folder is not empty.
+        DataError, ModelError: as in `run`; or the checkpoint is not to be had, or for another commit of the target.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise StageError("the output folder is not empty", where=str(to), hint="name another by --to")
+    found = checkpoints.find(checkpoint, root, params.target.trust_remote_code)
+    checkpoints.require_same_revision(found, params.target)
+    record = checkpoints.run_record(found)
+    trained_for = (record.get("identity", {}).get("target") or {}).get("model", params.target.model)
+    if trained_for != params.target.model:
+        told = f"{checkpoint} was trained for {trained_for}, and is measured with {params.target.model} of params.yaml"
+        print(f"warning: {one_line(told)}", file=sys.stderr, flush=True)
+    name = trained_method({"train": record}) or params.train.mode
+    with _open(params, root, name, found, named=checkpoint, to=to) as stage:
+        return METHODS[name], _measure(params, root, name, found, stage)
+
+
+def _open(
+    params: Params, root: Path, name: str, checkpoint: Path, named: str | None = None, to: Path | None = None
+) -> AbstractContextManager[Stage]:
     method: Method[Any] = METHODS[name]
-    inputs = {key: root / path for key, path in method.reads.items()}
     asked = params.evaluate.sets or []
     read = {f"set {number} {entry.name}": sets.identity(entry, root) for number, entry in enumerate(asked)}
-    with open_stage(
+    own = {} if named is None else {"checkpoint": named}
+    return open_stage(
         "evaluate",
         params,
         sections=[params.target, params.evaluate],
-        inputs={**inputs, "checkpoint": root / "out" / "train" / "checkpoint"},
-        identity={"target": targets.identity(params.target), "method": name, **read},
+        inputs={**{key: root / path for key, path in method.reads.items()}, "checkpoint": checkpoint},
+        identity={"target": targets.identity(params.target), "method": name, **read, **own},
         root=root,
-    ) as stage:
-        found = method.evaluate(EvaluateContext(params, root, stage.work, stage.tracker))
-        stage.tracker.log_artifact(found.picture)
-        stage.constants |= SIZES
-        files = {PICTURE: found.picture, **found.files, **write_plots("evaluate", stage.work / "plots", found.plots)}
-        stage.publish(files, found.metrics, headline=found.headline)
-        for folder in found.scratch:
-            shutil.rmtree(folder)
-        return found.metrics
+        aside=to,
+        run_name=None if named is None else f"evaluate {named}",
+    )
+
+
+def _measure(params: Params, root: Path, name: str, checkpoint: Path, stage: Stage) -> dict[str, Any]:
+    method: Method[Any] = METHODS[name]
+    found = method.evaluate(EvaluateContext(params, root, stage.work, stage.tracker, checkpoint))
+    stage.tracker.log_artifact(found.picture)
+    stage.constants |= SIZES
+    files = {PICTURE: found.picture, **found.files, **write_plots("evaluate", stage.work / "plots", found.plots)}
+    stage.publish(files, found.metrics, headline=found.headline)
+    for folder in found.scratch:
+        shutil.rmtree(folder)
+    return found.metrics

@@ -52,6 +52,8 @@ def open_stage(
     identity: Mapping[str, Any] | None = None,
     root: Path,
     is_main: bool = True,
+    aside: Path | None = None,
+    run_name: str | None = None,
 ) -> Iterator[Stage]:
     """Open a stage's work and MLflow run, and close both with the status of what happened.
 
@@ -64,6 +66,8 @@ def open_stage(
         identity: ids, revisions and digests of models and servers that determine the result.
         root: the project's folder.
         is_main: False for ranks above 0: same paths, no MLflow, no lock, no publishing.
+        aside: publish into this folder instead, in a run of its own that is no part of an execution.
+        run_name: of that MLflow run.
 
     Raises:
         StageError: an input is missing, another process works on the same thing, or the disk is full.
@@ -81,9 +85,12 @@ def open_stage(
             "inputs": {key: _digest_of_input(root, path) for key, path in (inputs or {}).items()},
             "identity": dict(identity or {}),
         }
-        works, out = (root / "work").resolve() / name, root / "out" / name  # of a checkout, a link to the project's
-        stage = Stage(name, root, works, out, made_of, sections, params.recipe, is_main=is_main, params=params)
-        if is_main:
+        works = (root / "work").resolve() / name  # of a checkout, a link to the project's
+        out = aside or root / "out" / name
+        stage = Stage(
+            name, root, works, out, made_of, sections, params.recipe, run_name, is_main=is_main, params=params
+        )
+        if is_main and aside is None:
             stage.execution = Execution(root, params, name, STAGES, _earlier(root, name))
         with stage.open():
             if is_main:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm.config import recipe_book
+from dllm.config.brief import brief, brief_pairs
 from dllm.config.load import params_digest
 from dllm.config.params import Params
 from dllm.errors import DllmError
@@ -24,9 +25,6 @@ from dllm.tracking.runs import Status, flatten
 FOLDER = Path("work", "executions")
 FLOW_RUN, DVC_EXPERIMENT = "DLLM_FLOW_RUN", "DVC_EXP_NAME"
 """Variables that the flow and DVC set: the id of the Prefect flow run, the name of the experiment."""
-NAMED = 3
-"""Overridden values in the name of a run."""
-VALUE_CHARS = 40
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,13 @@ class Execution:
     def name(self) -> str:
         """The run's name: the recipe and what of it is overridden."""
         prefix = f"{self.experiment}: " if self.experiment else ""
-        return prefix + " ".join([self.params.recipe, *_shown(overridden(self.params))])
+        return prefix + " ".join([self.params.recipe, *brief_pairs(overridden(self.params))])
 
     @property
     def stage_name(self) -> str:
         """The name of the stage's own run: the stage, the recipe, and what of the stage's section is overridden."""
         own = {key: value for key, value in overridden(self.params).items() if key.partition(".")[0] in self._sections}
-        return " ".join([self.stage, self.params.recipe, *_shown(own)])
+        return " ".join([self.stage, self.params.recipe, *brief_pairs(own)])
 
     @property
     def _sections(self) -> tuple[str, str]:
@@ -105,7 +103,7 @@ class Execution:
     def describe(self, experiment_id: str) -> str:
         """Write the run's description: what is overridden, and which run has which stage."""
         lines = [f"Recipe `{self.params.recipe}`."]
-        lines += [f"* `{key}`: `{_short(value)}`" for key, value in overridden(self.params).items()]
+        lines += [f"* `{key}`: `{brief(value)}`" for key, value in overridden(self.params).items()]
         lines += ["", "| stage | run | |", "|---|---|---|"]
         own = self._read().get("stages", {})
         for stage in self.order:
@@ -143,17 +141,9 @@ def overridden(params: Params) -> dict[str, Any]:
     except DllmError:
         return {}
     theirs, ours = (flatten(each.model_dump(mode="json", by_alias=True)) for each in (recipe, params))
-    return {key: value for key, value in ours.items() if theirs.get(key) != value and key != "register.model_name"}
-
-
-def _shown(values: Mapping[str, Any]) -> list[str]:
-    """Write the first values as `key=value`, under the last part of a key where no other ends so."""
-    ends = [key.rpartition(".")[2] for key in values]
-    short = [end if ends.count(end) == 1 else key for key, end in zip(values, ends, strict=True)]
-    shown = [f"{key}={_short(value)}" for key, value in zip(short, values.values(), strict=True)]
-    return shown[:NAMED] + ([f"+{len(shown) - NAMED} more"] if len(shown) > NAMED else [])
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value) if isinstance(value, list | dict) else str(value)
-    return text if len(text) <= VALUE_CHARS else f"{text[: VALUE_CHARS - 3]}..."
+    set_here = flatten(params.model_dump(mode="json", by_alias=True, exclude_defaults=True))  # also within lists
+    return {
+        key: set_here.get(key, value)
+        for key, value in ours.items()
+        if theirs.get(key) != value and key != "register.model_name"
+    }

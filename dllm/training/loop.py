@@ -7,6 +7,7 @@ sum(numerators) / sum(denominators) over all micro-batches of all ranks, so no s
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -286,6 +287,8 @@ class Loop:
                         hint="finish it with that version, or delete its folder in work/train to start anew",
                     )
                 sums.vector.copy_(torch.tensor(saved, dtype=torch.float64))
+            if self.ranks.is_main:
+                print(f"train: resumes after step {self.state.step} of {self.total}", file=sys.stderr, flush=True)
         self.journal.rewind(self.state.step)
         if not self.sharded:
             self.ranks.share_weights(self.strategy.model)

@@ -58,6 +58,8 @@ BAD = [
     (["lm-eval", "--checkpoint", "x"], 2, "--tasks"),
     (["lm-eval", "--checkpoint", "x", "--tasks", "t", "--include-path", "absent"], 2, "no such folder of task files"),
     (["prepare", "--params", "absent.yaml"], 2, "no params file"),
+    (["evaluate", "--checkpoint", "out/train"], 2, "--checkpoint and --to need each other (--to)"),
+    (["evaluate", "--to", "x"], 2, "--checkpoint and --to need each other (--checkpoint)"),
     (["prepare", "--set", "train.epochs"], 2, "KEY=VALUE"),
     (["train", "--set", "train.dflash.block_size=1"], 2, "block of 1 has nothing to predict"),
     (["train", "--set", "train.dflash.blok_size=8"], 2, "did you mean block_size?"),

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from dllm.stages import DVC_STAGES
+from tests import s3_server
 from tests.flows.conftest import ROOT, Project, copy_project
 
 pytestmark = [pytest.mark.outage, pytest.mark.flows]
 IDENTITY = ("-c", "user.name=a", "-c", "user.email=a@example.org")
-AWS = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 def done(project: Project, *argv: str) -> str:
@@ -33,24 +33,16 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Project:
     for name in (".gitignore", ".dvc/.gitignore"):
         shutil.copyfile(ROOT / name, folder / name)
     project = Project(folder, folder.parent / "prefect")
-    project.environment |= AWS
+    project.environment |= s3_server.KEYS
     done(project, sys.executable, "-m", "dvc", "repro")
     return project
 
 
 @pytest.fixture
 def s3() -> Iterator[str]:
-    moto = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
     pytest.importorskip("dvc_s3")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    address = f"http://{host}:{port}"
-    keys = {"aws_access_key_id": "id", "aws_secret_access_key": "key", "region_name": "us-east-1"}
-    boto3.client("s3", endpoint_url=address, **keys).create_bucket(Bucket="team")
-    yield address
-    server.stop()
+    with s3_server.serving("team") as address:
+        yield address
 
 
 def test_an_experiment_in_a_copy_is_compared_with_the_commit(mine: Project) -> None:
@@ -81,7 +73,7 @@ def test_a_teammate_pulls_what_was_made_and_generates_with_it(
 
     subprocess.run(["git", "clone", "--quiet", mine.folder, tmp_path / "yours"], check=True)
     yours = Project(tmp_path / "yours", mine.folder.parent / "prefect")
-    yours.environment |= AWS
+    yours.environment |= s3_server.KEYS
     done(yours, "dvc", "pull")
     assert "up to date" in done(yours, "dvc", "status")
     ran = done(yours, sys.executable, "-m", "flows.pipeline")

@@ -76,7 +76,12 @@ def test_a_name_says_the_recipe_and_what_is_special(tmp_path: Path) -> None:
     special = Request("tiny-dflash", {"train.epochs": 2}, 3, "train", True, False, "v1")
     expected = "tiny-dflash: train.epochs=2, seed 3, at v1, from train, forced, not registered"
     assert special.name(tmp_path) == expected
-    assert len(Request("tiny-dflash", {"target.model": "x" * 999}).name(tmp_path)) == parameters.NAME_CHARS
+    sources = {"prepare.sources": [{"name": "/data/new-responses", "split": "train"}], "regenerate.engine": "dataset"}
+    expected = "tiny-dflash: prepare.sources=new-responses(split=train), regenerate.engine=dataset"
+    assert Request("tiny-dflash", sources).name(tmp_path) == expected
+    many = {f"train.key{number}": number for number in range(99)}
+    long = [Request("tiny-dflash", many | {"train.key98": value}).name(tmp_path) for value in (1, 2)]
+    assert long[0] != long[1] and {len(name) for name in long} == {parameters.NAME_CHARS}
     assert Request().name(tmp_path) == "params.yaml"
     recipe_book.activate("tiny-mdlm", tmp_path / "params.yaml")
     assert Request().name(tmp_path) == "tiny-mdlm"

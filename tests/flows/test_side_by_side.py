@@ -2,12 +2,8 @@
 
 import json
 import re
-import shutil
-import subprocess
 import sys
 import threading
-import time
-import tomllib
 import urllib.error
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -18,20 +14,10 @@ import pytest
 import yaml
 
 from dllm.tracking import mlflow_runs as tracking
-from infra import servers
-from tests.flows.conftest import ROOT, Project, copy_project, served, wait_until
+from tests.flows.asking import LONGEST_S, TINIER, ask, end, git, serving, start, workers_said
+from tests.flows.conftest import Project, wait_until
 
 pytestmark = [pytest.mark.outage, pytest.mark.flows]
-
-TINIER = {
-    "prepare.sources": [{"name": "gsm8k", "limit": 24}],
-    "regenerate.max_new_tokens": 8,
-    "train.epochs": 1,
-    "evaluate.num_prompts": 1,
-    "evaluate.max_new_tokens": 8,
-    "evaluate.identity_prompts": 1,
-}
-LONGEST_S = 1200
 
 
 @pytest.fixture(scope="module")
@@ -58,46 +44,8 @@ def project(
     tmp_path_factory: pytest.TempPathFactory, prefect_home: Path, free_port: int, told: tuple[str, Any]
 ) -> Iterator[Project]:
     folder = tmp_path_factory.mktemp("project")
-    copy_project(folder)
-    shutil.copy(ROOT / ".gitignore", folder)
-    shutil.copy(ROOT / ".dvc/.gitignore", folder / ".dvc")
-    (folder / ".gitignore").write_text((ROOT / ".gitignore").read_text() + "/serve.log\n")
-    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
-    for words in (["add", "--all"], ["commit", "--quiet", "--message", "first"]):
-        subprocess.run([*git, *words], cwd=folder, check=True)
-    project = Project(folder, prefect_home)
-    project.environment["DLLM_ALERTS_URL"] = told[0]
-    with served(project, free_port):
+    with serving(folder, prefect_home, free_port, {"DLLM_ALERTS_URL": told[0]}) as project:
         yield project
-
-
-def ask(project: Project, what: str, body: object = None) -> Any:
-    api = tomllib.loads((project.folder / "prefect.toml").read_text())["api"]
-    end = time.monotonic() + LONGEST_S
-    while True:
-        try:
-            return servers.request(f"{api['url']}/{what}", api["auth_string"], body)
-        except urllib.error.HTTPError as error:  # its database is locked: clients of Prefect try again, too
-            if error.code != 503 or time.monotonic() > end:
-                raise
-            time.sleep(0.5)
-
-
-def start(project: Project, deployment: str, **parameters: object) -> str:
-    found = {each["name"]: each["id"] for each in ask(project, "deployments/filter", {})}
-    given = {"parameters": {"overrides": TINIER, **parameters}}
-    return str(ask(project, f"deployments/{found[deployment]}/create_flow_run", given)["id"])
-
-
-def end(project: Project, run: str) -> dict[str, Any]:
-    """Wait for a flow run's final state."""
-    final = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
-    wait_until(lambda: ask(project, f"flow_runs/{run}")["state"]["type"] in final, LONGEST_S)
-    return dict(ask(project, f"flow_runs/{run}"))
-
-
-def workers_said(project: Project) -> str:
-    return (project.folder / "logs/prefect-worker-checkouts.log").read_text()
 
 
 def test_two_recipes_side_by_side_beside_the_users_files(project: Project) -> None:
@@ -176,8 +124,3 @@ def test_a_deployment_anew_keeps_what_its_user_has_set(project: Project) -> None
     assert {name: each["id"] for name, each in again.items()} == {name: each["id"] for name, each in known.items()}
     assert not again["dllm: report what fails"]["enabled"]
     assert [each["active"] for each in ask(project, f"deployments/{dflash['id']}/schedules")] == [True]
-
-
-def git(project: Project, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=project.folder, capture_output=True, text=True, check=True)
-    return done.stdout.strip()

@@ -31,7 +31,7 @@ def _documents(path: Path) -> list[dict[str, Any]]:
     return [each for each in yaml.safe_load_all(path.read_text()) if each]
 
 
-def _complaint(document: dict[str, Any], home: Path) -> str:
+def complaint_about(document: dict[str, Any], home: Path) -> str:
     """Return what is wrong with a document; empty where nothing is."""
     others = "compose" if "services" in document else "skypilot"
     kind = "jobset" if document.get("kind") == "JobSet" else "kubernetes" if "kind" in document else others
@@ -42,9 +42,9 @@ def _complaint(document: dict[str, Any], home: Path) -> str:
 
 def test_compose_follows_the_specification(tmp_path: Path) -> None:
     document = yaml.safe_load((INFRA / "compose.yaml").read_text())
-    assert not (complaint := _complaint(document, tmp_path)), complaint
+    assert not (complaint := complaint_about(document, tmp_path)), complaint
     document["services"]["s3"]["healthchek"] = document["services"]["s3"].pop("healthcheck")
-    assert "healthchek" in _complaint(document, tmp_path)
+    assert "healthchek" in complaint_about(document, tmp_path)
 
 
 def test_the_images_steps_pass_hadolint() -> None:
@@ -68,40 +68,20 @@ def test_shellcheck_refuses_a_broken_script() -> None:
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
 def test_every_manifest_follows_its_schema(path: Path, tmp_path: Path) -> None:
     for document in _documents(path):
-        assert not (complaint := _complaint(document, tmp_path)), complaint
+        assert not (complaint := complaint_about(document, tmp_path)), complaint
 
 
 def test_broken_manifests_are_refused(tmp_path: Path) -> None:
     documents = {document["kind"]: document for path in MANIFESTS for document in _documents(path)}
     broken = copy.deepcopy(documents["StatefulSet"])
     broken["spec"]["template"]["spec"]["containers"][0]["readynessProbe"] = {}
-    assert "readynessProbe" in _complaint(broken, tmp_path)
+    assert "readynessProbe" in complaint_about(broken, tmp_path)
     broken = copy.deepcopy(documents["JobSet"])
     broken["spec"]["failurPolicy"] = broken["spec"].pop("failurePolicy")
-    assert "failurPolicy" in _complaint(broken, tmp_path)
-
-
-def test_the_work_pools_job_follows_the_schema_of_kubernetes(tmp_path: Path) -> None:
-    job = _rendered_job(json.loads((INFRA / "kubernetes" / "work-pool.json").read_text()))
-    assert not (complaint := _complaint(job, tmp_path)), complaint
-    job["spec"]["template"]["spec"]["terminationGracePeriod"] = 1
-    assert "terminationGracePeriod" in _complaint(job, tmp_path)
-
-
-def _rendered_job(template: dict[str, Any]) -> dict[str, Any]:
-    """Fill the template in with its defaults, as a worker does."""
-    from prefect.utilities.templating import apply_values
-
-    variables = template["variables"]["properties"]
-    values = {name: each["default"] for name, each in variables.items() if "default" in each}
-    values |= {"name": "run", "labels": {"app": "dllm"}, "command": ["prefect", "flow-run", "execute"]}
-    values["env"] = [{"name": name, "value": value} for name, value in values["env"].items()]
-    job = apply_values(template["job_configuration"]["job_manifest"], values)
-    assert isinstance(job, dict)
-    return job
+    assert "failurPolicy" in complaint_about(broken, tmp_path)
 
 
 def test_the_skypilot_task_follows_its_schema(tmp_path: Path) -> None:
     task = yaml.safe_load((INFRA / "skypilot.yaml").read_text())
-    assert not (complaint := _complaint(task, tmp_path)), complaint
-    assert "runn" in _complaint(task | {"runn": "x"}, tmp_path)
+    assert not (complaint := complaint_about(task, tmp_path)), complaint
+    assert "runn" in complaint_about(task | {"runn": "x"}, tmp_path)

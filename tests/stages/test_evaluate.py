@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import pytest
 from dllm.config.load import parse_params
 from dllm.config.params import Params, Target
 from dllm.decoding.comparison import Comparison, Pair
-from dllm.errors import DataError, ModelError, StageError
+from dllm.errors import ConfigError, DataError, ModelError, StageError
 from dllm.models import targets
-from dllm.models.drafts.checkpoint import save_draft
+from dllm.models.drafts.checkpoint import load_draft, save_draft
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.prompts.table import HELDOUT, TRAIN, Prompt, prompt_id, write_prompts
 from dllm.stages import evaluate
 from dllm.tracking import mlflow_runs as tracking
+from dllm.tracking import model_registry, provenance
 from tests.decoding import stand_in_drafts
 
 TARGET = Target(model="builtin:tiny", dtype="float32")
@@ -190,3 +192,41 @@ def test_missing_inputs_are_one_line(root: Path) -> None:
     weights.parent.rmdir()
     with pytest.raises(StageError, match="input is missing"):
         evaluate.run(params(), root)
+
+
+def test_a_registered_checkpoint_is_measured_into_a_folder_of_its_own(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = params(identity_prompts=0, num_prompts=1, max_new_tokens=4, walk={"prompts": 0})
+    measured = evaluate.run(plain, root)
+    trained = root / "out" / "train" / "checkpoint"
+    digest = provenance.digest(trained)
+    kept = Path(shutil.copytree(trained, model_registry.store_path(root, digest)))
+    model_registry.register(root, "of-evaluate", digest=digest, tau=1.5, heldout_digest="h", target="t", tags={})
+    shutil.rmtree(trained)
+    name, to = "models:/of-evaluate@champion", root / "apart"
+    _, metrics = evaluate.run_on(name, plain, root, to)
+    same = ("tau_micro", "rounds", "heldout_digest", "acceptance_by_offset")
+    assert {key: metrics[key] for key in same} == {key: measured[key] for key in same}
+    assert json.loads((to / "metrics.json").read_text())["tau_micro"] == metrics["tau_micro"]
+    record = json.loads((to / "run.json").read_text())
+    assert (record["identity"]["checkpoint"], record["inputs"]["checkpoint"]) == (name, digest)
+    run = tracking.connect(tracking.tracking_uri(root)).get_run(record["mlflow_run_id"])
+    assert (run.info.run_name, run.info.status) == (f"evaluate {name}", "FINISHED")
+    assert "mlflow.parentRunId" not in run.data.tags
+    assert json.loads((root / "out" / "evaluate" / "run.json").read_text())["inputs"]["checkpoint"] == digest
+
+    with pytest.raises(StageError, match="the output folder is not empty"):
+        evaluate.run_on(name, plain, root, to)
+    other = {"identity": {"target": {"model": "another/target", "revision": None}, "method": "dflash"}}
+    (kept / "run.json").write_text(json.dumps(other))
+    evaluate.run_on(name, plain, root, root / "other-target")
+    assert "was trained for another/target, and is measured with builtin:tiny" in capsys.readouterr().err
+    (kept / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="has changed since it was registered"):
+        evaluate.run_on(name, plain, root, root / "third")
+    monkeypatch.chdir(root)
+    with pytest.raises(ModelError, match="has changed since it was registered"):
+        load_draft(name)
+    with pytest.raises(ConfigError, match="has a version, no revision"):
+        load_draft(name, revision="main")

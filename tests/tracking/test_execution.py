@@ -8,7 +8,7 @@ import pytest
 from mlflow.entities import Run
 
 from dllm.config import recipe_book
-from dllm.config.params import Params
+from dllm.config.params import Params, Prepare, Source
 from dllm.stages.workspace import open_stage
 from dllm.tracking import mlflow_runs as tracking
 from dllm.tracking import provenance
@@ -134,6 +134,21 @@ def test_names_say_what_differs_from_the_recipe() -> None:
     own = params.model_copy(update={"recipe": "of-my-own"})
     assert (overridden(own), Execution(Path(), own, "train", STAGES).name) == ({}, "of-my-own")
     assert Execution(Path(), params, "train", STAGES, experiment="half").name == "half: tiny-dflash epochs=7.0"
+
+
+def test_lists_are_named_by_their_entries_in_names_that_differ() -> None:
+    def named(*sources: dict) -> str:
+        prepare = Prepare(
+            sources=[Source(**each) for each in sources], heldout_fraction=load().prepare.heldout_fraction
+        )
+        return Execution(Path(), load().model_copy(update={"prepare": prepare}), "prepare", STAGES).name
+
+    assert named({"name": "gsm8k", "limit": 24}, {"name": "/data/a b.jsonl"}) == (
+        "tiny-dflash sources=gsm8k(limit=24)+a b.jsonl"
+    )
+    many = [{"name": f"data/{number}.jsonl"} for number in range(30)]
+    names = {named(*many), named(*many[:-1]), named(*many[:-1], {"name": "data/other.jsonl"})}
+    assert len(names) == 3 and all(len(name) < 70 for name in names)
 
 
 def test_a_folder_has_the_digest_of_dvc_only_while_it_is_what_dvc_recorded(tmp_path: Path) -> None:

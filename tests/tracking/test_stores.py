@@ -16,23 +16,24 @@ from pathlib import Path
 import pytest
 from mlflow import artifacts
 
-from dllm.errors import ServerError
+from dllm.errors import ModelError, ServerError
 from dllm.tracking import delivery, model_registry, provenance
 from dllm.tracking.mlflow_runs import MlflowTracker, connect, tracking_uri
+from tests import s3_server
 from tests.tracking.test_execution import load, parent_of, run_stage
 
 GATE = Path(__file__).resolve().parents[2] / "infra" / "gate.py"
 DRIVERS = {"psycopg": "postgresql+psycopg", "psycopg2": "postgresql+psycopg2"}
 
 
-def register(root: Path, run_id: str | None = None) -> str:
+def register(root: Path, run_id: str | None = None, store: str | None = None) -> str:
     """Register a checkpoint of two files, and return its version's source."""
     folder = root / "made"
     folder.mkdir(exist_ok=True)
     (folder / "model.safetensors").write_text("weights")
     digest = provenance.digest(folder)
     shutil.copytree(folder, model_registry.store_path(root, digest), dirs_exist_ok=True)
-    facts = {"tau": 1.5, "heldout_digest": "h", "target": "t", "tags": {}, "run_id": run_id}
+    facts = {"tau": 1.5, "heldout_digest": "h", "target": "t", "tags": {}, "run_id": run_id, "store": store}
     return model_registry.register(root, "a draft", digest=digest, experiment="tiny-dflash", **facts).uri
 
 
@@ -94,6 +95,34 @@ def test_a_server_with_user_and_password(
         live(root)
         fetched = model_registry.resolve("models:/a draft@champion", tmp_path / "elsewhere")
         assert (fetched / "model.safetensors").read_text() == "weights"
+
+
+@pytest.mark.slow
+def test_an_object_store(tmp_path: Path, empty_mlflow_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copyfile(empty_mlflow_store, tmp_path / "shared.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/shared.db")
+    with s3_server.serving("models") as address:
+        for name, value in {**s3_server.KEYS, "MLFLOW_S3_ENDPOINT_URL": address}.items():
+            monkeypatch.setenv(name, value)
+        here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+        here.mkdir()
+        source = register(here, store="s3://models/drafts/")
+        assert source.startswith("s3://models/drafts/") and register(here, store="s3://models/drafts") == source
+        plain = artifacts.download_artifacts("models:/a draft@champion", dst_path=str(tmp_path / "plain"))
+        assert Path(plain, "model.safetensors").read_text() == "weights", "MLflow's own client gets it"
+        fetched = model_registry.resolve("models:/a draft@champion", elsewhere)
+        assert fetched.is_relative_to(elsewhere) and (fetched / "model.safetensors").read_text() == "weights"
+
+        import boto3
+
+        key = f"{source.removeprefix('s3://models/')}/model.safetensors"
+        boto3.client("s3", endpoint_url=address).put_object(Bucket="models", Key=key, Body=b"tampered")
+        assert model_registry.resolve("models:/a draft@champion", elsewhere) == fetched, "what is there is not fetched"
+        with pytest.raises(ModelError, match="has changed since it was registered"):
+            model_registry.resolve("models:/a draft@champion", tmp_path / "third")
+        with pytest.raises(ServerError, match="the checkpoint's store failed") as refused:
+            register(here, store="s3://no-such-bucket/drafts")
+        assert "\n" not in str(refused.value)
 
 
 @pytest.mark.slow

@@ -16,9 +16,9 @@ class _Draft(Section):
     architecture: Annotated[str, AfterValidator(DRAFTS.check)] = "dflash"
     """Draft architecture."""
     init: str = "random"
-    """`random` (with the shapes of the target), or a published draft: a directory or a Hugging Face id. Its layers
-    and what `dflash2` sizes are its own, whatever stands here; `target_layer_ids`, `sliding_window`, `layer_types` and
-    `causal` must be its own or null."""
+    """`random` (with the shapes of the target), or a trained draft: a directory, a Hugging Face id, or a registered
+    one, models:/NAME/VERSION (DVC does not see an alias move). Its layers and what `dflash2` sizes are its own,
+    whatever stands here; `target_layer_ids`, `sliding_window`, `layer_types` and `causal` must be its own or null."""
     revision: str | None = None
     """Commit, branch or tag of a published draft on Hugging Face; null takes the newest. The commit is recorded."""
     num_hidden_layers: Layers = 5

@@ -23,6 +23,7 @@ from dllm.models.drafts.foreign import describe_tensors, foreign_family
 from dllm.models.drafts.protocol import Draft, DraftConfig
 from dllm.models.targets import check_blobs, hub_commit, hub_snapshot, looks_like_hub_id, weights_digest
 from dllm.registry import DRAFTS
+from dllm.tracking.runs import REGISTERED
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SHARED = ("embed_tokens.weight", "lm_head.weight")
@@ -69,7 +70,7 @@ def load_draft(source: str | Path, target_config: Any = None, revision: str | No
     """Load a draft with float32 weights from a directory or a Hugging Face id, and check that it fits its target.
 
     Args:
-        source: a directory with config.json and *.safetensors, or a hub id.
+        source: as in `draft_directory`.
         target_config: the target's transformers config; None skips the check of fit.
         revision: of the hub's repository; None takes the newest.
 
@@ -96,12 +97,25 @@ def stored_dtype(directory: Path) -> torch.dtype:
 
 
 def draft_directory(source: str | Path, revision: str | None = None, *, weights: bool = False) -> Path:
-    """Return a draft's directory, downloaded from the Hugging Face hub on first use.
+    """Return a draft's directory, fetched from the Hugging Face hub or MLflow on first use.
+
+    Args:
+        source: a directory, `models:/NAME@ALIAS` or `models:/NAME/VERSION` of the project in this directory, or a
+            Hugging Face id.
+        revision: of the hub's repository.
+        weights: fetch them from the hub too.
 
     Raises:
         ModelError: there is none, or not at that revision.
-        ConfigError: a directory is given, and a revision.
+        ConfigError: a revision is given for what is not on the hub.
     """
+    if str(source).startswith(REGISTERED):
+        from dllm.models import checkpoints  # it identifies drafts by this module
+
+        if revision is not None:
+            hint = "name it as models:/NAME/VERSION"
+            raise ConfigError("a registered draft has a version, no revision", where=str(source), hint=hint)
+        return checkpoints.resolve(str(source), Path.cwd())
     directory = Path(source).expanduser()
     if directory.is_dir():
         if revision is not None:
@@ -116,7 +130,7 @@ def draft_directory(source: str | Path, revision: str | None = None, *, weights:
 
 
 def draft_identity(source: str, revision: str | None = None) -> dict[str, Any]:
-    """Return a published draft's identity: name, hub commit (None if not from the hub), hash of config and weights."""
+    """Return a draft's identity: name, hub commit (None if not from the hub), hash of config and weights."""
     directory = draft_directory(source, revision, weights=True)
     return {"model": source, "revision": hub_commit(directory), "weights": weights_digest(directory)}
 
