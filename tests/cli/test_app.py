@@ -96,9 +96,31 @@ def test_bad_input_is_one_line(
             "the port is taken; stop the process that holds it or choose another",
         ),
         (
+            OSError(27, "File too large", "/x/shard"),
+            5,
+            "the file is larger than this process may write (ulimit -f) (/x/shard); raise that limit and run the same "
+            "command again",
+        ),
+        (
             PermissionError(13, "Permission denied", "/x"),
             5,
-            "Permission denied (/x); --debug shows the code that asked for it",
+            "Permission denied (/x); check owner and mode of it and of the folder it is in, and that the disk is not "
+            "mounted read-only",
+        ),
+        (
+            IsADirectoryError(21, "Is a directory", "/x"),
+            5,
+            "Is a directory (/x); a folder stands in place of a file: remove it or move it away, or name another path",
+        ),
+        (
+            OSError(5, "Input/output error"),
+            5,
+            "Input/output error; the disk or its connection fails: see the system's log",
+        ),
+        (
+            OSError(95, "Operation not supported"),
+            5,
+            "Operation not supported; --debug shows the code that asked for it",
         ),
         (KeyboardInterrupt(), 130, ""),
     ],
