@@ -289,7 +289,26 @@ def _ready(model: Any, report: Mapping[str, Any], path: Path, device: torch.devi
         raise ModelError(f"the target lacks {len(missing)} tensors, {missing[0]} among them", where=str(path))
     place: Any = best_device() if device is None else device
     ready: PreTrainedModel = model.to(place).eval().requires_grad_(False)
+    _check_finite(ready, path)
     return ready
+
+
+def _check_finite(model: PreTrainedModel, path: Path) -> None:
+    """Refuse weights with NaN or infinite values: every response, feature and loss would be made of them."""
+    bad = [name for name, parameter in model.named_parameters() if not is_finite(parameter)]
+    if bad:
+        what = f"{len(bad)} tensors of the target hold values that are not finite in {model.dtype}, {bad[0]} among them"
+        hint = "the file is damaged, its training has diverged, or target.dtype has too small a range"
+        raise ModelError(what.replace("torch.", ""), where=str(path), hint=hint)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has no NaN and no infinite value: one pass over it that takes no memory."""
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+        return True
+    # Of the types of one byte torch finds no extremes.
+    extremes = (tensor.float() if tensor.element_size() == 1 else tensor.detach()).aminmax()
+    return all(bool(each.isfinite()) for each in extremes)
 
 
 def best_device() -> torch.device:
@@ -297,7 +316,8 @@ def best_device() -> torch.device:
     import torch
 
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        is_rank = "WORLD_SIZE" in os.environ  # else LOCAL_RANK is left over in a shell
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if is_rank else 0)
     return torch.device("cpu")
 
 

@@ -309,3 +309,27 @@ def test_a_llada_with_a_switch_that_llama_has_not_is_refused(tmp_path: Path, key
     for call in (load_diffusion_lm, lambda target: check_config(target, tmp_path / "m")):
         with pytest.raises(ModelError, match=key):
             call(Target(model=str(tmp_path / "m"), dtype="float32"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1e39])
+def test_weights_that_are_not_finite_are_named_when_the_target_is_loaded(tmp_path: Path, bad: float) -> None:
+    folder = _copy_of_tiny(tmp_path / "m")
+    file = folder / "model.safetensors"
+    weights = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    name = "model.layers.3.mlp.up_proj.weight"
+    weights[name] = weights[name].double()
+    weights[name][5, 7] = bad  # the last one is finite, and not so in float32
+    file.unlink()
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"1 tensors of the target .* not finite in float32, {name}") as caught:
+        targets.load_target(Target(model=str(folder), dtype="float32"), device="cpu")
+    assert len(str(caught.value)) <= 500
+
+
+def test_every_kind_of_tensor_can_be_looked_through() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8):
+        assert targets.is_finite(torch.ones(3, 4).to(dtype))
+    widest = torch.tensor([65504.0, -65504.0], dtype=torch.float16)
+    assert targets.is_finite(widest) and not targets.is_finite(widest * 2)
+    assert not targets.is_finite(torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn))
+    assert targets.is_finite(torch.ones(0)) and targets.is_finite(torch.ones(2, device="meta"))
