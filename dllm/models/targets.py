@@ -30,7 +30,7 @@ from dllm.digests import file_digest
 from dllm.errors import ConfigError, ModelError
 from dllm.models import builtin
 from dllm.models.quiet import without_warnings
-from dllm.models.target_config import built_config, check_config, not_built, read_config
+from dllm.models.target_config import ROPE_SECTIONS, built_config, check_config, not_built, read_config
 from dllm.outside import one_line
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 HUB_FILES = [*CONFIG_FILES, "*.safetensors"]
+ORIGINAL = "original_max_position_embeddings"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -182,14 +183,27 @@ def max_positions(target: Target) -> int | None:
     """Read how many positions the target has, for prompt and response together; None where its config does not say."""
     try:
         config = json.loads((locate(target) / "config.json").read_bytes())
-        config = config.get("text_config") or config
-        named = (config.get(name) for name in ("max_position_embeddings", "n_positions", "max_sequence_length"))
-        positions = next((int(value) for value in named if value), None)
-        scaling = config.get("rope_scaling") or {}
-        if positions and (scaling.get("rope_type") or scaling.get("type")) == "yarn":
-            positions = max(positions, int(scaling["original_max_position_embeddings"] * scaling["factor"]))
+        return positions_in(config.get("text_config") or config)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+
+
+def positions_in(config: Mapping[str, Any]) -> int | None:
+    """Return the number of positions that a config names, with those that yarn adds; None where it names none.
+
+    Those of longrope end where its second set of frequencies would begin: a row beyond it changes the embeddings of all
+    rows of its batch, so that a response or a feature would depend on its neighbours.
+    """
+    named = (config.get(name) for name in ("max_position_embeddings", "n_positions", "max_sequence_length"))
+    positions = next((int(value) for value in named if value), None)
+    for section in ROPE_SECTIONS:
+        scaling = config.get(section) or {}
+        kind = scaling.get("rope_type") or scaling.get("type")
+        original = scaling.get(ORIGINAL) or config.get(ORIGINAL)
+        if positions and kind == "yarn":
+            positions = max(positions, int(original * scaling["factor"]))
+        elif positions and original and kind in ("longrope", "su"):  # its older name
+            positions = min(positions, int(original))
     return positions
 
 
