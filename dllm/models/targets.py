@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 from dllm.config.params import Target
 from dllm.digests import file_digest
 from dllm.errors import ConfigError, ModelError
+from dllm.files import is_disk_full, is_unreadable
 from dllm.models import builtin
 from dllm.models.quiet import without_warnings
 from dllm.models.target_config import ROPE_SECTIONS, built_config, check_config, not_built, read_config
@@ -104,6 +105,8 @@ def hub_snapshot(repo: str, revision: str | None, patterns: list[str], where: st
             hint=f"built in: {', '.join(builtin.names())}",
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if is_unreadable(error) or is_disk_full(error):  # of the cache, which its line names
+            raise
         raise ModelError(
             f"not in the cache, and the Hugging Face hub is out of reach ({type(error).__name__})",
             where=where,

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import dllm.__main__ as command
+from dllm.config.params import Target
 from dllm.digests import read_sealed
+from dllm.models import targets
 from dllm.process.git_hooks import VARIABLES
 from dllm.process.output import open_closed
 from dllm.regeneration.store import ShardStore
@@ -120,3 +122,15 @@ def test_what_cannot_be_read_now_is_neither_damaged_nor_made_again(
     assert shard.exists() and "damaged" not in capfd.readouterr().err
     ShardStore(tmp_path)
     assert not shard.exists(), "damaged, and to be made again"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_cache_of_hugging_face_that_cannot_be_written_is_no_missing_network(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), "/hf/hub")
+
+    monkeypatch.setattr(targets, "snapshot_download", refuse)
+    with pytest.raises(OSError, match="/hf/hub"):
+        targets.locate(Target(model="someone/model"))

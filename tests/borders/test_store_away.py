@@ -130,14 +130,16 @@ def test_no_reply_of_a_stranger_loses_a_point(
     root: Path, proxy: FaultyProxy, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker = MlflowTracker(root, "strangers", "train")
-    for step, proxy.reply in enumerate(STRANGERS.values()):
-        for proxy.mode in ("answer", "up"):
-            tracker.log_metrics({"loss" if proxy.mode == "answer" else "back": 1.0}, step)
+    for step, reply in enumerate(STRANGERS.values()):
+        proxy.reply, proxy.mode = reply, "answer"
+        tracker.log_metrics({"loss": 1.0}, step)
+        proxy.mode = "up"
+        tracker.log_metrics({"back": 1.0}, step)
     said = capsys.readouterr().err
     assert "refuses" not in said and "lost" not in said
     assert all(len(line) <= 500 for line in said.splitlines()) and said.count("MLflow is away") == len(STRANGERS)
-    for proxy.reply in STRANGERS.values():
-        proxy.mode = "answer"
+    for reply in STRANGERS.values():
+        proxy.reply, proxy.mode = reply, "answer"
         with pytest.raises(ServerError) as caught:
             connect(proxy.url)
         assert len(str(caught.value)) <= 500
