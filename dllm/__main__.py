@@ -6,10 +6,16 @@ SIGTERM), 1 for a bug in dllm. Tracebacks appear only with --debug.
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    # The folder that `python -m` is called in comes last: a random.py of its user's would hide Python's own.
+    sys.path.append(sys.path.pop(0))
+
 import errno
+import locale
 import os
 import signal
-import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +23,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 from dllm import secrets
-from dllm.errors import DllmError, StageError
-from dllm.files import is_disk_full, refuse_pipes
+from dllm.errors import ConfigError, DllmError, StageError
+from dllm.files import is_disk_full, no_room, refuse_pipes, what_helps
 from dllm.outside import MAX_LINE, one_line
 from dllm.process import signals
+from dllm.process.git_hooks import leave_hook
 from dllm.process.huge_pages import restart_with_huge_pages
-from dllm.process.output import outlive_readers
+from dllm.process.output import open_closed, outlive_readers
 from dllm.process.parent import follow_parent
 from dllm.process.proxies import bypass_for_loopback
 
@@ -32,6 +39,8 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).parent
 WITH_MODELS = {"regenerate", "train", "evaluate", "generate", "lm-eval"}
 
+NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "failed to map segment")
+"""What torch says, the system's words, and those of its loader for a library (`ulimit -v`)."""
 MEMORY_HINT = (
     "make batches or rows smaller (train.batch_size, train.max_length, batch_size of the stage); "
     "docs/recipes.md has fsdp and activation_checkpointing"
@@ -42,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments
+    open_closed()
     # Outside the block below, while Python starts and ends, a signal ends the process by itself: Python's own handler
     # of SIGINT would raise inside a destructor, where the exception is printed and lost.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -51,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         refuse_pipes()
         outlive_readers()
         bypass_for_loopback()
+        leave_hook()
         secrets.install()
         if not is_debug:
             sys.excepthook = _report_bug
@@ -79,9 +90,14 @@ def _run(arguments: list[str], is_debug: bool) -> int:
             traceback.print_exc()
         return _report_usage(error) if isinstance(error, typer.TyperException) else _report(error)
     except Exception as error:
+        if isinstance(error, RuntimeError) and "home directory" in str(error) and not is_debug:
+            hint = "set HOME, or DLLM_CACHE and paths without ~"
+            return _report(ConfigError("this user's home directory is not known", where="HOME", hint=hint))
         if is_debug or not (_is_memory_full(error) or is_disk_full(error)):
             raise
-        return _report(StageError("memory is full", hint=MEMORY_HINT) if _is_memory_full(error) else _disk_is_full())
+        return _report(
+            StageError("memory is full", hint=MEMORY_HINT) if _is_memory_full(error) else _disk_is_full(error)
+        )
 
 
 def _report(error: BaseException) -> int:
@@ -106,20 +122,24 @@ def _report_usage(error: typer.TyperException) -> int:
 def _explain(error: OSError) -> StageError:
     where = None if error.filename is None else str(error.filename)
     if is_disk_full(error):
-        return _disk_is_full(where)
+        return _disk_is_full(error, where)
     if error.errno == errno.EADDRINUSE:
         return StageError("the port is taken", where=where, hint="stop the process that holds it or choose another")
-    return StageError(error.strerror or str(error), where=where, hint="--debug shows the code that asked for it")
+    if error.errno == errno.ENOMEM:
+        return StageError("memory is full", where=where, hint=MEMORY_HINT)
+    return StageError(error.strerror or str(error), where=where, hint=what_helps(error))
 
 
-def _disk_is_full(where: str | None = None) -> StageError:
-    return StageError("the disk is full", where=where, hint="free some space and run the same command again")
+def _disk_is_full(error: Exception, where: str | None = None) -> StageError:
+    what = no_room(error) or "disk is full"
+    way = "free some space" if what.startswith("disk") else "raise that limit"
+    return StageError(f"the {what}", where=where, hint=f"{way} and run the same command again")
 
 
 def _is_memory_full(error: BaseException) -> bool:
     # By name and text, so that torch need not be imported.
     on_gpu = type(error).__name__ == "OutOfMemoryError"
-    return on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    return on_gpu or isinstance(error, MemoryError) or any(text in str(error).lower() for text in NO_MEMORY)
 
 
 def _report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -134,7 +154,20 @@ def _print_line(text: str) -> None:
     print(f"{prefix}: {one_line(text, MAX_LINE)}", file=sys.stderr, flush=True)
 
 
+def _read_utf8() -> None:
+    """Start again where the locale has another encoding than UTF-8, in which all files of a project are written.
+
+    What is printed keeps the locale's.
+    """
+    if not sys.flags.utf8_mode and locale.getencoding().lower().replace("-", "") != "utf8":
+        printed = getattr(sys.stdout, "encoding", None) or "utf-8"
+        os.environ["PYTHONUTF8"] = "1"  # for children
+        os.environ.setdefault("PYTHONIOENCODING", f"{printed}:replace")
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 if __name__ == "__main__":
+    _read_utf8()
     if WITH_MODELS & set(sys.argv[1:2]):
         restart_with_huge_pages()
     main()

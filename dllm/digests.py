@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dllm.errors import DllmError
+from dllm.files import is_unreadable
 from dllm.outside import parse_json
 
 SEAL = "seal"
@@ -76,7 +77,9 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
     try:
         data = path.read_bytes()
         return unsealed(data) if is_sealed(data) else None
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if is_unreadable(error):
+            raise
         print(f"note: {path} is damaged; what it holds is made again", file=sys.stderr)
         return None
 

@@ -26,7 +26,15 @@ from pydantic import BaseModel
 
 from dllm.digests import file_digest, sealed, unsealed
 from dllm.errors import StageError
-from dllm.files import atomic_folder, atomic_link, atomic_path, atomic_write, full_disk_in_one_line, lock_folder
+from dllm.files import (
+    atomic_folder,
+    atomic_link,
+    atomic_path,
+    atomic_write,
+    full_disk_in_one_line,
+    is_unreadable,
+    lock_folder,
+)
 from dllm.process import children as process
 from dllm.process import signals
 from dllm.secrets import hide_in
@@ -307,7 +315,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     """Read the sidecar; empty where it is not there, torn or damaged."""
     try:
         found = unsealed(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if is_unreadable(error):
+            raise
         return {}
     is_right = {
         "mlflow_run_id": lambda value: isinstance(value, str) and value.isalnum(),

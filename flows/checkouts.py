@@ -8,7 +8,6 @@ before, in any checkout, is restored, and one that was killed resumes. Its param
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 import subprocess
@@ -33,7 +32,6 @@ SHARED_WORK = ("features", "greedy", "tracking")
 YOUNG_S = 60.0
 """A checkout without a lock that is not older may be about to be locked."""
 GIT_S = 600.0
-OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
 NOBODY = ("-c", "user.name=dllm", "-c", "user.email=dllm@localhost")
 """Who commits, where git knows no one."""
 
@@ -176,9 +174,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def _call(argv: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    # Set where a hook of git has started this: they would name another repository.
-    environment = {key: value for key, value in os.environ.items() if key not in OF_A_HOOK}
-    return subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=GIT_S, check=False)
+    return subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=GIT_S, check=False)
 
 
 def _last_line(done: subprocess.CompletedProcess[str]) -> str:

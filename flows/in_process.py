@@ -19,7 +19,8 @@ from prefect.settings import PREFECT_API_URL
 from dllm import secrets
 from dllm.errors import DllmError, ServerError
 from dllm.process import children, signals
-from dllm.process.output import outlive_readers
+from dllm.process.git_hooks import leave_hook
+from dllm.process.output import open_closed, outlive_readers
 from dllm.process.parent import follow_parent
 from dllm.process.proxies import bypass_for_loopback, drop_unusable
 from infra.servers import PASSWORD, close_flow_runs, gated, new_password, recorded_api, sole_owner
@@ -38,9 +39,11 @@ def run(flow: Flow[Any, Any], check: Callable[[], object] | None = None, **param
         parameters: of the flow.
     """
     began = time.monotonic()
+    open_closed()
     with signals.handled(signal.SIGTERM, signal.SIGINT):
         follow_parent()
         outlive_readers()
+        leave_hook()
         secrets.install()  # last, around the stream that outlives its reader
         try:
             if check is not None:

@@ -34,6 +34,7 @@ from dllm.config.load import load_params
 from dllm.errors import DllmError, ServerError, StageError
 from dllm.process import children as process
 from dllm.process import signals
+from dllm.process.git_hooks import leave_hook
 from dllm.process.output import outlive_readers
 from dllm.process.proxies import bypass_for_loopback, drop_unusable
 from dllm.secrets import hide
@@ -63,6 +64,7 @@ def main(what: str) -> int:
         secrets.install()
         try:
             bypass_for_loopback()
+            leave_hook()
             for variable in drop_unusable():
                 say(f"warning: {variable} names a proxy that cannot be used here; going on without it")
             if what == "serve":

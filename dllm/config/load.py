@@ -16,6 +16,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from dllm.config.params import Params
 from dllm.errors import ConfigError
+from dllm.files import what_helps
 from dllm.secrets import holds_secret
 
 Model = typing.TypeVar("Model", bound=BaseModel)
@@ -110,8 +111,12 @@ def _read_file(path: Path) -> Any:
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"not UTF-8 text: byte {error.start} is 0x{data[error.start]:02x}", where=str(path)) from None
-    except (OSError, ValueError) as error:  # ValueError: the path has a null byte
-        raise ConfigError(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=str(path)) from None
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be read: {error.strerror or error}", where=str(path), hint=what_helps(error)
+        ) from None
+    except ValueError as error:  # the path has a null byte
+        raise ConfigError(f"cannot be read: {error}", where=str(path)) from None
     if len(data) > MAX_BYTES:
         raise ConfigError(f"larger than {MAX_BYTES // 1000} kB, so it is no params file", where=str(path))
     try:

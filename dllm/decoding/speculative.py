@@ -29,6 +29,7 @@ from dllm.models.drafts.proposal import BlockRequest, Proposal
 from dllm.models.drafts.protocol import Draft, TargetIO
 from dllm.models.packing import packed_linears
 from dllm.models.taps import capture
+from dllm.models.targets import positions_in
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,9 @@ class Decoder:
         named_by: str = "evaluate.block_size",
     ) -> None:
         self.model, self.draft, self.block_size = model, draft, 1
-        self.limit: int = model.config.get_text_config().max_position_embeddings
+        config = model.config.get_text_config()
+        known: int = config.max_position_embeddings
+        self.limit = min(known, positions_in(config.to_dict()) or known)
         self.target = TargetIO.of(model)
         if draft is None:
             return

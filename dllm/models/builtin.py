@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dllm.digests import check_files, folder_digests, sealed, unsealed
 from dllm.errors import ModelError
-from dllm.files import atomic_folder, full_disk_in_one_line, open_lock
+from dllm.files import atomic_folder, full_disk_in_one_line, is_unreadable, open_lock
 
 PREFIX = "builtin:"
 DIGEST_FILE = "weights.sha256"
@@ -88,6 +88,8 @@ def check(place: Path) -> bool:
         if not files:  # made by an older version
             files = {"model.safetensors": (place / DIGEST_FILE).read_text().strip()}
     except (ValueError, KeyError, OSError) as error:
+        if is_unreadable(error):
+            raise
         raise ModelError(f"damaged: {' '.join(str(error).split())[:200]}", where=str(path), hint=hint) from None
     check_files(place, files, error=ModelError, hint=hint)
     return DIGEST_FILE in files

@@ -28,9 +28,10 @@ from huggingface_hub.errors import (
 from dllm.config.params import Target
 from dllm.digests import file_digest
 from dllm.errors import ConfigError, ModelError
+from dllm.files import is_disk_full, is_unreadable
 from dllm.models import builtin
 from dllm.models.quiet import without_warnings
-from dllm.models.target_config import built_config, check_config, not_built, read_config
+from dllm.models.target_config import ROPE_SECTIONS, built_config, check_config, not_built, read_config
 from dllm.outside import one_line
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 HUB_FILES = [*CONFIG_FILES, "*.safetensors"]
+ORIGINAL = "original_max_position_embeddings"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -103,6 +105,8 @@ def hub_snapshot(repo: str, revision: str | None, patterns: list[str], where: st
             hint=f"built in: {', '.join(builtin.names())}",
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        if is_unreadable(error) or is_disk_full(error):  # of the cache, which its line names
+            raise
         raise ModelError(
             f"not in the cache, and the Hugging Face hub is out of reach ({type(error).__name__})",
             where=where,
@@ -182,14 +186,27 @@ def max_positions(target: Target) -> int | None:
     """Read how many positions the target has, for prompt and response together; None where its config does not say."""
     try:
         config = json.loads((locate(target) / "config.json").read_bytes())
-        config = config.get("text_config") or config
-        named = (config.get(name) for name in ("max_position_embeddings", "n_positions", "max_sequence_length"))
-        positions = next((int(value) for value in named if value), None)
-        scaling = config.get("rope_scaling") or {}
-        if positions and (scaling.get("rope_type") or scaling.get("type")) == "yarn":
-            positions = max(positions, int(scaling["original_max_position_embeddings"] * scaling["factor"]))
+        return positions_in(config.get("text_config") or config)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+
+
+def positions_in(config: Mapping[str, Any]) -> int | None:
+    """Return the number of positions that a config names, with those that yarn adds; None where it names none.
+
+    Those of longrope end where its second set of frequencies would begin: a row beyond it changes the embeddings of all
+    rows of its batch, so that a response or a feature would depend on its neighbours.
+    """
+    named = (config.get(name) for name in ("max_position_embeddings", "n_positions", "max_sequence_length"))
+    positions = next((int(value) for value in named if value), None)
+    for section in ROPE_SECTIONS:
+        scaling = config.get(section) or {}
+        kind = scaling.get("rope_type") or scaling.get("type")
+        original = scaling.get(ORIGINAL) or config.get(ORIGINAL)
+        if positions and kind == "yarn":
+            positions = max(positions, int(original * scaling["factor"]))
+        elif positions and original and kind in ("longrope", "su"):  # its older name
+            positions = min(positions, int(original))
     return positions
 
 
@@ -289,7 +306,26 @@ def _ready(model: Any, report: Mapping[str, Any], path: Path, device: torch.devi
         raise ModelError(f"the target lacks {len(missing)} tensors, {missing[0]} among them", where=str(path))
     place: Any = best_device() if device is None else device
     ready: PreTrainedModel = model.to(place).eval().requires_grad_(False)
+    _check_finite(ready, path)
     return ready
+
+
+def _check_finite(model: PreTrainedModel, path: Path) -> None:
+    """Refuse weights with NaN or infinite values: every response, feature and loss would be made of them."""
+    bad = [name for name, parameter in model.named_parameters() if not is_finite(parameter)]
+    if bad:
+        what = f"{len(bad)} tensors of the target hold values that are not finite in {model.dtype}, {bad[0]} among them"
+        hint = "the file is damaged, its training has diverged, or target.dtype has too small a range"
+        raise ModelError(what.replace("torch.", ""), where=str(path), hint=hint)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has no NaN and no infinite value: one pass over it that takes no memory."""
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+        return True
+    # Of the types of one byte torch finds no extremes.
+    extremes = (tensor.float() if tensor.element_size() == 1 else tensor.detach()).aminmax()
+    return all(bool(each.isfinite()) for each in extremes)
 
 
 def best_device() -> torch.device:
@@ -297,7 +333,8 @@ def best_device() -> torch.device:
     import torch
 
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        is_rank = "WORLD_SIZE" in os.environ  # else LOCAL_RANK is left over in a shell
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if is_rank else 0)
     return torch.device("cpu")
 
 

@@ -1,4 +1,4 @@
-"""Standard output and error whose reader may go away: a closed terminal, `| head`, a flow that was killed.
+"""Standard output and error that may be closed, and whose reader may go away: a closed terminal, `| head`, a flow.
 
 Without this, Python raises BrokenPipeError at the next line and the stage fails, possibly just before it writes the
 checkpoint that a signal of the same event has asked for.
@@ -13,8 +13,25 @@ import os
 import sys
 from typing import Any
 
+STDERR = 2
 GONE = (errno.EPIPE, errno.EIO)
 """What a write fails with: a pipe without a reader, a terminal that has been closed."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The same of a file that cannot grow: progress that is lost on standard error fails no stage."""
+
+
+def open_closed() -> None:
+    """Open standard streams that a caller has closed (`>&-`) to nowhere; call it before anything else is opened.
+
+    The next file, a database or a pipe, would take the free number, and get what a library or a child prints.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, so this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
 def outlive_readers() -> None:
@@ -38,6 +55,8 @@ class _Stream(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
+            if error.errno in FULL and self.fileno() == STDERR:
+                return len(data)
             if error.errno not in GONE:
                 raise
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -21,7 +21,7 @@ from typing import Any
 from dllm.digests import unsealed
 from dllm.engines.engine import Engine, Response, request_origin
 from dllm.errors import LONGEST_HINT, DataError, ServerError, StageError
-from dllm.files import atomic_write
+from dllm.files import atomic_write, is_unreadable
 from dllm.outside import MAX_LINE, one_line, parse_json
 from dllm.progress import Progress
 from dllm.prompts.table import Prompt
@@ -194,7 +194,9 @@ def earlier_manifest(regenerated: Regenerated) -> dict[str, Any]:
     """Return the manifest that an earlier call wrote beside the shards; empty where there is none."""
     try:
         return unsealed((regenerated.store.folder / shards.MANIFEST).read_bytes())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError) as error:
+        if is_unreadable(error):
+            raise
         return {}
 
 
@@ -282,7 +284,9 @@ def _read_served(work: Path) -> dict[str, Any] | None:
     try:
         found = parse_json((work / SERVED).read_bytes())
         return {"folder": str(found["folder"]), "served": dict(found["served"])}
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if is_unreadable(error):
+            raise
         return None
 
 

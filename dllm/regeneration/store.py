@@ -17,7 +17,7 @@ from typing import Any
 from dllm.digests import sealed, unsealed
 from dllm.engines.engine import Response, request_key
 from dllm.errors import StageError
-from dllm.files import atomic_write
+from dllm.files import atomic_write, is_unreadable
 from dllm.regeneration.journal import ResponseJournal
 from dllm.regeneration.rollout import Rollout
 from dllm.responses import shards
@@ -142,7 +142,9 @@ class ShardStore:
             intact = hashlib.sha256(data).hexdigest() == record.entry["sha256"]
             ManifestCounts.from_json(record.entry["counts"])
             is_passing = any([each["is_passing"] for each in record.rejected])
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            if is_unreadable(error):
+                raise
             intact = is_passing = False
         if not intact:
             _log.warning("%s: damaged; the shard is generated again", path)

@@ -13,6 +13,7 @@ from typing import Any
 
 from dllm.digests import check_files, is_sealed, tree_digest, unsealed
 from dllm.errors import DataError, ModelError, StageError
+from dllm.files import what_helps
 from dllm.stages import STAGES
 from dllm.tracking.provenance import RECORDS
 from dllm.workspace import RUN
@@ -35,7 +36,10 @@ def read_record(root: Path, stage: str, file: str) -> dict[str, Any]:
     except FileNotFoundError:
         hint = f"run `python -m dllm {stage}` or `dvc repro {stage}` first"
         raise StageError(f"stage {stage} has left no {file}", where=str(path), hint=hint) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        what = f"cannot be read: {error.strerror or error}"
+        raise DataError(what, where=str(path), hint=what_helps(error)) from None
+    except (ValueError, RecursionError) as error:
         raise DataError(f"damaged: {_one_line(error)}", where=str(path), hint=restore_hint(stage)) from None
     if file == RUN and OUTPUTS in record and not is_sealed(path.read_bytes()):
         raise DataError("damaged: it has lost its seal", where=str(path), hint=restore_hint(stage))

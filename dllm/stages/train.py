@@ -59,7 +59,7 @@ def _train(params: Params, root: Path, stage: Stage, ranks: Ranks, identity: dic
     method: Method[Any] = METHODS[params.train.mode]
     train, heldout = read_splits(root / "out" / "regenerate", params.target, params.train)
     if ranks.is_main:
-        announce(params.train, train, heldout, ranks)
+        announce(params.target, params.train, train, heldout, ranks)
         inputs = {**stage.digests, "target": fingerprint_of({**identity, "target": params_digest(params.target)})}
         if line := other_work.note(stage.work, params.train, ranks.world, inputs):
             print(f"train: {line}", file=sys.stderr, flush=True)

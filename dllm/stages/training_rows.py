@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dllm.config.params import Target, Train
 from dllm.errors import DataError
+from dllm.models.targets import max_positions
 from dllm.regeneration.identity import THINKING
 from dllm.responses.shards import iter_rows, read_manifest
 from dllm.training.batches import Examples, make_examples
@@ -21,7 +22,8 @@ def read_splits(folder: Path, target: Target, settings: Train) -> tuple[Examples
         DataError: no training rows are left, a shard cannot be read, or the responses are of another thinking mode.
     """
     _check_thinking(target, folder)
-    train = make_examples(iter_rows(folder, "train"), settings.max_length)
+    longest = max_tokens(target, settings)
+    train = make_examples(iter_rows(folder, "train"), longest)
     if not train.kept:
         raise DataError("no training rows", where=str(folder), hint="lower prepare.heldout_fraction or add prompts")
     # Ids are hashes, so the first by id are a fair sample, the same for every seed.
@@ -30,16 +32,23 @@ def read_splits(folder: Path, target: Target, settings: Train) -> tuple[Examples
         iter_rows(folder, "heldout"),
         key=lambda row: (row.prompt_id, row.sample, row.turn),
     )
-    return train, make_examples(first, settings.max_length)
+    return train, make_examples(first, longest)
 
 
-def announce(settings: Train, train: Examples, heldout: Examples, ranks: Ranks) -> None:
+def max_tokens(target: Target, settings: Train) -> int:
+    """Return how long a row may be: `train.max_length`, and no longer than the target has positions."""
+    return min(settings.max_length, max_positions(target) or settings.max_length)
+
+
+def announce(target: Target, settings: Train, train: Examples, heldout: Examples, ranks: Ranks) -> None:
     """Print what is trained on, and on how many ranks that differ from train.nproc."""
     notes = [f"{len(train.kept)} rows, {len(heldout.kept)} held out"]
     if train.dropped:
         notes.append(f"{train.dropped} dropped, with fewer than 2 supervised tokens")
     if train.cut:
-        notes.append(f"{train.cut} truncated at train.max_length {settings.max_length}")
+        longest = max_tokens(target, settings)
+        what = "train.max_length" if longest == settings.max_length else "the end of the target's positions,"
+        notes.append(f"{train.cut} truncated at {what} {longest}")
     if ranks.world != settings.nproc:
         notes.append(f"{ranks.world} ranks, while train.nproc is {settings.nproc}: the launcher decides")
     print(f"train: {'; '.join(notes)}", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 
 from dllm.errors import DllmError, StageError
 from dllm.files import lock_folder
@@ -74,7 +74,7 @@ def send(client: MlflowClient, uri: str, journal: RunJournal) -> list[str]:
         except MlflowException as error:
             if error.error_code == GONE or _is_deleted(client, journal.run_id, error):
                 raise Gone from None
-            if error.error_code not in REFUSED:
+            if not _is_refusal(error):
                 raise
             if len(batch) > 1:
                 refused += _send_one_by_one(client, journal, batch)
@@ -191,7 +191,7 @@ def _send_one_by_one(client: MlflowClient, journal: RunJournal, batch: Sequence[
         try:
             _send(client, journal, [record])
         except MlflowException as error:
-            if error.error_code not in REFUSED:
+            if not _is_refusal(error):
                 raise
             refused.append(f"MLflow refuses {_name(record)}: {cause_of(error)}")
         journal.took(1)
@@ -256,8 +256,13 @@ def _leave_out_taken(client: MlflowClient, journal: RunJournal) -> None:
             record["metrics"] = {k: v for k, v in record["metrics"].items() if (k, step) not in there}
 
 
+def _is_refusal(error: MlflowException) -> bool:
+    """Return whether the store itself refuses a record; a 400 without JSON is from a proxy before it, and may pass."""
+    return error.error_code in REFUSED and (error.error_code != "BAD_REQUEST" or isinstance(error, RestException))
+
+
 def _is_deleted(client: MlflowClient, run_id: str, error: MlflowException) -> bool:
-    if error.error_code not in REFUSED:
+    if not _is_refusal(error):
         return False
     return bool(client.get_run(run_id).info.lifecycle_stage == "deleted")
 

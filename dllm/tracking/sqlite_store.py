@@ -102,7 +102,9 @@ def probe(path: Path, patience_s: float) -> None:
             database.execute("ROLLBACK")
     except sqlite3.OperationalError as error:
         if "locked" not in str(error):
-            raise damaged(path, str(error)) from None
+            check(path)
+            hint = "check that it and its folder can be written, and the limits of the process (ulimit -a)"
+            raise ServerError(f"MLflow's database cannot be used: {error}", where=str(path), hint=hint) from None
         hint = "another process writes to it: wait for it or stop it (`fuser` names it), then run again"
         raise ServerError("MLflow's database is locked", where=str(path), hint=hint) from None
     except sqlite3.DatabaseError as error:

@@ -208,7 +208,7 @@ def _hint(uri: str, cause: str) -> str:
     if "refused" in low:
         return f"start the server, or check host and port in {VARIABLE}, {OR_UNSET}"
     if sqlite_path(uri) is not None:
-        return "check that the file can be written and that its disk is not full"
+        return "check that the file and its folder can be written, and that the disk is not full"
     if is_local(uri):
         return f"check the database's address, user and password in {VARIABLE}, {OR_UNSET}"
     return f"check {VARIABLE}, {OR_UNSET}"

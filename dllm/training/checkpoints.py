@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dllm.digests import check_files, file_digest, is_sealed, sealed, unsealed
 from dllm.errors import ModelError, StageError
-from dllm.files import atomic_folder, atomic_write, is_disk_full
+from dllm.files import atomic_folder, atomic_write, is_disk_full, is_unreadable
 
 SCHEMA = 2
 OPTIMIZER = "optimizer.safetensors"
@@ -227,6 +227,8 @@ def read_state(directory: Path) -> dict[str, Any]:
         data = path.read_bytes()
         record = unsealed(data)
     except (OSError, ValueError) as error:
+        if is_unreadable(error):
+            raise
         raise ModelError(f"checkpoint is damaged: {error}", where=str(path), hint=AGAIN) from None
     if record.get("schema") != SCHEMA or not is_sealed(data):
         raise ModelError("checkpoint of another version", where=str(directory), hint="delete it, start again")

@@ -130,7 +130,8 @@ class Join:
     """
 
     def __enter__(self) -> Ranks:
-        self.world, local = _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
+        self.world = _number("WORLD_SIZE", 1)
+        local = _number("LOCAL_RANK", 0) if self.world > 1 else 0  # else left over in a shell
         device = device_of(local, torch.cuda.device_count() if torch.cuda.is_available() else 0)
         cuda = device.type == "cuda"
         if cuda:
@@ -213,8 +214,11 @@ def one_rank_at_a_time(device: torch.device) -> Iterator[None]:
     Raises:
         PeerLost: another rank went away in its turn.
     """
-    before, of = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    ranks = Ranks(before, of if dist.is_initialized() else 1, device)
+    if not dist.is_initialized():
+        yield
+        return
+    before, of = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+    ranks = Ranks(before, of, device)
     for _ in range(before):
         ranks.barrier()
     yield

@@ -17,7 +17,7 @@ MAY_USE = {
     "config": {"errors", "secrets", "registry", "files"},
     "tracking": {"errors", "secrets", "progress", "files", "config", "process", "digests"},
     "workspace": {"errors", "secrets", "files", "process", "tracking", "digests"},
-    "digests": {"errors", "outside"},
+    "digests": {"errors", "outside", "files"},
     "prompts": GROUND,
     "responses": GROUND | {"prompts"},
     "models": GROUND | {"prompts", "responses"},

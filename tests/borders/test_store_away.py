@@ -100,6 +100,54 @@ def test_a_server_that_fails_in_every_way_gets_each_point_once(
     assert list((root / FOLDER).iterdir()) == [], "all is in the store"
 
 
+def _reply(status: str, kind: str, body: str, missing: int = 0) -> bytes:
+    return (
+        f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body) + missing}\r\n"
+        f"Connection: close\r\n\r\n{body}"
+    ).encode()
+
+
+STRANGERS = {
+    "a login page with 200": _reply("200 OK", "text/html", "<html>Sign in</html>"),
+    "200 cut off": _reply("200 OK", "application/json", '{"run": {', missing=400),
+    "a list": _reply("200 OK", "application/json", "[]"),
+    "a redirect to a login": _reply("302 Found", "text/html", "moved"),
+    "400 of a proxy": _reply("400 Bad Request", "text/html", "<html>plain HTTP to an HTTPS port</html>"),
+    "400 of a gateway": _reply("400 Bad Request", "application/json", '{"message": "gateway"}'),
+    "401": _reply("401 Unauthorized", "text/html", "login"),
+    "403": _reply("403 Forbidden", "application/json", '{"error": "no"}'),
+    "404 of a proxy": _reply("404 Not Found", "text/html", "no such site"),
+    "409": _reply("409 Conflict", "text/html", "busy"),
+    "429": _reply("429 Too Many Requests", "text/html", "slow down"),
+    "500": _reply("500 Internal Server Error", "text/html", "oops"),
+    "503": _reply("503 Service Unavailable", "text/html", "maintenance"),
+}
+"""What something else than MLflow says at its address."""
+
+
+@pytest.mark.slow
+def test_no_reply_of_a_stranger_loses_a_point(
+    root: Path, proxy: FaultyProxy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = MlflowTracker(root, "strangers", "train")
+    for step, reply in enumerate(STRANGERS.values()):
+        proxy.reply, proxy.mode = reply, "answer"
+        tracker.log_metrics({"loss": 1.0}, step)
+        proxy.mode = "up"
+        tracker.log_metrics({"back": 1.0}, step)
+    said = capsys.readouterr().err
+    assert "refuses" not in said and "lost" not in said
+    assert all(len(line) <= 500 for line in said.splitlines()) and said.count("MLflow is away") == len(STRANGERS)
+    for reply in STRANGERS.values():
+        proxy.reply, proxy.mode = reply, "answer"
+        with pytest.raises(ServerError) as caught:
+            connect(proxy.url)
+        assert len(str(caught.value)) <= 500
+    proxy.mode = "up"
+    tracker.finish("FINISHED")
+    assert points(proxy.url, tracker.run_id, ["loss", "back"]) == once(["loss", "back"], range(len(STRANGERS)))
+
+
 @pytest.mark.slow
 def test_a_locked_database_costs_no_point_and_no_status(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tracker = MlflowTracker(root, "locked", "train")

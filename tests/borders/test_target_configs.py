@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dllm.config.load import parse_params
 from dllm.config.params import Target
+from dllm.decoding.speculative import Decoder
 from dllm.engines.local import LocalEngine
 from dllm.errors import DllmError, ModelError
 from dllm.methods.diffusion.build import check_family
@@ -309,3 +310,57 @@ def test_a_llada_with_a_switch_that_llama_has_not_is_refused(tmp_path: Path, key
     for call in (load_diffusion_lm, lambda target: check_config(target, tmp_path / "m")):
         with pytest.raises(ModelError, match=key):
             call(Target(model=str(tmp_path / "m"), dtype="float32"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1e39])
+def test_weights_that_are_not_finite_are_named_when_the_target_is_loaded(tmp_path: Path, bad: float) -> None:
+    folder = _copy_of_tiny(tmp_path / "m")
+    file = folder / "model.safetensors"
+    weights = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    name = "model.layers.3.mlp.up_proj.weight"
+    weights[name] = weights[name].double()
+    weights[name][5, 7] = bad  # the last one is finite, and not so in float32
+    file.unlink()
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"1 tensors of the target .* not finite in float32, {name}") as caught:
+        targets.load_target(Target(model=str(folder), dtype="float32"), device="cpu")
+    assert len(str(caught.value)) <= 500
+
+
+def test_every_kind_of_tensor_can_be_looked_through() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8):
+        assert targets.is_finite(torch.ones(3, 4).to(dtype))
+    widest = torch.tensor([65504.0, -65504.0], dtype=torch.float16)
+    assert targets.is_finite(widest) and not targets.is_finite(widest * 2)
+    assert not targets.is_finite(torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn))
+    assert targets.is_finite(torch.ones(0)) and targets.is_finite(torch.ones(2, device="meta"))
+
+
+def test_positions_end_where_the_length_of_one_row_would_change_another() -> None:
+    long = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [4.0]}
+    of = {"max_position_embeddings": 131072}
+    assert targets.positions_in({**of, "rope_scaling": long, "original_max_position_embeddings": 4096}) == 4096
+    assert targets.positions_in({**of, "rope_scaling": {"type": "su", "original_max_position_embeddings": 9}}) == 9
+    assert targets.positions_in({**of, "rope_parameters": {**long, "original_max_position_embeddings": 8192}}) == 8192
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    for section in ("rope_scaling", "rope_parameters"):
+        assert targets.positions_in({"max_position_embeddings": 40960, section: yarn}) == 131072
+    assert targets.positions_in({**of, "rope_scaling": None}) == 131072
+    assert targets.positions_in({"n_positions": 512}) == 512 and targets.positions_in({}) is None
+
+
+def test_a_longrope_target_is_used_up_to_its_first_length(tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128, **factors}
+    folder = _copy_of_tiny(tmp_path / "m", rope_parameters=rope)
+    target = Target(model=str(folder), dtype="float32")
+    model = targets.load_target(target, device="cpu")
+    assert targets.max_positions(target) == 128 == Decoder(model).limit
+    rows = torch.arange(2 * 100).view(2, 100) % 1000 + 5
+    with torch.no_grad():
+        alone, beside = model(rows[:1]).logits, model(rows).logits[:1]
+        beyond = model(rows[:1], position_ids=torch.arange(100)[None] + 29).logits
+        plain = model(rows[:1], position_ids=torch.arange(100)[None] + 28).logits
+    torch.testing.assert_close(alone, beside, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alone, plain, rtol=1e-3, atol=1e-3)  # positions are relative, up to the first length
+    assert not torch.allclose(alone, beyond, atol=1e-2), "and beyond it all positions are others"

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dllm.errors import ConfigError, StageError
+from dllm.models import targets
 from dllm.stages import train
 from dllm.training import distributed, launch
 from dllm.workspace import SIDECAR
@@ -70,6 +71,17 @@ def test_half_of_an_environment_of_torchrun_is_named(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=named), distributed.Join():
         pass
+
+
+@pytest.mark.parametrize("left", ["all", "7"])
+def test_ranks_of_a_torchrun_that_is_gone_are_not_ours(left: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, left)
+    with distributed.Join() as ranks, distributed.one_rank_at_a_time(ranks.device):
+        assert (ranks.rank, ranks.world) == (0, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert targets.best_device() == torch.device("cuda", 0)
 
 
 def test_an_environment_of_torchrun_left_in_a_shell_is_no_silent_wait(

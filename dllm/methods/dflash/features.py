@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dllm.errors import DataError
-from dllm.files import atomic_path, open_lock
+from dllm.files import atomic_path, is_unreadable, open_lock
 from dllm.models.taps import compute
 from dllm.progress import Progress
 from dllm.training.batches import Example
@@ -144,6 +144,8 @@ def check_part(path: Path) -> None:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             found = _digest(f"{path.parent.name}/{name}", data)
     except (OSError, ValueError) as error:  # ValueError: it is empty
+        if is_unreadable(error):
+            raise
         raise _damaged(path, str(error)) from None
     if found != expected:
         raise _damaged(path, f"damaged, or of other rows: sha256 {found}, expected {expected}")

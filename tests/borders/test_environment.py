@@ -1,0 +1,136 @@
+"""What a shell, a hook, a locale or another user's settings leave in the environment changes nothing, or is named."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dllm.__main__ as command
+from dllm.config.params import Target
+from dllm.digests import read_sealed
+from dllm.models import targets
+from dllm.process.git_hooks import VARIABLES
+from dllm.process.output import open_closed
+from dllm.regeneration.store import ShardStore
+from dllm.tracking.provenance import git_state
+from dllm.training.checkpoints import STATE, read_state
+
+ROOT = Path(__file__).parents[2]
+
+
+def call(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a line of bash, in which $DLLM is the command line, in a folder."""
+    variables = {**os.environ, "DLLM": f"{sys.executable} -m dllm", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(["bash", "-c", line], cwd=folder, env=variables, capture_output=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("$DLLM recipe use tiny-dflash >&-", 0),
+        ("$DLLM recipe use tiny-dflash <&- >&- 2>&-", 0),
+        ("$DLLM recipe use nosuch 2>&-", 2),
+        ("$DLLM recipe use nosuch 2>/dev/full", 2),
+        ("$DLLM recipe list >/dev/full", 5),
+    ],
+)
+def test_streams_may_be_closed_or_full(tmp_path: Path, line: str, code: int) -> None:
+    done = call(line, tmp_path)
+    assert done.returncode == code, done
+    assert (tmp_path / "params.yaml").exists() == (code == 0)
+    assert done.stdout == b"" and done.stderr.count(b"\n") == (code == 5), done.stderr
+
+
+def test_a_file_never_takes_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    """A database opened as number 1 would get what a child prints."""
+    line = (
+        "import os, subprocess; from dllm.process.output import open_closed; open_closed(); "
+        "file = open('data', 'wb'); subprocess.run(['echo', 'text']); print('more', flush=True); file.close()"
+    )
+    done = call(f'{sys.executable} -c "{line}" <&- >&-', tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "data").read_bytes() == b""
+
+
+def test_open_streams_stay_as_they_are(capfd: pytest.CaptureFixture[str]) -> None:
+    open_closed()
+    os.write(1, b"text")
+    assert capfd.readouterr().out == "text"
+
+
+def test_a_file_of_the_folder_hides_no_module_of_python(tmp_path: Path) -> None:
+    for name in ("random", "yaml", "typing", "json", "numpy"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('the wrong {name}')\n")
+    done = call("$DLLM recipe list", tmp_path)
+    assert done.returncode == 0 and b"tiny-dflash" in done.stdout, done.stderr
+
+
+def test_texts_are_utf8_in_every_locale(tmp_path: Path) -> None:
+    """The name is one letter to whoever reads UTF-8, and two bytes to whoever reads ASCII."""
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = call("$DLLM prepare --params p\u00e4rams.yaml", tmp_path, **ascii_only)
+    assert done.returncode == 2
+    assert b"/p?rams.yaml" in done.stderr, "printed in the encoding of the locale"
+
+
+def test_an_unknown_home_is_one_line(tmp_path: Path) -> None:
+    done = call("$DLLM export --checkpoint x --to '~nosuchuser/x'", tmp_path)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
+    assert done.stderr.startswith(b"dllm: this user's home directory is not known (HOME); set HOME")
+
+
+def test_a_hook_of_another_repository_names_no_commit_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "other"
+    for words in (["init", "--quiet", "."], ["commit", "--quiet", "--allow-empty", "--message", "x"]):
+        who = ["-c", "user.name=someone", "-c", "user.email=someone@example.org"]
+        other.mkdir(exist_ok=True)
+        subprocess.run(["git", *who, *words], cwd=other, check=True)
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    for name in VARIABLES[1:]:
+        monkeypatch.delenv(name, raising=False)  # and monkeypatch brings back what the call below removes
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    (tmp_path / "project").mkdir()
+    assert git_state(tmp_path / "project")["reason"] != "outside", "as git sees it"
+    with pytest.raises(SystemExit):
+        command.main(["--version"])
+    assert git_state(tmp_path / "project") == {"commit": None, "dirty": None, "reason": "outside"}
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO, errno.ESTALE])
+def test_what_cannot_be_read_now_is_neither_damaged_nor_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: int
+) -> None:
+    """A network disk that was away, or a limit of the shell, would cost hours of finished work."""
+    shard = tmp_path / "shard-00000.json"
+    sealed = tmp_path / "determining.json"
+    state = tmp_path / "step-000001" / STATE
+    state.parent.mkdir()
+    for path in (shard, sealed, state):
+        path.write_text("{}")
+
+    def refuse(path: Path, *_: object) -> bytes:
+        raise OSError(number, os.strerror(number), str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", refuse)
+        for read in (lambda: ShardStore(tmp_path), lambda: read_sealed(sealed), lambda: read_state(state.parent)):
+            with pytest.raises(OSError, match=os.strerror(number)):
+                read()
+    assert shard.exists() and "damaged" not in capfd.readouterr().err
+    ShardStore(tmp_path)
+    assert not shard.exists(), "damaged, and to be made again"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_cache_of_hugging_face_that_cannot_be_written_is_no_missing_network(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), "/hf/hub")
+
+    monkeypatch.setattr(targets, "snapshot_download", refuse)
+    with pytest.raises(OSError, match="/hf/hub"):
+        targets.locate(Target(model="someone/model"))
