@@ -271,7 +271,8 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 
 def test_help_imports_nothing_slow() -> None:
-    code = "import sys; from dllm.__main__ import main\ntry: main(['--help'])\nfinally: print(*sys.modules, file=sys.stderr)"
+    shown = "print(*sys.modules, file=sys.stderr)"
+    code = f"import sys\nfrom dllm.__main__ import main\ntry: main(['--help'])\nfinally: {shown}"
     argv = [sys.executable, "-c", code]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
     slow = {"torch", "transformers", "mlflow", "prefect", "dvc", "pyarrow", "numpy", "pandas", "matplotlib", "datasets"}
