@@ -112,14 +112,15 @@ def _fetch(source: str, uri: str, own: Path, digest: str, reference: str) -> Pat
     aside = own.with_name(f".{own.name}.{uuid.uuid4().hex[:8]}")
     try:
         with _transfer(source):
-            artifacts.download_artifacts(source, dst_path=str(aside), tracking_uri=uri, registry_uri=uri)
-        if provenance.digest(aside) != digest:
+            # Where it puts them depends on the kind of address.
+            found = Path(artifacts.download_artifacts(source, dst_path=str(aside), tracking_uri=uri, registry_uri=uri))
+        if provenance.digest(found) != digest:
             hint = f"expected digest {digest[:16]}; register it again from where it was trained"
             raise ModelError(
                 f"the checkpoint of {reference} has changed since it was registered", where=hide(source), hint=hint
             )
         shutil.rmtree(own, ignore_errors=True)  # damaged
-        aside.rename(own)
+        found.rename(own)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return own

@@ -57,7 +57,7 @@ class FaultyProxy:
     def _pump(self, source: socket.socket, sink: socket.socket, is_reply: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
-                if self.mode == "away" or (is_reply and self.mode == "lose replies"):
+                if self.mode in ("away", "answer") or (is_reply and self.mode == "lose replies"):
                     break
                 if self.mode == "hang":
                     continue

@@ -48,7 +48,7 @@ def test_new_responses_start_a_training_on_them(project: Project) -> None:
     assert run["state"]["type"] == "COMPLETED", workers_said(project)
 
     def started() -> list[dict]:
-        trained = ask(project, f"automations/name/{AUTOMATION}".replace(" ", "%20"))
+        (trained,) = ask(project, "automations/filter", {"automations": {"name": {"any_": [AUTOMATION]}}})
         by_it = {"tags": {"operator": "and_", "all_": [f"automation:{trained['id']}"]}}
         return list(ask(project, "flow_runs/filter", {"flow_runs": by_it}))
 
