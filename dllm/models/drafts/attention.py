@@ -82,6 +82,17 @@ def is_hidden(distance: Tensor, window: int | None, is_causal: bool) -> Tensor:
     return hidden if window is None else hidden | (distance.abs() >= window)
 
 
+def _hidden_last(queries: int, keys: int, window: int | None, is_causal: bool, device: torch.device) -> Tensor | None:
+    """Mark, for the last of the slots, those of all `keys` that each does not attend to; None: it attends to all.
+
+    Shapes: (queries, keys) bool.
+    """
+    if not is_causal and (window is None or window >= keys):
+        return None
+    place = torch.arange(keys, device=device)
+    return is_hidden(place[keys - queries :, None] - place, window, is_causal)
+
+
 def cached_attention(
     query_BLHE: Tensor, key_BGTE: Tensor, value_BGTE: Tensor, window: int | None, is_causal: bool
 ) -> Tensor:
@@ -93,11 +104,8 @@ def cached_attention(
     ratio = heads // groups
     # The queries that share a key/value head are rows of one product, so that no head of keys is repeated.
     query_BGME = query_BLHE.transpose(1, 2).unflatten(1, (groups, ratio)).flatten(2, 3)
-    mask_MT = None
-    if is_causal or (window is not None and window < keys):
-        place_T = torch.arange(keys, device=query_BLHE.device)
-        distance_LT = place_T[keys - slots :, None] - place_T
-        mask_MT = ~is_hidden(distance_LT, window, is_causal).repeat(ratio, 1)
+    hidden_LT = _hidden_last(slots, keys, window, is_causal, query_BLHE.device)
+    mask_MT = None if hidden_LT is None else ~hidden_LT.repeat(ratio, 1)
     mixed_BGME = F.scaled_dot_product_attention(query_BGME, key_BGTE, value_BGTE, attn_mask=mask_MT)
     return mixed_BGME.unflatten(2, (ratio, slots)).permute(0, 3, 1, 2, 4).flatten(2)
 
@@ -122,10 +130,9 @@ def _attend(
     inner = torch.matmul(query, block_key_BNLGE.permute(0, 3, 1, 4, 2)).unflatten(3, (slots, ratio))
     hidden = _hidden(visible_BN, context, window, slots, keys)
     outer = outer.masked_fill(hidden, float("-inf"))
-    if is_causal or (window is not None and window < keys):
-        slot_L = torch.arange(keys, device=outer.device)
-        distance_QL = slot_L[keys - slots :, None] - slot_L
-        inner = inner.masked_fill(is_hidden(distance_QL, window, is_causal)[:, None], float("-inf"))
+    hidden_QL = _hidden_last(slots, keys, window, is_causal, outer.device)
+    if hidden_QL is not None:
+        inner = inner.masked_fill(hidden_QL[:, None], float("-inf"))
     weights = torch.softmax(torch.cat([outer, inner], -1), -1, dtype=torch.float32).to(query.dtype)
     outer, inner = weights.split([context, keys], -1)
     mixed = torch.matmul(outer.reshape(batch, groups, -1, context), value_BSGE.permute(0, 2, 1, 3))
@@ -151,11 +158,7 @@ def _attend_merged(
     ratio = heads // groups
     query = query_BNQHE.unflatten(3, (groups, ratio)).permute(0, 3, 1, 2, 4, 5)
     hidden = _hidden(visible_BN, context, window, slots, keys)[:, 0].expand(-1, -1, slots, ratio, -1)
-    own_hidden = None
-    if is_causal or (window is not None and window < keys):
-        slot_L = torch.arange(keys)
-        distance_QL = slot_L[keys - slots :, None] - slot_L
-        own_hidden = is_hidden(distance_QL, window, is_causal).repeat_interleave(ratio, 0)
+    hidden_QL = _hidden_last(slots, keys, window, is_causal, query.device)
     mixed: Tensor = MergedAttention.apply(
         query.reshape(batch, groups, blocks, slots * ratio, size),
         key_BSGE.transpose(1, 2),
@@ -163,7 +166,7 @@ def _attend_merged(
         block_key_BNLGE.permute(0, 3, 1, 2, 4),
         block_value_BNLGE.permute(0, 3, 1, 2, 4),
         hidden.reshape(batch, -1, context),
-        own_hidden,
+        None if hidden_QL is None else hidden_QL.repeat_interleave(ratio, 0),
     )
     mixed = mixed.unflatten(3, (slots, ratio)).permute(0, 2, 3, 1, 4, 5)
     return mixed.reshape(batch, blocks, slots, heads * size)
