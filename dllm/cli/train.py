@@ -97,7 +97,7 @@ def print_plan(
     workload = _workload(params, root, rows, length)
     target = planned_target(params.target, target_config)
     settings = params.train.method_settings
-    found = METHODS[params.train.mode].plan(PlanContext(params, settings, target, workload, ranks))
+    found = METHODS[params.train.mode].plan(PlanContext(params, settings, target, workload, ranks, device.kind))
     schedule = plans.Schedule.of(params.train, workload.rows, ranks)
     table = Table(title=f"dry run: {params.recipe}", show_header=False, title_justify="left")
     for label, value in plans.rows_of(found, workload, schedule, device, share):
@@ -122,9 +122,8 @@ def _device(name: str | None, ranks: int) -> Device:
         return DEVICES[name]
     if torch.cuda.is_available():
         return Device("a GPU of this machine", torch.cuda.get_device_properties(0).total_memory)
-    return Device(
-        f"this machine, shared by {ranks}" if ranks > 1 else "this machine", psutil.virtual_memory().total // ranks
-    )
+    title = f"this machine, shared by {ranks}" if ranks > 1 else "this machine"
+    return Device(title, psutil.virtual_memory().total // ranks, kind="cpu")
 
 
 def _workload(params: Params, root: Path, rows: int | None, length: int | None) -> Workload:

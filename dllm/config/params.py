@@ -164,7 +164,8 @@ class _Train(Section):
     """Maximum sequence length in tokens; longer sequences are truncated on the right."""
     seed: Seed = 0
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of the forward and backward pass; master weights are float32."""
+    """Dtype of the forward and backward pass; master weights are float32. A CPU without instructions for bfloat16
+    computes in float32."""
     log_every: PositiveInt = 10
     """Optimizer steps between metrics."""
     validate_every: PositiveInt = 100

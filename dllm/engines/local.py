@@ -9,6 +9,7 @@ Shape suffixes: B slots, S tokens of several prompts concatenated, T cache posit
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from dllm.config.params import Params, Regenerate, Target
 from dllm.engines.engine import EngineStats, Request, RequestSource, Response
 from dllm.errors import ModelError
-from dllm.models import targets
+from dllm.models import precision, targets
 from dllm.models.packing import packed_linears
 from dllm.models.slots import SlotCache, slot_attention
 from dllm.models.target_config import built_config, check_config
@@ -84,12 +85,15 @@ class LocalEngine:
     @contextmanager
     def open(cls, params: Params, tokenizer: Any, root: Path, servers: Sequence[str] | None = None) -> Iterator[Any]:
         model = targets.load_target(params.target)
+        if line := precision.note(params.target.dtype, model.device):
+            print(f"regenerate: {line}", file=sys.stderr, flush=True)
         stop_ids = chat.stop_ids(tokenizer, model.generation_config, model.config.get_text_config())
         yield cls(model, tokenizer, stop_ids, params.regenerate.batch_size)
 
     def describe(self) -> dict[str, Any]:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        return {"engine": "local", "batch_size": self.batch_size, "versions": versions}
+        dtype = precision.name_of(self.model.dtype)
+        return {"engine": "local", "batch_size": self.batch_size, "dtype": dtype, "versions": versions}
 
     @torch.inference_mode()
     def answer(self, requests: RequestSource) -> Iterator[Response | None]:

@@ -64,6 +64,8 @@ class PlanContext(Generic[Settings]):
     """A transformers causal model on the meta device."""
     workload: Workload
     ranks: int
+    device: str = "cuda"
+    """Kind of the device that it will run on."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Weights in the layout the CPU's matrix units want, made once instead of at every call.
 
-For a few rows at a time, as in decoding, torch spends as long on reordering a bfloat16 weight as on multiplying by it.
+For a few rows at a time, as in decoding, torch spends as long on reordering a weight as on multiplying by it.
 oneDNN's packed form, which torch.compile's CPU backend uses, does away with that. Elsewhere nothing is done.
 """
 
@@ -19,7 +19,7 @@ ROWS = 64
 
 @contextmanager
 def packed_linears(*models: nn.Module) -> Iterator[None]:
-    """Let every bfloat16 nn.Linear of some models multiply by a packed copy of its weight while the context lasts.
+    """Let every nn.Linear of some models multiply by a packed copy of its weight while the context lasts.
 
     Weights must not change meanwhile. Costs the weights' size in memory once more.
     """
@@ -41,7 +41,7 @@ def packed_product(weight_OI: Tensor) -> Callable[[Tensor], Tensor]:
 
     Costs the weight's size in memory once more where it is packed.
     """
-    if not _can_pack(weight_OI):
+    if weight_OI.dtype != torch.bfloat16 or not _can_pack(weight_OI):
         return lambda x: x @ weight_OI.T
     multiply: Any = torch.ops.mkldnn._linear_pointwise
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().contiguous(), ROWS)
@@ -51,20 +51,23 @@ def packed_product(weight_OI: Tensor) -> Callable[[Tensor], Tensor]:
 def _can_pack(weight: Tensor) -> bool:
     return (
         weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
         and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _mkldnn_has_bfloat16()))
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+def _mkldnn_has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _packed_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
     multiply: Any = torch.ops.mkldnn._linear_pointwise
     packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), ROWS)
-    bias = module.bias
+    bias, dtype = module.bias, module.weight.dtype
 
     def forward(x: Tensor) -> Tensor:
-        if x.dtype != torch.bfloat16:
+        if x.dtype != dtype:
             return nn.functional.linear(x, module.weight, bias)
         return multiply(x, packed, bias, "none", [], "")
 

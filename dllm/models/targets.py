@@ -215,7 +215,12 @@ def load_target(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
 ) -> PreTrainedModel:
-    """Load the target frozen and in evaluation mode, in `dtype` (else `target.dtype`) on `device` (else the best one).
+    """Load the target frozen and in evaluation mode on `device` (else the best one).
+
+    Args:
+        target: its name, revision and dtype.
+        dtype: of its weights; by default what the device computes in where `target.dtype` is asked for.
+        device: where to.
 
     Raises:
         ModelError: the directory holds no causal model that can be read, or its own code does not load here.
@@ -226,12 +231,14 @@ def load_target(
     from transformers.utils import logging
 
     from dllm.models.diffusion import llada, older_code
+    from dllm.models.precision import compute_dtype
 
     logging.disable_progress_bar()  # its bars would cut through a stage's own
     path = locate(target)
     check_blobs(path, weights=True)
+    device = best_device() if device is None else device
     if dtype is None:
-        dtype = target.dtype
+        dtype = compute_dtype(target.dtype, device)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     read: Any = AutoModelForCausalLM.from_pretrained
@@ -297,15 +304,14 @@ def _check_unread(model: Any, report: Mapping[str, Any], path: Path) -> None:
         raise ModelError(what, where=str(path), hint="check the numbers of layers and the switches in config.json")
 
 
-def _ready(model: Any, report: Mapping[str, Any], path: Path, device: torch.device | str | None) -> PreTrainedModel:
+def _ready(model: Any, report: Mapping[str, Any], path: Path, device: torch.device | str) -> PreTrainedModel:
     if wrong := sorted(report["mismatched_keys"]):
         name, stored, expected = wrong[0]
         what = f"{len(wrong)} tensors of the target are not as its config says: {name} is {tuple(stored)}"
         raise ModelError(f"{what}, expected {tuple(expected)}", where=str(path))
     if missing := sorted(report["missing_keys"]):  # transformers would draw them at random
         raise ModelError(f"the target lacks {len(missing)} tensors, {missing[0]} among them", where=str(path))
-    place: Any = best_device() if device is None else device
-    ready: PreTrainedModel = model.to(place).eval().requires_grad_(False)
+    ready: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     _check_finite(ready, path)
     return ready
 

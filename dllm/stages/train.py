@@ -10,12 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dllm.config.load import params_digest
 from dllm.config.params import Params
 from dllm.methods.method import Method, Publication, TrainContext
 from dllm.models import targets
+from dllm.models.precision import compute_dtype, name_of
 from dllm.registry import METHODS
 from dllm.stages import other_work
 from dllm.stages.plots import training_points, write_plots
@@ -58,17 +57,17 @@ def run(params: Params, root: Path) -> dict[str, Any]:
 def _train(params: Params, root: Path, stage: Stage, ranks: Ranks, identity: dict[str, Any]) -> dict[str, Any]:
     method: Method[Any] = METHODS[params.train.mode]
     train, heldout = read_splits(root / "out" / "regenerate", params.target, params.train)
+    computed_in = compute_dtype(params.train.compute_dtype, ranks.device)
     if ranks.is_main:
         announce(params.target, params.train, train, heldout, ranks)
         inputs = {**stage.digests, "target": fingerprint_of({**identity, "target": params_digest(params.target)})}
         if line := other_work.note(stage.work, params.train, ranks.world, inputs):
             print(f"train: {line}", file=sys.stderr, flush=True)
-        stage.record["ranks"] = ranks.world
+        stage.record |= {"ranks": ranks.world, "computed_in": name_of(computed_in)}
     splits: dict[Split, list[Example]] = {"train": train.kept, "heldout": heldout.kept}
     ctx = TrainContext(params, params.train.method_settings, root, ranks, identity, splits, stage.work)
     strategy = method.build(ctx)
-    dtype = getattr(torch, params.train.compute_dtype)
-    loop = Loop(strategy, params.train, ranks, work=stage.work, tracker=stage.tracker, mfu_dtype=dtype)
+    loop = Loop(strategy, params.train, ranks, work=stage.work, tracker=stage.tracker, mfu_dtype=computed_in)
     outcome = loop.run()
     metrics = {
         **outcome.validation,

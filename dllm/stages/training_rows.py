@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dllm.config.params import Target, Train
 from dllm.errors import DataError
+from dllm.models import precision
 from dllm.models.targets import max_positions
 from dllm.regeneration.identity import THINKING
 from dllm.responses.shards import iter_rows, read_manifest
@@ -51,6 +52,8 @@ def announce(target: Target, settings: Train, train: Examples, heldout: Examples
         notes.append(f"{train.cut} truncated at {what} {longest}")
     if ranks.world != settings.nproc:
         notes.append(f"{ranks.world} ranks, while train.nproc is {settings.nproc}: the launcher decides")
+    if line := precision.note(settings.compute_dtype, ranks.device):
+        notes.append(line)
     print(f"train: {'; '.join(notes)}", file=sys.stderr, flush=True)
 
 

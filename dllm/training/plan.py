@@ -29,6 +29,8 @@ class Device:
     """Units: bytes."""
     peak: float | None = None
     """Dense bf16 matrix products, by its data sheet; None for a machine that is not known. Units: FLOP/s."""
+    kind: str = "cuda"
+    """As torch names it."""
 
 
 DEVICES = {

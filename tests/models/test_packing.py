@@ -1,5 +1,6 @@
 """Packed weights: the same products, and no trace afterwards."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -18,8 +19,17 @@ def test_products_agree_and_the_module_is_left_as_it_was():
         assert torch.equal(model(x), plain)
 
 
-def test_float32_weights_are_left_alone():
-    model = nn.Linear(8, 8)
-    x = torch.randn(2, 8)
-    with torch.inference_mode(), packed_linears(model):
-        assert torch.equal(model(x), nn.functional.linear(x, model.weight, model.bias))
+def test_products_of_float32_agree_to_its_own_rounding():
+    torch.manual_seed(0)
+    model, x = nn.Linear(64, 96), torch.randn(5, 64)
+    with torch.inference_mode():
+        plain = model(x)
+        with packed_linears(model):
+            torch.testing.assert_close(model(x), plain, atol=1e-5, rtol=1e-5)
+        assert torch.equal(model(x), plain)
+
+
+def test_an_input_of_another_dtype_is_refused_as_without_packing():
+    model, x = nn.Linear(8, 8), torch.randn(2, 8).bfloat16()
+    with torch.inference_mode(), packed_linears(model), pytest.raises(RuntimeError, match="dtype"):
+        model(x)

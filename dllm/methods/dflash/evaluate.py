@@ -35,6 +35,7 @@ from dllm.methods.dflash.walked import differing_round, walked_figures
 from dllm.methods.method import EvaluateContext, Evaluation
 from dllm.models import targets
 from dllm.models.drafts.checkpoint import load_draft
+from dllm.models.precision import name_of, note
 from dllm.progress import Progress
 from dllm.prompts import template as chat
 from dllm.prompts.table import HELDOUT, read_prompts
@@ -57,8 +58,10 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
         ModelError: the target or the draft is missing, or they do not fit each other.
     """
     params = ctx.params
-    comparison = _load(ctx, params.target.dtype)
+    comparison = _load(ctx)
     speculative = comparison.speculative
+    if line := note(params.target.dtype, speculative.model.device):
+        print(f"evaluate: {line}", file=sys.stderr, flush=True)
     tokenizer = targets.load_tokenizer(params.target)
     configs = (speculative.model.generation_config, speculative.model.config.get_text_config())
     stop_ids = chat.stop_ids(tokenizer, *configs)
@@ -71,7 +74,7 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
     if not can_decode:
         print(f"evaluate: {NO_DECODING}", file=sys.stderr, flush=True)
         questions = []
-    draft, device = speculative.draft, speculative.model.device
+    draft, device, dtype = speculative.draft, speculative.model.device, speculative.model.dtype
     assert draft is not None
     parts = ctx.work / "prompts"
     with speculative.packed():  # both ways of decoding gain from it
@@ -100,7 +103,7 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
         "draft_layers": draft.config.num_hidden_layers,
         **excluded,
         "heldout_digest": _heldout_digest(questions, many, params.evaluate.max_new_tokens),
-        "dtype": params.target.dtype,
+        "dtype": name_of(dtype),
         "device": str(device),
         "threads": torch.get_num_threads(),
     }
@@ -110,7 +113,7 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
     return _write(ctx, pairs, metrics, scratch=parts)
 
 
-def _load(ctx: EvaluateContext, dtype: str) -> Comparison:
+def _load(ctx: EvaluateContext, dtype: str | None = None) -> Comparison:
     model = targets.load_target(ctx.params.target, dtype)
     draft = load_draft(ctx.checkpoint, model.config).to(model.device, model.dtype)
     return Comparison(Decoder(model), Decoder(model, draft, ctx.params.evaluate.block_size))

@@ -64,10 +64,17 @@ class FeatureCache:
         directory: home of this cache; its name should be the `cache_key`.
         rows: token ids of every row, in a fixed order; row i of the cache is rows[i].
         with_last: keep the input of the target's head, too.
+        dtype: on disk; by default the model's.
     """
 
-    def __init__(self, directory: Path, rows: Sequence[Sequence[int]], with_last: bool = False) -> None:
-        self.directory, self.rows, self.with_last = directory, rows, with_last
+    def __init__(
+        self,
+        directory: Path,
+        rows: Sequence[Sequence[int]],
+        with_last: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.directory, self.rows, self.with_last, self.dtype = directory, rows, with_last, dtype
         # Rows of similar length in one part need little padding when the target runs over them.
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
         self.parts: list[list[int]] = []
@@ -95,6 +102,7 @@ class FeatureCache:
             batch = members[len(done) : len(done) + max(1, batch_tokens // width)]
             done += compute(model, layer_ids, [self.rows[row] for row in batch], self.with_last)
         features_TF = torch.cat(done)
+        features_TF = features_TF.to(self.dtype or features_TF.dtype)
         self.directory.mkdir(parents=True, exist_ok=True)
         data = save({"features": features_TF.contiguous()})
         name = f"part-{part:05d}"
@@ -197,7 +205,7 @@ class CachedFeatures:
         splits: the examples that need features.
         identity: the target's.
         layer_ids: its tapped layers.
-        dtype: the target's.
+        dtype: the target's, in which they are stored, whatever it computes in.
         with_last: keep the input of its head, too.
     """
 
@@ -214,7 +222,8 @@ class CachedFeatures:
         self.layer_ids = layer_ids
         rows = [example.input_ids for split in ("train", "heldout") for example in splits[split]]
         self.offsets: dict[Split, int] = {"train": 0, "heldout": len(splits["train"])}
-        self.cache = FeatureCache(root / cache_key(identity, layer_ids, dtype, rows, with_last), rows, with_last)
+        directory = root / cache_key(identity, layer_ids, dtype, rows, with_last)
+        self.cache = FeatureCache(directory, rows, with_last, getattr(torch, dtype))
         self._lock = _use(self.cache.directory)
 
     def features(self, split: Split, rows: Sequence[int]) -> list[Tensor]:

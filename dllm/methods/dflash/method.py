@@ -117,11 +117,13 @@ class DflashMethod:
         return {"draft_params": size, "block_size": strategy.model.config.block_size}
 
     def publish(self, ctx: TrainContext[Dflash], strategy: DflashStrategy, outcome: Outcome, work: Path) -> Publication:
+        import torch
+
         from dllm.methods.dflash.features import forget_old
         from dllm.models.drafts.checkpoint import load_draft, save_draft
 
         export = work / "export"
-        save_draft(load_draft(outcome.checkpoint), export, strategy.dtype)
+        save_draft(load_draft(outcome.checkpoint), export, getattr(torch, ctx.params.train.compute_dtype))
         forget_old(ctx.root / FEATURES)
         offsets = [f"draft_acc_k{k}" for k in range(1, strategy.model.config.block_size)]
         panels = [["loss"], ["acceptance_length", "walked_acceptance_length"], ["draft_acc", *offsets]]

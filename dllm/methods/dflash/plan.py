@@ -13,6 +13,7 @@ from dllm.methods.method import PlanContext
 from dllm.models.drafts import attention
 from dllm.models.drafts.checkpoint import draft_directory, read_config
 from dllm.models.drafts.protocol import Draft, DraftConfig
+from dllm.models.precision import compute_dtype
 from dllm.registry import DRAFTS
 from dllm.training.optimizer import moment_bytes
 from dllm.training.plan import LOGIT_COPIES, Plan, saved_bytes
@@ -28,7 +29,7 @@ def plan(ctx: PlanContext[Dflash]) -> Plan:
     config = planned_config(settings, target)
     with torch.device("meta"):
         draft: Draft = DRAFTS[settings.draft.architecture](config)
-    dtype, target_dtype = getattr(torch, train.compute_dtype), getattr(torch, ctx.params.target.dtype)
+    dtype, target_dtype = (compute_dtype(each, ctx.device) for each in (train.compute_dtype, ctx.params.target.dtype))
     size = sum(parameter.numel() for parameter in draft.parameters())
     embeddings = {id(each): each for each in (_embedding(target), _head(target))}
     vocab, hidden = _head(target).shape

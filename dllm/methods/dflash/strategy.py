@@ -21,6 +21,7 @@ from dllm.methods.dflash.objective import Batch, StepSums, dflash_terms
 from dllm.methods.dflash.settings import Dflash
 from dllm.models.drafts.checkpoint import load_draft, save_draft
 from dllm.models.drafts.protocol import Draft, TargetIO
+from dllm.models.precision import compute_dtype
 from dllm.training.batches import Example, collate
 from dllm.training.cross_entropy import FrozenHead
 from dllm.training.order import derive_seed
@@ -62,8 +63,8 @@ class DflashStrategy:
     ) -> None:
         self.model, self.splits, self.source, self.settings = draft, splits, source, settings
         self.dflash = cast(Dflash, settings.method_settings)
-        self.dtype = getattr(torch, settings.compute_dtype)
         self.device = embedding_VD.device
+        self.dtype = compute_dtype(settings.compute_dtype, self.device)
         self.embedding_VD, self.head = embedding_VD.to(self.dtype), FrozenHead(head_VD.to(self.dtype))
         self.width = embedding_VD.shape[1]
         self.vocab_ids: Tensor | None = None

@@ -14,6 +14,7 @@ from dllm.models import targets
 from dllm.models.diffusion.families import family_to_run, load_diffusion_lm
 from dllm.models.diffusion.lora import Adapter
 from dllm.models.diffusion.protocol import DiffusionLM
+from dllm.models.precision import compute_dtype
 from dllm.models.sharding import mesh_of_ranks, recompute_layers, shard
 from dllm.training.distributed import one_rank_at_a_time
 
@@ -36,14 +37,14 @@ def initial_model(target: Target, settings: Train, device: torch.device | str) -
         if masking.activation_checkpointing:
             recompute_layers(model)
         if mesh is not None:
-            shard(model, mesh, getattr(torch, settings.compute_dtype))
+            shard(model, mesh, compute_dtype(settings.compute_dtype, device))
     return model
 
 
 def _whole_model(target: Target, settings: Train, device: torch.device | str) -> DiffusionLM:
     masking = _masking(settings)
     check_family(target, settings)
-    dtype = torch.float32 if masking.lora is None else getattr(torch, settings.compute_dtype)
+    dtype = torch.float32 if masking.lora is None else compute_dtype(settings.compute_dtype, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)  # an added mask row is drawn at random
         model = load_diffusion_lm(target, dtype, device, mask_token_id=masking.mask_token_id)

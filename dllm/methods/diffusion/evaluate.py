@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -27,6 +28,7 @@ from dllm.methods.method import EvaluateContext, Evaluation
 from dllm.models import targets
 from dllm.models.diffusion.families import load_checkpoint
 from dllm.models.diffusion.protocol import DiffusionLM
+from dllm.models.precision import compute_dtype, name_of, note
 from dllm.progress import Progress
 from dllm.prompts import references
 from dllm.registry import SAMPLERS
@@ -89,7 +91,10 @@ def evaluate(ctx: EvaluateContext, data: Path, settings: DiffusionEvaluation, pr
     if not heldout:
         raise DataError("no held-out response", where=str(data), hint="raise prepare.heldout_fraction")
     measured = list(islice(_from_each_source_in_turn(heldout), settings.likelihood_answers))
-    where: dict[str, Any] = {"dtype": params.target.dtype, "device": targets.best_device()}
+    device = targets.best_device()
+    where: dict[str, Any] = {"dtype": compute_dtype(params.target.dtype, device), "device": device}
+    if line := note(params.target.dtype, device):
+        print(f"evaluate: {line}", file=sys.stderr, flush=True)
     trusted = params.target.trust_remote_code
     model = load_checkpoint(ctx.checkpoint, **where, trust_remote_code=trusted)
     scorer = model.for_likelihood()
@@ -124,7 +129,7 @@ def evaluate(ctx: EvaluateContext, data: Path, settings: DiffusionEvaluation, pr
         "mode": model.config.mode,
         "block_size": model.config.block_size,
         "params": sum(parameter.numel() for parameter in model.parameters()),
-        "dtype": params.target.dtype,
+        "dtype": name_of(where["dtype"]),
         "device": str(model.head_VD.device),
         "threads": torch.get_num_threads(),
     }

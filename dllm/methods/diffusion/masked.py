@@ -24,6 +24,7 @@ from dllm.methods.diffusion.settings import LEVELS, Masking
 from dllm.models.diffusion.config import DiffusionConfig
 from dllm.models.diffusion.families import load_checkpoint
 from dllm.models.diffusion.protocol import DiffusionLM
+from dllm.models.precision import compute_dtype
 from dllm.models.sharding import is_sharded, shard_like
 from dllm.training.batches import Example
 from dllm.training.cross_entropy import weighted_cross_entropy
@@ -70,7 +71,8 @@ class MaskedStrategy:
         self.noise = cast(Masking, settings.method_settings)
         block_size = self.noise.block_size if self.noise.attention == "block" else None
         model.config = DiffusionConfig(self.mode, model.mask_token_id, block_size)
-        self.dtype, self.device = getattr(torch, settings.compute_dtype), next(model.parameters()).device
+        self.device = next(model.parameters()).device
+        self.dtype = compute_dtype(settings.compute_dtype, self.device)
         fill = self.noise.eos_padding
         # Where blocks are counted from the first column of the row, the row is padded to whole blocks.
         whole = self.noise.attention == "block" and model.block_origin == "sequence"

@@ -88,12 +88,14 @@ class MaskedMethod(Generic[Settings]):
     def publish(
         self, ctx: TrainContext[Settings], strategy: MaskedStrategy, outcome: Outcome, work: Path
     ) -> Publication:
+        import torch
+
         from dllm.methods.diffusion.evaluate import write_heldout
         from dllm.models.diffusion import lora
 
         export = work / "export"
         shutil.rmtree(export, ignore_errors=True)  # a killed call may have left a part of one
-        strategy.export(outcome.checkpoint, export, strategy.dtype)
+        strategy.export(outcome.checkpoint, export, getattr(torch, ctx.params.train.compute_dtype))
         adapter = {f"adapter/{name}": outcome.checkpoint / name for name in lora.FILES}
         return Publication(
             {path.name: path for path in sorted(export.iterdir())},

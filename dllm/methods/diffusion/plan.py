@@ -10,6 +10,7 @@ from torch import nn
 
 from dllm.methods.diffusion.settings import Masking
 from dllm.methods.method import PlanContext
+from dllm.models.precision import compute_dtype
 from dllm.training.optimizer import moment_bytes
 from dllm.training.plan import LOGIT_COPIES, Plan
 
@@ -23,7 +24,7 @@ def plan(ctx: PlanContext[Any]) -> Plan:
     """Count parameters, memory and operations; nothing is loaded."""
     settings: Masking = ctx.settings
     train, work, model = ctx.params.train, ctx.workload, ctx.target
-    dtype = getattr(torch, train.compute_dtype)
+    dtype = compute_dtype(train.compute_dtype, ctx.device)
     decoder, config = model.get_decoder(), model.config.get_text_config()
     size = sum(parameter.numel() for parameter in model.parameters())
     adapters = _adapters(model, settings)

@@ -15,6 +15,7 @@ from dllm.errors import ConfigError, ModelError
 from dllm.methods.diffusion.build import initial_model
 from dllm.methods.diffusion.masked import MaskedStrategy
 from dllm.methods.diffusion.settings import Mdlm
+from dllm.models import precision
 from dllm.models.diffusion.families import load_checkpoint
 from dllm.models.diffusion.lora import FILES
 from dllm.tracking.runs import NullTracker
@@ -55,7 +56,8 @@ def run(made: MaskedStrategy, work: Path):
     return Loop(made, made.settings, ALONE, work=work, tracker=NullTracker()).run()
 
 
-def test_only_adapters_are_trained_and_the_rest_stays_in_the_compute_dtype(tmp_path: Path) -> None:
+def test_only_adapters_are_trained_and_the_rest_stays_in_the_compute_dtype(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(precision, "_multiplies_in", lambda dtype: True)
     made = strategy(compute_dtype="bfloat16")
     before = {name: value.clone() for name, value in made.model.state_dict().items()}
     run(made, tmp_path)
