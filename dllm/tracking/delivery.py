@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
-from mlflow.exceptions import MlflowException, RestException
+from mlflow.exceptions import MlflowException
 
 from dllm.errors import DllmError, StageError
 from dllm.files import lock_folder
@@ -20,16 +17,10 @@ from dllm.secrets import hide
 from dllm.tracking import sqlite_store
 from dllm.tracking.address import home, sqlite_path, tracking_uri
 from dllm.tracking.run_journal import OPEN, Record, RunJournal, journal_path, journals
+from dllm.tracking.sending import METRICS_A_CALL, deliver, is_refusal
 from dllm.tracking.store import FAULTS, cause_of, connect, faults_in_one_line, unreachable
 
-Row = TypeVar("Row", Metric, Param)
-METRICS_A_CALL = 500
-PARAMS_A_CALL = 100
-VALUE_CHARS = 6000
-TAG_CHARS = 5000
 LOCK_PATIENCE_S = 2.0
-REFUSED = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "MALFORMED_REQUEST")
-"""Codes of records that the store will never take."""
 PROJECT, WORK = "dllm.project", "dllm.work"
 """Tags by which a run is found whose process was killed before it could note the run's id."""
 OWN = "mlflow.db"
@@ -70,14 +61,14 @@ def send(client: MlflowClient, uri: str, journal: RunJournal) -> list[str]:
         batch = _next_batch(journal.pending)
         journal.in_doubt = True
         try:
-            _send(client, journal, batch)
+            deliver(client, uri, journal, batch)
         except MlflowException as error:
             if error.error_code == GONE or _is_deleted(client, journal.run_id, error):
                 raise Gone from None
-            if not _is_refusal(error):
+            if not is_refusal(error):
                 raise
             if len(batch) > 1:
-                refused += _send_one_by_one(client, journal, batch)
+                refused += _send_one_by_one(client, uri, journal, batch)
                 continue
             refused.append(f"MLflow refuses {_name(batch[0])}: {cause_of(error)}")
         journal.took(len(batch))
@@ -185,57 +176,18 @@ def _next_batch(pending: Sequence[Record]) -> list[Record]:
     return batch or list(pending[:1])
 
 
-def _send_one_by_one(client: MlflowClient, journal: RunJournal, batch: Sequence[Record]) -> list[str]:
+def _send_one_by_one(client: MlflowClient, uri: str, journal: RunJournal, batch: Sequence[Record]) -> list[str]:
     refused = []
     for record in batch:
         try:
-            _send(client, journal, [record])
+            deliver(client, uri, journal, [record])
         except MlflowException as error:
-            if not _is_refusal(error):
+            if not is_refusal(error):
                 raise
             refused.append(f"MLflow refuses {_name(record)}: {cause_of(error)}")
         journal.took(1)
     journal.in_doubt = False
     return refused
-
-
-def _send(client: MlflowClient, journal: RunJournal, batch: Sequence[Record]) -> None:
-    run_id, first = journal.run_id, batch[0]
-    if "metrics" in first:
-        rows = [Metric(k, float(v), r["time"], r["step"]) for r in batch for k, v in r["metrics"].items()]
-        for part in _parts(rows, METRICS_A_CALL):
-            client.log_batch(run_id, metrics=part)
-    elif "params" in first:
-        params = [Param(key, str(value)[:VALUE_CHARS]) for key, value in first["params"].items()]
-        for some in _parts(params, PARAMS_A_CALL):
-            client.log_batch(run_id, params=some)
-    elif "tags" in first:
-        client.log_batch(run_id, tags=[RunTag(key, str(value)[:TAG_CHARS]) for key, value in first["tags"].items()])
-    elif "inputs" in first:
-        client.log_inputs(run_id, [_dataset(each) for each in first["inputs"]])
-    elif "artifact" in first:
-        if journal.file_of(first).is_file():
-            client.log_artifact(run_id, str(journal.file_of(first)), first.get("folder"))
-        if first.get("table"):
-            _announce_table(client, run_id, str(first["table"]))
-    elif first.get("status") == "RUNNING":
-        client.update_run(run_id, status="RUNNING")
-    elif "status" in first:
-        client.set_terminated(run_id, first["status"], end_time=first["time"])
-
-
-def _dataset(given: Mapping[str, str]) -> DatasetInput:
-    source = json.dumps({"uri": given["source"]})
-    dataset = Dataset(given["name"], given["digest"], source_type="local", source=source)
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", given["context"])])
-
-
-def _announce_table(client: MlflowClient, run_id: str, name: str) -> None:
-    """Have MLflow's page show a file as a table."""
-    tag = "mlflow.loggedArtifacts"
-    known = json.loads(client.get_run(run_id).data.tags.get(tag, "[]"))
-    if (entry := {"path": name, "type": "table"}) not in known:
-        client.set_tag(run_id, tag, json.dumps([*known, entry]))
 
 
 def _leave_out_taken(client: MlflowClient, journal: RunJournal) -> None:
@@ -256,13 +208,8 @@ def _leave_out_taken(client: MlflowClient, journal: RunJournal) -> None:
             record["metrics"] = {k: v for k, v in record["metrics"].items() if (k, step) not in there}
 
 
-def _is_refusal(error: MlflowException) -> bool:
-    """Return whether the store itself refuses a record; a 400 without JSON is from a proxy before it, and may pass."""
-    return error.error_code in REFUSED and (error.error_code != "BAD_REQUEST" or isinstance(error, RestException))
-
-
 def _is_deleted(client: MlflowClient, run_id: str, error: MlflowException) -> bool:
-    if not _is_refusal(error):
+    if not is_refusal(error):
         return False
     return bool(client.get_run(run_id).info.lifecycle_stage == "deleted")
 
@@ -273,7 +220,3 @@ def _name(record: Record) -> str:
     )
     held = record.get(kind)
     return f"{kind} {', '.join(held) if isinstance(held, dict) else held}"[:200]
-
-
-def _parts(rows: Sequence[Row], size: int) -> Iterable[list[Row]]:
-    return (list(rows[first : first + size]) for first in range(0, len(rows), size))

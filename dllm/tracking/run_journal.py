@@ -160,21 +160,27 @@ class RunJournal:
         self._written = self._taken = 0
         self._points: set[tuple[str, int]] = set()
         self._params: set[str] = set()
+        for line in self._lines():
+            if "head" in line:
+                self.head = line["head"]
+            elif "taken" in line:
+                self._taken = line["taken"]
+            else:
+                self._take_in(line)
+        del self.pending[: self._taken]
+        self.in_doubt = bool(self.pending)
+
+    def records(self) -> list[Record]:
+        """Read everything that was logged, taken or not."""
+        return [line for line in self._lines() if "head" not in line and "taken" not in line]
+
+    def _lines(self) -> list[Record]:
         self._file.seek(0)
         whole = self._file.read()
         end = whole.rfind(b"\n") + 1
         if end < len(whole):  # cut short by a kill
             self._file.truncate(end)
-        for text in whole[:end].splitlines():
-            line = _parse(text)
-            if "head" in line:
-                self.head = line["head"]
-            elif "taken" in line:
-                self._taken = line["taken"]
-            elif line:
-                self._take_in(line)
-        del self.pending[: self._taken]
-        self.in_doubt = bool(self.pending)
+        return [line for line in map(_parse, whole[:end].splitlines()) if line]
 
     def _take_in(self, record: Record) -> None:
         self._written += 1

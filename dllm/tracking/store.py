@@ -156,7 +156,9 @@ def _judge(uri: str, status: int, text: str) -> DllmError | None:
     except (ValueError, RecursionError):
         said = None
     if status == 200 and isinstance(said, dict) and said.keys() <= {"experiments", "next_page_token"}:
-        return None
+        if said.get("experiments") or _has_version(uri):
+            return None
+        said = None
     detail = _detail(said, text)
     if status == 401:
         hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
@@ -171,6 +173,12 @@ def _judge(uri: str, status: int, text: str) -> DllmError | None:
         return ServerError(f"the server speaks https ({status}): {detail}", where=uri, hint="write https://")
     hint = f"check host, port and path in {VARIABLE}, {OR_UNSET}"
     return ServerError(f"what responds is no MLflow server ({status}): {detail}", where=uri, hint=hint)
+
+
+def _has_version(uri: str) -> bool:
+    """Return whether a server that shows no experiment is MLflow all the same: this login may see none."""
+    reply = http_request(get_default_host_creds(uri), "/version", "GET", raise_on_status=False)
+    return reply.status_code == 200 and re.fullmatch(r"\d+\.\d+[\w.+-]*", reply.text.strip()) is not None
 
 
 def _detail(said: Any, text: str) -> str:

@@ -148,6 +148,38 @@ def test_no_reply_of_a_stranger_loses_a_point(
     assert points(proxy.url, tracker.run_id, ["loss", "back"]) == once(["loss", "back"], range(len(STRANGERS)))
 
 
+POLITE = ("{}", '{"ok": true}', '{"run": {}}', '{"metrics": []}', '{"experiments": []}', '{"run": {"info": {}}}')
+"""What says 200 in JSON to everything: MLflow's client takes it for success."""
+
+
+@pytest.mark.slow
+def test_a_stranger_that_says_yes_to_everything_loses_nothing(root: Path, proxy: FaultyProxy) -> None:
+    (root / "curve.txt").write_text("curve")
+    for body in POLITE:
+        proxy.mode = "up"
+        tracker = MlflowTracker(root, "polite", "train")
+        proxy.reply = _reply("200 OK", "application/json", body)
+        for step in range(4):
+            proxy.mode = "answer" if step in (1, 2) else "up"
+            tracker.log_metrics({"loss": 1.0}, step)
+            if step == 1:
+                tracker.log_params({"lr": 0.1})
+                tracker.log_artifact(root / "curve.txt")
+        proxy.mode = "answer"
+        tracker.finish("FINISHED")
+        for call in (lambda: delivery.synchronize(root), lambda: connect(proxy.url)):
+            with pytest.raises(ServerError, match="is no MLflow server"):
+                call()
+        proxy.mode = "up"
+        delivery.synchronize(root)
+        assert points(proxy.url, tracker.run_id, ["loss"]) == once(["loss"], range(4)), body
+        client = connect(proxy.url)
+        run = client.get_run(tracker.run_id)
+        assert run.info.status == "FINISHED" and run.data.params == {"lr": "0.1"}
+        assert [file.path for file in client.list_artifacts(tracker.run_id)] == ["curve.txt"]
+        assert not list((root / FOLDER).iterdir())
+
+
 @pytest.mark.slow
 def test_a_locked_database_costs_no_point_and_no_status(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tracker = MlflowTracker(root, "locked", "train")

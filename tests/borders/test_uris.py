@@ -158,6 +158,8 @@ REPLIES = [
     (200, b'{"hello": 1}', "is no MLflow server"),
     (200, b"[1]", "is no MLflow server"),
     (200, b"", "is no MLflow server"),
+    (200, b"{}", "is no MLflow server"),
+    (200, b'{"experiments": []}', "is no MLflow server"),
     (200, b"[" * 50_000, "is no MLflow server"),
     (200, b"\xff\xfe\x00", "is no MLflow server"),
     (404, b'{"detail": "Not Found"}', r"is no MLflow server \(404\): Not Found"),

@@ -9,6 +9,7 @@ from dllm.tracking import delivery
 from dllm.tracking import mlflow_runs as tracking
 from dllm.tracking.mlflow_runs import MlflowTracker
 from dllm.tracking.run_journal import RunJournal
+from dllm.tracking.sending import VALUE_CHARS
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_a_run_keeps_all_it_is_told(root: Path) -> None:
     assert run.info.status == "FINISHED" and run.info.run_name == "train"
     assert run.data.metrics == {"loss": 1.0, "lr": 0.1}
     assert run.data.params["train.optimizer.lr"] == "0.1" and run.data.params["train.p149"] == "149"
-    assert len(run.data.params["long"]) == delivery.VALUE_CHARS
+    assert len(run.data.params["long"]) == VALUE_CHARS
     assert run.data.tags["dllm.stage"] == "train"
     folder = root / "mlartifacts" / "kept" / tracker.run_id / "artifacts"
     assert (folder / "plots" / "curve.txt").read_text() == "curve"
