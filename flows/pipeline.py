@@ -19,9 +19,9 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
-from dllm.config.load import read_yaml
+from dllm.config.load import load_params, read_yaml
 from dllm.errors import ConfigError, DllmError
-from dllm.stages import STAGES
+from dllm.stages import STAGES, outside_data
 from dllm.stages import workspace as contract
 from dllm.stages.records import read_record
 from flows import artifacts, checkouts
@@ -125,10 +125,13 @@ def _run_stages(place: Place, request: Request) -> None:
     if request.force:
         for stage in stages:
             contract.forget(place.root, stage)
+    changed = outside_data.changed(load_params(place.root / "params.yaml"), place.root) if "prepare" in stages else []
+    if changed:
+        get_run_logger().info("prepare: run again, since %s has changed outside data/", ", ".join(changed)[:200])
     tasks = {"prepare": prepare, "regenerate": regenerate, "train": train, "evaluate": evaluate}
     for stage, run_stage in tasks.items():
         if stage in stages or request.checkout is not None:  # a checkout has nothing yet: DVC restores it
-            run_stage(place, request.force and stage in stages)
+            run_stage(place, (request.force and stage in stages) or (stage == "prepare" and bool(changed)))
         else:
             read_record(place.root, stage, "run.json")
     if request.register:

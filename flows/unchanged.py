@@ -15,6 +15,7 @@ from typing import Any
 
 from dllm.config.load import load_params, params_digest
 from dllm.errors import DllmError
+from dllm.stages import outside_data
 from dllm.stages.records import read_record
 from dllm.stages.schema import SCHEMA
 from dllm.tracking.address import sqlite_path, tracking_uri
@@ -35,6 +36,8 @@ def is_unchanged(root: Path) -> bool:
         )
         params = load_params(root / "params.yaml")
         store = sqlite_path(tracking_uri(root))
+        if outside_data.changed(params, root):
+            return False
         if is_behind(root) or store is None or not _has_version(store, made):
             return False
     except (DllmError, OSError, sqlite3.Error):

@@ -16,7 +16,7 @@ from dllm.config.params import Params
 from dllm.outside import one_line
 from dllm.prompts import references, sets, sources, stream
 from dllm.prompts import table as prompts
-from dllm.stages import preflight
+from dllm.stages import outside_data, preflight
 from dllm.stages.workspace import open_stage
 
 HEADLINE = ("prompts", "train", "heldout", "duplicates", "refused", "references")
@@ -56,8 +56,12 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         references.write_references(known, stage.work / references.FILE)
         counts["references"] = len(known)
         headline = {name: counts[name] for name in HEADLINE}
+        outside = outside_data.files(params, root)
+        stage.record[outside_data.RECORD] = outside_data.stamps(outside)
         stage.record["read"] = {name: tally.to_json() | tally.reading.to_json() for name, tally in tallies.items()}
         stage.publish({name: stage.work / name for name in (prompts.FILE, references.FILE)}, counts, headline=headline)
+    for name in outside_data.source_names(params, root):
+        print(f"prepare: {one_line(name)}: {outside_data.NOTE}")
     for name, tally in counts["sources"].items():
         refused = "".join(f", {n} refused: {reason}" for reason, n in tally["refused"].items())
         print(
