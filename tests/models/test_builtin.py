@@ -6,12 +6,12 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import SafetensorError
 
 from dllm.config.params import Target
 from dllm.errors import ModelError, StageError
 from dllm.models import builtin, targets
+from dllm.models.precision import compute_dtype
 from dllm.prompts import template as chat
 
 CHAT = [{"role": "user", "content": "Natalia sold 48 clips. What is 12 + 35?"}]
@@ -37,7 +37,7 @@ def test_tiny_is_the_same_every_time(cache: Path, monkeypatch: pytest.MonkeyPatc
 def test_tiny_is_small_tied_and_speaks_chat(cache: Path) -> None:
     model, tokenizer = targets.load_target(TINY), targets.load_tokenizer(TINY)
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
-    assert model.dtype == torch.bfloat16 and not model.training
+    assert model.dtype == compute_dtype(TINY.dtype, "cpu") and not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
