@@ -29,6 +29,7 @@ from dllm.outside import MAX_LINE, one_line
 from dllm.process import signals
 from dllm.process.git_hooks import leave_hook
 from dllm.process.huge_pages import restart_with_huge_pages
+from dllm.process.openmp import spin_briefly
 from dllm.process.output import open_closed, outlive_readers
 from dllm.process.parent import follow_parent
 from dllm.process.proxies import bypass_for_loopback
@@ -168,6 +169,7 @@ def _read_utf8() -> None:
 
 if __name__ == "__main__":
     _read_utf8()
+    spin_briefly()
     if WITH_MODELS & set(sys.argv[1:2]):
         restart_with_huge_pages()
     main()

@@ -233,7 +233,10 @@ class _Relay:
         print(f"\n== {stage} ==", flush=True)
 
     def __call__(self, line: str) -> None:
+        self._record(line)
         _stop_if_suspended()
+
+    def _record(self, line: str) -> None:
         if DVC_CHATTER.match(line):
             return
         is_progress = bool(PROGRESS.search(line))

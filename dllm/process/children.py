@@ -206,7 +206,8 @@ class _Child:
         sinks: Sequence[Callable[[str], object]],
     ) -> None:
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self._grace_s, self._sinks = grace_s, (self._tail.append, *sinks)
+        self._grace_s = grace_s
+        self._sinks: list[Callable[[str], object]] = [self._tail.append, *sinks]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._partial = ""
         self._reader: threading.Thread | None = None
@@ -257,8 +258,8 @@ class _Child:
         return self
 
     def __exit__(self, kind: object, error: object, _: object) -> None:
-        if isinstance(error, OSError):  # a sink has failed, and would again before the child is stopped
-            self._sinks = self._sinks[:1]
+        if error is not None:  # of a sink, it may be, which would raise again before the child has ended
+            self._sinks = [self._tail.append, *map(_without_errors, self._sinks[1:])]
         if not self.ended:
             with contextlib.suppress(ProcessLookupError):
                 self._process.terminate()
@@ -314,6 +315,16 @@ class _Child:
         for line in map(hide, lines):
             for sink in self._sinks:
                 sink(line)
+
+
+def _without_errors(sink: Callable[[str], object]) -> Callable[[str], None]:
+    """Return a sink that passes over what another raises; that may be Prefect's signals, which are no Exception."""
+
+    def pass_on(line: str) -> None:
+        with contextlib.suppress(BaseException):
+            sink(line)
+
+    return pass_on
 
 
 def children() -> set[psutil.Process]:

@@ -104,6 +104,38 @@ def test_whatever_leaves_the_block_stops_the_background_child(error: type[BaseEx
     assert child.ended
 
 
+class Suspended(BaseException):
+    """As Prefect's signals are."""
+
+
+@pytest.mark.parametrize("error", [Suspended, OSError])
+def test_a_log_that_raises_at_every_line_is_left_only_after_the_child(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    code = f"""
+import signal, time
+def end(*_):
+    print("saving", flush=True)
+    time.sleep(1)
+    print("saved", flush=True)
+    open({str(tmp_path / "saved")!r}, "w").close()
+    raise SystemExit
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(60)
+"""
+    lines: list[str] = []
+
+    def log(line: str) -> None:
+        lines.append(line)
+        raise error
+
+    with pytest.raises(error):
+        process.run(python(code), log=log)
+    assert (tmp_path / "saved").exists()
+    assert lines == ["ready", "saving", "saved"]
+
+
 def test_stop_children_spares_those_named() -> None:
     spared = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     bystanders = process.children()
