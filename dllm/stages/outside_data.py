@@ -56,7 +56,7 @@ def changed(params: Params, root: Path) -> list[str]:
         ]
         return sorted({*different, *(before.keys() - now.keys())})
     except (DllmError, OSError):
-        return []  # the stage says what is wrong
+        return []  # a whole source is gone: who has pulled the results needs none, and the stage names it when it runs
 
 
 def _unwatched(source: Source, root: Path) -> dict[str, Path]:

@@ -27,6 +27,7 @@ def test_the_users_settings_are_left(given: dict[str, str], expected: str) -> No
     assert done.stdout.split() == [expected], done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has GNU's OpenMP on Linux")
 def test_a_verb_sets_it_before_torch_loads() -> None:
     """OMP_DISPLAY_ENV makes libgomp print its settings when it loads."""
     environment = {key: value for key, value in os.environ.items() if key not in (openmp.SPINS, openmp.POLICY)}
@@ -44,6 +45,4 @@ def test_a_verb_sets_it_before_torch_loads() -> None:
         "builtin:tiny",
     ]
     said = subprocess.run(argv, env=environment, capture_output=True, text=True).stderr
-    if "GOMP_SPINCOUNT" not in said:
-        pytest.skip("torch's OpenMP is not GNU's, or the verb ended before it loaded")
     assert f"GOMP_SPINCOUNT = '{openmp.COUNT}'" in said
