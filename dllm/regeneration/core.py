@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from dllm.digests import unsealed
-from dllm.engines.engine import Engine, Response, request_origin
+from dllm.engines.engine import Engine, request_origin
 from dllm.errors import LONGEST_HINT, DataError, ServerError, StageError
 from dllm.files import atomic_write, is_unreadable
 from dllm.outside import MAX_LINE, one_line, parse_json
 from dllm.progress import Progress
 from dllm.prompts.table import Prompt
+from dllm.regeneration.call_stats import CallStats
 from dllm.regeneration.rollout import RolloutConfig, num_samples, split_turns
 from dllm.regeneration.scheduler import Scheduler
 from dllm.regeneration.store import ShardStore
@@ -102,14 +103,14 @@ def regenerate(job: Job) -> Regenerated:
 
 
 def _regenerate(job: Job) -> Regenerated:
-    before = _read_served(job.work)
+    before, nothing = _read_served(job.work), CallStats(job.config.settings.max_new_tokens)
     if job.turns == 0:
-        return _collect(ShardStore(job.work / _new_folder({})), {}, _CallStats())
+        return _collect(ShardStore(job.work / _new_folder({})), {}, nothing)
     with contextlib.ExitStack() as stack:
         if before is not None:
             store, feed = stack.enter_context(_feeding(job, before["folder"]))
             if not feed.prime():
-                return _collect(store, before["served"], _CallStats())
+                return _collect(store, before["served"], nothing)
         engine = stack.enter_context(job.open_engine())
         served = engine.describe()
         if before is None or not _is_same_model(served, before["served"]):
@@ -127,7 +128,7 @@ def _regenerate(job: Job) -> Regenerated:
             folder, is_missing_some = before["folder"], True
         note = {"folder": folder, "served": served}
         atomic_write(job.work / SERVED, json.dumps(hide_in(note), sort_keys=True, default=str).encode())
-        stats = _generate(job, engine, feed, store) if is_missing_some else _CallStats()
+        stats = _generate(job, engine, feed, store) if is_missing_some else nothing
     return _collect(store, served, stats)
 
 
@@ -209,18 +210,6 @@ def write_records(regenerated: Regenerated, manifest: dict[str, Any]) -> dict[st
     return {name: folder / name for name in names}
 
 
-@dataclass
-class _CallStats:
-    """Figures of one call."""
-
-    asked: int = 0
-    responses: int = 0
-    tokens: int = 0
-    """Of finished responses."""
-    seconds: float = 0.0
-    tokens_per_s: float = 0.0
-
-
 @contextlib.contextmanager
 def _feeding(job: Job, folder: str) -> Iterator[tuple[ShardStore, Scheduler]]:
     settings = job.config.settings
@@ -230,29 +219,22 @@ def _feeding(job: Job, folder: str) -> Iterator[tuple[ShardStore, Scheduler]]:
         yield store, feed
 
 
-def _generate(job: Job, engine: Engine, feed: Scheduler, store: ShardStore) -> _CallStats:
+def _generate(job: Job, engine: Engine, feed: Scheduler, store: ShardStore) -> CallStats:
     done = store.turns_done + store.responses_kept()
     if done:
         print(f"regenerate: {done} of {job.turns} responses are there already", file=sys.stderr, flush=True)
-    stats, pace = _CallStats(), engine.stats
-    began = tracked = time.monotonic()
+    stats, pace, tracked = CallStats(job.config.settings.max_new_tokens), engine.stats, time.monotonic()
     with Progress("regenerate", total=job.turns, unit="responses", initial=done) as progress:
         for outcome in engine.answer(feed):
             settled = 0
             if outcome is not None:
                 settled = feed.settle(outcome)
-                stats.asked += 1
-                if isinstance(outcome, Response):
-                    stats.responses += 1
-                    stats.tokens += len(outcome.token_ids)
-            now = time.monotonic()
-            stats.seconds = now - began
-            stats.tokens_per_s = max(pace.tokens, stats.tokens) / max(stats.seconds, 1e-3)
-            left_s = _left_s(stats, pace.tokens, job.turns - progress.done - settled)
+            stats.add(outcome, pace.tokens)
+            left_s = stats.left_s(job.turns - progress.done - settled)
             live = {"tokens/s": round(stats.tokens_per_s, 1), "in flight": pace.in_flight, "retries": pace.retries}
             progress.update(settled, left_s, **live)
-            if now - tracked >= TRACK_EVERY_S:
-                tracked = now
+            if time.monotonic() - tracked >= TRACK_EVERY_S:
+                tracked = time.monotonic()
                 figures = {name.replace("/", "_per_").replace(" ", "_"): value for name, value in live.items()}
                 done_now = int(progress.done)
                 job.tracker.log_metrics({"answers": done_now, **figures, "servers_up": pace.servers_up}, step=done_now)
@@ -262,16 +244,7 @@ def _generate(job: Job, engine: Engine, feed: Scheduler, store: ShardStore) -> _
     return stats
 
 
-def _left_s(stats: _CallStats, tokens: int, responses_left: float) -> float | None:
-    """Estimate the time left from tokens; those of unfinished responses count too."""
-    if not stats.responses or not stats.tokens:
-        return None
-    unfinished = max(0, tokens - stats.tokens)
-    tokens_left = responses_left * stats.tokens / stats.responses - unfinished
-    return max(0.0, tokens_left / stats.tokens_per_s)
-
-
-def _collect(store: ShardStore, served: dict[str, Any], stats: _CallStats) -> Regenerated:
+def _collect(store: ShardStore, served: dict[str, Any], stats: CallStats) -> Regenerated:
     entries, counts = [], ManifestCounts()
     for record in store.records():
         entries.append(record.entry)
