@@ -23,11 +23,14 @@ from dllm.errors import ModelError
 
 ATTENTION = "dllm_slots"
 POSITION_MULTIPLE = 16
-"""Positions are allocated, and read, in multiples of it, so that a sum over them has the same order at any length."""
+"""Positions are allocated in multiples of it, so that a sum over them has the same order at any length."""
 
 
 class SlotCache:
     """Keys and values of every slot, with the cache interface that transformers' decoders call.
+
+    A layer's tensors are no longer than the longest row needs, so that they are contiguous: products with a part of a
+    longer tensor take two to six times as long. A change of their length moves each into a spare buffer.
 
     Args:
         layers: number of decoder layers.
@@ -37,21 +40,19 @@ class SlotCache:
     def __init__(self, layers: int, slots: int) -> None:
         self.keys: list[Tensor] = [torch.empty(0)] * layers
         self.values: list[Tensor] = [torch.empty(0)] * layers
-        self.slots, self.positions, self.seen = slots, 0, 0
+        self.slots, self.positions, self.reserved = slots, 0, 0
         self.prompts: list[tuple[list[int], slice]] | None = None
         self.at: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+        self._spare_N = torch.empty(0)
 
     def reserve(self, positions: int) -> None:
-        """Allocate at least `positions` per slot, and keep what is stored."""
-        if positions <= self.positions:
-            return
-        self.positions = -(-positions // POSITION_MULTIPLE) * POSITION_MULTIPLE
-        self.keys = [self._grown(old) for old in self.keys]
-        self.values = [self._grown(old) for old in self.values]
+        """Expect rows of up to so many positions: buffers are made for them."""
+        self.reserved = max(self.reserved, _rounded(positions))
 
     def prefill(self, prompts: list[tuple[list[int], slice]]) -> None:
         """Treat the next pass as concatenated prompts: for each its slots (one per sample) and its slice."""
         self.prompts = prompts
+        self._resize(max(self.positions, *(part.stop - part.start for _, part in prompts)))
 
     def decode(self, position_BL: Tensor, device: torch.device) -> Tensor:
         """Treat the next pass as new tokens of every slot; return which positions each does not attend to.
@@ -60,11 +61,12 @@ class SlotCache:
         """
         self.prompts = None
         self.at = (torch.arange(len(position_BL), device=device)[:, None], position_BL.to(device))
-        self.seen = min(self.positions, -(-(int(position_BL.max()) + 1) // POSITION_MULTIPLE) * POSITION_MULTIPLE)
-        return torch.arange(self.seen) > position_BL[..., None]
+        self._resize(int(position_BL.max()) + 1)
+        return torch.arange(self.positions) > position_BL[..., None]
 
     def load(self, slot: int, cache: DynamicCache) -> None:
         """Fill a slot with the keys and values of one sequence."""
+        self._resize(max(self.positions, cache.get_seq_length()))
         for layer, held in enumerate(cache.layers):
             key, value = cast(DynamicLayer, held).keys, cast(DynamicLayer, held).values
             assert key is not None and value is not None
@@ -87,20 +89,18 @@ class SlotCache:
         slots, positions = self.at
         keys[slots, :, positions] = key.transpose(1, 2)
         values[slots, :, positions] = value.transpose(1, 2)
-        return keys[:, :, : self.seen], values[:, :, : self.seen]
+        return keys, values
 
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all other slots."""
-        self.keys = [key[list(slots)] for key in self.keys]
-        self.values = [value[list(slots)] for value in self.values]
         self.slots = len(slots)
+        self._move(list(slots))
 
     def widen(self, slots: int) -> None:
         """Add empty slots, up to `slots` in all."""
-        more = slots - self.slots
-        self.keys = [torch.cat([key, key.new_zeros(more, *key.shape[1:])]) if len(key) else key for key in self.keys]
-        self.values = [torch.cat([v, v.new_zeros(more, *v.shape[1:])]) if len(v) else v for v in self.values]
-        self.slots = slots
+        before, self.slots = self.slots, max(slots, self.slots)
+        if self.slots > before:
+            self._move(list(range(before)))
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Return 0: positions are always passed explicitly."""
@@ -108,15 +108,40 @@ class SlotCache:
 
     def _allocate(self, layer: int, key: Tensor, value: Tensor) -> None:
         if not len(self.keys[layer]):
-            self.keys[layer] = key.new_zeros(self.slots, key.shape[1], self.positions, key.shape[3])
-            self.values[layer] = value.new_zeros(self.slots, value.shape[1], self.positions, value.shape[3])
+            self.keys[layer] = self._empty(key)
+            self.values[layer] = self._empty(value)
 
-    def _grown(self, old: Tensor) -> Tensor:
+    def _resize(self, positions: int) -> None:
+        if _rounded(positions) != self.positions:
+            self.positions = _rounded(positions)
+            self._move(list(range(self.slots)))
+
+    def _move(self, slots: list[int]) -> None:
+        """Give every tensor today's shape, and keep what some slots of it hold."""
+        self.keys = [self._moved(old, slots) for old in self.keys]
+        self.values = [self._moved(old, slots) for old in self.values]
+
+    def _moved(self, old: Tensor, slots: list[int]) -> Tensor:
         if not len(old):
             return old
-        new = old.new_zeros(*old.shape[:2], self.positions, old.shape[3])
-        new[:, :, : old.shape[2]] = old
+        new = self._empty(old)
+        kept = min(self.positions, old.shape[2])
+        new[: len(slots), :, :kept] = old[slots, :, :kept]
+        self._spare_N = old.new_empty(0).set_(old.untyped_storage())
         return new
+
+    def _empty(self, like: Tensor) -> Tensor:
+        """Return a tensor of today's shape; what is not written to it is finite, and never attended to."""
+        heads, size = like.shape[1], like.shape[3]
+        held, buffer_N = self.slots * heads * self.positions * size, self._spare_N
+        if buffer_N.numel() < held or buffer_N.dtype != like.dtype or buffer_N.device != like.device:
+            buffer_N = like.new_zeros(self.slots * heads * max(self.positions, self.reserved) * size)
+        self._spare_N = torch.empty(0)
+        return buffer_N[:held].view(self.slots, heads, self.positions, size)
+
+
+def _rounded(positions: int) -> int:
+    return -(-positions // POSITION_MULTIPLE) * POSITION_MULTIPLE
 
 
 @contextmanager
@@ -146,8 +171,20 @@ def _attend(
     # One token per slot: the R query heads that share a key head become the query's length.
     batch, heads, size = query.shape[0], query.shape[1], query.shape[3]
     grouped = query.view(batch, key.shape[1], heads // key.shape[1], size)
-    mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    mixed = _few_queries(grouped, key, value, mask, scaling)
     return mixed.reshape(batch, 1, heads, value.shape[3]), None
+
+
+def _few_queries(query_BGRE: Tensor, key_BGTE: Tensor, value_BGTE: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Attend with R queries per key head, each batch of products whole.
+
+    torch's fused kernel for CPUs is made for many queries: with three it takes three times as long as plain products.
+    Scores are rounded to the dtype of the queries, as in transformers' eager attention.
+    """
+    if query_BGRE.device.type != "cpu":
+        return F.scaled_dot_product_attention(query_BGRE, key_BGTE, value_BGTE, attn_mask=mask, scale=scaling)
+    scores_BGRT = torch.matmul(query_BGRE, key_BGTE.transpose(2, 3)).float().mul_(scaling).add_(mask)
+    return torch.matmul(scores_BGRT.softmax(-1).to(value_BGTE.dtype), value_BGTE)
 
 
 def _one_prompt(query: Tensor, key: Tensor, value: Tensor, part: slice, scaling: float) -> Tensor:
