@@ -25,6 +25,7 @@ class DatasetEngine:
 
     affects: frozenset[str] = frozenset()
     is_external = False
+    generates = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, enable_thinking: bool | None = None) -> None:
         self.stats = EngineStats()

@@ -125,6 +125,9 @@ class EngineFactory(Protocol):
     is_external: bool
     """Whether servers that run already generate the responses, at addresses in `regenerate.servers`: the target's
     weights need not be on this machine, and a dry run asks the servers what they serve."""
+    generates: bool
+    """Whether a model generates the responses, so that one to the same request can be taken from earlier work; False
+    where they come with the requests."""
 
     def check(self, settings: Regenerate) -> None:
         """Check the settings that this engine depends on, before anything is opened.

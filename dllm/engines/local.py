@@ -56,6 +56,7 @@ class LocalEngine:
 
     affects = frozenset({"batch_size"})
     is_external = False
+    generates = True
 
     def __init__(self, model: Any, tokenizer: Any, stop_ids: set[int], batch_size: int) -> None:
         check_attention(model.config, type(model))

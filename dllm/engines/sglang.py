@@ -58,6 +58,7 @@ class SglangEngine(OpenAIEngine):
 
     affects = frozenset({"served_model", "sglang"})
     is_external = False
+    generates = True
 
     @classmethod
     @contextmanager

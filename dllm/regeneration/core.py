@@ -7,7 +7,6 @@ nothing is missing no engine is started.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 import sys
@@ -22,24 +21,22 @@ from dllm.digests import unsealed
 from dllm.engines.engine import Engine, request_origin
 from dllm.errors import LONGEST_HINT, DataError, ServerError, StageError
 from dllm.files import atomic_write, is_unreadable
-from dllm.outside import MAX_LINE, one_line, parse_json
+from dllm.outside import MAX_LINE, one_line
 from dllm.progress import Progress
 from dllm.prompts.table import Prompt
+from dllm.regeneration import served_note
 from dllm.regeneration.call_stats import CallStats
+from dllm.regeneration.earlier import take_over
 from dllm.regeneration.rollout import RolloutConfig, num_samples, split_turns
 from dllm.regeneration.scheduler import Scheduler
 from dllm.regeneration.store import ShardStore
 from dllm.registry import ENGINES
 from dllm.responses import shards
 from dllm.responses.counts import ManifestCounts
-from dllm.secrets import hide_in
 from dllm.tracking.runs import NullTracker, Tracker
 
-SERVED = "served.json"
 CAUSE = "server-error.txt"
 TRACK_EVERY_S = 10.0
-MODEL_KEYS = ("model", "model_path", "revision", "weight_version", "dtype", "quantization")
-"""Keys of an engine's description that distinguish models."""
 ROOM = 32
 """Rollouts held per decoding slot: a response may take so many times the mean before others wait for it."""
 
@@ -58,6 +55,8 @@ class Job:
     tracker: Tracker = field(default_factory=NullTracker)
     save_seconds: Callable[[], object] = lambda: None
     """Called every ten seconds while responses are generated."""
+    settings: str | None = None
+    """Digest of what the response to a prompt depends on: work of the same one beside `work` is used. None: none is."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +102,9 @@ def regenerate(job: Job) -> Regenerated:
 
 
 def _regenerate(job: Job) -> Regenerated:
-    before, nothing = _read_served(job.work), CallStats(job.config.settings.max_new_tokens)
+    before, nothing = served_note.read(job.work), CallStats(job.config.settings.max_new_tokens)
     if job.turns == 0:
-        return _collect(ShardStore(job.work / _new_folder({})), {}, nothing)
+        return _collect(ShardStore(job.work / served_note.folder_of({})), {}, nothing)
     with contextlib.ExitStack() as stack:
         if before is not None:
             store, feed = stack.enter_context(_feeding(job, before["folder"]))
@@ -113,23 +112,34 @@ def _regenerate(job: Job) -> Regenerated:
                 return _collect(store, before["served"], nothing)
         engine = stack.enter_context(job.open_engine())
         served = engine.describe()
-        if before is None or not _is_same_model(served, before["served"]):
-            folder = _new_folder(served)
+        if before is None or not served_note.is_same_model(served, before["served"]):
+            folder = served_note.folder_of(served)
             if before is not None:
                 print(
-                    f"regenerate: another model responds now ({_model(served)}) than before "
-                    f"({_model(before['served'])}): starting anew",
+                    f"regenerate: another model responds now ({served_note.name_of(served)}) than before "
+                    f"({served_note.name_of(before['served'])}): starting anew",
                     file=sys.stderr,
                     flush=True,
                 )
+            if before is None or not (job.work / folder).exists():
+                _take_over(job, folder, served)
             store, feed = stack.enter_context(_feeding(job, folder))
             is_missing_some = feed.prime()
         else:
             folder, is_missing_some = before["folder"], True
-        note = {"folder": folder, "served": served}
-        atomic_write(job.work / SERVED, json.dumps(hide_in(note), sort_keys=True, default=str).encode())
+        served_note.write(job.work, {"folder": folder, "served": served, "settings": job.settings})
         stats = _generate(job, engine, feed, store) if is_missing_some else nothing
     return _collect(store, served, stats)
+
+
+def _take_over(job: Job, folder: str, served: dict[str, Any]) -> None:
+    """Use what other prompts' work of the same settings and model holds."""
+    if job.settings is None:
+        return
+    folders = served_note.same_work(job.work, job.settings, served)
+    if taken := take_over(folders, job.prompts(), job.config, ShardStore(job.work / folder, job.config.settings.drop)):
+        line = f"regenerate: {taken} of {job.turns} responses are taken from earlier work with the same settings"
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -251,26 +261,3 @@ def _collect(store: ShardStore, served: dict[str, Any], stats: CallStats) -> Reg
         counts += ManifestCounts.from_json(record.entry["counts"])
     pace = (stats.asked, stats.seconds, stats.tokens_per_s)
     return Regenerated(store, entries, counts, served, *pace)
-
-
-def _read_served(work: Path) -> dict[str, Any] | None:
-    try:
-        found = parse_json((work / SERVED).read_bytes())
-        return {"folder": str(found["folder"]), "served": dict(found["served"])}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        if is_unreadable(error):
-            raise
-        return None
-
-
-def _is_same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Compare the keys in both descriptions: a busy server may leave some out."""
-    return all(one[key] == other[key] for key in MODEL_KEYS if key in one and key in other)
-
-
-def _model(served: dict[str, Any]) -> str:
-    return ", ".join(str(served[key]) for key in MODEL_KEYS if key in served)
-
-
-def _new_folder(served: dict[str, Any]) -> str:
-    return f"answers-{hashlib.sha256(_model(served).encode()).hexdigest()[:8]}"

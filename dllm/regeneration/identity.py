@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -56,3 +59,19 @@ def about(settings: Regenerate, target: Target) -> dict[str, Any]:
         "turns": settings.turns,
         "drop": list(settings.drop),
     }
+
+
+def settings_digest(settings: Regenerate, target: Target, identity: Mapping[str, Any]) -> str | None:
+    """Hash what the response to a prompt depends on, and nothing that says which prompts, samples and shards there are.
+
+    None where the responses come with the prompts.
+
+    Args:
+        identity: from `identity`.
+    """
+    if not ENGINES[settings.engine].generates:
+        return None
+    sampling = settings.model_dump(include={"temperature", "top_p", "max_new_tokens", "seed", "turns"})
+    engine = determining(settings).model_dump(include={"engine", *ENGINES[settings.engine].affects})
+    made_of = [dict(identity), sampling, engine, target.model_dump()]
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()[:16]

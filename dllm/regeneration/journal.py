@@ -6,11 +6,13 @@ power failure is removed when the journal is opened again, and generated again; 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -100,6 +102,17 @@ class ResponseJournal:
         if damaged:
             _log.warning("%s: %d damaged lines left out; those responses are generated again", self.path, damaged)
         return self._end
+
+
+def read(path: Path) -> Iterator[Response]:
+    """Read the whole responses of a journal, of two to a key the last; nothing is changed."""
+    responses: dict[str, Response] = {}
+    with path.open("rb") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
+                response = _parse(line)
+                responses[response.key] = response
+    yield from responses.values()
 
 
 def count_damaged(path: Path) -> int:

@@ -52,6 +52,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
             open_engine=lambda: open_engine(params, tokenizer, stage.root),
             tracker=stage.tracker,
             save_seconds=stage.save_seconds,
+            settings=identity.settings_digest(params.regenerate, params.target, stage.record["identity"]),
         )
         return _publish(stage, len(inputs), core.regenerate(job))
 

@@ -50,6 +50,7 @@ class OpenAIEngine:
 
     affects = frozenset({"served_model"})
     is_external = True
+    generates = True
 
     def __init__(
         self, urls: Sequence[str], settings: Regenerate, target: Target, tokenizer: PreTrainedTokenizerBase
