@@ -20,9 +20,14 @@ WORKERS = BIN.parent / "workers"
 """prefect-docker, prefect-kubernetes and their clients; `make test-infra` makes it."""
 OWN = {
     "docker": {"shm_size", "device_requests"},
-    "kubernetes": {"gpus", "shm_size", "grace_period_seconds", "project_claim", "models_claim"},
+    "kubernetes": {
+        *("gpus", "shm_size", "grace_period_seconds", "project_claim", "models_claim"),
+        *("node_selector", "tolerations", "priority_class_name", "image_pull_secrets", "active_deadline_seconds"),
+    },
 }
 """Variables that Prefect's template does not have."""
+LEFT_OUT: dict[str, set[str]] = {"docker": {"privileged", "container_create_kwargs"}, "kubernetes": set()}
+"""Variables of Prefect's template that ours does not have: no stage needs privileges, and ours fills in the other."""
 KINDS = sorted(OWN)
 
 
@@ -48,8 +53,10 @@ def rendered(kind: str) -> dict[str, Any]:
 def test_every_variable_and_field_is_one_of_prefects_own_template(kind: str) -> None:
     base, template = rendered(kind)["base"], ours(kind)
     variables = template["variables"]["properties"].keys()
-    assert variables - base["variables"]["properties"].keys() == OWN[kind]
-    assert template["job_configuration"].keys() <= base["job_configuration"].keys()
+    theirs = base["variables"]["properties"].keys()
+    assert (variables - theirs, theirs - variables) == (OWN[kind], LEFT_OUT[kind])
+    fields, their_fields = template["job_configuration"].keys(), base["job_configuration"].keys()
+    assert fields <= their_fields <= fields | LEFT_OUT[kind]
     used = set(re.findall(r"\{\{ (\w+) \}\}", json.dumps(template["job_configuration"])))
     assert used == variables, "each is used, and none is missing"
 
@@ -79,5 +86,10 @@ def test_kubernetes_takes_the_job_that_the_worker_makes_of_ours(tmp_path: Path) 
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert {"name": "DLLM_HOME", "value": "/project"} in container["env"]
+    pod = job["spec"]["template"]
+    assert pod["spec"]["tolerations"][0]["key"] == "nvidia.com/gpu", "nodes with GPUs have this taint"
+    assert pod["metadata"]["annotations"] == {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
+    assert job["spec"]["backoffLimit"] == 0, "Prefect schedules anew what was evicted"
+    assert not {"nodeSelector", "priorityClassName", "imagePullSecrets"} & pod["spec"].keys(), "not asked for"
     job["spec"]["template"]["spec"]["terminationGracePeriod"] = 1
     assert "terminationGracePeriod" in complaint_about(job, tmp_path)
