@@ -212,7 +212,11 @@ class Workspace:
         self.tracker.log_headline(_figures(headline or {}))
 
     def log(self, metrics: Mapping[str, Any], step: int = 0) -> None:
-        """Send the numbers among the metrics to the MLflow run; a breakdown in one part, which repeats them, is not."""
+        """Send the numbers among the metrics to the MLflow run, those of a breakdown or a section as `SECTION/NAME`.
+
+        Left out are a breakdown in one part, which repeats them, and tables by numbers (throughput by concurrency):
+        each would be a chart with one bar.
+        """
         figures = _figures(metrics)
         repeated = {f"{key}.{only}." for key, parts in metrics.items() if _is_one_part(parts) for only in parts}
         for key in [key for key in figures if any(key.startswith(prefix) for prefix in repeated)]:
@@ -221,7 +225,9 @@ class Workspace:
         sizes = {key: figures.pop(key) for key in self.constants & figures.keys()}
         if sizes:
             self.tracker.log_params({self.name: sizes})
-        self.tracker.log_metrics(figures, step)
+        rows = [key for key in figures if any(part.isdigit() for part in key.split("."))]
+        named = {key.replace(".", "/", 1): value for key, value in figures.items() if key not in rows}
+        self.tracker.log_metrics(named, step)
 
     def _tracked(self) -> Iterator[None]:
         sidecar = self.work / SIDECAR

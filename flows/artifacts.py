@@ -29,6 +29,7 @@ from dllm.registry import METHODS
 from dllm.secrets import HIDDEN, hide, hide_in
 from dllm.stages.records import Records, read_records, trained_method
 from dllm.tracking.address import page
+from dllm.tracking.execution import REPORT
 
 MLFLOW_TOML = Path(__file__).resolve().parents[1] / "mlflow.toml"
 """Has the address of MLflow while `make ui` runs; see infra/gate.py."""
@@ -131,6 +132,8 @@ def summary(rows: Iterable[tuple[str, str]], registered: Mapping[str, Any] | Non
         figures.append(("registered", version))
     lines = ["| figure | value |", "|---|---|"]
     lines += [f"| {markdown(label)} | {markdown(str(value))} |" for label, value in figures]
+    if "register" in runs:
+        lines += ["", f"[Report]({_link(runs['register'], str(REPORT))}): curves, lineage, sample responses."]
     lines += ["", "| stage | MLflow run | seconds |", "|---|---|---|"]
     for stage, run in runs.items():
         link = f"[{markdown(str(run['mlflow_run_id'])[:12])}]({_link(run)})"
@@ -138,10 +141,10 @@ def summary(rows: Iterable[tuple[str, str]], registered: Mapping[str, Any] | Non
     return "\n".join(lines)
 
 
-def _link(run: Mapping[str, Any]) -> str:
+def _link(run: Mapping[str, Any], artifact: str = "") -> str:
     uri = hide(os.environ.get("MLFLOW_TRACKING_URI", "")).replace(f"{HIDDEN}@", "")
     base = uri.rstrip("/") if uri.startswith("http") else local_ui()
-    return page(base, str(run["mlflow_experiment_id"]), str(run["mlflow_run_id"]))
+    return page(base, str(run["mlflow_experiment_id"]), str(run["mlflow_run_id"]), artifact)
 
 
 def local_ui() -> str:

@@ -31,6 +31,8 @@ HELP = {
 """Help text of each stage."""
 IN_RANKS = {"train"}
 """Stages that run as `train.nproc` ranks."""
+REPORTS = "register"
+"""The stage that ends a run of the pipeline: it writes the report, and MLflow keeps it."""
 
 
 app = typer.Typer(
@@ -83,7 +85,12 @@ def _run_stage(name: str, params: Path, overrides: Sequence[str], root: Path) ->
         if not launch.is_rank():
             raise SystemExit(launch.run(sys.orig_argv, checked.train.nproc))  # the ranks run this very command
         launch.note_ranks(checked.train.nproc)
-    importlib.import_module(f"dllm.stages.{name}").run(checked, root)
+    more = {}
+    if name == REPORTS:
+        from dllm.report.page import write_report
+
+        more = {"report": write_report}
+    importlib.import_module(f"dllm.stages.{name}").run(checked, root, **more)
 
 
 for _name in STAGES:
@@ -138,8 +145,7 @@ def report(root: Root = Path(), debug: Debug = False) -> None:
 
     root = root.resolve()
     terminal.print_report(root)
-    run = page.Run.read(root)
-    page.write([run], root / page.FILE, f"dllm: {run.label}")
+    page.write_report(root)
 
 
 @app.command()

@@ -86,6 +86,18 @@ def write(runs: Sequence[Run], path: Path, title: str) -> None:
     atomic_write(path, hide(page).encode(errors="replace"))
 
 
+def write_report(root: Path) -> Path:
+    """Write the page of the run that `root/out` holds, and return its path.
+
+    Raises:
+        StageError: no stage has finished there.
+        DataError: a record is not JSON.
+    """
+    run, path = Run.read(root), root / FILE
+    write([run], path, f"dllm: {run.label}")
+    return path
+
+
 def beside(columns: Sequence[Sequence[tuple[str, str]]]) -> list[tuple[str, list[str]]]:
     """Join the rows of several runs by their labels, in the order of the first; a dash where a run has none."""
     known = [dict(column) for column in columns]

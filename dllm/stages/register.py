@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dllm.config.load import params_digest
 from dllm.config.params import Params
 from dllm.errors import StageError
+from dllm.methods.figures import DASH
 from dllm.methods.method import Method
 from dllm.registry import METHODS
-from dllm.stages.records import check_published, read_record, trained_method
+from dllm.stages.records import check_published, read_record, read_records, trained_method
 from dllm.stages.workspace import open_stage
 from dllm.tracking import model_registry, model_store, provenance
 from dllm.tracking.address import VARIABLE, sqlite_path, tracking_uri, vanishes
+from dllm.tracking.execution import REPORT
 from dllm.workspace import publish_tree
 
 
-def run(params: Params, root: Path) -> dict[str, Any]:
+def run(params: Params, root: Path, report: Callable[[Path], Path] | None = None) -> dict[str, Any]:
     """Register out/train/checkpoint with its evaluation; return name, version, aliases and verdict.
+
+    Args:
+        params: all of params.yaml.
+        root: the project's folder.
+        report: writes the page of the run that `root/out` holds, which MLflow then keeps; None writes none.
 
     Raises:
         ServerError: MLflow cannot be reached.
@@ -75,6 +83,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         folder=staged,
         experiment=params.recipe,
         score_key=score.key,
+        figures=[(label, value) for label, value in method.rows(read_records(root, "metrics.json")) if value != DASH],
     )
     if folder is None:
         shutil.rmtree(staged)
@@ -88,11 +97,16 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         "digest": digest,
         score.key: score.value,
     }
-    return _record(params, root, {"checkpoint": checkpoint}, standing, done.verdict)
+    return _record(params, root, {"checkpoint": checkpoint}, standing, done.verdict, report)
 
 
 def _record(
-    params: Params, root: Path, inputs: dict[str, Path], standing: dict[str, Any], verdict: str
+    params: Params,
+    root: Path,
+    inputs: dict[str, Path],
+    standing: dict[str, Any],
+    verdict: str,
+    report: Callable[[Path], Path] | None,
 ) -> dict[str, Any]:
     """Record the standing of the version in out/register/ and MLflow, unless it is recorded already."""
     if (root / "out" / "register" / "metrics.json").is_file():
@@ -105,6 +119,8 @@ def _record(
         stage.tracker.set_tags({"dllm.model": model, "dllm.verdict": verdict})
         metrics = {**standing, "verdict": verdict}
         stage.publish({}, metrics)
+        if report is not None:
+            stage.tracker.log_artifact(report(root), REPORT.parent.name)
     return metrics
 
 

@@ -98,5 +98,11 @@ def _publish(stage: Stage, publication: Publication, metrics: dict[str, Any], st
     files |= {f"evaluation/{name}": path for name, path in publication.evaluation.items()}
     files |= {"evaluation/files.json": inputs, "training.jsonl": log, "curves.png": picture}
     files |= write_plots("train", stage.work / "plots", training_points(records, curves))
+    compared = [name for figure in curves.values() for name in (figure, f"val_{figure}")]
+    points: dict[int, dict[str, float]] = {}
+    for record in records:  # of training and of validation, which may be at the same step
+        known = {name: record[name] for name in compared if record.get(name) is not None}
+        points.setdefault(record["step"], {}).update(known)
+    stage.tracker.log_curves(points)
     headline = {name: metrics.get(name) for name in (*(f"val_{figure}" for figure in curves.values()), *HEADLINE)}
     stage.publish({**files, **publication.beside}, metrics, step=step, headline=headline)

@@ -57,10 +57,11 @@ def vanishes(path: Path) -> bool:
     )
 
 
-def page(server: str, experiment_id: str, run_id: str = "") -> str:
-    """Return the address of an experiment's runs, or of one run, in MLflow's view for training."""
-    runs = f"{server.rstrip('/')}/#/experiments/{quote(experiment_id)}/runs"
-    return f"{runs}/{quote(run_id)}" if run_id else f"{runs}?workflowType=machine_learning"
+def page(server: str, experiment_id: str, run_id: str = "", artifact: str = "") -> str:
+    """Return the address of an experiment's runs, of one run or of its artifact, in MLflow's view for training."""
+    run = f"/{quote(run_id)}" if run_id else ""
+    more = f"/artifacts/{quote(artifact)}" if artifact else ""
+    return f"{server.rstrip('/')}/#/experiments/{quote(experiment_id)}/runs{run}{more}?workflowType=machine_learning"
 
 
 def is_local(uri: str) -> bool:

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dllm.config import recipe_book
@@ -20,9 +20,12 @@ from dllm.config.load import params_digest
 from dllm.config.params import Params
 from dllm.errors import DllmError
 from dllm.files import atomic_write
+from dllm.tracking.address import page
 from dllm.tracking.runs import Status, flatten
 
 FOLDER = Path("work", "executions")
+REPORT = PurePosixPath("report", "index.html")
+"""Among the artifacts of the run of the last stage: the page of the whole execution."""
 FLOW_RUN, DVC_EXPERIMENT = "DLLM_FLOW_RUN", "DVC_EXP_NAME"
 """Variables that the flow and DVC set: the id of the Prefect flow run, the name of the experiment."""
 
@@ -104,8 +107,11 @@ class Execution:
         """Write the run's description: what is overridden, and which run has which stage."""
         lines = [f"Recipe `{self.params.recipe}`."]
         lines += [f"* `{key}`: `{brief(value)}`" for key, value in overridden(self.params).items()]
-        lines += ["", "| stage | run | |", "|---|---|---|"]
         own = self._read().get("stages", {})
+        if (last := own.get(self.order[-1], {})).get("status") == "FINISHED":
+            at = _link(experiment_id, last["run_id"], str(REPORT))
+            lines += ["", f"[Report]({at}): curves, lineage, sample responses."]
+        lines += ["", "| stage | run | |", "|---|---|---|"]
         for stage in self.order:
             if stage in own:
                 entry, how = own[stage]["run_id"], own[stage]["status"].lower()
@@ -113,7 +119,7 @@ class Execution:
                 entry, how = self.earlier[stage], "unchanged: an earlier run's result"
             else:
                 continue
-            lines.append(f"| {stage} | [{entry[:8]}](#/experiments/{experiment_id}/runs/{entry}) | {how} |")
+            lines.append(f"| {stage} | [{entry[:8]}]({_link(experiment_id, entry)}) | {how} |")
         return "\n".join(lines)
 
     @property
@@ -132,6 +138,11 @@ class Execution:
         for each in stages.values():
             texts += [each.get("run_id"), each.get("status")] if isinstance(each, dict) else [None]
         return record if all(isinstance(text, str) for text in texts) else {}
+
+
+def _link(experiment_id: str, run_id: str, artifact: str = "") -> str:
+    """Return a link within MLflow's pages."""
+    return page("", experiment_id, run_id, artifact).removeprefix("/")
 
 
 def overridden(params: Params) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from dllm.secrets import hide
 from dllm.tracking import delivery
 from dllm.tracking.address import home, is_local, tracking_uri
 from dllm.tracking.execution import Execution
-from dllm.tracking.run_journal import RunJournal, is_open, journal_path
+from dllm.tracking.run_journal import Record, RunJournal, is_open, journal_path
 from dllm.tracking.runs import DatasetInput, Status, flatten
 from dllm.tracking.store import FAULTS, cause_of, connect, faults_in_one_line
 from dllm.tracking.system_metrics import PREFIX, SystemMetrics
@@ -38,6 +38,8 @@ OF_BOTH = ("mlflow.source.git.commit", "dllm.git_dirty", "dllm.no_git_commit", "
 """Tags that a stage's run shares with the one around it."""
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
 NAME_CHARS = 250
+CURVES = "curves"
+"""What the curves of an execution are called before a slash: MLflow draws them as a group of charts."""
 RETRY_AFTER_S = 5.0
 SHARE_OF_TIME = 20.0
 """A try that fails after t seconds is followed by a pause of at least this many t: a store that hangs costs a stage at
@@ -99,19 +101,21 @@ class MlflowTracker:
         self._send()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        self._add(metrics={_name(key): float(value) for key, value in metrics.items()}, step=step)
+        self._add({"metrics": {_name(key): float(value) for key, value in metrics.items()}, "step": step})
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        self._add(params={_name(key): str(value) for key, value in flatten(params).items()})
+        self._add({"params": {_name(key): str(value) for key, value in flatten(params).items()}})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        self._add(tags={_name(key): str(value) for key, value in tags.items()})
+        self._add({"tags": {_name(key): str(value) for key, value in tags.items()}})
 
     def log_inputs(self, inputs: Sequence[DatasetInput]) -> None:
         if inputs:
-            self._add(inputs=[asdict(each) for each in inputs])
+            self._add({"inputs": [asdict(each) for each in inputs]})
 
     def log_headline(self, metrics: Mapping[str, float]) -> None: ...
+
+    def log_curves(self, points: Mapping[int, Mapping[str, float]]) -> None: ...
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         with self._sending:
@@ -132,10 +136,11 @@ class MlflowTracker:
         with self._sending:  # a signal may end the process from a thread, while the main thread sends
             self._finish(status)
 
-    def _add(self, **record: Any) -> None:
+    def _add(self, *records: Record) -> None:
         with self._sending:  # system metrics come from a thread
             if not self._journal.is_closed:
-                self._journal.add(**record)
+                for record in records:
+                    self._journal.add(**record)
                 self._send()
 
     def _finish(self, status: Status, *, is_away: bool = False) -> None:
@@ -227,6 +232,10 @@ class StageTracker(MlflowTracker):
 
     def log_headline(self, metrics: Mapping[str, float]) -> None:
         self.parent.log_metrics({f"{self._execution.stage}.{key}": value for key, value in metrics.items()})
+
+    def log_curves(self, points: Mapping[int, Mapping[str, float]]) -> None:
+        named = ((step, {f"{CURVES}/{key}": value for key, value in at.items()}) for step, at in points.items())
+        self.parent._add(*({"metrics": at, "step": step} for step, at in named))
 
     def finish(self, status: Status) -> None:
         self._system.stop()

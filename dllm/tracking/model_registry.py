@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +21,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from dllm.errors import ModelError, ServerError
+from dllm.outside import markdown
 from dllm.secrets import hide_in
 from dllm.tracking import model_store
 from dllm.tracking.address import VARIABLE, sqlite_path, tracking_uri
@@ -64,6 +65,7 @@ def register(
     folder: Path | None = None,
     experiment: str | None = None,
     score_key: str = "score",
+    figures: Sequence[tuple[str, str]] = (),
 ) -> Registered:
     """Create a version for the checkpoint stored under `digest`, set its aliases, and compare it with the champion.
 
@@ -83,6 +85,7 @@ def register(
         folder: the checkpoint's files; None takes the project's own folder for registered ones.
         experiment: where MLflow lists the checkpoint as a model, too; None lists none.
         score_key: how MLflow calls the score among the model's metrics.
+        figures: labels and values that its description shows.
 
     Raises:
         ServerError: MLflow is out of reach, or the store of the bytes is.
@@ -123,7 +126,7 @@ def register(
             for key, value in facts.items():
                 if known.tags.get(key) != value:
                     client.set_model_version_tag(name, known.version, key, value)
-        text = _description(name, version.version, score_name, tau, tags, target)
+        text = _description(name, version.version, score_name, tau, tags, target, figures)
         if version.description != text:
             client.update_model_version(name, version.version, text)
         verdict = _judge(client, name, client.get_model_version(name, version.version), score_name)
@@ -242,15 +245,35 @@ def _listed(
 
 
 def _description(
-    name: str, version: str | int, score_name: str, tau: float, tags: Mapping[str, str], target: str
+    name: str,
+    version: str | int,
+    score_name: str,
+    tau: float,
+    tags: Mapping[str, str],
+    target: str,
+    figures: Sequence[tuple[str, str]],
 ) -> str:
     reference = f"models:/{name}/{version}"
     lines = [f"{score_name} {abs(tau):.3f} on held-out prompts; git commit {tags.get('dllm.git_commit')}.", ""]
-    lines += ["Trained for:", "", f"    {target}", "", "Load it:", ""]
+    lines += [f"Trained for {_name_of(target)}.", ""]
+    if figures:
+        lines += ["| figure | value |", "|---|---|"]
+        lines += [f"| {markdown(label)} | {markdown(value)} |" for label, value in figures] + [""]
+    lines += ["Load it:", ""]
     lines += [f"    python -m dllm generate --checkpoint {reference} --prompt 'Hello'"]
     lines += [f"    python -m dllm export --checkpoint {reference} --to DIR"]
     lines += [f'    mlflow.artifacts.download_artifacts("{reference}")']
     return "\n".join(lines)
+
+
+def _name_of(target: str) -> str:
+    """Name a target by its model and revision; its identity has digests, too."""
+    try:
+        identity = json.loads(target)
+        model, revision = str(identity["model"]), identity.get("revision")
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        return markdown(target)
+    return markdown(f"{model} at {revision}" if revision else model)
 
 
 def _has_run(client: MlflowClient, run_id: str) -> bool:

@@ -15,7 +15,7 @@ MAY_USE = {
     "files": {"errors"},
     "process": {"errors", "secrets"},
     "config": {"errors", "secrets", "registry", "files"},
-    "tracking": {"errors", "secrets", "progress", "files", "config", "process", "digests"},
+    "tracking": {"errors", "outside", "secrets", "progress", "files", "config", "process", "digests"},
     "workspace": {"errors", "secrets", "files", "process", "tracking", "digests"},
     "digests": {"errors", "outside", "files"},
     "prompts": GROUND,

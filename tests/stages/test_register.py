@@ -8,6 +8,7 @@ import pytest
 from dllm.config.load import params_digest, parse_params
 from dllm.config.params import Params
 from dllm.errors import StageError
+from dllm.report.page import write_report
 from dllm.stages import register
 from dllm.tracking import mlflow_runs as tracking
 from dllm.tracking import model_registry, provenance
@@ -76,6 +77,20 @@ def test_a_checkpoint_becomes_a_version_with_all_that_made_it(params: Params, ro
         "dllm.dvc_lock": provenance.digest(root / "dvc.lock"),
     }
     assert tags.items() >= expected.items()
+    about = tracking.connect(tracking.tracking_uri(root)).get_model_version(params.recipe, "1").description
+    assert "Trained for builtin:tiny." in about and "τ micro" in about and "1.90 |" in about
+
+
+def test_mlflow_keeps_the_report_of_the_run(params: Params, root: Path) -> None:
+    leave(root, "a", 1.9)
+    register.run(params, root, report=write_report)
+    client = tracking.connect(tracking.tracking_uri(root))
+    run_id = json.loads((root / "out" / "register" / "run.json").read_text())["mlflow_run_id"]
+    (folder,) = client.list_artifacts(run_id)
+    (kept,) = client.list_artifacts(run_id, folder.path)
+    assert kept.path == "report/index.html"
+    page = Path(client.download_artifacts(run_id, kept.path, str(root))).read_text()
+    assert f"{params.register_.model_name} version 1 @challenger, @champion" in page
 
 
 def test_doing_it_again_changes_nothing(params: Params, root: Path) -> None:

@@ -36,4 +36,7 @@ def test_a_version_is_not_registered_where_it_would_be_deleted(monkeypatch: pyte
 
 def test_pages_open_in_the_view_for_training() -> None:
     assert page("http://h:1/", "3") == "http://h:1/#/experiments/3/runs?workflowType=machine_learning"
-    assert page("http://h:1", "3", "ab") == "http://h:1/#/experiments/3/runs/ab"
+    assert page("http://h:1", "3", "ab") == "http://h:1/#/experiments/3/runs/ab?workflowType=machine_learning"
+    assert (
+        page("", "3", "ab", "a/b.html") == "/#/experiments/3/runs/ab/artifacts/a/b.html?workflowType=machine_learning"
+    )

@@ -42,7 +42,7 @@ def run_stage(root: Path, params: Params, name: str, *, fails: bool = False) -> 
         run_id = str(stage.tracker.run_id)
         if fails:
             raise ValueError
-        metrics = {"rows": 4, "size": 7, "by_source": {"a": {"rows": 4, "odd": 1}}}
+        metrics = {"rows": 4, "size": 7, "by_source": {"a": {"rows": 4, "odd": 1}}, "by_number": {"16": 3}}
         files = {"prompts.parquet": stage.work / "prompts.parquet"}
         stage.publish(files, metrics, headline={"score": 2.0, "none": None})
     return get(root, run_id)
@@ -66,7 +66,10 @@ def test_stages_of_one_configuration_are_nested_in_one_run(root: Path) -> None:
     assert parent.data.params["train.epochs"] == "7.0"
     assert parent.data.metrics == {"prepare.score": 2.0, "train.score": 2.0}
     assert trained.data.tags["mlflow.source.name"] == "python -m dllm train"
-    assert f"/runs/{prepared.info.run_id}) | finished" in parent.data.tags["mlflow.note.content"]
+    assert (
+        f"/runs/{prepared.info.run_id}?workflowType=machine_learning) | finished"
+        in parent.data.tags["mlflow.note.content"]
+    )
 
 
 def test_what_a_stage_reads_is_a_dataset_under_the_digest_of_dvc(root: Path) -> None:
@@ -82,9 +85,34 @@ def test_what_a_stage_reads_is_a_dataset_under_the_digest_of_dvc(root: Path) -> 
         assert [tag.value for tag in read.tags] == ["training"]
 
 
+def test_the_curves_of_an_execution_are_points_of_the_run_around_its_stages(root: Path) -> None:
+    params = load()
+    with open_stage("train", params, sections=[params.train], root=root) as stage:
+        stage.tracker.log_curves({10: {"loss": 2.0}, 20: {"loss": 1.0, "val_loss": 1.5}})
+        run = get(root, str(stage.tracker.run_id))
+        stage.publish({}, {})
+    around = parent_of(root, run).info.run_id
+    client = tracking.connect(tracking.tracking_uri(root))
+    history = {name: client.get_metric_history(around, f"curves/{name}") for name in ("loss", "val_loss")}
+    points = {name: [(point.step, point.value) for point in found] for name, found in history.items()}
+    assert points == {"loss": [(10, 2.0), (20, 1.0)], "val_loss": [(20, 1.5)]}
+    assert run.data.metrics == {}
+
+
+def test_the_description_links_the_report_once_the_last_stage_has_ended(tmp_path: Path) -> None:
+    execution = Execution(tmp_path, load(), "train", STAGES)
+    execution.note("a", "s", "b", "RUNNING")
+    assert "Report" not in execution.describe("1")
+    execution.note("a", "s", "b", "FINISHED")
+    assert (
+        "[Report](#/experiments/1/runs/b/artifacts/report/index.html?workflowType=machine_learning)"
+        in execution.describe("1")
+    )
+
+
 def test_sizes_are_parameters_and_a_breakdown_in_one_part_is_not_repeated(root: Path) -> None:
     run = run_stage(root, load(), "prepare")
-    assert run.data.metrics == {"rows": 4.0, "by_source.a.odd": 1.0}
+    assert run.data.metrics == {"rows": 4.0, "by_source/a.odd": 1.0}
     assert run.data.params["prepare.size"] == "7"
 
 

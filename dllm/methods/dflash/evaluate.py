@@ -284,9 +284,13 @@ def _write(ctx: EvaluateContext, pairs: Sequence[Pair], metrics: dict[str, Any],
         pq.write_table(pa.table(columns), file)
     logged = metrics if pairs else shown
     offsets = zip(logged["acceptance_by_offset"], logged["conditional_acceptance_by_offset"], strict=True)
+    points = {}
     for k, (accepted, conditional) in enumerate(offsets, start=1):
         both = {"acceptance_at_offset": accepted, "conditional_acceptance_at_offset": conditional}
-        ctx.tracker.log_metrics({name: value for name, value in both.items() if value is not None}, k)
+        known = {name: value for name, value in both.items() if value is not None}
+        ctx.tracker.log_metrics(known, k)
+        points[k] = known
+    ctx.tracker.log_curves(points)
     ctx.tracker.log_table(columns, "prompts.json")
     ctx.tracker.log_artifact(curves)
     files = {path.name: path for path in (curves, rows, ctx.work / samples.FILE)}

@@ -239,9 +239,13 @@ def _write(ctx: EvaluateContext, table: dict[str, list[Any]], metrics: dict[str,
     with rows.open("wb") as file:
         pq.write_table(pa.table(table), file)
     curve.draw(metrics, picture)
+    points = {}
     for level in metrics["by_noise_level"]:
         if level["accuracy"] is not None:
             at_noise = {"accuracy_at_noise": level["accuracy"], "cross_entropy_at_noise": level["cross_entropy"]}
-            ctx.tracker.log_metrics(at_noise, round(100 * level["masked_up_to"]))
+            percent = round(100 * level["masked_up_to"])
+            ctx.tracker.log_metrics(at_noise, percent)
+            points[percent] = at_noise
+    ctx.tracker.log_curves(points)
     headline = {name: metrics[name] for name in HEADLINE if metrics.get(name) is not None}
     return Evaluation(metrics, picture, headline, curve.points(metrics), {rows.name: rows})
