@@ -212,7 +212,7 @@ class Workspace:
         self.tracker.log_headline(_figures(headline or {}))
 
     def log(self, metrics: Mapping[str, Any], step: int = 0) -> None:
-        """Send the numbers among the metrics to the MLflow run, those of a breakdown or a section as `SECTION/NAME`.
+        """Send the numbers among the metrics to the MLflow run.
 
         Left out are a breakdown in one part, which repeats them, and tables by numbers (throughput by concurrency):
         each would be a chart with one bar.
@@ -226,8 +226,7 @@ class Workspace:
         if sizes:
             self.tracker.log_params({self.name: sizes})
         rows = [key for key in figures if any(part.isdigit() for part in key.split("."))]
-        named = {key.replace(".", "/", 1): value for key, value in figures.items() if key not in rows}
-        self.tracker.log_metrics(named, step)
+        self.tracker.log_metrics({key: value for key, value in figures.items() if key not in rows}, step)
 
     def _tracked(self) -> Iterator[None]:
         sidecar = self.work / SIDECAR

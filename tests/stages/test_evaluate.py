@@ -103,7 +103,7 @@ def test_every_figure_is_there_and_agrees_with_the_others(root: Path, draft: DFl
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["tau_micro"] == metrics["tau_micro"]
-    assert run.data.metrics["by_source/code.prompts"] == 2
+    assert run.data.metrics["by_source.code.prompts"] == 2
     history = client.get_metric_history(run_id, "acceptance_at_offset")
     assert [(m.step, m.value) for m in history] == list(enumerate(metrics["acceptance_by_offset"], start=1))
     assert {"evaluation.png", "acceptance.json", "prompts.json"} <= {f.path for f in client.list_artifacts(run_id)}

@@ -68,7 +68,7 @@ def test_results_appear_whole_with_their_records(params: Params, tmp_path: Path)
     assert run["seconds"] > 0 and run["started"] and run["libraries"]["python"] and run["host"]["name"]
     assert status_of(run["mlflow_run_id"]) == "FINISHED"
     logged = tracking.connect(tracking.tracking_uri(tmp_path)).get_run(run["mlflow_run_id"]).data
-    assert logged.metrics == {"rows": 4.0, "per/x": 0.5, "nan": pytest.approx(float("nan"), nan_ok=True)}
+    assert logged.metrics == {"rows": 4.0, "per.x": 0.5, "nan": pytest.approx(float("nan"), nan_ok=True)}
     assert logged.params["prepare.heldout_fraction"] == "0.1"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["prepare"], "nothing is left aside"
 

@@ -112,7 +112,7 @@ def test_the_description_links_the_report_once_the_last_stage_has_ended(tmp_path
 
 def test_sizes_are_parameters_and_a_breakdown_in_one_part_is_not_repeated(root: Path) -> None:
     run = run_stage(root, load(), "prepare")
-    assert run.data.metrics == {"rows": 4.0, "by_source/a.odd": 1.0}
+    assert run.data.metrics == {"rows": 4.0, "by_source.a.odd": 1.0}
     assert run.data.params["prepare.size"] == "7"
 
 
