@@ -7,11 +7,14 @@ reach them. urllib, requests, httpx, aiohttp and websockets all read NO_PROXY, a
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import os
+import socket
 from urllib.parse import urlsplit
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1", "127.0.0.0/8")
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "127.0.0.0/8")
 """Names as NO_PROXY has them; requests alone reads a network."""
+ALIASES = ("localhost", "ip6-localhost", "ip6-loopback")
 SOCKS_SCHEMES = {"socks5", "socks5h"}
 
 
@@ -22,6 +25,19 @@ def bypass_for_loopback() -> None:
     names = [name.strip() for key in ("no_proxy", "NO_PROXY") for name in os.environ.get(key, "").split(",")]
     joined = ",".join(dict.fromkeys(name for name in [*names, *LOOPBACK] if name))
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*" if "*" in names else joined  # programs read one or the other
+
+
+def is_this_machine(host: str) -> bool:
+    """Return whether an address is this machine's own: loopback, every address (0.0.0.0), or its name."""
+    host = host.rstrip(".").lower()
+    if host in ALIASES or host.endswith(".localhost") or host == socket.gethostname().lower():
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
 
 
 def drop_unusable() -> list[str]:

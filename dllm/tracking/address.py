@@ -115,7 +115,7 @@ def _check_http(uri: str) -> None:
 def _check_path(uri: str) -> None:
     """Refuse what MLflow would take for a folder: an address without a scheme, a database's file, an old store."""
     where = f"{VARIABLE}={uri}"
-    path = Path(unquote(urlsplit(uri).path) if uri.startswith("file:") else uri)
+    path = Path(unquote(urlsplit(uri).path) if uri.startswith("file:") else re.sub("^sqlite:/*", "", uri))
     if path.suffix in (".db", ".sqlite", ".sqlite3"):
         hint = f"write {sqlite_uri(path.absolute())}, {OR_UNSET}"
         raise ConfigError("a database's file needs its scheme", where=where, hint=hint)

@@ -4,6 +4,7 @@ import asyncio
 import http.server
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dllm.engines.openai.servers import Server
 from dllm.process.proxies import LOOPBACK, bypass_for_loopback, drop_unusable
 from tests.flows.conftest import Project, copy_project, prefect_home
 
@@ -104,6 +106,16 @@ def test_what_stood_there_stays_and_twice_is_as_once(names: list[str]) -> None:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+OWN = ["127.0.0.2", "0.0.0.0", "[::1]", "[::]", "[::ffff:127.0.0.1]", "localhost.", "a.localhost", "ip6-localhost"]
+
+
+@pytest.mark.parametrize("host", [*OWN, socket.gethostname()])
+def test_servers_on_this_machine_are_asked_without_a_proxy(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://{DEAD}")
+    assert Server.at(f"http://{host}:8000/v1").proxy is None
+    assert Server.at("http://192.0.2.1:8000/v1").proxy == f"http://{DEAD}"
 
 
 def test_without_a_proxy_nothing_is_set() -> None:

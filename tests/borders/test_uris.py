@@ -95,6 +95,7 @@ ADDRESSES = {
     "file:///srv/mlruns": "mlflow migrate-filestore",
     "file:mlruns": "mlflow migrate-filestore",
     "runs/mlflow.db": "write sqlite:///",
+    "sqlite:mlflow.db": "write sqlite:////[^:]*/mlflow.db",
     "ftp://host/x": "keeps no runs at ftp://",
     "s3://bucket/x": "keeps no runs at s3://",
     "databricks-uc": "keeps no runs",

@@ -12,10 +12,10 @@ from typing import Literal
 from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 from dllm.errors import ConfigError
+from dllm.process.proxies import is_this_machine
 
 URL_VARIABLE = "DLLM_TARGET_URL"
 KEY_VARIABLE = "OPENAI_API_KEY"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _HINT = f"set it, or {URL_VARIABLE}, to an address such as http://127.0.0.1:30000/v1"
 
 
@@ -114,9 +114,9 @@ def without_credentials(url: str) -> str:
 
 
 def _proxy(url: SplitResult) -> str | None:
-    """Find the environment's http proxy for an address; loopback has none."""
-    host = url.hostname or ""
-    if host in LOOPBACK or urllib.request.proxy_bypass(host):
+    """Find the environment's http proxy for an address; this machine's own addresses have none."""
+    host = (url.hostname or "").rstrip(".")
+    if is_this_machine(host) or urllib.request.proxy_bypass(host):
         return None
     found = urllib.request.getproxies().get(url.scheme)
     if found and "://" not in found:
