@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from dllm.config.params import Source
 from dllm.errors import DataError
 from dllm.outside import JsonError, one_line, parse_json
+from dllm.prompts.cells import as_turns
 from dllm.prompts.tools import JsonCell, to_tools
-from dllm.prompts.turns import ROLES, Unusable, as_turns
+from dllm.prompts.turns import ROLES, Unusable
 
-CHATS = ("messages", "conversations")
 REFERENCE = "reference"
 SYSTEMS = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")

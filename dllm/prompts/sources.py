@@ -18,8 +18,9 @@ from dllm.config.params import Source
 from dllm.errors import ConfigError, DataError
 from dllm.outside import one_line
 from dllm.prompts import folder
+from dllm.prompts.cells import CHATS
 from dllm.prompts.readers import KINDS, BadRow, Record, all_records, as_record, kind_of
-from dllm.prompts.reading import CHATS, Reading, UnusedColumn, read_row
+from dllm.prompts.reading import Reading, UnusedColumn, read_row
 from dllm.prompts.tools import shape
 from dllm.prompts.turns import Unusable
 from dllm.registry import SOURCES

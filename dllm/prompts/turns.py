@@ -1,21 +1,21 @@
 """A row's chat, in either of two formats, as a list of messages in OpenAI's form.
 
-Defines what a prompt is: the turns up to the last one by a user or a tool. `sources` reads the rows, `tools` parses
-calls and schemas.
+Defines what a prompt is: the turns up to the last one by a user or a tool. `sources` reads the rows, `cells` finds the
+turns in a cell, `tools` parses calls and schemas.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dllm.errors import DataError
-from dllm.outside import JsonError, is_text, parse_json
+from dllm.outside import is_text
 from dllm.prompts import tools as tooling
+from dllm.prompts.cells import as_turns
 from dllm.prompts.tools import JsonCell, Tools
 
-__all__ = ["Chat", "Message", "Tools", "Unusable", "as_turns", "parse_chat"]
+__all__ = ["Chat", "Message", "Tools", "Unusable", "parse_chat"]
 
 Message = dict[str, Any]
 """One turn: `role` (system, user, assistant or tool) and `content`, a text; where there are any, also `tool_calls` (a
@@ -42,8 +42,6 @@ ROLES = {
 }
 CALL_ROLES = {"function_call"}
 """Roles whose text is a call, written as JSON."""
-_TURN_KEY = re.compile(r"""\s*\[?\s*\{[^{}]{,200}?["'](role|from)["']\s*:""")
-"""The beginning of a chat, or of a turn, that is written as text."""
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 """Types of a content's parts that are text."""
 
@@ -61,46 +59,8 @@ class Chat(NamedTuple):
     """The text of the one assistant turn that follows; None where there is none, several, or one with calls."""
 
 
-def as_turns(value: Any, where: str) -> Any:
-    """Return a chat as a list of turns, or as the bare question that it is.
-
-    Some files hold a chat, or each of its turns, as a text of JSON, and some a list for each key of the turns.
-
-    Raises:
-        DataError: a text begins as a chat in JSON does, and is none.
-    """
-    if isinstance(value, JsonCell):
-        value = value.value if isinstance(value.value, dict | list) else value.raw
-    if isinstance(value, str):
-        value = _from_text(value, "the chat", where)
-    if isinstance(value, Mapping) and value and all(isinstance(each, list) for each in value.values()):
-        count = max(map(len, value.values()))
-        keys = [(key, each) for key, each in value.items() if each]
-        return [{key: each[n] for key, each in keys if n < len(each) and each[n] is not None} for n in range(count)]
-    if isinstance(value, list):
-        return [
-            _from_text(turn, f"turn {number}", where) if isinstance(turn, str) else turn
-            for number, turn in enumerate(value, 1)
-        ]
-    return value
-
-
-def _from_text(text: str, what: str, where: str) -> Any:
-    """Return the turns that a text spells out as JSON; any other text is a question and stays as it is."""
-    if not text.lstrip().startswith(("[", "{")) or not _TURN_KEY.match(text):
-        return text
-    try:
-        value = parse_json(text)
-    except JsonError as error:
-        if str(error).startswith("Extra data"):  # a question that begins with a chat
-            return text
-        raise DataError(f"{what} is a text that begins like JSON, and is not: {error}", where=where) from None
-    turns = value if isinstance(value, list) else [value]
-    return value if all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns) else text
-
-
 def parse_chat(value: Any, tools: Any, where: str) -> Chat:
-    """Parse a chat: OpenAI `role`/`content` or ShareGPT `from`/`value` turns, or a bare string; see `as_turns`.
+    """Parse a chat: OpenAI `role`/`content` or ShareGPT `from`/`value` turns, or a bare string; see `cells`.
 
     Assistant turns after the last turn by a user or a tool are left out, since the target generates that response;
     nothing is asked of them. Earlier ones stay. Calls without an id get one, and results without one are assigned to

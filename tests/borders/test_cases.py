@@ -12,6 +12,9 @@ CASES = {
     "K1 a chat, a turn or a question as a text of JSON": (
         "prompts/test_turns.py::test_a_question_that_looks_like_json_stays_a_text",
         "prompts/test_turns.py::test_a_chat_written_as_text_or_by_key_is_the_same_chat",
+        "prompts/test_cells.py::test_every_text_of_a_chat_gives_its_turns",
+        "prompts/test_cells.py::test_a_question_stays_as_it_is",
+        "prompts/test_cells.py::test_a_damaged_chat_is_no_question",
     ),
     "K2 one content in any container, calls and arguments to any depth": (
         "borders/test_containers.py::test_every_container_gives_the_same_prompts",
