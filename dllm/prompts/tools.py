@@ -22,14 +22,24 @@ Tools = list[dict[str, Any]]
 _SPELT_CALLS = tuple(
     re.compile(start)
     for start in (
-        r"<tool_call>\s*[{<]",  # Hermes, Qwen
+        r"<tool_call>\s*(?:[{<]|[\w.-]+\s*<(?:arg_key>|/tool_call>))",  # Hermes, Qwen, GLM
         r"<functioncall>\s*\{",  # Glaive
         r"<\|python_tag\|>\s*[{<]|<function=\w",  # Llama
+        r"<\uff5ctool▁call▁begin\uff5c>|<\uff5cDSML\uff5cinvoke\s+name=",  # DeepSeek
+        r"<\|tool_call_begin\|>",  # Kimi
+        r"\[TOOL_CALLS\]\s*[\w.-]+\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\]\s*)?\{",  # Mistral since v11
+        r"<\|action_start\|>\s*<\|plugin\|>",  # InternLM
+        # MiniMax, Claude
+        r"(?:<(?:minimax:tool_call|(?:\w+:)?function_calls)>|</(?:\w+:)?invoke>)\s*<(?:\w+:)?invoke\s+name=",
     )
 )
 """Beginnings of a call in text; the first that occurs counts, since one family's may stand inside another's."""
-_SPELT_LIST = re.compile(r"\[TOOL_CALLS\]\s*(\[.*\]|\{.*\})", re.DOTALL)
-"""A list of calls in text, as Mistral spells them."""
+_SPELT_LIST = re.compile(r"(?:\[TOOL_CALLS\]|<TOOLCALL>|<\|tool_call\|>)\s*(\[.*\]|\{.*\})", re.DOTALL)
+"""A list of calls in text, as Mistral, Nemotron, and Granite or Phi spell them."""
+_ARGUMENTS = ("arguments", "parameters", "args", "input", "kwargs", "params")
+"""Names of a call's arguments: OpenAI's, Llama's, LangChain's, Anthropic's, and others."""
+_SCHEMA_NAMES = ("input_schema", "inputSchema")
+"""Other names of a schema's `parameters`: Anthropic's and MCP's."""
 
 
 class JsonCell(NamedTuple):
@@ -125,6 +135,13 @@ def name_calls(messages: list[dict[str, Any]]) -> None:
                 open_calls.remove(id)
 
 
+def to_id(value: Any) -> str | None:
+    """Return a call's id as text, also where it is a number; None where there is none."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) and value else None
+
+
 def shape(value: Any) -> str:
     """Name a value's type for an error message."""
     return "null" if value is None else type(value).__name__
@@ -135,8 +152,9 @@ def _schema(tool: Any, number: int, where: str) -> dict[str, Any]:
         inner = _mapping_of(tool.get("function", tool))
         if isinstance(inner, Mapping) and isinstance(inner.get("name"), str):
             function = {key: value for key, value in inner.items() if key != "type"}
-            if "input_schema" in function and "parameters" not in function:  # Anthropic's name for it
-                function["parameters"] = function.pop("input_schema")
+            for other in _SCHEMA_NAMES:
+                if other in function and function.get("parameters") is None:
+                    function["parameters"] = function.pop(other)
             if "parameters" in function:
                 function["parameters"] = _mapping_of(function["parameters"])
             return {"type": "function", "function": _without_nulls(function)}
@@ -148,19 +166,30 @@ def _call(call: Any, turn: str, where: str) -> dict[str, Any]:
     inner = _mapping_of(call.get("function", call)) if isinstance(call, Mapping) else None
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
         raise DataError(f"{turn} has a call without a `name`", where=where)
-    arguments = inner.get("arguments", inner.get("parameters"))
+    given = [each[key] for each in (inner, call) for key in _ARGUMENTS if each.get(key) is not None]
+    others = [str(key) for each in (inner, call) for key, value in each.items() if _may_be_arguments(key, value)]
+    if others and not given:
+        raise DataError(f"{turn} has a call without arguments, but with {others[0][:40]!r}", where=where)
     # Parsed and written again: the same arguments are the same text from every file.
-    arguments = {} if arguments is None else _mapping_of(arguments)
+    arguments: Any = next((_mapping_of(each) for each in given if not _is_empty(each)), {})
     if isinstance(arguments, Mapping):
         arguments = json.dumps(arguments, ensure_ascii=False, default=str)
     if not isinstance(arguments, str):
         raise DataError(f"{turn} has a call whose arguments are {shape(arguments)}, not a mapping", where=where)
-    id = call.get("id")
     return {
-        "id": id if isinstance(id, str) else "",
+        "id": to_id(call.get("id")) or "",
         "type": "function",
         "function": {"name": inner["name"], "arguments": arguments},
     }
+
+
+def _is_empty(arguments: Any) -> bool:
+    return isinstance(arguments, str) and arguments.strip() in ("", "null")
+
+
+def _may_be_arguments(key: Any, value: Any) -> bool:
+    value = _mapping_of(value)
+    return isinstance(value, Mapping) and bool(value) and key != "function"
 
 
 def _from_json(value: Any, what: str, where: str) -> Any:
