@@ -63,8 +63,8 @@ def parse_chat(value: Any, tools: Any, where: str) -> Chat:
     """Parse a chat: OpenAI `role`/`content` or ShareGPT `from`/`value` turns, or a bare string; see `cells`.
 
     Assistant turns after the last turn by a user or a tool are left out, since the target generates that response;
-    nothing is asked of them. Earlier ones stay. Calls without an id get one, and results without one are assigned to
-    the calls in order.
+    nothing is asked of them. Earlier ones stay, and system turns between the two. Calls without an id get one, and
+    results without one are assigned to the calls in order.
 
     Args:
         tools: schemas of the tools the assistant may call, a list or JSON, or None.
@@ -78,8 +78,14 @@ def parse_chat(value: Any, tools: Any, where: str) -> Chat:
         value = [{"role": "user", "content": value}]
     if not isinstance(value, list):
         raise DataError(f"a chat is a list of turns, got {tooling.shape(value)}", where=where)
-    roles = [_role(turn, number, where) for number, turn in enumerate(value, 1)]
-    end = max((number for number, (role, _) in enumerate(roles, 1) if role in ("user", "tool")), default=0)
+    names = [_role_name(turn, number, where) for number, turn in enumerate(value, 1)]
+    known = [ROLES.get(name.lower(), "") for name in names]
+    end = max((number for number, role in enumerate(known, 1) if role in ("user", "tool")), default=0)
+    if end:
+        end += next((n for n, role in enumerate(known[end:]) if role != "system"), len(known) - end)
+    # A turn of an unknown role may be a user's; one after the last response is left out with it.
+    judged = max(number for number, role in enumerate(known, 1) if role) if end else len(known)
+    roles = [(_role(name, number, where), name.lower() in CALL_ROLES) for number, name in enumerate(names[:judged], 1)]
     messages = [_message(turn, number, *roles[number - 1], where) for number, turn in enumerate(value[:end], 1)]
     users = [message for message in messages if message["role"] == "user"]
     if not users:
@@ -100,18 +106,22 @@ def _response(turns: list[Any], roles: list[tuple[str, bool]]) -> str | None:
     return None if "tool_calls" in message else message["content"] or None
 
 
-def _role(turn: Any, number: int, where: str) -> tuple[str, bool]:
-    """Return a turn's role, and whether its text is a call."""
+def _role_name(turn: Any, number: int, where: str) -> str:
+    """Return a turn's role as the turn names it."""
     if not isinstance(turn, Mapping):
         raise DataError(f"turn {number} is {tooling.shape(turn)}, not a mapping", where=where)
     named = turn.get("role") or turn.get("from")
     if not isinstance(named, str):
         raise DataError(f"turn {number} names no `role` (or `from`)", where=where)
-    role = ROLES.get(named.lower())
+    return named
+
+
+def _role(name: str, number: int, where: str) -> str:
+    role = ROLES.get(name.lower())
     if role is None:
         known = ", ".join(ROLES)
-        raise DataError(f"turn {number} has an unknown role {named[:40]!r}; known: {known}", where=where)
-    return role, named.lower() in CALL_ROLES
+        raise DataError(f"turn {number} has an unknown role {name[:40]!r}; known: {known}", where=where)
+    return role
 
 
 def _message(turn: Mapping[str, Any], number: int, role: str, is_call: bool, where: str) -> Message:
@@ -125,8 +135,8 @@ def _message(turn: Mapping[str, Any], number: int, role: str, is_call: bool, whe
         message["tool_calls"] = tooling.to_calls(calls, f"turn {number}", where)
     elif role == "tool":
         message["content"] = _text(tooling.result_text(content), number, where)
-        named = {key: turn[key] for key in ("tool_call_id", "name") if isinstance(turn.get(key), str) and turn[key]}
-        message |= {key: _text(name, number, where) for key, name in named.items()}
+        named = {"tool_call_id": tooling.to_id(turn.get("tool_call_id")), "name": turn.get("name")}
+        message |= {key: _text(name, number, where) for key, name in named.items() if isinstance(name, str) and name}
     else:
         message["content"] = _text(content, number, where)
     return message

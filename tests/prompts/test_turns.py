@@ -182,6 +182,40 @@ def test_an_assistant_s_last_words_go_and_a_system_turn_before_them_too() -> Non
     assert to_prompt([turn("assistant", "welcome"), *CHAT], "here") == [turn("assistant", "welcome"), *CHAT]
 
 
+LATE = [turn("system", "Answer in French."), turn("system", "Be brief.")]
+
+
+@pytest.mark.parametrize(
+    "write", [lambda turns: turns, lambda turns: said(*((x["role"], x["content"]) for x in turns))]
+)
+@pytest.mark.parametrize("before", [[turn("user", "q")], WITH_TOOLS], ids=["user", "tool"])
+@pytest.mark.parametrize("after", [[], [turn("assistant", "so")], [turn("assistant", "so"), turn("system", "x")]])
+def test_a_system_turn_before_the_last_answer_stays(write: Any, before: Any, after: Any) -> None:
+    late = write([turn("developer", "Answer in French."), LATE[1], *after])
+    assert to_prompt([*before, *late], "here") == [*before, *LATE]
+
+
+@pytest.mark.parametrize("before", [[], [turn("assistant", "so")], [LATE[0], turn("assistant", "so")]])
+@pytest.mark.parametrize("name", ["critic", "Judge"])
+def test_a_turn_of_unknown_role_after_the_last_answer_goes_with_it(before: Any, name: str) -> None:
+    chat = [turn("user", "q"), *before]
+    assert parse_chat([*chat, turn(name, None)], None, "here") == parse_chat(chat, None, "here")
+
+
+@pytest.mark.parametrize("after", [[turn("assistant", "so")], [turn("user", "why?")]])
+def test_a_turn_of_unknown_role_before_an_answer_is_refused(after: Any) -> None:
+    with pytest.raises(DataError, match="turn 2 has an unknown role 'critic'"):
+        to_prompt([turn("user", "q"), turn("critic", "bad"), *after], "here")
+
+
+def test_ids_that_are_numbers_are_ids() -> None:
+    calls = {"role": "assistant", "content": "", "tool_calls": [{"id": n, "function": {"name": "w"}} for n in (0, 1)]}
+    results = [{"role": "tool", "content": str(n), "tool_call_id": n} for n in (1, 0)]
+    messages = to_prompt([turn("user", "go"), calls, *results], "here")
+    assert [each["id"] for each in messages[1]["tool_calls"]] == ["0", "1"]
+    assert [(each["content"], each["tool_call_id"]) for each in messages[2:]] == [("1", "1"), ("0", "0")]
+
+
 @pytest.mark.parametrize(
     ("value", "response"),
     [
