@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,14 @@ from dllm.outside import JsonError, is_file_name, parse_json
 from dllm.prompts.readers import COMPRESSED, KINDS, kind_of
 
 TRAIN = "train"
-_NUMBERED = re.compile(r"(\w+(?:[.-]\w+)*?)-\d{5}-of-\d{5}\b")
-_SPLITS = ("train", "test", "validation", "valid", "val", "dev")
-"""Splits by which a file, or the folder it lies in, is named."""
+_NUMBERED = re.compile(r"(\w+(?:[.-]\w+)*?)([.-])(\d{5,})-of-(\d{5,})(?!\d)")
+_MEANINGS = {
+    **dict.fromkeys(("train", "training"), TRAIN),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Words by which a file, or the folder it lies in, is named after a split, and the split, as `datasets` has them."""
+_WORD = re.compile(rf"(?<![^\W\d_])(?:{'|'.join(_MEANINGS)})(?![^\W\d_])")
 STATE, DICT = "state.json", "dataset_dict.json"
 """What `save_to_disk` writes beside the files of one dataset, and beside the folders of several."""
 
@@ -59,26 +65,65 @@ def files(path: Path, split: str, where: str) -> Found:
 def _of_split(found: dict[str, Path], passed_over: dict[str, str], split: str, where: str) -> Found:
     named = {name: _split_of(name) for name in found}
     splits = sorted({each for each in named.values() if each is not None})
-    if split not in splits:
+    chosen = {each for each in splits if each == split or _meaning(each) == split == TRAIN}
+    chosen = chosen or {each for each in splits if _meaning(each) == _meaning(split)}
+    if not chosen:
         if split != TRAIN or len(splits) > 1:
             _refuse_split(splits, split, where)
         if None not in named.values() or not splits:
+            _check_numbers(found, where)
             return found, passed_over
-        # Files without a split in their name stand for the training split; those of another one stay out.
-    others = {name: each for name, each in named.items() if each not in (None, split)}
-    passed_over |= {name: f"split {each}" for name, each in others.items()}
-    return {name: path for name, path in found.items() if name not in others}, passed_over
+    # Files without a split in their name stand for the training split; those of another one stay out.
+    kept = {*chosen, None} if split == TRAIN else chosen
+    others = {name: each for name, each in named.items() if each not in kept}
+    passed_over |= {name: "named after no split" if each is None else f"split {each}" for name, each in others.items()}
+    found = {name: path for name, path in found.items() if name not in others}
+    _check_numbers(found, where)
+    return found, passed_over
 
 
 def _split_of(name: str) -> str | None:
+    """Return the split a file is named after, in its own word: its name counts before the folders it lies in."""
     path = Path(name)
-    if numbered := _NUMBERED.match(path.name):
+    numbered = _NUMBERED.match(path.name)
+    if numbered and numbered[2] == "-" and re.fullmatch(r"\w+", numbered[1]) and _WORD.search(numbered[1].lower()):
         return numbered[1]
     stem = path.name.lower()
     for suffix in COMPRESSED:
         stem = stem.removesuffix(suffix)
-    stem = stem.rpartition(".")[0]
-    return next((each for each in (stem, *path.parts[-2::-1]) if each in _SPLITS), None)
+    parts = [stem.rpartition(".")[0], *map(str.lower, path.parts[-2::-1])]
+    words = [each for find in (_WORD.fullmatch, _WORD.search) for part in parts if (each := find(part))]
+    if words:
+        return words[0][0]
+    return numbered[1] if numbered else None
+
+
+def _meaning(split: str) -> str:
+    return _MEANINGS.get(split.lower(), split)
+
+
+def _check_numbers(found: Iterable[str], where: str) -> None:
+    """Refuse numbered files of which some are not there.
+
+    Raises:
+        DataError: names of files say how many there are, and there are fewer.
+    """
+    series: dict[tuple[str, str], set[int]] = {}
+    for name in found:
+        path = Path(name)
+        if numbered := _NUMBERED.match(path.name):
+            start = f"{path.parent / numbered[1]}{numbered[2]}"
+            series.setdefault((start, numbered[4]), set()).add(int(numbered[3]))
+    for (start, digits), numbers in series.items():
+        total = int(digits)
+        first = 1 if total in numbers and 0 not in numbers else 0
+        expected = range(first, first + total)
+        count = total - sum(number in expected for number in numbers)
+        missing = [f"{n:0{len(digits)}}" for n in itertools.islice((n for n in expected if n not in numbers), 3)]
+        if missing:
+            more = f" and {count - len(missing)} more" if count > len(missing) else ""
+            what = f"of the files {start}*-of-{digits} the numbers {', '.join(missing)}{more} are missing"
+            raise DataError(what, where=where, hint="fetch them, or name the files that are there as sources")
 
 
 def _refuse_split(splits: Sequence[str], split: str, where: str) -> None:

@@ -1,0 +1,96 @@
+"""Which files of a folder are read: those of the split, and all that their numbers speak of."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dllm.errors import ConfigError, DataError
+from dllm.prompts import folder
+
+ROW = json.dumps({"messages": "Which tree is this?"}) + "\n"
+
+
+def read(path: Path, names: list[str], split: str = "train") -> list[str]:
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(ROW)
+    found, passed_over = folder.files(path, split, "x")
+    assert sorted([*found, *passed_over]) == sorted(names)
+    return sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["chats.jsonl", "test.jsonl"], ["chats.jsonl"]),
+        (["train.jsonl", "test.jsonl"], ["train.jsonl"]),
+        (["test.jsonl"], ["test.jsonl"]),
+        (["a.jsonl", "b.jsonl"], ["a.jsonl", "b.jsonl"]),
+    ],
+)
+def test_files_of_another_split_stay_out_and_are_named(tmp_path: Path, names: list[str], expected: list[str]) -> None:
+    assert read(tmp_path, names) == expected
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "split"),
+    [
+        ("train.jsonl", "eval.jsonl", "eval"),
+        ("train-0.jsonl", "test-0.jsonl", "test"),
+        ("train_0.jsonl", "validation_0.jsonl", "validation"),
+        ("gsm_train.jsonl.gz", "gsm_test.jsonl.gz", "test"),
+        ("train2.jsonl", "dev2.jsonl", "dev"),
+        ("c4-train.00000-of-00001.json", "c4-validation.00000-of-00001.json", "validation"),
+        ("train-000000-of-000001.jsonl", "test-000000-of-000001.jsonl", "test"),
+        ("Train-00000-of-00001-1ab.jsonl", "Test-00000-of-00001-2cd.jsonl", "test"),
+        ("Train/a.jsonl", "Test/a.jsonl", "test"),
+        ("training/a.jsonl", "testing/a.jsonl", "testing"),
+        ("training.jsonl", "evaluation.jsonl", "evaluation"),
+        ("main/train/0000.jsonl", "main/test/0000.jsonl", "test"),
+        ("partial-train/a.jsonl", "partial-val/a.jsonl", "validation"),
+        ("train/data-00000-of-00001.jsonl", "eval/data-00000-of-00001.jsonl", "eval"),
+        ("train/contest.jsonl", "test/a.jsonl", "test"),
+        ("train/a_test_b.jsonl", "eval/training_b.jsonl", "eval"),
+        ("contest.jsonl", "test.jsonl", "test"),
+    ],
+)
+def test_splits_have_many_names(tmp_path: Path, train: str, other: str, split: str) -> None:
+    assert read(tmp_path, [train, other]) == [train]
+    assert read(tmp_path, [train, other], split) == [other]
+
+
+def test_a_split_s_own_name_comes_before_others_of_its_meaning(tmp_path: Path) -> None:
+    names = ["train.jsonl", "training/more.jsonl", "val.jsonl", "dev.jsonl", "eval.jsonl", "test.jsonl"]
+    for split, expected in {
+        "train": ["train.jsonl", "training/more.jsonl"],
+        "val": ["val.jsonl"],
+        "validation": ["dev.jsonl", "val.jsonl"],
+        "test": ["test.jsonl"],
+        "evaluation": ["eval.jsonl", "test.jsonl"],
+    }.items():
+        assert read(tmp_path, names, split) == expected
+    with pytest.raises(ConfigError, match="splits dev, eval, test, train, training, val, none of sft"):
+        read(tmp_path, names, "sft")
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["train-00000-of-00002.jsonl"], r"train-\*-of-00002 the numbers 00001 are missing"),
+        (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], "the numbers 00001 are missing"),
+        (["part.000001-of-000009.jsonl"], "the numbers 000000, 000002, 000003 and 5 more are missing"),
+        (["d/x-00002-of-00002.jsonl"], r"d/x-\*-of-00002 the numbers 00001 are missing"),
+        (["a/train-00000-of-00002.jsonl", "b/train-00001-of-00002.jsonl"], "00001 are missing"),
+        (["train-00001-of-99999999.jsonl"], "and 99999995 more"),
+    ],
+)
+def test_a_missing_shard_is_named(tmp_path: Path, names: list[str], missing: str) -> None:
+    with pytest.raises(DataError, match=missing):
+        read(tmp_path, names)
+
+
+def test_whole_series_and_those_of_other_splits_are_not_refused(tmp_path: Path) -> None:
+    whole = ["train-00000-of-00002-1ab.jsonl", "train-00001-of-00002-2cd.jsonl"]
+    from_one = ["more/train-00001-of-00002.jsonl", "more/train-00002-of-00002.jsonl"]
+    assert read(tmp_path, [*whole, *from_one, "test-00000-of-00002.jsonl"]) == sorted([*whole, *from_one])
