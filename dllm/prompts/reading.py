@@ -19,12 +19,17 @@ from dllm.prompts.tools import JsonCell, to_tools
 from dllm.prompts.turns import ROLES, Unusable
 
 REFERENCE = "reference"
-SYSTEMS = ("system", "system_prompt", "system_message")
+SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction", "system_instructions")
 TOOLS = ("tools", "functions")
+_NAMES = re.compile(rf'"(?:{"|".join((*SYSTEMS, *TOOLS))})"')
 TEXTS = ("instruction", "input", "context", "passage", "document", "documents", "history")
 """Names of texts that belong to a prompt, unless the chat holds them already."""
-_MEDIA = re.compile(r"(?:.*_)?(?:images?|audios?|videos?|pixel_values)")
+_MEDIA = re.compile(
+    r"(?:.*_)?(?:image|img|picture|photo|audio|video|pixel_value|attachment)s?"
+    r"(?:_(?:path|url|uri|file|filename|byte|base64|b64)s?)?"
+)
 _MORE_TOOLS = re.compile(r".*_(?:tools|functions)|custom_instructions?")
+_CAMEL = re.compile("(?<=[a-z0-9])(?=[A-Z])")
 TEMPLATE = "chat_template_kwargs"
 """A column of arguments of the chat template, as TRL reads it: any of them may change the prompt."""
 _TURN_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "id"}
@@ -99,7 +104,7 @@ def read_row(row: Mapping[str, Any], chat_column: str, source: Source, place: st
         elif name.startswith(f"{TEMPLATE}.") and key not in (*SYSTEMS, *TOOLS) and value is not None:
             if not isinstance(value, list | dict) or not _is_empty(value):
                 texts[name] = value
-        elif _is_empty(value):
+        elif _is_empty(value, keys_count=key in TOOLS or _MORE_TOOLS.fullmatch(key) is not None):
             reading.note(name, EMPTY)
         elif key in SYSTEMS and isinstance(value, str):
             system.offer(name, value, value.strip(), place)
@@ -163,7 +168,7 @@ def _mapping_of(value: Any, name: str) -> Any:
         value = value.value
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
         return value
-    if _key(name) in (*SYSTEMS, *TOOLS, *TEXTS) or not any(f'"{key}"' in value for key in (*SYSTEMS, *TOOLS)):
+    if _key(name) in (*SYSTEMS, *TOOLS, *TEXTS) or not _NAMES.search(_fold(value)):
         return value
     try:
         return parse_json(value)
@@ -172,15 +177,23 @@ def _mapping_of(value: Any, name: str) -> Any:
 
 
 def _key(name: Any) -> str:
-    return str(name).rpartition(".")[2].lower().replace(" ", "_").replace("-", "_")
+    return _fold(str(name).rpartition(".")[2]).replace(" ", "_").replace("-", "_")
 
 
-def _is_empty(value: Any) -> bool:
+def _fold(text: str) -> str:
+    """Write names of camel case in lower case, with underscores."""
+    return _CAMEL.sub("_", text).lower()
+
+
+def _is_empty(value: Any, keys_count: bool = False) -> bool:
+    """Return whether a value holds nothing; `keys_count`: the keys of mappings are something, as names of tools are."""
     if isinstance(value, str):
         return value.strip() in ("", "[]", "{}", "null")
     if isinstance(value, Mapping):
-        return all(map(_is_empty, value.values()))
-    return value is None or value is False or (isinstance(value, list) and all(map(_is_empty, value)))
+        return all(each is None or (not keys_count and _is_empty(each)) for each in value.values())
+    if isinstance(value, list):
+        return all(_is_empty(each, keys_count) for each in value)
+    return value is None or value is False
 
 
 def _with_texts(chat: Any, chat_column: str, texts: Mapping[str, Any], place: str, reading: Reading) -> Any:

@@ -8,9 +8,9 @@ import pytest
 from dllm.cli.verify import _folders
 from dllm.config.params import Source
 from dllm.errors import DataError
-from dllm.prompts import folder
-from dllm.prompts.reading import Reading, read_row
+from dllm.prompts.reading import Reading, UnusedColumn, read_row
 from dllm.prompts.tools import JsonCell
+from dllm.prompts.turns import Unusable
 
 QUESTION = {"role": "user", "content": "Which tree is this?"}
 
@@ -44,21 +44,54 @@ def test_a_system_prompt_inside_a_turn_is_used_and_listed() -> None:
     assert reading.columns["messages[].system"] == "system prompt"
 
 
-@pytest.mark.parametrize(
-    ("names", "read"),
-    [
-        (["chats.jsonl", "test.jsonl"], ["chats.jsonl"]),
-        (["train.jsonl", "test.jsonl"], ["train.jsonl"]),
-        (["test.jsonl"], ["test.jsonl"]),
-        (["a.jsonl", "b.jsonl"], ["a.jsonl", "b.jsonl"]),
-    ],
+PICTURES = (
+    "image_path",
+    "image_urls",
+    "imageUrl",
+    "img",
+    "attachments",
+    "input_image_base64",
+    "Audio File",
+    "video_bytes",
 )
-def test_files_of_another_split_stay_out_and_are_named(tmp_path: Path, names: list[str], read: list[str]) -> None:
-    for name in names:
-        (tmp_path / name).write_text(json.dumps({"messages": [QUESTION]}) + "\n")
-    found, passed_over = folder.files(tmp_path, "train", "x")
-    assert sorted(found) == read
-    assert sorted(passed_over) == sorted(set(names) - set(read))
+
+
+@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("value", ["a.png", ["a.png"], {"url": "a.png"}])
+def test_a_row_with_a_picture_is_refused_however_its_column_is_named(name: str, value: object) -> None:
+    for row in ({"messages": [QUESTION], name: value}, {"messages": [{**QUESTION, name: value}]}):
+        with pytest.raises(Unusable, match="other than text"):
+            chat_of(row)
+    assert len(chat_of({"messages": [QUESTION], name: []})[0]) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["imagery", "image_count", "video_title", "imgur", "path", "file"])
+def test_other_columns_are_no_pictures(name: str) -> None:
+    assert chat_of({"messages": [QUESTION], name: "a"})[1].columns[name] == "not used"
+
+
+@pytest.mark.parametrize(
+    "name", ["systemPrompt", "system_instruction", "systemMessage", "SystemInstructions", "SYSTEM"]
+)
+def test_a_system_prompt_is_one_however_its_column_is_named(name: str) -> None:
+    for row in ({name: "Be brief."}, {"extra": {name: "Be brief."}}, {"extra": json.dumps({name: "Be brief."})}):
+        chat, reading = chat_of({"messages": [QUESTION], **row})
+        assert chat == [{"role": "system", "content": "Be brief."}, QUESTION]
+        assert "system prompt" in reading.columns.values()
+
+
+@pytest.mark.parametrize("tools", [{"w": {}, "x": {}}, {"w": []}, {"w": ""}])
+def test_tools_without_schemas_are_not_nothing(tools: dict) -> None:
+    for row in ({"tools": tools}, {"functions": tools}, {"my_tools": tools}, {"extra": {"tools": tools}}):
+        with pytest.raises(UnusedColumn, match="belongs to the prompt"):
+            chat_of({"messages": [QUESTION], **row})
+    with pytest.raises(DataError, match="no schema"):
+        chat_of({"messages": [QUESTION], "tools": [tools]})
+
+
+@pytest.mark.parametrize("tools", [{}, {"w": None}, [], [{}], "{}", None])
+def test_no_tools_are_empty(tools: object) -> None:
+    assert chat_of({"messages": [QUESTION], "tools": tools})[1].columns["tools"] == "empty"
 
 
 def test_what_a_killed_call_has_left_half_made_is_not_verified(tmp_path: Path) -> None:
