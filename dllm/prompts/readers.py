@@ -72,7 +72,16 @@ def all_records(path: Path) -> Iterator[Record]:
     return _json_lines(path)
 
 
-_BEGINS = {
+_WIDE = {
+    "UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"),
+    "UTF-32LE": (b"{\0\0\0", b"[\0\0\0"),
+    "UTF-32BE": (b"\0\0\0{", b"\0\0\0["),
+    "UTF-16": (b"\xff\xfe", b"\xfe\xff"),
+    "UTF-16LE": (b"{\0", b"[\0"),
+    "UTF-16BE": (b"\0{", b"\0["),
+}
+"""What files of JSON begin with in encodings that are not read: a byte order mark, or the first character."""
+_BEGINS: dict[bytes, tuple[str, str | None]] = {
     b"PAR1": ("a parquet file", ".parquet"),
     b"ARROW1": ("an Arrow file", ".arrow"),
     b"\x1f\x8b": ("compressed with gzip", ".gz"),
@@ -80,12 +89,12 @@ _BEGINS = {
     b"BZh": ("compressed with bzip2", ".bz2"),
     b"\xfd7zXZ": ("compressed with xz", ".xz"),
     b"PK\x03\x04": ("a zip archive", None),
-    b"\xff\xfe": ("text in UTF-16", None),
-    b"\xfe\xff": ("text in UTF-16", None),
+    **{begin: (f"text in {name}", None) for name, begins in _WIDE.items() for begin in begins},
     b"version https://git-lfs": ("a pointer of Git LFS, without the data", None),
     b"<": ("a page of HTML or XML", None),
 }
 """What files begin with that have another suffix, and the suffix that they should have."""
+_RETURNS = re.compile(r"\}[ \t]*\r[ \t\r]*\{")
 _DOCUMENT = re.compile(rb"(?:\xef\xbb\xbf)?\s*[\[{]\s*\n")
 
 
@@ -108,6 +117,8 @@ def _check_kind(path: Path) -> None:
                 hint = f"name it {path.name if expected in COMPRESSED else path.stem}{expected}"
             elif "LFS" in what:
                 hint = "`git lfs pull` fetches it"
+            elif "UTF" in what:
+                hint = f"`iconv -f {what.rpartition(' ')[2]} -t UTF-8` converts it"
             raise DataError(f"the file is {what}", where=str(path), hint=hint)
     if suffix in LINES and _DOCUMENT.match(begin):
         what = "the file is one JSON document, not an object a line"
@@ -136,7 +147,18 @@ def _parse_row(line: bytes) -> Any:
     try:
         return parse_json(line, is_row=True)
     except JsonError as error:
-        return BadRow(str(error) if str(error).startswith("not UTF-8") else f"not JSON: {error}")
+        return BadRow(_reason(str(error), line.decode(errors="replace")))
+
+
+def _reason(error: str, text: str) -> str:
+    """Say why a row or a file is not JSON, and what to do where that is known."""
+    if "\0" in text:
+        return "not UTF-8: text in UTF-16 or UTF-32, or binary"
+    if _RETURNS.search(text) and "\n" not in text:
+        return "not JSON: the lines end in CR alone; `tr '\\r' '\\n'` mends it"
+    if "no number of JSON" in error:
+        return f"not JSON: {error}; write null for it, as pandas' to_json does"
+    return error if error.startswith("not UTF-8") else f"not JSON: {error}"
 
 
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -166,11 +188,13 @@ def _is_lines(path: Path) -> bool:
 
 
 def _json_document(path: Path) -> Iterator[Record]:
+    text = ""
     try:
         with _open(path) as stream:
-            value = parse_json(stream.read().decode("utf-8-sig"), is_row=True)
+            text = stream.read().decode("utf-8-sig")
+        value = parse_json(text, is_row=True)
     except JsonError as error:
-        raise DataError(f"not JSON: {error}", where=f"{path}:{error.line}") from None
+        raise DataError(_reason(str(error), text), where=f"{path}:{error.line}") from None
     except (*_DAMAGE, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the file: {error}", where=str(path)) from None
     if not isinstance(value, list):

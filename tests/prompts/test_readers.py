@@ -51,6 +51,12 @@ def test_lines_are_counted_as_an_editor_does(tmp_path: Path) -> None:
         ("x.json", b"[1,\n2,\n}", r"not JSON: .*x\.json:3"),
         ("x.json", b'["\xff"]', r"cannot read the file: .*x\.json"),
         ("x.parquet", b"PAR1 nothing", r"cannot read the parquet file: .*x\.parquet"),
+        ("x.jsonl", b'{"a": 1}\n{"b": NaN}\n', r"NaN is no number of JSON; write null for it.*x\.jsonl:2"),
+        ("x.json", b'[{"b": Infinity}]', r"Infinity is no number of JSON; write null for it.*x\.json:1"),
+        ("x.jsonl", b'{"a": 1}\r{"a": 2}\r', r"lines end in CR alone.*x\.jsonl:1"),
+        ("x.json", b'{"a": 1}\r{"a": 2}\r', r"lines end in CR alone.*x\.json:1"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\r\r{"a": 2}'), r"lines end in CR alone.*x\.jsonl\.gz:1"),
+        ("x.jsonl.gz", gzip.compress(LINES.encode("utf-16-le")), r"not UTF-8: text in UTF-16 or UTF-32.*gz:1"),
         ("x.jsonl.gz", b"plain", r"cannot read the file: .*x\.jsonl\.gz:1"),
         ("x.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-12], r"cannot read the file: .*x\.jsonl\.gz"),
     ],
@@ -60,3 +66,12 @@ def test_damage_is_one_line_with_its_place(tmp_path: Path, name: str, data: byte
     with pytest.raises(DataError, match=line) as caught:
         list(records(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+def test_an_encoding_that_is_not_read_is_named(tmp_path: Path, name: str, encoding: str) -> None:
+    (tmp_path / name).write_bytes(LINES.encode(encoding))
+    said = encoding[:6].upper() + encoding[7:].upper()
+    with pytest.raises(DataError, match=rf"the file is text in {said} .*`iconv -f {said} -t UTF-8` converts it"):
+        list(records(tmp_path / name))
