@@ -22,24 +22,35 @@ CASES = {
         "prompts/test_turns.py::test_every_spelling_of_calls_and_results_makes_the_same_prompt",
         "borders/test_odd_inputs.py::test_texts_that_a_writer_left_as_bytes_are_texts",
         "borders/test_odd_inputs.py::test_schemas_of_other_vendors_are_read_or_refused_as_what_they_are",
+        "prompts/test_tools.py::test_arguments_are_read_under_every_name",
+        "prompts/test_tools.py::test_arguments_under_an_unknown_name_are_refused_by_it",
+        "prompts/test_turns.py::test_ids_that_are_numbers_are_ids",
     ),
     "K2 calls that old responses spell as text": (
         "regeneration/test_rollout.py::test_calls_that_old_responses_spell_as_text_are_generated_again_as_calls",
+        "prompts/test_tools.py::test_calls_that_are_spelt_in_a_text_are_counted",
     ),
     "K3 columns that shape the prompt: system, tools, images, input, template arguments": (
         "borders/test_containers.py::test_a_system_column_is_a_system_turn",
         "borders/test_containers.py::test_tools_are_used_wherever_a_row_has_them",
         "borders/test_containers.py::test_rows_with_pictures_or_sounds_are_refused_and_counted",
         "borders/test_containers.py::test_alpaca_rows_are_joined",
+        "prompts/test_reading.py::test_a_row_with_a_picture_is_refused_however_its_column_is_named",
+        "prompts/test_reading.py::test_a_system_prompt_is_one_however_its_column_is_named",
+        "prompts/test_reading.py::test_tools_without_schemas_are_not_nothing",
+        "prompts/test_turns.py::test_a_system_turn_before_the_last_answer_stays",
         "borders/test_odd_inputs.py::test_arguments_of_the_template_and_names_of_users_are_not_dropped_in_silence",
     ),
     "K4 an option without effect": (
         "borders/test_containers.py::test_an_option_without_effect_is_refused",
         "borders/test_containers.py::test_splits_of_a_folder_are_chosen_or_refused",
+        "prompts/test_folder.py::test_splits_have_many_names",
     ),
     "K5 files passed over, damaged, or of another kind than their name": (
         "borders/test_containers.py::test_files_of_a_folder_are_read_or_named",
         "borders/test_odd_inputs.py::test_a_file_that_is_not_what_its_name_says_is_named",
+        "prompts/test_folder.py::test_a_missing_shard_is_named",
+        "prompts/test_readers.py::test_an_encoding_that_is_not_read_is_named",
         "borders/test_odd_inputs.py::test_a_name_that_is_no_source_is_refused",
         "borders/test_odd_inputs.py::test_an_empty_file_and_a_link_to_a_folder_are_listed",
     ),
@@ -66,6 +77,7 @@ CASES = {
     "K11 one row decides over all": (
         "borders/test_containers.py::test_a_bad_row_is_set_aside_counted_and_named",
         "prompts/test_turns.py::test_nothing_is_asked_of_the_turn_that_is_generated_again",
+        "prompts/test_turns.py::test_a_turn_of_unknown_role_after_the_last_answer_goes_with_it",
     ),
     "K12 what a server says": (
         "borders/test_server_words.py::test_an_error_inside_a_200_is_one_rejected_row_in_the_server_s_words",
