@@ -67,7 +67,7 @@ def settings_digest(settings: Regenerate, target: Target, identity: Mapping[str,
     None where the responses come with the prompts.
 
     Args:
-        identity: from `identity`.
+        identity: from `identity`, and whatever else determines how responses are made.
     """
     if not ENGINES[settings.engine].generates:
         return None

@@ -17,6 +17,7 @@ from dllm.regeneration.core import Job, Regenerated
 from dllm.regeneration.rollout import RolloutConfig
 from dllm.responses import shards
 from dllm.stages import preflight
+from dllm.stages.schema import SCHEMA
 from dllm.stages.workspace import Stage, open_stage
 
 HEADLINE = ("rows", "rejected", "tokens", "tokens_per_response", "cut_share")
@@ -43,6 +44,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         identity=identity.identity(params.regenerate, params.target, tokenizer),
         root=root,
     ) as stage:
+        made_of = {**stage.record["identity"], "schema": SCHEMA["regenerate"]}
         config = RolloutConfig(params.regenerate, params.target, tokenizer)
         job = Job(
             config=config,
@@ -52,7 +54,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
             open_engine=lambda: open_engine(params, tokenizer, stage.root),
             tracker=stage.tracker,
             save_seconds=stage.save_seconds,
-            settings=identity.settings_digest(params.regenerate, params.target, stage.record["identity"]),
+            settings=identity.settings_digest(params.regenerate, params.target, made_of),
         )
         return _publish(stage, len(inputs), core.regenerate(job))
 
