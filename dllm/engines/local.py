@@ -29,7 +29,7 @@ from dllm.errors import ModelError
 from dllm.models import precision, targets
 from dllm.models.packing import packed_linears
 from dllm.models.slots import SlotCache, slot_attention
-from dllm.models.target_config import built_config, check_config
+from dllm.models.target_config import built_config, check_config, logit_switch
 from dllm.prompts import template as chat
 
 REFILL = 16
@@ -37,6 +37,7 @@ REFILL = 16
 LOOK_AHEAD = 16
 """Requests queued per slot, so that rows of similar length decode together."""
 TICK_S = 1.0
+ENGINE, SERVE = "regenerate.engine", "serve the target and use engine: openai"
 NUCLEUS = 128
 """Most likely tokens examined first: sorting the whole vocabulary takes longer than the model's forward pass."""
 
@@ -51,7 +52,8 @@ class LocalEngine:
         batch_size: slots that decode together.
 
     Raises:
-        ModelError: the model's attention is not plain full attention, which the static cache requires.
+        ModelError: the model's attention is not plain full attention, which the static cache requires, or its logits
+            are not what its head returns.
     """
 
     affects = frozenset({"batch_size"})
@@ -107,15 +109,15 @@ class LocalEngine:
 
 
 def check_attention(config: Any, model_class: type[Any] | None) -> None:
-    """Check that the static cache and its attention serve all layers of a target.
+    """Check that the static cache and its attention serve all layers of a target, and that its head returns its logits.
 
     Args:
         config: the target's.
         model_class: the class that builds it; None where its code is not of transformers.
 
     Raises:
-        ModelError: a layer has other than full attention, such as a window or a recurrent state, or the model's code
-            takes no attention from outside.
+        ModelError: a layer has other than full attention, such as a window or a recurrent state, the model's code
+            takes no attention from outside, or its logits are scaled or capped.
     """
     config = config.get_text_config()
     others = {type(layer).__name__ for layer in DynamicCache(config=config).layers} - {DynamicLayer.__name__}
@@ -125,17 +127,13 @@ def check_attention(config: Any, model_class: type[Any] | None) -> None:
         others = set()
     if kinds or others:
         what = ", ".join(sorted(kinds)) or (f"sliding_window {window}" if window else ", ".join(sorted(others)))
-    elif getattr(config, "final_logit_softcapping", None):
-        what = "final_logit_softcapping"
     elif model_class and not (model_class._supports_attention_backend and model_class._supports_sdpa):
         what = f"the attention of {model_class.__name__}"
+    elif switch := logit_switch(config, "lm_head_bias"):
+        raise ModelError(f"the local engine does not apply {switch}, which this target has", where=ENGINE, hint=SERVE)
     else:
         return
-    raise ModelError(
-        f"the local engine supports full attention only; this target has {what}",
-        where="regenerate.engine",
-        hint="serve the target and use engine: openai",
-    )
+    raise ModelError(f"the local engine supports full attention only; this target has {what}", where=ENGINE, hint=SERVE)
 
 
 class _Decoding:

@@ -27,6 +27,7 @@ from dllm.methods.diffusion.noise import batch_of
 from dllm.models import checkpoints, targets
 from dllm.models.diffusion.families import load_diffusion_lm
 from dllm.models.diffusion.protocol import DiffusionLM, softcapped
+from dllm.models.target_config import SOFTCAP, check_logits
 from dllm.registry import SAMPLERS
 from dllm.training.batches import Example
 from dllm.training.cross_entropy import nll_and_hits
@@ -230,7 +231,7 @@ def load_model(
         samples: as in `DiffusionScores`, like the rest.
 
     Raises:
-        ModelError: the directory holds a draft, or cannot be read.
+        ModelError: the directory holds a draft, cannot be read, or scales its logits.
         ConfigError: the model needs its own code, or the sampler does not fit.
     """
     target = Target(model=str(directory), trust_remote_code=trust_remote_code)
@@ -242,6 +243,7 @@ def load_model(
     if found.kind == "causal":
         if sampler is not None:
             raise ConfigError(f"sampler {sampler} is for diffusion models", where=str(directory))
+        check_logits(target, directory, "scoring texts", SOFTCAP, "lm_head_bias")
         causal = targets.load_target(target, dtype, device)
         return CausalScores(causal, targets.load_tokenizer(target), batch_size=batch_size)
     found.require_trust(trust_remote_code)

@@ -15,6 +15,11 @@ from dllm.models.config_keys import refuse_unknown
 from dllm.outside import one_line
 
 ROPE_SECTIONS = ("rope_parameters", "rope_scaling")
+SOFTCAP = "final_logit_softcapping"
+LOGIT_SWITCHES = {"logits_scaling": 1, "logit_scale": 1, "lm_head_multiplier": 1, SOFTCAP: 0, "lm_head_bias": 0}
+"""Keys by which logits differ from hidden states times the weight of the head, each with the value that changes none.
+
+One key scales in one model and divides in another, so that none of them is applied here."""
 
 
 def check_config(target: Target, directory: Path) -> dict[str, Any]:
@@ -82,6 +87,37 @@ def built_config(target: Target, directory: Path) -> Any:
         return config
     except Exception as error:  # any value may be of any type, and each class checks its own
         raise not_built(target, directory, error, "cannot read the model's config") from error
+
+
+def logit_switch(config: Any, *applied: str) -> str | None:
+    """Name the key by which a target's logits are not its head's product, as KEY: VALUE; None where they are.
+
+    Args:
+        config: the target's, as transformers builds it.
+        applied: keys that the caller applies itself.
+    """
+    config = config.get_text_config()
+    values = {key: getattr(config, key, None) for key in LOGIT_SWITCHES if key not in applied}
+    changed = [key for key, value in values.items() if value is not None and value != LOGIT_SWITCHES[key]]
+    return f"{changed[0]}: {values[changed[0]]}" if changed else None
+
+
+def check_logits(target: Target, directory: Path, what: str, *applied: str) -> None:
+    """Refuse, by its config, a target whose logits are not its head's product, for what computes them so.
+
+    Args:
+        what: names what computes them, in the error.
+        applied: keys that it applies itself.
+
+    Raises:
+        ModelError: a key changes the logits.
+    """
+    try:
+        config = built_config(target, directory)
+    except ModelError:  # transformers does not know it; whoever loads it says so
+        return
+    if switch := logit_switch(config, *applied):
+        raise ModelError(f"its config has {switch}, which {what} does not apply", where=str(directory / "config.json"))
 
 
 def not_built(target: Target, directory: Path, error: Exception, what: str) -> ModelError:

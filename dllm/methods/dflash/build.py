@@ -12,6 +12,7 @@ from dllm.methods.dflash.settings import Dflash
 from dllm.models.drafts.checkpoint import check_fit, check_tensors, draft_directory, load_draft, read_config
 from dllm.models.drafts.protocol import Draft, DraftConfig
 from dllm.models.mask_token import draft_mask_id
+from dllm.models.target_config import logit_switch
 from dllm.models.targets import empty_target, hub_commit, load_tokenizer
 from dllm.prompts.template import stop_ids
 from dllm.registry import DRAFTS
@@ -34,6 +35,11 @@ def check_models(settings: Dflash, target: Target) -> bool:
         raise ModelError(message, where=where)
     if not hasattr(model.get_decoder(), "layers") or model.get_output_embeddings() is None:
         raise ModelError(f"a target of type {model.config.model_type!r} has no decoder layers to tap", where=where)
+    if model.get_output_embeddings().bias is not None:  # decoding would add it to the draft's logits
+        raise ModelError("the target's head has a bias (lm_head_bias), which training leaves out", where=where)
+    if settings.distill and (switch := logit_switch(model.config)):
+        what = f"the target has {switch}, which distillation does not apply to its logits"
+        raise ModelError(what, where=f"train.dflash.distill: {settings.distill:g}", hint="set it to 0")
     tokenizer = load_tokenizer(target)
     if settings.draft.init == "random":
         new_config(settings, model, tokenizer)

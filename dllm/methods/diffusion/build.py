@@ -16,6 +16,7 @@ from dllm.models.diffusion.lora import Adapter
 from dllm.models.diffusion.protocol import DiffusionLM
 from dllm.models.precision import compute_dtype
 from dllm.models.sharding import mesh_of_ranks, recompute_layers, shard
+from dllm.models.target_config import logit_switch
 from dllm.training.distributed import one_rank_at_a_time
 
 
@@ -49,8 +50,8 @@ def _whole_model(target: Target, settings: Train, device: torch.device | str) ->
         torch.manual_seed(settings.seed)  # an added mask row is drawn at random
         model = load_diffusion_lm(target, dtype, device, mask_token_id=masking.mask_token_id)
         model = model.for_likelihood(masking.block_size)
-    if getattr(model.model_config, "final_logit_softcapping", None) is not None:
-        raise ModelError("soft-capped logits cannot be trained here", where=f"target.model: {target.model}")
+    if switch := logit_switch(model.model_config):
+        raise ModelError(f"logits with {switch} cannot be trained here", where=f"target.model: {target.model}")
     if masking.init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)

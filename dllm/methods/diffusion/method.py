@@ -48,11 +48,13 @@ class MaskedMethod(Generic[Settings]):
 
     def check_models(self, params: Params) -> None:
         from dllm.methods.diffusion.build import check_family
-        from dllm.models.target_config import check_config
+        from dllm.models.target_config import check_config, check_logits
         from dllm.models.targets import locate
 
         check_family(params.target, params.train)
-        check_config(params.target, locate(params.target, weights=False))
+        path = locate(params.target, weights=False)
+        check_config(params.target, path)
+        check_logits(params.target, path, "training a diffusion LM")
 
     def identity(self, params: Params) -> Mapping[str, Any]:
         return {}

@@ -1,0 +1,107 @@
+"""Targets, templates and replies of the same kinds as faults that were found once: read rightly, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from dllm.config.load import parse_params
+from dllm.config.params import Target
+from dllm.engines.local import LocalEngine
+from dllm.errors import ModelError
+from dllm.lm_eval.models import load_model
+from dllm.methods.diffusion.build import initial_model
+from dllm.models import targets
+from dllm.models.target_config import LOGIT_SWITCHES, logit_switch
+from dllm.registry import METHODS
+from dllm.stages import preflight
+from tests.borders.test_target_configs import _copy_of_tiny, _params
+
+SHAPE = {"vocab_size": 1408, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "head_dim": 16}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+GRANITE = {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "embedding_multiplier": 1.0}
+GRANITE |= {"residual_multiplier": 1.0, "attention_multiplier": 0.25}
+
+
+def granite(folder: Path, **changes: Any) -> Path:
+    return _copy_of_tiny(folder, **{**GRANITE, **changes})
+
+
+def diffusion_params(model: Path) -> Any:
+    raw = {
+        "recipe": "mine",
+        "target": {"model": str(model), "dtype": "float32"},
+        "prepare": {"sources": [{"name": "gsm8k"}]},
+        "register": {"model_name": "mine"},
+        "train": {"mode": "mdlm", "mdlm": {"mask_token_id": 3}},
+    }
+    return parse_params(raw)
+
+
+def distilling(model: Path, share: float) -> Any:
+    raw = json.loads(_params(model).model_dump_json(by_alias=True, exclude_none=True))
+    raw["train"]["dflash"]["distill"] = share
+    return parse_params(raw)
+
+
+def test_scaled_logits_are_refused_by_all_that_would_compute_them_without_the_scale(tmp_path: Path) -> None:
+    plain, scaled = granite(tmp_path / "1", logits_scaling=1.0), granite(tmp_path / "8", logits_scaling=8.0)
+    params = diffusion_params(scaled)
+    refused = {
+        "local": lambda: LocalEngine.check_target(Target(model=str(scaled))),
+        "the local engine, loaded": lambda: LocalEngine(targets.load_target(params.target, device="cpu"), None, {2}, 1),
+        "lm-eval": lambda: load_model(scaled, torch.device("cpu")),
+        "diffusion": lambda: METHODS["mdlm"].check_models(params),
+        "diffusion, loaded": lambda: initial_model(params.target, params.train, "cpu"),
+        "distillation": lambda: METHODS["dflash"].check_models(distilling(scaled, 0.5)),
+    }
+    for call in refused.values():
+        with pytest.raises(ModelError, match=r"logits_scaling: 8\.0") as caught:
+            call()
+        assert len(str(caught.value)) <= 500
+    METHODS["dflash"].check_models(distilling(scaled, 0.0))  # the draft's own logits have no scale anywhere
+    LocalEngine.check_target(Target(model=str(plain)))
+    METHODS["mdlm"].check_models(diffusion_params(plain))
+    METHODS["dflash"].check_models(distilling(plain, 0.5))
+    assert load_model(plain, torch.device("cpu")).kind == "exact"
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "key"),
+    [
+        ("Granite", {"logits_scaling": 2.0}, "logits_scaling"),
+        ("Cohere", {}, "logit_scale"),
+        ("FalconH1", {"lm_head_multiplier": 0.5}, "lm_head_multiplier"),
+        ("Gemma2", {}, "final_logit_softcapping"),
+        ("Phimoe", {"lm_head_bias": True}, "lm_head_bias"),
+        ("Llama", {}, None),
+        ("Qwen3", {}, None),
+        ("Gemma3Text", {}, None),
+    ],
+)
+def test_what_changes_the_logits_is_known_by_its_key(family: str, values: dict[str, Any], key: str | None) -> None:
+    found = logit_switch(getattr(transformers, f"{family}Config")(**values))
+    assert (found and found.partition(":")[0]) == key
+    assert key is None or key in LOGIT_SWITCHES
+    assert key is None or logit_switch(getattr(transformers, f"{family}Config")(**values), key) is None
+
+
+def test_a_head_with_a_bias_is_refused_by_training_which_leaves_it_out(tmp_path: Path) -> None:
+    folder = _copy_of_tiny(tmp_path / "m")
+    sizes = {**SHAPE, **HEADS, "num_local_experts": 2, "num_experts_per_tok": 1, "pad_token_id": None}
+    sizes.pop("head_dim")
+    transformers.PhimoeConfig(**sizes, bos_token_id=1, eos_token_id=2, lm_head_bias=True).save_pretrained(folder)
+    (folder / "model.safetensors").unlink()  # no weights are read
+    with pytest.raises(ModelError, match="lm_head_bias"):
+        METHODS["dflash"].check_models(_params(folder))
+    with pytest.raises(ModelError, match="lm_head_bias: True"):
+        METHODS["mdlm"].check_models(diffusion_params(folder))
+    with pytest.raises(ModelError, match="lm_head_bias"):
+        preflight.check(_params(folder))
+    shutil.rmtree(folder)
