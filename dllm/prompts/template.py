@@ -63,7 +63,8 @@ def answer_ids(
     For responses that a server returns as text and calls, without ids.
 
     Raises:
-        DataError: before this response the template renders another context than the prompt's.
+        DataError: before this response the template renders another context than the prompt's, or it
+            leaves out calls, and there are no tools.
     """
     prompt = prompt_ids(tokenizer, messages, enable_thinking, tools=tools)
     whole = _ids(tokenizer, [*messages, answer], enable_thinking, tools, add_generation_prompt=False)
@@ -73,7 +74,24 @@ def answer_ids(
         raise DataError(
             "the chat template renders a response after another context than the prompt's", where=_name(tokenizer)
         )
+    # Where there are tools, and the template renders none, the rows' own check warns of it.
+    if not tools and "tool_calls" in answer and whole == _without_calls(tokenizer, messages, answer, enable_thinking):
+        raise DataError("nobody offered tools, and the chat template renders no call", where=_name(tokenizer))
     return rest[: len(rest) - rest[::-1].index(end)]
+
+
+def _without_calls(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    answer: Message,
+    enable_thinking: bool | None,
+) -> list[int] | None:
+    """Render an assistant turn without its calls; None where the template refuses that."""
+    text = {name: value for name, value in answer.items() if name != "tool_calls"}
+    try:
+        return _ids(tokenizer, [*messages, text], enable_thinking, None, add_generation_prompt=False)
+    except DataError:
+        return None
 
 
 def check_thinking_modes(tokenizer: PreTrainedTokenizerBase, where: str) -> None:

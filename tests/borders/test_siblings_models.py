@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,11 @@ import transformers
 
 from dllm.config.load import parse_params
 from dllm.config.params import Target
+from dllm.engines.engine import Refusal, Request, Response
 from dllm.engines.local import LocalEngine
-from dllm.errors import ModelError
+from dllm.engines.openai.completions import Completions
+from dllm.engines.openai.servers import Server
+from dllm.errors import ModelError, ServerError
 from dllm.lm_eval.models import load_model
 from dllm.methods.diffusion.build import initial_model
 from dllm.models import targets
@@ -22,6 +27,8 @@ from dllm.models.target_config import LOGIT_SWITCHES, logit_switch
 from dllm.registry import METHODS
 from dllm.stages import preflight
 from tests.borders.test_target_configs import _copy_of_tiny, _params
+from tests.engines.openai.asking import TARGET, engine, outcomes, requests
+from tests.engines.openai.loopback_server import serving
 
 SHAPE = {"vocab_size": 1408, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "head_dim": 16}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
@@ -105,3 +112,76 @@ def test_a_head_with_a_bias_is_refused_by_training_which_leaves_it_out(tmp_path:
     with pytest.raises(ModelError, match="lm_head_bias"):
         preflight.check(_params(folder))
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return targets.load_tokenizer(TARGET)
+
+
+def read(tokenizer: Any, request: Request, said: dict[str, Any], reason: Any = "stop") -> Response | Refusal:
+    line = Completions("builtin:tiny", TARGET, tokenizer)
+    message = {"role": "assistant", **said}
+    reply = {"model": "", "choices": [{"message": message, "finish_reason": reason}]}
+    return line.response(request, line.read(Server("http://a:1/v1", {}), reply))
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+CALLS = "{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{% endfor %}"
+
+
+def test_calls_that_the_template_leaves_out_or_nobody_offered_are_rejected(tokenizer: Any) -> None:
+    (asked,) = requests(1)
+    found = read(tokenizer, asked, {"content": None, "tool_calls": [CALL]}, "tool_calls")
+    assert isinstance(found, Refusal) and "the chat template renders no call" in found.reason
+    offered = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    row = replace(asked, tools=offered)  # a template that renders no tools: warned of once, for all rows
+    assert isinstance(read(tokenizer, row, {"content": None, "tool_calls": [CALL]}, "tool_calls"), Response)
+    caller = copy.deepcopy(tokenizer)
+    text = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}" + CALLS + "<|im_end|>\n{% endfor %}"
+    caller.chat_template = text + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    for tools, name, is_read in ((None, "add", True), (offered, "add", True), (offered, "sub", False)):
+        call = {**CALL, "function": {"name": name, "arguments": "{}"}}
+        row = replace(asked, tools=tools)
+        found = read(caller, row, {"content": "", "tool_calls": [call]}, "tool_calls")
+        assert isinstance(found, Response) == is_read, (tools, name)
+        assert is_read or "the tool sub, which its request does not offer" in found.reason
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking", "reasoning_details", "thoughts"])
+def test_reasoning_beside_the_text_is_refused_under_any_name(tokenizer: Any, field: str) -> None:
+    (asked,) = requests(1)
+    for value in ("so", [{"text": "so"}], {"text": "so"}):
+        with pytest.raises(ServerError, match=f"separates the reasoning .*{field}"):
+            read(tokenizer, asked, {"content": "yes", field: value})
+    for value in (None, "", [], {}, 0, 12, False):
+        assert isinstance(read(tokenizer, asked, {"content": "yes", field: value, "stop_reason": "eos"}), Response)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [("eos", "stop"), ("eos_token", "stop"), ("end_turn", "stop"), ("max_tokens", "length"), ("stop", "stop")],
+)
+def test_endings_by_other_names_are_those_they_mean(tokenizer: Any, said: str, reason: str) -> None:
+    found = read(tokenizer, requests(1)[0], {"content": "yes"}, said)
+    assert isinstance(found, Response) and found.finish_reason == reason
+
+
+def test_a_reply_that_names_no_model_is_that_of_the_right_one(tokenizer: Any) -> None:
+    found = read(tokenizer, requests(1)[0], {"content": "yes"})  # with an empty name
+    assert isinstance(found, Response) and found.text == "yes"
+
+
+@pytest.mark.parametrize(
+    ("said", "hint"),
+    [
+        ({"error": {"message": "The model `builtin:tiny` does not exist.", "code": 404}}, "lists this model, and does"),
+        ({"detail": "Not Found"}, "ends in /v1"),
+        (b"404 page not found", "ends in /v1"),
+    ],
+)
+def test_a_404_gets_the_hint_that_fits_its_words(tokenizer: Any, said: Any, hint: str) -> None:
+    with serving() as server:
+        server.complaint, server.always = said, (404, {})
+        with pytest.raises(ServerError, match=hint):
+            outcomes(engine(server.url, tokenizer), 2)

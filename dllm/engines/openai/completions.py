@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,10 @@ from dllm.engines.openai.servers import Server
 from dllm.errors import DataError, ServerError
 from dllm.prompts import template as chat
 
+OTHER_ENDINGS = {"eos": "stop", "eos_token": "stop", "end_turn": "stop", "max_tokens": "length"}
+"""What servers say for two of `ENDINGS`: TGI by its own protocol, and gateways to Anthropic."""
+_THINKING = re.compile("reasoning|think|thought", re.IGNORECASE)
+"""In the name of a field of a message: it holds the reasoning."""
 LEAST_DIFFERENCE = 32
 """Differences of fewer tokens mean nothing: a text may be split otherwise than it was generated."""
 
@@ -93,12 +98,13 @@ class Completions:
         if not isinstance(text, str):
             raise Fault(f"the reply is not a chat completion: its content is a {type(text).__name__}", "outage")
         self._check_model(server, reply.get("model"))
-        if message.get("reasoning_content") or message.get("reasoning"):
+        if field := _separated_reasoning(message):
             raise ServerError(
-                "the server separates the reasoning from the response",
+                f"the server separates the reasoning from the response, as {one_line(field, 80)}",
                 where=server.url,
                 hint="start it without a reasoning parser, so that the response is complete",
             )
+        reason = OTHER_ENDINGS.get(reason, reason) if isinstance(reason, str) else reason
         if reason == "stop" and tool_calls:
             reason = "tool_calls"  # some servers say `stop` where tool_choice names the tool
         if reason not in ENDINGS or (reason == "tool_calls" and not tool_calls):
@@ -118,6 +124,8 @@ class Completions:
         if (reason := defect(untokenized)) is not None:
             return Refusal(request.key, f"{reason} ({reply.url})", is_transient=True)
         if reply.tool_calls:
+            if unknown := _unknown_calls(request, reply):
+                return Refusal(request.key, f"the response calls {unknown} ({reply.url})", is_transient=True)
             turn = {"role": "assistant", "content": text, "tool_calls": list(reply.tool_calls)}
             try:
                 ids = chat.answer_ids(self._tokenizer, request.messages, turn, self._thinking, tools=request.tools)
@@ -132,7 +140,7 @@ class Completions:
 
     def _check_model(self, server: Server, model: Any) -> None:
         """Check the name that a server replies under: the one asked for, or another of the same model."""
-        if model is None or model == self._model:
+        if model in (None, "", self._model):  # some proxies leave it empty
             return
         if not isinstance(model, str):
             raise Fault(f"the reply is not a chat completion: its model is a {type(model).__name__}", "outage")
@@ -159,6 +167,23 @@ class Completions:
         if kind not in self._warned:
             self._warned.add(kind)
             _log.warning("%s %s", reply.url, what)
+
+
+def _separated_reasoning(message: dict[str, Any]) -> str | None:
+    """Name the field of a message that holds the reasoning, which the text then lacks."""
+    return next((key for key, value in message.items() if _THINKING.search(key) and _holds_text(value)), None)
+
+
+def _holds_text(value: Any) -> bool:
+    return bool(value) and isinstance(value, str | list | dict)
+
+
+def _unknown_calls(request: Request, reply: Reply) -> str | None:
+    """Name a tool that a reply calls and that its request, which has tools, does not offer."""
+    offered = {tool["function"]["name"] for tool in request.tools or ()}
+    called = (call["function"]["name"] for call in reply.tool_calls)
+    unknown = next((name for name in called if name not in offered), None) if offered else None
+    return None if unknown is None else f"the tool {one_line(unknown, 80)}, which its request does not offer"
 
 
 def _usage(reply: dict[str, Any]) -> tuple[int | None, int | None]:

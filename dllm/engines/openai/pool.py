@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
@@ -33,6 +34,8 @@ FIRST_PAUSE_S = 0.5
 MAX_PAUSE_S = 30.0
 JITTER_S = 0.1
 """Spreads the retries of requests that were sent away for the same time."""
+LISTED = "it lists this model, and does not serve it: see its log, or give another name (regenerate.served_model)"
+"""The hint where a server does not know the model that it lists."""
 MAX_RETRY_AFTER_S = 60.0
 """A server that asks for a longer pause is asked again after this one."""
 
@@ -219,7 +222,8 @@ class Pool:
             self.drop(server, str(reason))
         else:
             if fault.kind == "not_found":
-                raise ServerError(fault.reason, where=server.url, hint=NO_PROTOCOL)
+                names_model = re.search(rf"(?<!\w){re.escape(self._model)}(?!\w)", fault.reason)
+                raise ServerError(fault.reason, where=server.url, hint=LISTED if names_model else NO_PROTOCOL)
             self.exclude(server, fault.reason)
 
     def _start_probe(self, server: Server, pause_s: float) -> None:
