@@ -23,7 +23,7 @@ from dllm.prompts.readers import BadRow
 from dllm.prompts.reading import Reading
 from dllm.prompts.sources import PromptSource
 from dllm.prompts.table import HELDOUT, TRAIN, Prompt, prompt_id, split_of
-from dllm.prompts.template import ignores_tools
+from dllm.prompts.template import ignores_tools, unseen_turns
 from dllm.prompts.turns import Chat, Tools, Unusable, parse_chat
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ class Tally:
     reading: Reading = field(default_factory=Reading)
     tools: Tools | None = None
     """Those of the first prompt that has some."""
+    with_role: dict[str, Chat] = field(default_factory=dict)
+    """The first prompt with a turn of each role."""
 
     def set_row_aside(self, reason: str, place: str) -> None:
         """Count a row that cannot be read."""
@@ -94,10 +96,13 @@ class Tally:
         return {**counts, **({"set_aside": aside} if aside else {})}
 
     def unseen_tools(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Warn of tools that the target never sees, in a line."""
-        if self.tools is None or not ignores_tools(tokenizer, self.tools):
-            return []
-        return ["warning: the rows have tools, which the target's chat template does not render: it never sees them"]
+        """Warn of tools, and of turns by each role, that the target never sees, a line each."""
+        unseen = [unseen_turns(tokenizer, chat.messages, chat.tools) for chat in self.with_role.values()]
+        found = [f"{role} turns" for role in self.with_role if role in set().union(*unseen)]
+        if self.tools is not None and ignores_tools(tokenizer, self.tools):
+            found.insert(0, "tools")
+        rest = "which the target's chat template does not render: it never sees them"
+        return [f"warning: the rows have {what}, {rest}" for what in found]
 
     def lines(self) -> list[str]:
         """Describe what became of the rows that have no prompt, and of columns and files, a line each."""
@@ -147,6 +152,8 @@ def stream(
         else:
             tally.prompts += 1
             tally.tools = tally.tools or chat.tools
+            for message in chat.messages:
+                tally.with_role.setdefault(message["role"], chat)
             yield Prompt(id, name, split_of(id, heldout_fraction), *chat, reference)
 
 

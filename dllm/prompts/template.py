@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 _PROBE = "Xyzzy answers plainly"
+_TURN_PROBE = "xyzzy"
 RENDER_S = 10.0
 """Longest time of one rendering."""
 MAX_RENDERED = 1 << 26
@@ -113,6 +114,27 @@ def ignores_tools(tokenizer: PreTrainedTokenizerBase, tools: Tools) -> bool:
         return prompt_ids(tokenizer, asked, tools=tools) == prompt_ids(tokenizer, asked)
     except DataError:
         return False
+
+
+def unseen_turns(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools | None) -> set[str]:
+    """Return the roles of a chat of which the chat template leaves out the text of a turn: the target never sees it.
+
+    A word of its own is put behind each text, and looked for in what is rendered.
+    """
+    with_text = [number for number, message in enumerate(messages) if message["content"].strip()]
+    probed = [dict(message) for message in messages]
+    for number in with_text:
+        probed[number]["content"] += f" {_TURN_PROBE}{number}e"
+    try:
+        rendered = _render(tokenizer, probed, None, tools=tools)
+    except DataError:  # each row that it refuses is counted, with its reason
+        return set()
+    return {str(messages[number]["role"]) for number in with_text if f"{_TURN_PROBE}{number}e" not in rendered}
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the chat template writes today's date, so that a prompt has other ids on another day."""
+    return "strftime_now" in _template(tokenizer)
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:

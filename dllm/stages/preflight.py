@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
 from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Params
 from dllm.engines.engine import EngineFactory
 from dllm.models.targets import check_vocabulary, load_tokenizer
-from dllm.prompts.template import check_thinking_modes, prompt_ids
+from dllm.prompts.template import check_thinking_modes, prompt_ids, writes_date
 from dllm.registry import ENGINES, METHODS
+
+DATED = (
+    "warning: the target's chat template writes today's date (strftime_now): a run that is resumed, or evaluated, on "
+    "another day has other prompts under the same fingerprint"
+)
 
 
 def check(params: Params) -> PreTrainedTokenizerBase:
@@ -28,6 +35,8 @@ def check(params: Params) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(params.target)
     ids = prompt_ids(tokenizer, [{"role": "user", "content": "Hello"}], params.target.enable_thinking)
     check_vocabulary(params.target, tokenizer, ids)
+    if writes_date(tokenizer):
+        print(DATED, file=sys.stderr, flush=True)
     if params.evaluate.thinking is not None:
         check_thinking_modes(tokenizer, "evaluate.thinking")
     return tokenizer

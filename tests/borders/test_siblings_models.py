@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from dllm.config.load import parse_params
-from dllm.config.params import Target
+from dllm.config.params import Source, Target
 from dllm.engines.engine import Refusal, Request, Response
 from dllm.engines.local import LocalEngine
 from dllm.engines.openai.completions import Completions
@@ -24,6 +24,7 @@ from dllm.lm_eval.models import load_model
 from dllm.methods.diffusion.build import initial_model
 from dllm.models import targets
 from dllm.models.target_config import LOGIT_SWITCHES, logit_switch
+from dllm.prompts.stream import Tally, stream
 from dllm.registry import METHODS
 from dllm.stages import preflight
 from tests.borders.test_target_configs import _copy_of_tiny, _params
@@ -185,3 +186,45 @@ def test_a_404_gets_the_hint_that_fits_its_words(tokenizer: Any, said: Any, hint
         server.complaint, server.always = said, (404, {})
         with pytest.raises(ServerError, match=hint):
             outcomes(engine(server.url, tokenizer), 2)
+
+
+def said(*pairs: str) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": text} for role, text in (pair.split(":") for pair in pairs)]}
+
+
+TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+OPEN = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+ROWS = [said("user:one"), said("system:be brief", "user:two"), said("user:three", "assistant:3", "user:four")]
+DROPPED = {
+    "system turns": ("{% for m in messages if m.role != 'system' %}" + TURN + "{% endfor %}", ["system"]),
+    "all but the last": ("{% for m in messages[-1:] %}" + TURN + "{% endfor %}", ["user", "system", "assistant"]),
+    "responses": ("{% for m in messages if m.role != 'assistant' %}" + TURN + "{% endfor %}", ["assistant"]),
+    "nothing": ("{% for m in messages %}" + TURN + "{% endfor %}", []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("template", "roles"), DROPPED.values(), ids=DROPPED)
+def test_turns_that_the_template_leaves_out_are_named(
+    tmp_path: Path, tokenizer: Any, template: str, roles: list[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    tally = Tally()
+    assert len(list(stream(Source(name="a.jsonl"), tmp_path, tally=tally))) == 3
+    lossy = copy.deepcopy(tokenizer)
+    lossy.chat_template = template + OPEN
+    rest = "which the target's chat template does not render: it never sees them"
+    assert tally.unseen_tools(lossy) == [f"warning: the rows have {role} turns, {rest}" for role in roles]
+    lossy.chat_template = "{{ raise_exception('no') }}"
+    assert tally.unseen_tools(lossy) == []
+
+
+def test_a_template_that_writes_the_date_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _copy_of_tiny(tmp_path / "m")
+    preflight.check(_params(folder))
+    assert "date" not in capsys.readouterr().err
+    path = folder / "chat_template.jinja"
+    text = path.read_text()
+    path.unlink()
+    path.write_text("<|im_start|>system\n{{ strftime_now('%d %b %Y') }}<|im_end|>\n" + text)
+    preflight.check(_params(folder))
+    assert "writes today's date (strftime_now)" in capsys.readouterr().err
