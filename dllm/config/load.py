@@ -221,6 +221,8 @@ def _explain(error: Any) -> str:
             options = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
             near = difflib.get_close_matches(str(given), options, n=1, cutoff=0.4)
             message += f"; did you mean {near[0]}?" if near else ""
+        if error["type"] == "string_type" and given is not None:  # YAML reads 12e4567 as a number, and on as a truth
+            message += "; put it in quotes"
         return f"{path}: {message}, got {_shown(given)}"
     return f"{path}: {message}" if path else message
 

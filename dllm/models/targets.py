@@ -32,6 +32,7 @@ from dllm.files import is_disk_full, is_unreadable
 from dllm.models import builtin
 from dllm.models.quiet import without_warnings
 from dllm.models.target_config import ROPE_SECTIONS, built_config, check_config, not_built, read_config
+from dllm.models.target_files import check_directory
 from dllm.outside import one_line
 
 if TYPE_CHECKING:
@@ -59,10 +60,7 @@ def locate(target: Target, *, weights: bool = True) -> Path:
         return builtin.directory(target.model)
     path = Path(target.model).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(
-                "no config.json in the target's directory", where=str(path), hint="point target.model at a saved model"
-            )
+        check_directory(path)
         return path
     if not looks_like_hub_id(target.model):
         raise ModelError("no such model directory", where=f"target.model: {target.model}")
@@ -75,7 +73,9 @@ def locate(target: Target, *, weights: bool = True) -> Path:
                 where=f"target.revision: {target.revision}",
                 hint="give the 40 digits of the commit whose code you have read (`--revision` for generate)",
             )
-    return hub_snapshot(target.model, target.revision, patterns, where="target.model")
+    path = hub_snapshot(target.model, target.revision, patterns, where="target.model")
+    check_directory(path)
+    return path
 
 
 def looks_like_hub_id(name: str) -> bool:
@@ -203,8 +203,8 @@ def positions_in(config: Mapping[str, Any]) -> int | None:
         scaling = config.get(section) or {}
         kind = scaling.get("rope_type") or scaling.get("type")
         original = scaling.get(ORIGINAL) or config.get(ORIGINAL)
-        if positions and kind == "yarn":
-            positions = max(positions, int(original * scaling["factor"]))
+        if positions and kind == "yarn":  # transformers, too, takes all positions where there is no other number
+            positions = max(positions, int((original or positions) * scaling["factor"]))
         elif positions and original and kind in ("longrope", "su"):  # its older name
             positions = min(positions, int(original))
     return positions

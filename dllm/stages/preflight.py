@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Params
 from dllm.engines.engine import EngineFactory
-from dllm.models.targets import check_vocabulary, load_tokenizer
+from dllm.models.target_files import check_revision, check_shards
+from dllm.models.targets import check_vocabulary, hub_commit, load_tokenizer, locate
 from dllm.prompts.template import check_thinking_modes, prompt_ids, writes_date
 from dllm.registry import ENGINES, METHODS
 
@@ -24,14 +25,18 @@ def check(params: Params) -> PreTrainedTokenizerBase:
     No weights are read.
 
     Raises:
-        ConfigError: the engine's settings are impossible, or the mask token is.
-        ModelError: the target or the draft is not supported, by the method or the engine, or not there.
+        ConfigError: the engine's settings are impossible, or the mask token is; the target has no revisions.
+        ModelError: the target or the draft is not supported, by the method or the engine, or not wholly there.
         DataError: the tokenizer has no chat template that renders a question, or in the thinking modes that are asked.
     """
     engine: EngineFactory = ENGINES[params.regenerate.engine]
     engine.check(params.regenerate)
     METHODS[params.train.mode].check_models(params)
     engine.check_target(params.target)
+    check_revision(params.target)
+    path = locate(params.target, weights=False)
+    if hub_commit(path) is None:  # what is missing of the hub's is downloaded when it is needed
+        check_shards(path)
     tokenizer = load_tokenizer(params.target)
     ids = prompt_ids(tokenizer, [{"role": "user", "content": "Hello"}], params.target.enable_thinking)
     check_vocabulary(params.target, tokenizer, ids)

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
-from dllm.config.load import parse_params
+from dllm.config.load import load_params, parse_params, read_yaml
 from dllm.config.params import Source, Target
 from dllm.engines.engine import Refusal, Request, Response
 from dllm.engines.local import LocalEngine
 from dllm.engines.openai.completions import Completions
 from dllm.engines.openai.servers import Server
-from dllm.errors import ModelError, ServerError
+from dllm.errors import ConfigError, ModelError, ServerError
 from dllm.lm_eval.models import load_model
 from dllm.methods.diffusion.build import initial_model
 from dllm.models import targets
@@ -228,3 +229,51 @@ def test_a_template_that_writes_the_date_is_named(tmp_path: Path, capsys: pytest
     path.write_text("<|im_start|>system\n{{ strftime_now('%d %b %Y') }}<|im_end|>\n" + text)
     preflight.check(_params(folder))
     assert "writes today's date (strftime_now)" in capsys.readouterr().err
+
+
+def test_an_adapter_is_told_from_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        targets.locate(Target(model=str(tmp_path)))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"an adapter \(adapter_config\.json\).*merge it"):
+        targets.locate(Target(model=str(tmp_path)))
+
+
+def test_a_missing_shard_is_named_before_anything_is_generated(tmp_path: Path) -> None:
+    folder = _copy_of_tiny(tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    index = {"weight_map": {key: names[number % 2] for number, key in enumerate(sorted(weights))}}
+    for name in names:
+        part = {key: weights[key] for key, file in index["weight_map"].items() if file == name}
+        save_file(part, folder / name, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    preflight.check(_params(folder))
+    (folder / names[1]).unlink()
+    with pytest.raises(ModelError, match=f"1 of 2 files .* missing, {names[1]}"):
+        preflight.check(_params(folder))
+    (folder / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ModelError, match="cannot read the index"):
+        preflight.check(_params(folder))
+
+
+@pytest.mark.parametrize("section", ["rope_scaling", "rope_parameters"])
+def test_yarn_without_a_number_of_its_own_starts_from_all_positions(tmp_path: Path, section: str) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
+    folder = _copy_of_tiny(tmp_path / "m", **{"rope_parameters": "GONE", section: yarn})
+    assert targets.max_positions(Target(model=str(folder))) == 4 * 2048
+
+
+@pytest.mark.parametrize("text", ["12e4567", "1234567", "on", "true"])
+def test_a_commit_that_yaml_reads_as_a_number_is_to_be_quoted(tmp_path: Path, text: str) -> None:
+    raw = "recipe: m\ntarget: {model: a/b, revision: %s}\nprepare: {sources: [{name: gsm8k}]}\n"
+    path = tmp_path / "params.yaml"
+    path.write_text(raw % text + "register: {model_name: m}\n")
+    if isinstance(read_yaml(text), str):
+        assert load_params(path).target.revision == text
+        return
+    with pytest.raises(ConfigError, match=r"target\.revision: .*valid string; put it in quotes"):
+        load_params(path)
+    path.write_text(raw % f'"{text}"' + "register: {model_name: m}\n")
+    assert load_params(path).target.revision == text
