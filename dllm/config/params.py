@@ -125,9 +125,11 @@ class Regenerate(Section):
     sglang: Sglang = Sglang()
 
     @model_validator(mode="after")
-    def _samples_differ(self) -> Regenerate:
+    def _check_sampling(self) -> Regenerate:
         if self.temperature == 0 and self.samples_per_prompt > 1:
             raise ValueError("samples_per_prompt > 1 at temperature 0 repeats the same answer; raise temperature")
+        if self.temperature == 0 and self.top_p < 1:
+            raise ValueError("top_p requires sampling, which temperature 0 leaves out; raise temperature")
         return self
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Params, Regenerate, Target
-from dllm.engines.engine import EngineStats, Refusal, Request, RequestSource, Response
+from dllm.engines.engine import EngineStats, Refusal, Request, RequestSource, Response, refuse_servers
 from dllm.errors import ConfigError, DataError
 from dllm.prompts import template as chat
 
@@ -33,6 +33,7 @@ class DatasetEngine:
 
     @classmethod
     def check(cls, settings: Regenerate) -> None:
+        refuse_servers(settings)
         if settings.turns != "last":
             raise ConfigError(
                 f"engine {settings.engine} takes the last response of a chat only",

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Params, Regenerate, Target
+from dllm.errors import ConfigError
 from dllm.prompts.turns import Message
 from dllm.registry import ENGINES
 
@@ -181,6 +182,18 @@ def fit(request: Request, positions: int | None) -> Request | Refusal:
         reason = f"the prompt has {length} tokens, and the model {positions} positions for prompt and response"
         return Refusal(request.key, reason)
     return request if request.max_new_tokens <= room else replace(request, max_new_tokens=room)
+
+
+def refuse_servers(settings: Regenerate) -> None:
+    """Refuse what only servers read, for an engine that asks none.
+
+    Raises:
+        ConfigError: servers, or the name that they know the target by, are set.
+    """
+    for name in ("servers", "served_model"):
+        if getattr(settings, name):
+            what = f"engine {settings.engine} uses no server"
+            raise ConfigError(what, where=f"regenerate.{name}", hint="leave it out, or use engine: openai")
 
 
 def open_engine(

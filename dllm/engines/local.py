@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dllm.config.params import Params, Regenerate, Target
-from dllm.engines.engine import EngineStats, Request, RequestSource, Response
+from dllm.engines.engine import EngineStats, Request, RequestSource, Response, refuse_servers
 from dllm.errors import ModelError
 from dllm.models import precision, targets
 from dllm.models.packing import packed_linears
@@ -67,7 +67,7 @@ class LocalEngine:
 
     @classmethod
     def check(cls, settings: Regenerate) -> None:
-        pass
+        refuse_servers(settings)
 
     @classmethod
     def check_target(cls, target: Target) -> None:

@@ -54,6 +54,8 @@ class Tally:
     """Rows that cannot be read, by reason."""
     first_place: dict[str, str] = field(default_factory=dict)
     """The first such row for each reason."""
+    not_ignored: list[str] = field(default_factory=list)
+    """Columns to ignore that no row has."""
     reading: Reading = field(default_factory=Reading)
     tools: Tools | None = None
     """Those of the first prompt that has some."""
@@ -74,6 +76,8 @@ class Tally:
         Raises:
             DataError: they are too many.
         """
+        known = {part for name in self.reading.columns for part in (name, name.split(".")[0])}
+        self.not_ignored = [name for name in source.ignore_columns or () if name not in known]
         share = MAX_BAD_ROWS if source.max_bad_rows is None else source.max_bad_rows
         bad = self.set_aside.total()
         if bad > share * self.rows:
@@ -110,7 +114,8 @@ class Tally:
             f"set aside: {count} rows: {one_line(reason, 200)}, the first {one_line(self.first_place[reason], 200)}"
             for reason, count in self.set_aside.most_common()
         ]
-        return [*self.reading.lines(), *aside]
+        unknown = [f"warning: no row has the column {one_line(name, 80)} to ignore" for name in self.not_ignored]
+        return [*self.reading.lines(), *unknown, *aside]
 
 
 def stream(

@@ -42,6 +42,8 @@ def check(params: Params) -> PreTrainedTokenizerBase:
     check_vocabulary(params.target, tokenizer, ids)
     if writes_date(tokenizer):
         print(DATED, file=sys.stderr, flush=True)
+    if params.target.enable_thinking is not None:
+        check_thinking_modes(tokenizer, "target.enable_thinking")
     if params.evaluate.thinking is not None:
         check_thinking_modes(tokenizer, "evaluate.thinking")
     return tokenizer

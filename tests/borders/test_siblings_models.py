@@ -20,7 +20,7 @@ from dllm.engines.engine import Refusal, Request, Response
 from dllm.engines.local import LocalEngine
 from dllm.engines.openai.completions import Completions
 from dllm.engines.openai.servers import Server
-from dllm.errors import ConfigError, ModelError, ServerError
+from dllm.errors import ConfigError, DllmError, ModelError, ServerError
 from dllm.lm_eval.models import load_model
 from dllm.methods.diffusion.build import initial_model
 from dllm.models import targets
@@ -229,6 +229,48 @@ def test_a_template_that_writes_the_date_is_named(tmp_path: Path, capsys: pytest
     path.write_text("<|im_start|>system\n{{ strftime_now('%d %b %Y') }}<|im_end|>\n" + text)
     preflight.check(_params(folder))
     assert "writes today's date (strftime_now)" in capsys.readouterr().err
+
+
+def changed(section: str, **values: Any) -> dict[str, Any]:
+    raw: dict[str, Any] = json.loads(_params("builtin:tiny").model_dump_json(by_alias=True, exclude_none=True))
+    raw[section] |= values
+    return raw
+
+
+WITHOUT_EFFECT: dict[str, tuple[str, dict[str, Any], str]] = {
+    "servers": ("regenerate", {"servers": ["http://a:1/v1"]}, r"engine local uses no server.*regenerate\.servers"),
+    "a name of servers": ("regenerate", {"served_model": "m"}, r"uses no server.*regenerate\.served_model"),
+    "servers of a dataset": ("regenerate", {"engine": "dataset", "turns": "last", "served_model": "m"}, "no server"),
+    "top_p": ("regenerate", {"top_p": 0.9}, "top_p requires sampling"),
+    "thinking": ("target", {"enable_thinking": True}, r"same prompts with thinking.*target\.enable_thinking"),
+    "a commit": ("target", {"revision": "main"}, r"no revision.*target\.revision: main"),
+}
+
+
+@pytest.mark.parametrize(("section", "values", "words"), WITHOUT_EFFECT.values(), ids=WITHOUT_EFFECT)
+def test_an_option_without_effect_is_refused(section: str, values: dict[str, Any], words: str) -> None:
+    with pytest.raises(DllmError, match=words):
+        preflight.check(parse_params(changed(section, **values)))
+
+
+def test_options_that_have_an_effect_pass() -> None:
+    for values in ({"top_p": 0.9, "temperature": 0.5}, {"engine": "openai", "servers": ["http://a:1"]}):
+        preflight.check(parse_params(changed("regenerate", **values)))
+
+
+def test_a_revision_of_a_directory_is_refused(tmp_path: Path) -> None:
+    folder = _copy_of_tiny(tmp_path / "m")
+    with pytest.raises(ConfigError, match="a directory has no revision"):
+        preflight.check(parse_params(changed("target", model=str(folder), revision="main")))
+
+
+def test_a_column_to_ignore_that_no_row_has_is_named(tmp_path: Path) -> None:
+    rows = [{**row, "input": "x", "extra": {"a": 1}} for row in ROWS]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tally = Tally()
+    list(stream(Source(name="a.jsonl", ignore_columns=["input", "inputs", "extra"]), tmp_path, tally=tally))
+    warned = [line for line in tally.lines() if line.startswith("warning")]
+    assert warned == ["warning: no row has the column inputs to ignore"]
 
 
 def test_an_adapter_is_told_from_a_folder_without_a_model(tmp_path: Path) -> None:
