@@ -22,8 +22,10 @@ from dllm.engines.openai.completions import Completions
 from dllm.engines.openai.servers import Server
 from dllm.errors import ConfigError, DllmError, ModelError, ServerError
 from dllm.lm_eval.models import load_model
+from dllm.methods.dflash.plan import forward_flops
 from dllm.methods.diffusion.build import initial_model
 from dllm.models import targets
+from dllm.models.experts import weights_per_token
 from dllm.models.target_config import LOGIT_SWITCHES, logit_switch
 from dllm.prompts.stream import Tally, stream
 from dllm.registry import METHODS
@@ -319,3 +321,28 @@ def test_a_commit_that_yaml_reads_as_a_number_is_to_be_quoted(tmp_path: Path, te
         load_params(path)
     path.write_text(raw % f'"{text}"' + "register: {model_name: m}\n")
     assert load_params(path).target.revision == text
+
+
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 96, "num_key_value_heads": 2, "num_attention_heads": 4}
+FAMILIES = {
+    "Qwen3Moe": {"num_experts": 32, "mlp_only_layers": []},
+    "Mixtral": {"num_local_experts": 32, "intermediate_size": 96, "head_dim": 16},
+    "GraniteMoe": {"num_local_experts": 32, "intermediate_size": 96, "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_costs_the_experts_that_it_is_routed_to(family: str) -> None:
+    def cost(**values: Any) -> float:
+        config = getattr(transformers, f"{family}Config")(**{**SHAPE, **MOE, **FAMILIES[family], **values})
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        used = sum(number for _, number in weights_per_token(model, config))
+        assert used < sum(each.numel() for each in model.parameters()) / 2
+        return forward_flops(model, 1)
+
+    router, expert = 64, 3 * 64 * 96
+    few, more = cost(), cost(num_experts_per_tok=4)
+    assert more - few == pytest.approx(2 * SHAPE["num_hidden_layers"] * 2 * expert)
+    others = {"num_experts": 64} if "num_experts" in FAMILIES[family] else {"num_local_experts": 64}
+    assert cost(**others) - few == pytest.approx(2 * SHAPE["num_hidden_layers"] * 32 * router)

@@ -13,6 +13,7 @@ from dllm.methods.method import PlanContext
 from dllm.models.drafts import attention
 from dllm.models.drafts.checkpoint import draft_directory, read_config
 from dllm.models.drafts.protocol import Draft, DraftConfig
+from dllm.models.experts import weights_per_token
 from dllm.models.precision import compute_dtype
 from dllm.registry import DRAFTS
 from dllm.training.optimizer import moment_bytes
@@ -119,10 +120,14 @@ def draft_bytes(draft: Draft, rows: int, length: int, blocks: int, dtype: torch.
 
 
 def forward_flops(target: Any, length: float) -> float:
-    """Count the operations of the target's layers for a row: its products, and the half of attention that is causal."""
+    """Count the operations of the target's layers for a row: its products, and the half of attention that is causal.
+
+    Of routed experts those count that a token is routed to.
+    """
     config, decoder = target.config.get_text_config(), target.get_decoder()
     embedding = _embedding(target)
-    weights = sum(each.numel() for each in decoder.parameters() if each.ndim > 1 and each is not embedding)
+    used = weights_per_token(decoder, config)
+    weights = sum(number for each, number in used if each.ndim > 1 and each is not embedding)
     heads = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )

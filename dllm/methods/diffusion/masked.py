@@ -24,6 +24,7 @@ from dllm.methods.diffusion.settings import LEVELS, Masking
 from dllm.models.diffusion.config import DiffusionConfig
 from dllm.models.diffusion.families import load_checkpoint
 from dllm.models.diffusion.protocol import DiffusionLM
+from dllm.models.experts import weights_per_token
 from dllm.models.precision import compute_dtype
 from dllm.models.sharding import is_sharded, shard_like
 from dllm.training.batches import Example
@@ -269,14 +270,8 @@ def _flops_per_token(model: DiffusionLM) -> float:
 
     The head is excluded. Source: Kaplan et al. 2020, section 2.
     """
-    experts = getattr(model.model_config, "num_experts", None)
-    share = model.model_config.num_experts_per_tok / experts if experts else 1.0
-    head_VD = model.head_VD
-    return sum(
-        (6 if p.requires_grad else 4) * p.numel() * (share if ".experts." in name else 1.0)
-        for name, p in model.named_parameters()
-        if p is not head_VD
-    )
+    used, head_VD = weights_per_token(model, model.model_config), model.head_VD
+    return sum((6 if p.requires_grad else 4) * number for p, number in used if p is not head_VD)
 
 
 def padded_with_eos(

@@ -10,6 +10,7 @@ from torch import nn
 
 from dllm.methods.diffusion.settings import Masking
 from dllm.methods.method import PlanContext
+from dllm.models.experts import weights_per_token
 from dllm.models.precision import compute_dtype
 from dllm.training.optimizer import moment_bytes
 from dllm.training.plan import LOGIT_COPIES, Plan
@@ -46,9 +47,8 @@ def plan(ctx: PlanContext[Any]) -> Plan:
     }
     sequences = train.batch_size * train.grad_accumulation * ctx.ranks
     times = 4 if adapters else 6
-    body = (
-        sum(parameter.numel() for parameter in decoder.parameters() if parameter.ndim > 1) - _embedding(model).numel()
-    )
+    used = weights_per_token(decoder, config)
+    body = sum(number for parameter, number in used if parameter.ndim > 1) - _embedding(model).numel()
     attention = 6 * passes**2 * work.length**2 * 2 * config.num_hidden_layers * config.hidden_size
     scored = sequences * work.supervised / 2  # half of the response is masked, on average
     step: Mapping[str, float] = {
@@ -56,7 +56,7 @@ def plan(ctx: PlanContext[Any]) -> Plan:
         "head": times * head.numel() * scored,
     }
     parameters = {"model": size} | ({"adapters, trained": adapters} if adapters else {})
-    return Plan(parameters, memory, step, notes=("validation, checkpoints and experts' routing are not counted",))
+    return Plan(parameters, memory, step, notes=("validation and checkpoints are not counted",))
 
 
 def _adapters(model: nn.Module, settings: Masking) -> int:
