@@ -125,13 +125,16 @@ def _run_stages(place: Place, request: Request) -> None:
     if request.force:
         for stage in stages:
             contract.forget(place.root, stage)
-    changed = outside_data.changed(load_params(place.root / "params.yaml"), place.root) if "prepare" in stages else []
-    if changed:
-        get_run_logger().info("prepare: run again, since %s has changed outside data/", ", ".join(changed)[:200])
+    params = load_params(place.root / "params.yaml")
+    changed = {"prepare": outside_data.changed(params, place.root)} if "prepare" in stages else {}
+    changed["evaluate"] = outside_data.changed_sets(params, place.root)
+    for stage, names in changed.items():
+        if names:
+            get_run_logger().info("%s: run again, since %s has changed outside data/", stage, ", ".join(names)[:200])
     tasks = {"prepare": prepare, "regenerate": regenerate, "train": train, "evaluate": evaluate}
     for stage, run_stage in tasks.items():
         if stage in stages or request.checkout is not None:  # a checkout has nothing yet: DVC restores it
-            run_stage(place, (request.force and stage in stages) or (stage == "prepare" and bool(changed)))
+            run_stage(place, (request.force and stage in stages) or bool(changed.get(stage)))
         else:
             read_record(place.root, stage, "run.json")
     if request.register:

@@ -36,7 +36,7 @@ def is_unchanged(root: Path) -> bool:
         )
         params = load_params(root / "params.yaml")
         store = sqlite_path(tracking_uri(root))
-        if outside_data.changed(params, root):
+        if outside_data.changed(params, root) or outside_data.changed_sets(params, root):
             return False
         if is_behind(root) or store is None or not _has_version(store, made):
             return False

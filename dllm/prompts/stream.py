@@ -99,7 +99,7 @@ class Tally:
         }
         return {**counts, **({"set_aside": aside} if aside else {})}
 
-    def unseen_tools(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    def unseen(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Warn of tools, and of turns by each role, that the target never sees, a line each."""
         unseen = [unseen_turns(tokenizer, chat.messages, chat.tools) for chat in self.with_role.values()]
         found = [f"{role} turns" for role in self.with_role if role in set().union(*unseen)]

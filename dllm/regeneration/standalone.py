@@ -169,7 +169,7 @@ def survey(args: RegenerateArgs) -> Survey:
             found.rollouts += num_samples(prompt, config.settings)
             found.turns += core.num_turns(prompt, config)
     finally:
-        for line in [*found.tally.lines(), *found.tally.unseen_tools(args.tokenizer)]:
+        for line in [*found.tally.lines(), *found.tally.unseen(args.tokenizer)]:
             print(line, file=sys.stderr, flush=True)
     if not found.turns and not found.tally.other_parts:
         reasons = ", ".join(f"{number} with {reason}" for reason, number in found.tally.refused.items())

@@ -18,6 +18,7 @@ from dllm.models import checkpoints, targets
 from dllm.outside import one_line
 from dllm.prompts import sets
 from dllm.registry import METHODS
+from dllm.stages.outside_data import set_key
 from dllm.stages.plots import write_plots
 from dllm.stages.records import read_record, trained_method
 from dllm.stages.workspace import Stage, open_stage
@@ -79,7 +80,7 @@ def _open(
 ) -> AbstractContextManager[Stage]:
     method: Method[Any] = METHODS[name]
     asked = params.evaluate.sets or []
-    read = {f"set {number} {entry.name}": sets.identity(entry, root) for number, entry in enumerate(asked)}
+    read = {set_key(number, entry): sets.identity(entry, root) for number, entry in enumerate(asked)}
     own = {} if named is None else {"checkpoint": named}
     return open_stage(
         "evaluate",

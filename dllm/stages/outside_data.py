@@ -1,14 +1,17 @@
-"""Files of prompts outside `data/`: DVC watches that folder alone, so `make run` and flows ask here for changes."""
+"""Files of prompts outside `data/`: DVC watches that folder alone, so `make run` and flows ask here for changes.
+
+Those of `prepare.sources`, which `prepare` reads, and those of `evaluate.sets`, which `evaluate` does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dllm.config.params import Params, Source
 from dllm.errors import DllmError
-from dllm.prompts import sources
+from dllm.prompts import sets, sources
 from dllm.stages.records import read_record
 from dllm.tracking.provenance import digest
 from dllm.workspace import RUN
@@ -59,9 +62,25 @@ def changed(params: Params, root: Path) -> list[str]:
         return []  # a whole source is gone: who has pulled the results needs none, and the stage names it when it runs
 
 
-def _unwatched(source: Source, root: Path) -> dict[str, Path]:
-    if sources.find(source, root) is not sources.FILES:  # built in, or from the hub at a commit
+def changed_sets(params: Params, root: Path) -> list[str]:
+    """Name the sets whose files `evaluate` has read otherwise; none where it has not run."""
+    try:
+        made = read_record(root, "evaluate", RUN)["identity"]
+        keys = {set_key(number, entry): entry for number, entry in enumerate(params.evaluate.sets or [])}
+        known = {key: entry for key, entry in keys.items() if key in made and _unwatched(entry, root, sets.find)}
+        return [entry.name for key, entry in known.items() if sets.identity(entry, root) != made[key]]
+    except (DllmError, OSError, KeyError, TypeError):
+        return []
+
+
+def set_key(number: int, entry: Source) -> str:
+    """Name a set among what determines an evaluation."""
+    return f"set {number} {entry.name}"
+
+
+def _unwatched(source: Source, root: Path, find: Callable[[Source, Path], Any] = sources.find) -> dict[str, Path]:
+    if find(source, root) is not sources.FILES:  # built in, or from the hub at a commit
         return {}
     watched = (root / WATCHED).resolve()
-    found = sources.inputs(source, root)
+    found = sources.FILES.inputs(source, root)
     return {name: path for name, path in found.items() if not path.resolve().is_relative_to(watched)}

@@ -73,5 +73,5 @@ def run(params: Params, root: Path) -> dict[str, Any]:
 
 def _print(tallies: Mapping[str, stream.Tally], tokenizer: PreTrainedTokenizerBase) -> None:
     for name, tally in tallies.items():
-        for line in [*tally.lines(), *tally.unseen_tools(tokenizer)]:
+        for line in [*tally.lines(), *tally.unseen(tokenizer)]:
             print(f"prepare: {one_line(name)}: {line}", flush=True)

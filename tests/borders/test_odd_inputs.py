@@ -120,6 +120,6 @@ def test_schemas_of_other_vendors_are_read_or_refused_as_what_they_are(tmp_path:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     found, tally = read(tmp_path, {"messages": chat(), "tools": [{"name": "add", "input_schema": schema}]})
     assert found.tools == [{"type": "function", "function": {"name": "add", "parameters": schema}}]
-    assert tally.unseen_tools(load_tokenizer(TARGET)) != []
+    assert tally.unseen(load_tokenizer(TARGET)) != []
     with pytest.raises(DataError, match="tool 1 is not JSON"):
         read(tmp_path, {"messages": chat(), "tools": ["add"]})

@@ -216,9 +216,9 @@ def test_turns_that_the_template_leaves_out_are_named(
     lossy = copy.deepcopy(tokenizer)
     lossy.chat_template = template + OPEN
     rest = "which the target's chat template does not render: it never sees them"
-    assert tally.unseen_tools(lossy) == [f"warning: the rows have {role} turns, {rest}" for role in roles]
+    assert tally.unseen(lossy) == [f"warning: the rows have {role} turns, {rest}" for role in roles]
     lossy.chat_template = "{{ raise_exception('no') }}"
-    assert tally.unseen_tools(lossy) == []
+    assert tally.unseen(lossy) == []
 
 
 def test_a_template_that_writes_the_date_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

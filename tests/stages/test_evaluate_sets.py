@@ -26,6 +26,7 @@ from dllm.prompts.sets import GSM8K
 from dllm.prompts.table import HELDOUT, TRAIN, Prompt, prompt_id, write_prompts
 from dllm.report import terminal
 from dllm.stages import evaluate, prepare
+from dllm.stages.outside_data import changed_sets
 from tests.decoding import stand_in_drafts
 
 THINKS = (
@@ -155,3 +156,20 @@ def test_published_figures_are_of_the_same_kind_alone() -> None:
         assert published_of("gsm8k", False, **{**kind, key: value}) == []
     sampled = {**kind, "block_size": 7, "temperature": 1.0}
     assert [each["tau"] for each in published_of("alpaca", None, **sampled)] == [2.98]
+
+
+def test_a_set_that_changes_outside_data_is_seen(root: Path) -> None:
+    def write(name: str, text: str) -> None:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(json.dumps({"messages": text}) + "\n")
+
+    for name in ("mine.jsonl", "data/watched.jsonl"):
+        write(name, "A question")
+    wanted = params("builtin:tiny", sets=["mine.jsonl", "data/watched.jsonl", "gsm8k"], walk={"prompts": 1})
+    assert changed_sets(wanted, root) == [], "evaluate has not run"
+    evaluate.run(wanted, root)
+    assert changed_sets(wanted, root) == []
+    write("data/watched.jsonl", "Another")  # DVC sees it
+    assert changed_sets(wanted, root) == []
+    write("mine.jsonl", "Another")
+    assert changed_sets(wanted, root) == ["mine.jsonl"]
