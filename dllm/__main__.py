@@ -17,6 +17,7 @@ import locale
 import os
 import signal
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         bypass_for_loopback()
         leave_hook()
         secrets.install()
+        if sys.warnoptions:  # PYTHONWARNINGS=error would make failures of what other packages warn of at import
+            warnings.simplefilter("default")
         if not is_debug:
             sys.excepthook = _report_bug
         code = _run(arguments, is_debug)

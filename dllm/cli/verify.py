@@ -1,10 +1,11 @@
 """`python -m dllm verify`: compare every stored file of a project with its digest, and say how to restore what differs.
 
-Goes over out/, work/, registered/, the cache of built-in targets and a local MLflow store; changes nothing.
+Goes over out/, work/, registered/, DVC's cache, that of built-in targets and a local MLflow store; changes nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -32,6 +33,7 @@ from dllm.training.checkpoints import AGAIN, read_state
 from dllm.workspace import RUN
 
 OK, UNKNOWN = "ok", "no digests"
+DVC_CACHE = Path(".dvc", "cache", "files", "md5")
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def _items(root: Path) -> Iterator[Item]:
         yield Item(kept.relative_to(root).as_posix(), kept, partial(_registered, kept))
     for place in _folders(builtin.cache_root() / "models"):
         yield Item(f"target {place.name}", place, partial(_target, place))
+    if (root / DVC_CACHE).is_dir():
+        yield Item("DVC's cache", root / DVC_CACHE, partial(_dvc_cache, root / DVC_CACHE))
     store = root / "mlflow.db"
     if store.is_file():
         yield Item(store.name, store, partial(_database, store))
@@ -166,6 +170,23 @@ def _registered(kept: Path) -> str:
     if provenance.digest(kept)[:16] != kept.name:
         raise ModelError("a registered checkpoint has other bytes than its digest", where=str(kept), hint=hint)
     return OK
+
+
+def _dvc_cache(cache: Path) -> str:
+    """Compare the files of DVC's cache with their names. DVC itself trusts a file whose time of change is as it was."""
+    damaged = []
+    for path in sorted(cache.glob("??/*")):
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
+        if found != path.parent.name + path.name.removesuffix(".dir"):
+            damaged.append(path)
+    if not damaged:
+        return OK
+    names = " ".join(str(path.relative_to(cache.parents[3])) for path in damaged[:3])
+    more = " and so on" if len(damaged) > 3 else ""
+    what = f"{len(damaged)} files of DVC's cache have other bytes than their names say"
+    hint = f"`rm -f {names}`{more}, then `dvc repro -sf STAGE` for each stage whose out/ is damaged"
+    raise DataError(what, where=str(damaged[0]), hint=hint)
 
 
 def _target(place: Path) -> str:

@@ -176,6 +176,10 @@ def no_tokens(regenerated: Regenerated, num_prompts: int, where: str) -> DataErr
     if first is not None and not regenerated.counts.rows:
         message = f"all {rejected} requests were rejected, the first because {one_line(first, 300)}"
         return DataError(message, where=where, hint="remove the cause and run this again")
+    if regenerated.counts.dropped and not regenerated.counts.rows:
+        by_flag = ", ".join(f"{number} for {flag}" for flag, number in sorted(regenerated.counts.dropped.items()))
+        hint = "drop fewer flags, or raise max_new_tokens where responses are cut"
+        return DataError(f"all responses are dropped: {by_flag}", where="regenerate.drop", hint=hint)
     also = "" if first is None else f"; {rejected} requests were rejected, the first because {one_line(first, 200)}"
     return DataError(
         f"the target's responses to {num_prompts} prompts hold no token to train on",

@@ -14,7 +14,7 @@ from pathlib import Path
 from dllm.digests import unsealed
 from dllm.engines.engine import Response, request_key, request_origin
 from dllm.errors import DataError
-from dllm.files import is_unreadable
+from dllm.outside import one_line
 from dllm.prompts.table import Prompt
 from dllm.regeneration import journal
 from dllm.regeneration.journal import ResponseJournal
@@ -24,6 +24,8 @@ from dllm.responses import shards
 
 Unit = tuple[str, int]
 """A prompt's id and the number of a sample."""
+
+DAMAGED = "%s: cannot be read; its responses are generated again: %s"
 
 _log = logging.getLogger(__name__)
 
@@ -59,8 +61,12 @@ def take_over(folders: Sequence[Path], prompts: Iterable[Prompt], config: Rollou
 def _rollouts(folder: Path, wanted: Container[Unit]) -> list[tuple[Unit, list[Response]]]:
     """Read the responses of the wanted prompts and samples of a folder, in the order of their turns."""
     found: dict[Unit, dict[int, Response]] = {}
-    for response in itertools.chain(_of_shards(folder), _of_journals(folder)):
-        prompt_id, sample, turn = request_origin(response.key)
+    # Journals first: a shard that a process finishes in the meantime is then found as one.
+    for response in itertools.chain(_of_journals(folder), _of_shards(folder)):
+        try:
+            prompt_id, sample, turn = request_origin(response.key)
+        except ValueError:  # no version writes such a key
+            continue
         if (prompt_id, sample) in wanted:
             found.setdefault((prompt_id, sample), {})[turn] = response
     return [(unit, [by_turn[turn] for turn in sorted(by_turn)]) for unit, by_turn in found.items()]
@@ -86,13 +92,16 @@ def _of_shards(folder: Path) -> Iterator[Response]:
                 key = request_key(row.prompt_id, row.sample, row.turn)
                 calls = tuple(message.get("tool_calls", ()))
                 yield Response(key, tuple(row.answer_ids), message["content"], row.finish_reason, calls)
-        except (DataError, OSError, ValueError, TypeError, KeyError) as error:
-            if is_unreadable(error):
-                raise
-            _log.warning("%s: damaged; its responses are generated again", path)
+        except (DataError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            _log.warning(DAMAGED, path, one_line(str(error), 200))
 
 
 def _of_journals(folder: Path) -> Iterator[Response]:
     """Read the journals of shards that are not finished, and leave them as they are: a process may write to one."""
     for path in sorted(folder.glob("journal-*.jsonl")):
-        yield from journal.read(path)
+        try:
+            yield from journal.read(path)
+        except FileNotFoundError:  # its shard has been finished meanwhile
+            continue
+        except OSError as error:
+            _log.warning(DAMAGED, path, one_line(str(error), 200))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ def read(work: Path) -> dict[str, Any] | None:
     """Read the note; None where there is none, or none that can be read."""
     try:
         found = parse_json((work / FILE).read_bytes())
-        settings = found.get("settings")  # older versions wrote none
-        return {"folder": str(found["folder"]), "served": dict(found["served"]), "settings": settings}
+        folder, settings = str(found["folder"]), found.get("settings")  # older versions wrote no settings
+        if not re.fullmatch(r"answers-[0-9a-f]{8}", folder):
+            return None
+        return {"folder": folder, "served": dict(found["served"]), "settings": settings}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         if is_unreadable(error):
             raise
@@ -37,7 +40,7 @@ def same_work(work: Path, settings: str, served: dict[str, Any]) -> list[Path]:
     """List the folders of responses beside some work that depend on the same settings and model."""
     notes = {other: read(other) for other in sorted(work.parent.iterdir()) if other.is_dir() and other != work}
     return [
-        other / Path(note["folder"]).name
+        other / note["folder"]
         for other, note in notes.items()
         if note and note["settings"] == settings and is_same_model(served, note["served"])
     ]

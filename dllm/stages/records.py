@@ -88,7 +88,8 @@ def check_published(root: Path, path: Path, digest: str | None = None) -> None:
 
 def restore_hint(stage: str) -> str:
     """Say how to restore what a stage has published."""
-    return f"restore it by `dvc checkout --force out/{stage}`, or make it again by `dvc repro -sf {stage}`"
+    ways = f"restore it by `dvc checkout --force out/{stage}`, or make it again by `dvc repro -sf {stage}`"
+    return f"{ways}; if it stays damaged, see `python -m dllm verify`"
 
 
 def read_records(root: Path, file: str) -> Records:

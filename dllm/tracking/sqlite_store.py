@@ -48,8 +48,12 @@ def make(path: Path, *, instead: bool = False) -> None:
         instead: replace the file that is there.
 
     Raises:
-        StageError: the disk is full, or another process has been making the file for minutes.
+        StageError: the disk is full, another process has been making the file for minutes, or MLflow cannot keep runs
+            at such a path.
     """
+    if "'" in str(path) and '"' in str(path):  # MLflow writes it into SQL as Python does
+        what = "the project's path holds both kinds of quotes, with which MLflow cannot make its tables"
+        raise StageError(what, where=str(path), hint="move or rename the project")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(path):
         if _has_content(path) and not instead:

@@ -13,6 +13,7 @@ import pytest
 from dllm.errors import StageError
 from dllm.tracking.address import sqlite_uri
 from dllm.tracking.mlflow_runs import MlflowTracker
+from dllm.tracking.sqlite_store import make
 from dllm.tracking.store import connect
 
 
@@ -69,6 +70,12 @@ def test_the_second_start_works_after_blows_at_any_moment(tmp_path: Path) -> Non
     done = subprocess.run(argv, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert works(path)
+
+
+def test_a_path_that_mlflow_cannot_write_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"both kinds of quotes.*move or rename the project"):
+        make(tmp_path / 'it\'s "b"' / "mlflow.db")
+    make(tmp_path / "it's; a %41 ?b#" / "mlflow.db")
 
 
 @pytest.mark.parametrize("statements", [3, 40, 400])

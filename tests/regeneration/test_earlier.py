@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from dllm.config.params import Regenerate
 from dllm.engines.engine import Response
-from dllm.regeneration import core, identity
+from dllm.regeneration import core, identity, journal, served_note
 from tests.regeneration.made_up_engine import MadeUpEngine, Stopped
 from tests.regeneration.test_core import TARGET, content, job, prompts, refuse_some, refuse_some_by_key
 
@@ -89,3 +91,43 @@ def test_the_digest_is_of_what_a_response_depends_on() -> None:
     others: list[dict[str, Any]] = [{"temperature": 0.3}, {"max_new_tokens": 9}, {"seed": 1}, {"batch_size": 2}]
     assert len({digest(**changed) for changed in [{}, *others, {"turns": "last"}, {"top_p": 0.5}]}) == 7
     assert identity.settings_digest(Regenerate(engine="dataset", turns="last"), TARGET, {}) is None
+
+
+@pytest.mark.parametrize("key", ["abc", "abc:x:y", "a:0:0:0"])
+def test_lines_and_files_that_no_version_writes_are_left_out(tmp_path: Path, key: str) -> None:
+    made(tmp_path / "w" / "a", prompts(4), MadeUpEngine())
+    (folder,) = (tmp_path / "w" / "a").glob("answers-*")
+    (folder / "journal-00007.jsonl").write_text(json.dumps([key, [1, 2], "x", "stop"]) + "\n")
+    (folder / "journal-00008.jsonl").symlink_to(folder / "nowhere")
+    (folder / "journal-00009.jsonl").mkdir()
+    (folder / "shard-00005.json").mkdir()
+    engine = MadeUpEngine()
+    made(tmp_path / "w" / "b", prompts(6), engine)
+    assert len(engine.asked) == 2
+
+
+@pytest.mark.parametrize("folder", ["../a", "x" * 500, "answers-1", "", "/tmp"])
+def test_a_note_that_names_another_folder_is_none(tmp_path: Path, folder: str) -> None:
+    made(tmp_path / "w" / "a", prompts(4), MadeUpEngine())
+    note = tmp_path / "w" / "a" / served_note.FILE
+    note.write_text(json.dumps({**json.loads(note.read_text()), "folder": folder}))
+    engine = MadeUpEngine()
+    made(tmp_path / "w" / "b", prompts(6), engine)
+    assert len(engine.asked) == 6
+
+
+def test_a_journal_that_ends_while_it_is_read_costs_nothing_but_its_responses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.suppress(Stopped):
+        made(tmp_path / "w" / "a", prompts(6), MadeUpEngine(stop_after=3))
+
+    def finished(path: Path) -> Iterator[Response]:
+        path.unlink()
+        return read(path)
+
+    read = journal.read
+    monkeypatch.setattr(journal, "read", finished)
+    engine = MadeUpEngine()
+    made(tmp_path / "w" / "b", prompts(6), engine)
+    assert len(engine.asked) == 6

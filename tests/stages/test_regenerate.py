@@ -168,6 +168,13 @@ def test_a_full_disk_is_one_line_and_the_work_goes_on_afterwards(root: Path) -> 
         assert regenerate.run(asked, root)["asked"] == PROMPTS - 10
 
 
+def test_what_is_dropped_is_named_where_nothing_is_left(root: Path) -> None:
+    with serving(reply=lambda body: ("cut", "length")) as server:
+        asked = params(engine="openai", servers=[server.url], drop=["length"])
+        with pytest.raises(DataError, match=r"all responses are dropped: \d+ for length.*regenerate\.drop"):
+            regenerate.run(asked, root)
+
+
 def test_empty_answers_are_kept_and_counted_but_not_alone(root: Path) -> None:
     def silent(body: dict[str, Any]) -> tuple[str, str]:
         return "", "length"
