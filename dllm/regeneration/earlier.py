@@ -25,8 +25,6 @@ from dllm.responses import shards
 Unit = tuple[str, int]
 """A prompt's id and the number of a sample."""
 
-DAMAGED = "%s: cannot be read; its responses are generated again: %s"
-
 _log = logging.getLogger(__name__)
 
 
@@ -49,20 +47,20 @@ def take_over(folders: Sequence[Path], prompts: Iterable[Prompt], config: Rollou
     shard_of = {unit: number // settings.shard_size for number, unit in enumerate(units)}
     taken = 0
     for folder in folders:
-        found: dict[int, list[list[Response]]] = {}
-        for unit, rollout in _rollouts(folder, shard_of):
-            found.setdefault(shard_of.pop(unit), []).append(rollout)
-        for index, rollouts in sorted(found.items()):
-            with store.open(index).journal as into:
-                taken += sum(_append(into, rollout, settings.turns) for rollout in rollouts)
+        for responses in _files(folder):
+            found: dict[int, list[list[Response]]] = {}
+            for unit, rollout in _rollouts(responses, shard_of):
+                found.setdefault(shard_of.pop(unit), []).append(rollout)
+            for index, rollouts in sorted(found.items()):
+                with store.open(index).journal as into:
+                    taken += sum(_append(into, rollout, settings.turns) for rollout in rollouts)
     return taken
 
 
-def _rollouts(folder: Path, wanted: Container[Unit]) -> list[tuple[Unit, list[Response]]]:
-    """Read the responses of the wanted prompts and samples of a folder, in the order of their turns."""
+def _rollouts(responses: Iterable[Response], wanted: Container[Unit]) -> list[tuple[Unit, list[Response]]]:
+    """Group the responses of the wanted prompts and samples, in the order of their turns."""
     found: dict[Unit, dict[int, Response]] = {}
-    # Journals first: a shard that a process finishes in the meantime is then found as one.
-    for response in itertools.chain(_of_journals(folder), _of_shards(folder)):
+    for response in responses:
         try:
             prompt_id, sample, turn = request_origin(response.key)
         except ValueError:  # no version writes such a key
@@ -83,25 +81,25 @@ def _append(into: ResponseJournal, rollout: Sequence[Response], turns: str) -> i
     return taken
 
 
-def _of_shards(folder: Path) -> Iterator[Response]:
-    """Read the finished shards of a folder; one that is damaged is left out."""
-    for path in sorted(folder.glob("shard-*.json")):
-        try:
-            for row in shards.read_shard(folder, unsealed(path.read_bytes())["entry"]):
-                message = row.messages[-1]
-                key = request_key(row.prompt_id, row.sample, row.turn)
-                calls = tuple(message.get("tool_calls", ()))
-                yield Response(key, tuple(row.answer_ids), message["content"], row.finish_reason, calls)
-        except (DataError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-            _log.warning(DAMAGED, path, one_line(str(error), 200))
+def _files(folder: Path) -> Iterator[list[Response]]:
+    """Read a folder file by file: all turns of a sample are in one. What cannot be read is left out with a warning.
 
-
-def _of_journals(folder: Path) -> Iterator[Response]:
-    """Read the journals of shards that are not finished, and leave them as they are: a process may write to one."""
-    for path in sorted(folder.glob("journal-*.jsonl")):
+    Journals are left as they are, since a process may write to one; they come first, so that a shard which is finished
+    in the meantime is found as one.
+    """
+    journals = ((path, journal.read) for path in sorted(folder.glob("journal-*.jsonl")))
+    for path, read in itertools.chain(journals, ((path, _shard) for path in sorted(folder.glob("shard-*.json")))):
         try:
-            yield from journal.read(path)
-        except FileNotFoundError:  # its shard has been finished meanwhile
+            yield list(read(path))
+        except FileNotFoundError:  # a journal whose shard has been finished
             continue
-        except OSError as error:
-            _log.warning(DAMAGED, path, one_line(str(error), 200))
+        except (DataError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            _log.warning("%s: cannot be read; its responses are generated again: %s", path, one_line(str(error), 200))
+
+
+def _shard(record: Path) -> Iterator[Response]:
+    for row in shards.read_shard(record.parent, unsealed(record.read_bytes())["entry"]):
+        message = row.messages[-1]
+        key = request_key(row.prompt_id, row.sample, row.turn)
+        calls = tuple(message.get("tool_calls", ()))
+        yield Response(key, tuple(row.answer_ids), message["content"], row.finish_reason, calls)
