@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         bypass_for_loopback()
         leave_hook()
         secrets.install()
-        if sys.warnoptions:  # PYTHONWARNINGS=error would make failures of what other packages warn of at import
+        # PYTHONWARNINGS=error would make failures of what other packages warn of at import.
+        if any(option.startswith("error") for option in sys.warnoptions):
             warnings.simplefilter("default")
         if not is_debug:
             sys.excepthook = _report_bug

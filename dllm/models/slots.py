@@ -100,7 +100,7 @@ class SlotCache:
         """Add empty slots, up to `slots` in all."""
         before, self.slots = self.slots, max(slots, self.slots)
         if self.slots > before:
-            self._move(list(range(before)))
+            self._move(slice(before))
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Return 0: positions are always passed explicitly."""
@@ -114,19 +114,20 @@ class SlotCache:
     def _resize(self, positions: int) -> None:
         if _rounded(positions) != self.positions:
             self.positions = _rounded(positions)
-            self._move(list(range(self.slots)))
+            self._move(slice(None))
 
-    def _move(self, slots: list[int]) -> None:
+    def _move(self, slots: list[int] | slice) -> None:
         """Give every tensor today's shape, and keep what some slots of it hold."""
         self.keys = [self._moved(old, slots) for old in self.keys]
         self.values = [self._moved(old, slots) for old in self.values]
 
-    def _moved(self, old: Tensor, slots: list[int]) -> Tensor:
+    def _moved(self, old: Tensor, slots: list[int] | slice) -> Tensor:
         if not len(old):
             return old
         new = self._empty(old)
         kept = min(self.positions, old.shape[2])
-        new[: len(slots), :, :kept] = old[slots, :, :kept]
+        kept_BGTE = old[slots, :, :kept]
+        new[: len(kept_BGTE), :, :kept] = kept_BGTE
         self._spare_N = old.new_empty(0).set_(old.untyped_storage())
         return new
 

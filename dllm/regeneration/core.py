@@ -111,7 +111,7 @@ def _regenerate(job: Job) -> Regenerated:
             if not feed.prime():
                 return _collect(store, before["served"], nothing)
         engine = stack.enter_context(job.open_engine())
-        served = engine.describe()
+        served, taken = engine.describe(), 0
         if before is None or not served_note.is_same_model(served, before["served"]):
             folder = served_note.folder_of(served)
             if before is not None:
@@ -122,24 +122,25 @@ def _regenerate(job: Job) -> Regenerated:
                     flush=True,
                 )
             if before is None or not (job.work / folder).exists():
-                _take_over(job, folder, served)
+                taken = _take_over(job, folder, served)
             store, feed = stack.enter_context(_feeding(job, folder))
             is_missing_some = feed.prime()
         else:
             folder, is_missing_some = before["folder"], True
         served_note.write(job.work, {"folder": folder, "served": served, "settings": job.settings})
-        stats = _generate(job, engine, feed, store) if is_missing_some else nothing
+        stats = _generate(job, engine, feed, store, taken > 0) if is_missing_some else nothing
     return _collect(store, served, stats)
 
 
-def _take_over(job: Job, folder: str, served: dict[str, Any]) -> None:
-    """Use what other prompts' work of the same settings and model holds."""
+def _take_over(job: Job, folder: str, served: dict[str, Any]) -> int:
+    """Use what other prompts' work of the same settings and model holds; return how many responses."""
     if job.settings is None:
-        return
+        return 0
     folders = served_note.same_work(job.work, job.settings, served)
     if taken := take_over(folders, job.prompts(), job.config, ShardStore(job.work / folder, job.config.settings.drop)):
-        line = f"regenerate: {taken} of {job.turns} responses are taken from earlier work with the same settings"
+        line = f"regenerate: {taken} of {job.turns} responses are taken over from earlier work with the same settings"
         print(line, file=sys.stderr, flush=True)
+    return taken
 
 
 @contextlib.contextmanager
@@ -233,9 +234,9 @@ def _feeding(job: Job, folder: str) -> Iterator[tuple[ShardStore, Scheduler]]:
         yield store, feed
 
 
-def _generate(job: Job, engine: Engine, feed: Scheduler, store: ShardStore) -> CallStats:
+def _generate(job: Job, engine: Engine, feed: Scheduler, store: ShardStore, is_said: bool) -> CallStats:
     done = store.turns_done + store.responses_kept()
-    if done:
+    if done and not is_said:
         print(f"regenerate: {done} of {job.turns} responses are there already", file=sys.stderr, flush=True)
     stats, pace, tracked = CallStats(job.config.settings.max_new_tokens), engine.stats, time.monotonic()
     with Progress("regenerate", total=job.turns, unit="responses", initial=done) as progress:

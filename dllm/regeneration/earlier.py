@@ -12,14 +12,14 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dllm.digests import unsealed
-from dllm.engines.engine import Response, request_key, request_origin
+from dllm.engines.engine import Response, request_origin
 from dllm.errors import DataError
 from dllm.outside import one_line
 from dllm.prompts.table import Prompt
 from dllm.regeneration import journal
 from dllm.regeneration.journal import ResponseJournal
 from dllm.regeneration.rollout import RolloutConfig, num_samples
-from dllm.regeneration.store import ShardStore
+from dllm.regeneration.store import ShardStore, response_of
 from dllm.responses import shards
 
 Unit = tuple[str, int]
@@ -98,8 +98,4 @@ def _files(folder: Path) -> Iterator[list[Response]]:
 
 
 def _shard(record: Path) -> Iterator[Response]:
-    for row in shards.read_shard(record.parent, unsealed(record.read_bytes())["entry"]):
-        message = row.messages[-1]
-        key = request_key(row.prompt_id, row.sample, row.turn)
-        calls = tuple(message.get("tool_calls", ()))
-        yield Response(key, tuple(row.answer_ids), message["content"], row.finish_reason, calls)
+    return map(response_of, shards.read_shard(record.parent, unsealed(record.read_bytes())["entry"]))

@@ -161,14 +161,18 @@ class ShardStore:
         """Turn a shard with requests that servers failed into a journal again; only those are then missing."""
         with self.open(index).journal as journal:
             for row in shards.read_shard(self.folder, record.entry):  # type: ignore[arg-type]
-                message = row.messages[-1]
-                key = request_key(row.prompt_id, row.sample, row.turn)
-                calls = tuple(message.get("tool_calls", ()))
-                journal.append(Response(key, tuple(row.answer_ids), message["content"], row.finish_reason, calls))
+                journal.append(response_of(row))
         self._path("shard", index, "json").unlink()
 
     def _path(self, kind: str, index: int, suffix: str) -> Path:
         return self.folder / f"{kind}-{index:05d}.{suffix}"
+
+
+def response_of(row: shards.Row) -> Response:
+    """Return the response of which a row was made."""
+    message, key = row.messages[-1], request_key(row.prompt_id, row.sample, row.turn)
+    calls = tuple(message.get("tool_calls", ()))
+    return Response(key, tuple(row.answer_ids), message["content"], row.finish_reason, calls)
 
 
 def origins_digest(origins: Iterator[str]) -> str:

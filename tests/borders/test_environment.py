@@ -68,6 +68,14 @@ def test_a_file_of_the_folder_hides_no_module_of_python(tmp_path: Path) -> None:
     assert done.returncode == 0 and b"tiny-dflash" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("setting", ["error", "ignore"])
+def test_what_other_packages_warn_of_is_no_failure(tmp_path: Path, setting: str) -> None:
+    line = "$DLLM recipe use tiny-dflash && $DLLM prepare"
+    done = call(line, tmp_path, PYTHONWARNINGS=setting, MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db")
+    assert done.returncode == 0, done.stderr
+    assert setting == "error" or b"Warning" not in done.stderr, "what the user has silenced stays silent"
+
+
 def test_texts_are_utf8_in_every_locale(tmp_path: Path) -> None:
     """The name is one letter to whoever reads UTF-8, and two bytes to whoever reads ASCII."""
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -115,7 +115,7 @@ def without_credentials(url: str) -> str:
 
 def _proxy(url: SplitResult) -> str | None:
     """Find the environment's http proxy for an address; this machine's own addresses have none."""
-    host = (url.hostname or "").rstrip(".")
+    host = url.hostname or ""
     if is_this_machine(host) or urllib.request.proxy_bypass(host):
         return None
     found = urllib.request.getproxies().get(url.scheme)
