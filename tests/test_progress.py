@@ -1,5 +1,6 @@
 """Progress where there is no terminal, and on one."""
 
+import contextlib
 import io
 import os
 import pty
@@ -60,6 +61,16 @@ def test_other_ranks_say_nothing() -> None:
     assert stream.getvalue() == ""
 
 
+def shown_on(terminal: int) -> bytes:
+    """All that was written to a terminal; closes it. One read may get a part: the kernel passes on in its own time."""
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+        while block := os.read(terminal, 65536):
+            shown += block
+    os.close(terminal)
+    return shown
+
+
 def test_a_terminal_gets_a_bar() -> None:
     ours, theirs = pty.openpty()
     code = (
@@ -67,13 +78,7 @@ def test_a_terminal_gets_a_bar() -> None:
     )
     subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True, env={**os.environ, "TERM": "xterm"})
     os.close(theirs)
-    shown = b""
-    try:
-        while block := os.read(ours, 65536):
-            shown += block
-    except OSError:  # how a terminal says that nobody writes to it any more
-        pass
-    os.close(ours)
+    shown = shown_on(ours)
     assert b"\x1b" in shown and b"3/3 steps" in shown and b"loss 0.5" in shown
 
 
@@ -87,9 +92,7 @@ def test_progress_of_another_process_is_drawn_over_on_a_terminal() -> None:
         lines.show("train: 3/3 steps", is_progress=True)
         lines.end()
         lines.end()
-        shown = os.read(ours, 65536).decode()
-    os.close(ours)
-    assert shown == "train: 1/3 steps\r\x1b[2Ktrain: 2/3 steps\r\nsaved\r\ntrain: 3/3 steps\r\n"
+    assert shown_on(ours).decode() == "train: 1/3 steps\r\x1b[2Ktrain: 2/3 steps\r\nsaved\r\ntrain: 3/3 steps\r\n"
 
 
 def test_progress_of_another_process_has_lines_of_its_own_elsewhere() -> None:
