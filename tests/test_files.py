@@ -11,6 +11,7 @@ import pytest
 
 from dllm import files as whole_file
 from dllm.files import atomic_folder, atomic_link, atomic_write
+from tests.patience import LONGEST_S
 
 KILLED_IN_THE_MIDDLE = """
 import sys, time
@@ -122,5 +123,5 @@ print(Path(f"/dev/fd/{read_end}").read_text(), end="")
 
 def test_no_named_pipe_is_waited_for(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", PIPES]
-    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=LONGEST_S)
     assert done.stdout == "of a shell", done.stderr

@@ -18,6 +18,7 @@ from dllm.responses import verify
 from tests.arch.source_tree import ROOT
 from tests.engines.fake_sglang import make_environment
 from tests.engines.test_sglang import write_params
+from tests.patience import LONGEST_S
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +39,7 @@ class Installed:
         """Run `python -m dllm`, and return what it prints."""
         argv = [*self.python, "-m", "dllm", *map(str, words)]
         done = subprocess.run(
-            argv, cwd=self.work, env=self.environment, capture_output=True, text=True, timeout=300, check=False
+            argv, cwd=self.work, env=self.environment, capture_output=True, text=True, timeout=LONGEST_S, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
@@ -62,7 +63,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*build, "--wheel-dir", str(folder), str(source)], check=True, timeout=300)
+    subprocess.run([*build, "--wheel-dir", str(folder), str(source)], check=True, timeout=LONGEST_S)
     shutil.rmtree(source)
     (wheel,) = folder.glob("dllm-*.whl")
     found = Installed(folder)
@@ -109,4 +110,4 @@ def test_it_serves_sglang_and_regenerates_through_it(installed: Installed) -> No
             assert installed.regenerate("served", *asking)["rows"] == 3
         finally:
             server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 128 + signal.SIGTERM
+        assert server.wait(LONGEST_S) == 128 + signal.SIGTERM

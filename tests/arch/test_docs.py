@@ -15,6 +15,7 @@ from dllm.cli.app import app
 from dllm.config import recipe_book
 from dllm.config.load import load_params
 from tests.arch.source_tree import ROOT, tree
+from tests.patience import LONGEST_S
 
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CODE = re.compile(r"```[^`]*```|`[^`\n]+`|^    [^\n]+$", re.MULTILINE)
@@ -70,7 +71,7 @@ def test_one_line_of_the_readme_enters_the_environment_from_a_plain_shell() -> N
     (line,) = {words for words in _snippets(ROOT / "README.md") if words.startswith(". ")}
     code = f"{line} && command -v python dvc prefect && python -m dllm recipe list >/dev/null"
     plain = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}
-    done = subprocess.run(["bash", "-c", code], cwd=ROOT, env=plain, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(["bash", "-c", code], cwd=ROOT, env=plain, capture_output=True, text=True, timeout=LONGEST_S)
     assert done.stdout.split() == [str(ROOT / ".venv/bin" / name) for name in ("python", "dvc", "prefect")], done.stderr
     assert done.returncode == 0, done.stderr
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from tests.arch.source_tree import ROOT, module_name, python_files
+from tests.patience import LONGEST_S
 
 WATCH = """
 import importlib, json, logging, os, signal, sys, threading
@@ -61,7 +62,12 @@ SLOW_TO_IMPORT = (
 def test_importing_any_module_changes_nothing() -> None:
     modules = [name for path in python_files("dllm") if (name := module_name(path)) != "dllm.__main__"]
     done = subprocess.run(
-        [sys.executable, "-c", WATCH, *modules], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", WATCH, *modules],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LONGEST_S,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == []

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import LONGEST_S
+
 
 @pytest.fixture(scope="module")
 def mlflow_server(empty_mlflow_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
@@ -26,10 +28,10 @@ def mlflow_server(empty_mlflow_store: Path, tmp_path_factory: pytest.TempPathFac
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(argv, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        end = time.monotonic() + 300
+        end = time.monotonic() + LONGEST_S
         while True:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=LONGEST_S).close()
                 break
             except OSError:
                 assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()
@@ -37,4 +39,4 @@ def mlflow_server(empty_mlflow_store: Path, tmp_path_factory: pytest.TempPathFac
         yield port
     finally:
         os.killpg(process.pid, 15)
-        process.wait(timeout=60)
+        process.wait(timeout=LONGEST_S)

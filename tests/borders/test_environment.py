@@ -17,6 +17,7 @@ from dllm.process.output import open_closed
 from dllm.regeneration.store import ShardStore
 from dllm.tracking.provenance import git_state
 from dllm.training.checkpoints import STATE, read_state
+from tests.patience import LONGEST_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def call(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
     """Run a line of bash, in which $DLLM is the command line, in a folder."""
     variables = {**os.environ, "DLLM": f"{sys.executable} -m dllm", "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(["bash", "-c", line], cwd=folder, env=variables, capture_output=True, timeout=300)
+    return subprocess.run(["bash", "-c", line], cwd=folder, env=variables, capture_output=True, timeout=LONGEST_S)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from dllm.tracking.address import sqlite_uri
 from dllm.tracking.mlflow_runs import MlflowTracker
 from dllm.tracking.sqlite_store import make
 from dllm.tracking.store import connect
+from tests.patience import LONGEST_S
 
 
 @pytest.fixture
@@ -152,7 +153,11 @@ def test_a_full_disk_at_the_first_start_leaves_nothing_half_made(
     )
     path = tmp_path / "mlflow.db"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(path), "200000"], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", code, str(path), "200000"],
+        capture_output=True,
+        text=True,
+        timeout=LONGEST_S,
+        check=False,
     )
     assert done.stdout.startswith(("StageError", "ServerError")) and len(done.stdout) < 500, done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []

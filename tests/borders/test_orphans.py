@@ -17,6 +17,7 @@ import yaml
 
 from tests.arch.source_tree import ROOT
 from tests.flows.conftest import Project, copy_project, wait_until
+from tests.patience import LONGEST_S
 
 pytestmark = [pytest.mark.outage, pytest.mark.flows, pytest.mark.kill]
 
@@ -66,7 +67,7 @@ def test_nothing_outlives_it_and_the_next_run_resumes(project: Project, struck: 
         seen.update(psutil.Process(make.pid).children(recursive=True))
         return logged(latest) > before and b"train: " in os.read(make.stdout.fileno(), 1 << 20)
 
-    wait_until(is_training, 300)
+    wait_until(is_training, LONGEST_S)
     seen.update(psutil.Process(make.pid).children(recursive=True))
     make.stdout.close()
     BLOWS[struck](make)
@@ -126,7 +127,7 @@ def test_a_run_beside_dvc_names_it_and_does_not_advise_to_delete_its_lock(projec
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     before = logged(project.folder / "work/train")
-    wait_until(lambda: logged(project.folder / "work/train") != before, 120)
+    wait_until(lambda: logged(project.folder / "work/train") != before, LONGEST_S)
     second = project.flow()
     os.killpg(repro.pid, signal.SIGTERM)
     repro.wait()

@@ -19,6 +19,7 @@ from dllm.files import LOCK, lock_folder
 from dllm.outside import JsonError, harmless, markdown, one_line, parse_json, visible
 from dllm.responses import shards
 from dllm.responses.shards import Row
+from tests.patience import LONGEST_S
 from tests.responses.shard_folder import write_rows
 
 ESCAPES = "\x1b]0;x\x07\x1b[2J\x9b31m\u202e\u2066\u200f\x00\x7f"
@@ -29,7 +30,9 @@ ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028\u2
 def dllm(*words: object, cwd: Path) -> tuple[int, str]:
     """Run a verb, and return its exit code and all that it printed."""
     argv = [sys.executable, "-m", "dllm", *map(str, words)]
-    done = subprocess.run(argv, cwd=cwd, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        argv, cwd=cwd, capture_output=True, timeout=LONGEST_S, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     return done.returncode, (done.stdout + done.stderr).decode()
 
 

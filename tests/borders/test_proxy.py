@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from dllm.engines.openai.servers import Server
 from dllm.process.proxies import LOOPBACK, bypass_for_loopback, drop_unusable
 from tests.flows.conftest import Project, copy_project, prefect_home
+from tests.patience import LONGEST_S
 
 __all__ = ["prefect_home"]
 
@@ -83,9 +84,9 @@ def test_every_client_reaches_loopback(address: str, setting: dict[str, str], mo
             return await response.text()
 
     for url in (f"http://{address}/", f"http://localhost:{address.partition(':')[2]}/"):
-        assert urllib.request.urlopen(url, timeout=60).read() == b"hello"
-        assert httpx.get(url, timeout=60).text == "hello"
-        assert requests.get(url, timeout=60).text == "hello"
+        assert urllib.request.urlopen(url, timeout=LONGEST_S).read() == b"hello"
+        assert httpx.get(url, timeout=LONGEST_S).text == "hello"
+        assert requests.get(url, timeout=LONGEST_S).text == "hello"
         assert asyncio.run(by_aiohttp(url)) == "hello"
     fetch = f"import urllib.request; print(urllib.request.urlopen('http://{address}/').read())"
     assert subprocess.run([sys.executable, "-c", fetch], capture_output=True, text=True).stdout == "b'hello'\n"

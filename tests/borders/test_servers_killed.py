@@ -21,6 +21,7 @@ from dllm.errors import ServerError
 from dllm.tracking import mlflow_runs as tracking
 from infra import servers
 from tests.flows.conftest import Project, copy_project, free_port, prefect_home, wait_until
+from tests.patience import LONGEST_S
 
 __all__ = ["free_port", "prefect_home"]
 
@@ -39,8 +40,6 @@ with signals.handled(), contract.open_stage("prepare", params, sections=[params.
     while not (root / "go").exists():
         signals.sleep(0.1)
 """
-LONGEST_S = 300
-"""Before a test gives up: on a busy machine a server takes a minute to start."""
 
 
 @pytest.fixture
@@ -113,7 +112,7 @@ def test_make_run_leaves_nothing_and_the_next_call_resumes(project: Project, blo
         expect_strangers_refused(project)
         expect_serve_refused(project, f"Prefect's database is in use: another process works on this (pid {flow.pid})")
     os.killpg(flow.pid, blow)
-    assert flow.wait(timeout=60) == (-9 if blow == signal.SIGKILL else 128 + signal.SIGHUP), said(project)
+    assert flow.wait(timeout=LONGEST_S) == (-9 if blow == signal.SIGKILL else 128 + signal.SIGHUP), said(project)
     expect_nothing_left(project, run_id)
     (project.folder / "go").touch()
     assert project.run(sys.executable, "stage.py").returncode == 0
@@ -142,7 +141,7 @@ def expect_strangers_refused(project: Project) -> None:
         assert address.ip == "127.0.0.1"
         for path in ("/api/flows/filter", "/api/health", "/docs"):
             with pytest.raises(urllib.error.HTTPError) as refused:
-                urllib.request.urlopen(f"http://127.0.0.1:{address.port}{path}", timeout=60)
+                urllib.request.urlopen(f"http://127.0.0.1:{address.port}{path}", timeout=LONGEST_S)
             assert refused.value.code == 401
 
 
@@ -178,7 +177,7 @@ def test_make_serve_restarts_what_dies_and_leaves_nothing_when_killed(project: P
     assert set(states) == {"CRASHED", "RUNNING"} and states.count("RUNNING") == 1
     for _ in range(3):
         serve.send_signal(signal.SIGTERM)
-    assert serve.wait(timeout=60) == 0 and said(project).endswith("stopped\n")
+    assert serve.wait(timeout=LONGEST_S) == 0 and said(project).endswith("stopped\n")
     expect_nothing_left(project, run_id)
 
 

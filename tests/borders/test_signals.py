@@ -16,6 +16,7 @@ import pytest
 from tests.arch.source_tree import ROOT
 from tests.kill import blows
 from tests.kill.blows import Struck
+from tests.patience import LONGEST_S
 
 NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 BLOWS = 3
@@ -42,7 +43,7 @@ def test_random_blows(struck: Struck, stage: str) -> None:
 def run(code: str, *, before: int | None = None, **more: str) -> tuple[int, str, str]:
     """Run a script to its end; return its exit code and its two streams."""
     child = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, cwd=ROOT,
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=LONGEST_S, check=False, cwd=ROOT,
         env=os.environ | more, preexec_fn=None if before is None else lambda: signal.signal(before, signal.SIG_IGN),
     )  # fmt: skip
     return child.returncode, child.stdout, child.stderr

@@ -18,6 +18,7 @@ import yaml
 from tests.arch.source_tree import ROOT, python_files
 from tests.borders.sockets import LOOK_EVERY_S, Watch
 from tests.flows.conftest import Project, copy_project, wait_until
+from tests.patience import LONGEST_S
 
 
 def test_a_socket_on_all_interfaces_is_seen() -> None:
@@ -26,7 +27,7 @@ def test_a_socket_on_all_interfaces_is_seen() -> None:
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None and child.stdout.readline()
         with Watch(child.pid) as watch:
-            wait_until(lambda: len(watch.found) == 2, 30)
+            wait_until(lambda: len(watch.found) == 2, LONGEST_S)
         child.communicate("\n")
     assert [host for host, _ in watch.beyond_loopback] == ["0.0.0.0"]
 
@@ -121,7 +122,7 @@ def test_servers(project: Project, what: str) -> None:
             said.append(services.stdout.readline())
             assert said[-1], said
         expected = {int(port) for port in (ports.values() if what == "ui" else [ports["PREFECT_PORT"]])}
-        wait_until(lambda: expected <= {port for _, port in watch.found}, 30)
+        wait_until(lambda: expected <= {port for _, port in watch.found}, LONGEST_S)
         services.terminate()
         services.communicate()
     assert not watch.beyond_loopback

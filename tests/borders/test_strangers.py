@@ -25,10 +25,11 @@ from hypothesis import strategies as st
 
 from dllm.config import recipe_book
 from tests.flows.conftest import Project, copy_project, wait_until
+from tests.patience import LONGEST_S
 
 INFRA = Path(__file__).parents[2] / "infra"
 PASSWORD = "someone:geheim"
-CLIENT = httpx.Client(timeout=120, trust_env=False)
+CLIENT = httpx.Client(timeout=LONGEST_S, trust_env=False)
 SOCKETS = (
     *("/api/events/in", "/api/events/out", "/api/logs/out", "/api/work_pools/x/workers/connect"),
     "/api/task_runs/subscriptions/scheduled",
@@ -70,15 +71,15 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
             stderr=stream,
         )
     try:
-        wait_until(lambda: "Ctrl-C" in log.read_text() or ui.poll() is not None, 300)
+        wait_until(lambda: "Ctrl-C" in log.read_text() or ui.poll() is not None, LONGEST_S)
         assert ui.poll() is None, log.read_text()
         yield Desk(project, log)
     finally:
         tree = psutil.Process(ui.pid).children(recursive=True) if ui.poll() is None else []
         for _ in range(3):
             ui.send_signal(signal.SIGTERM)
-        ui.wait(timeout=60)
-    assert not psutil.wait_procs(tree, timeout=20)[1], "three signals leave servers behind"
+        ui.wait(timeout=LONGEST_S)
+    assert not psutil.wait_procs(tree, timeout=LONGEST_S)[1], "three signals leave servers behind"
     assert not list(folder.glob("*.toml*"))
 
 
@@ -132,7 +133,7 @@ def test_strangers_are_refused_on_every_route(desk: Desk, what: str) -> None:
     address = getattr(desk, what)
     everywhere, pages = routes(desk, what)
     wrong = []
-    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=LONGEST_S)
     for why, headers in strangers(address, desk.password).items():
         for method, path in everywhere if why in ("no password", "foreign page") else pages:
             connection.request(method, path, headers=headers)

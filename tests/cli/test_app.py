@@ -14,6 +14,7 @@ from dllm import errors
 from dllm.config import recipe_book
 from dllm.stages import STAGES
 from tests.arch.source_tree import ROOT
+from tests.patience import LONGEST_S
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +169,7 @@ __main__.main(sys.argv[1:])
 
 def test_a_bug_of_ours_is_one_line_that_names_its_place() -> None:
     child = _start("recipe", "list", code=BUG)
-    _, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=LONGEST_S)
     assert child.returncode == 1
     assert err.count("\n") == 1
     assert "unexpected KeyError: 'bug' (dllm/cli/recipes.py:" in err and "--debug" in err
@@ -182,7 +183,7 @@ def test_debug_shows_the_traceback(project: Path, capsys: pytest.CaptureFixture[
 
 def test_ranks_above_zero_say_who_speaks(project: Path) -> None:
     child = _start("train", "--root", str(project), "--set", "train.epoch=1", RANK="3")
-    _, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=LONGEST_S)
     assert child.returncode == 2
     assert err.startswith("dllm rank 3: train.epoch: unknown key")
 
@@ -211,7 +212,7 @@ def test_a_signal_ends_it_cleanly_with_its_code(sent: signal.Signals, code: int)
     assert child.stdout is not None
     assert child.stdout.readline() == "asleep\n"
     child.send_signal(sent)
-    out, err = child.communicate(timeout=30)
+    out, err = child.communicate(timeout=LONGEST_S)
     assert (child.returncode, out) == (code, "cleaned\n")
     assert "Traceback" not in err
 
@@ -233,7 +234,7 @@ __main__.main(sys.argv[1:])
 @pytest.mark.parametrize("where", ["gpu", "torch", "python"])
 def test_full_memory_is_one_line_that_says_what_helps(where: str) -> None:
     child = _start("recipe", "list", code=FULL, WHERE=where)
-    _, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=LONGEST_S)
     assert child.returncode == 5
     assert err.startswith("dllm: memory is full; make batches or rows smaller") and err.count("\n") == 1
 
@@ -259,7 +260,7 @@ __main__.main(sys.argv[1:])
 @pytest.mark.parametrize(("sent", "code"), ENDED_BY)
 def test_a_signal_amid_the_making_of_an_event_loop_says_nothing(sent: signal.Signals, code: int, held: str) -> None:
     child = _start("recipe", "list", code=HALF_MADE, SENT=str(int(sent)), HELD=held)
-    assert (child.communicate(timeout=30), child.returncode) == (("", ""), code)
+    assert (child.communicate(timeout=LONGEST_S), child.returncode) == (("", ""), code)
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
@@ -267,7 +268,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert child.stdout is not None and child.stderr is not None
     child.stdout.close()
     assert child.stderr.read() == ""
-    child.wait(timeout=30)
+    child.wait(timeout=LONGEST_S)
 
 
 def test_help_imports_nothing_slow() -> None:

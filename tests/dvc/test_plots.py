@@ -12,6 +12,7 @@ import yaml
 
 from dllm.stages.plots import PLOTS, training_points, write_plots
 from tests.arch.source_tree import ROOT
+from tests.patience import LONGEST_S
 
 POINTS = {
     "train": {"loss": [(5, 2.5, "training"), (10, 2.0, "training"), (10, 2.1, "held-out")]},
@@ -59,7 +60,7 @@ def test_dvc_draws_them_from_files_alone(tmp_path: Path) -> None:
     subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
     environment = os.environ | {"DVC_NO_ANALYTICS": "1"}
     command = [sys.executable, "-m", "dvc", "plots", "show"]
-    shown = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    shown = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LONGEST_S)
     assert (shown.returncode, shown.stderr) == (0, "")
     page = (tmp_path / "dvc_plots" / "index.html").read_text()
     assert '"loss": "2.5"' in page and "Draft tokens accepted, by offset in the block" in page

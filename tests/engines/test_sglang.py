@@ -21,6 +21,7 @@ from dllm.engines import sglang
 from dllm.errors import ConfigError, ServerError, StageError
 from dllm.models import targets
 from tests.engines.fake_sglang import make_environment
+from tests.patience import LONGEST_S
 
 
 def params(python: Path | str | None, **settings: Any) -> Params:
@@ -51,7 +52,7 @@ def ask(url: str) -> str:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "this"}], "max_tokens": 5}
     data = json.dumps(body).encode()
     request = urllib.request.Request(f"{url}/chat/completions", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=20) as answer:
+    with urllib.request.urlopen(request, timeout=LONGEST_S) as answer:
         return str(json.loads(answer.read())["choices"][0]["message"]["content"])
 
 
@@ -170,7 +171,7 @@ def test_a_port_is_claimed_before_the_server_listens(python: Path, tmp_path: Pat
             pass
     finally:
         first.terminate()
-        first.communicate(timeout=30)
+        first.communicate(timeout=LONGEST_S)
 
 
 # `python -m dllm serve`, with less patience: the monkeypatch above does not reach another process.
@@ -208,8 +209,8 @@ def test_serve_stays_until_it_is_told_and_leaves_no_orphan(
     everything = psutil.Process(caller.pid).children(recursive=True)
     assert len(everything) >= 3
     caller.send_signal(blow)
-    assert caller.wait(40) == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[blow]
-    gone, alive = psutil.wait_procs(everything, timeout=30)
+    assert caller.wait(LONGEST_S) == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[blow]
+    gone, alive = psutil.wait_procs(everything, timeout=LONGEST_S)
     assert not alive and len(gone) == len(everything)
 
 
@@ -225,7 +226,7 @@ def test_serve_says_when_the_server_ends(python: Path, tmp_path: Path) -> None:
     assert caller.stdout is not None
     with pytest.raises(OSError):
         ask(caller.stdout.readline().strip())
-    _, said = caller.communicate(timeout=30)
+    _, said = caller.communicate(timeout=LONGEST_S)
     assert caller.returncode == ServerError.exit_code
     assert said.splitlines()[-1].startswith("dllm: SGLang has ended (exit code 9): RuntimeError: out of chalk")
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from tests.arch.source_tree import ROOT
+from tests.patience import LONGEST_S
 
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ENTRY = re.compile(r'^\[project\.entry-points\."(dllm\.\w+)"\]\n([\w-]+) = "([\w.]+:\w+)"\n$')
@@ -59,7 +60,7 @@ class Shell:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=LONGEST_S,
             check=False,
         )
         assert done.returncode == 0, f"{words}: {done.stderr}"

@@ -13,6 +13,7 @@ from typing import Any
 
 from infra import servers
 from tests.flows.conftest import ROOT, Project, copy_project, served, wait_until
+from tests.patience import LONGEST_S
 
 TINIER = {
     "prepare.sources": [{"name": "gsm8k", "limit": 24}],
@@ -22,7 +23,6 @@ TINIER = {
     "evaluate.max_new_tokens": 8,
     "evaluate.identity_prompts": 1,
 }
-LONGEST_S = 1200
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 

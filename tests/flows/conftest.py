@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from dllm.config import recipe_book
+from tests.patience import LONGEST_S
 
 ROOT = Path(__file__).parents[2]
 OF_DVC = (".dvc/config", ".dvc/page.html", ".dvc/plots", ".dvcignore", "dvc.yaml")
@@ -51,7 +52,7 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=540,
+            timeout=LONGEST_S,
             check=False,
         )
 
@@ -79,7 +80,7 @@ def served(project: Project, port: int) -> Iterator[None]:
     finally:
         tree = psutil.Process(serve.pid).children(recursive=True)
         serve.terminate()
-        serve.wait(timeout=60)
+        serve.wait(timeout=LONGEST_S)
     assert not [process for process in tree if process.is_running()], "servers outlive `make serve`"
     assert not (project.folder / "prefect.toml").exists()
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tests.flows.conftest import Project, copy_project, wait_until
+from tests.patience import LONGEST_S
 
 pytestmark = [pytest.mark.flows, pytest.mark.slow]
 
@@ -104,9 +105,9 @@ def test_sigterm_before_the_flow_begins_leaves_no_temporary_server(project: Proj
         stderr=subprocess.STDOUT,
         text=True,
     )
-    wait_until(lambda: psutil.Process(flow.pid).children(), 120)
+    wait_until(lambda: psutil.Process(flow.pid).children(), LONGEST_S)
     servers = psutil.Process(flow.pid).children(recursive=True)
     flow.terminate()
-    said, _ = flow.communicate(timeout=60)
+    said, _ = flow.communicate(timeout=LONGEST_S)
     assert flow.returncode == 143 and "Traceback" not in said
-    assert not psutil.wait_procs(servers, timeout=20)[1]
+    assert not psutil.wait_procs(servers, timeout=LONGEST_S)[1]

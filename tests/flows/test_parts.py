@@ -18,6 +18,7 @@ from flows.artifacts import share
 from flows.regenerate_parts import regenerate_parts
 from tests.engines.openai.loopback_server import LoopbackServer, echo, serving
 from tests.flows.conftest import Project, copy_project, served, wait_until
+from tests.patience import LONGEST_S
 
 PROMPTS = 12
 AFTER_THE_FIRST = 4
@@ -157,9 +158,9 @@ def test_parts_over_two_workers_cancelled_and_resumed_make_the_rows_of_one_run(
     said = project.run(*start).stdout
     flow_run = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", said)
     assert flow_run, said
-    wait_until(lambda: count > AFTER_THE_FIRST, 300)
+    wait_until(lambda: count > AFTER_THE_FIRST, LONGEST_S)
     project.run("prefect", "flow-run", "cancel", flow_run[0])
-    wait_until(lambda: not open_runs(prefect_home), 180)
+    wait_until(lambda: not open_runs(prefect_home), LONGEST_S)
     assert not [process for process in psutil.process_iter() if works_in(process, project.folder / "pool")]
     assert not (project.folder / "pool").exists(), "nothing is joined before all parts are there"
     go_on.set()

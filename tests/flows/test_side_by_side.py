@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from dllm.tracking import mlflow_runs as tracking
-from tests.flows.asking import LONGEST_S, TINIER, ask, end, git, serving, start, workers_said
+from tests.flows.asking import TINIER, ask, end, git, serving, start, workers_said
 from tests.flows.conftest import Project, wait_until
+from tests.patience import LONGEST_S
 
 pytestmark = [pytest.mark.outage, pytest.mark.flows]
 

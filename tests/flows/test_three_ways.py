@@ -16,6 +16,7 @@ from dllm.stages import DVC_STAGES, STAGES
 from dllm.tracking import mlflow_runs as tracking
 from dllm.tracking import model_registry
 from tests.flows.conftest import Project, copy_project, served, wait_until
+from tests.patience import LONGEST_S
 
 pytestmark = [pytest.mark.flows, pytest.mark.slow]
 
@@ -173,10 +174,10 @@ def test_cancelling_a_flow_run_leaves_no_rank_and_no_open_run(project: Project, 
     flow_run = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", said)
     assert flow_run, said
     pids = [project.folder / f"rank-{rank}.pid" for rank in (0, 1)]
-    wait_until(lambda: all(path.exists() and path.read_text() for path in pids), 240)
+    wait_until(lambda: all(path.exists() and path.read_text() for path in pids), LONGEST_S)
     ranks = [int(path.read_text().split()[0]) for path in pids]
     project.run("prefect", "flow-run", "cancel", flow_run[0])
-    wait_until(lambda: "CANCELLED" in project.run("prefect", "flow-run", "inspect", flow_run[0]).stdout, 120)
+    wait_until(lambda: "CANCELLED" in project.run("prefect", "flow-run", "inspect", flow_run[0]).stdout, LONGEST_S)
     for rank in ranks:
         with pytest.raises(ProcessLookupError):
             os.kill(rank, signal.SIG_DFL)

@@ -9,7 +9,6 @@ import psutil
 import pytest
 
 from tests.flows.asking import (
-    LONGEST_S,
     TINIER,
     ask,
     end,
@@ -22,6 +21,7 @@ from tests.flows.asking import (
     workers_said,
 )
 from tests.flows.conftest import Project, wait_until
+from tests.patience import LONGEST_S
 
 pytestmark = [pytest.mark.outage, pytest.mark.flows]
 

@@ -13,6 +13,7 @@ import pytest
 
 from dllm.errors import StageError
 from dllm.process import children as process
+from tests.patience import LONGEST_S
 
 pytestmark = pytest.mark.kill
 
@@ -65,7 +66,7 @@ def tree(folder: Path, manner: str) -> list[str]:
 
 
 def leaves(folder: Path) -> list[int]:
-    end = time.monotonic() + 30
+    end = time.monotonic() + LONGEST_S
     while len(found := list(folder.glob("*.pid"))) < 2:
         assert time.monotonic() < end, "the ranks never started"
         time.sleep(0.05)

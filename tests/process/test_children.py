@@ -10,6 +10,7 @@ import pytest
 
 from dllm.errors import StageError
 from dllm.process import children as process
+from tests.patience import LONGEST_S
 
 
 def python(code: str) -> list[str]:
@@ -69,7 +70,7 @@ def test_a_background_child_runs_beside_its_caller_and_ends_with_the_block(tmp_p
     log = tmp_path / "logs" / "x.log"
     code = "import os, time; print('up', os.getpid(), flush=True); time.sleep(60)"
     with process.background(python(code), log_file=log, grace_s=2) as child:
-        end = time.monotonic() + 20
+        end = time.monotonic() + LONGEST_S
         while not child.tail:
             assert time.monotonic() < end
             time.sleep(0.02)

@@ -11,12 +11,13 @@ import threading
 import pytest
 
 from dllm.process.signals import EventLoop, Interrupt
+from tests.patience import LONGEST_S
 
 BOTH = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
 
 
 def run(code: str) -> tuple[int, str, str]:
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LONGEST_S, check=False)
     return child.returncode, child.stdout, child.stderr
 
 

@@ -14,6 +14,7 @@ from dllm.errors import DataError
 from dllm.responses.diff import diff
 from dllm.responses.shards import Row
 from tests.arch.source_tree import ROOT
+from tests.patience import LONGEST_S
 from tests.responses.shard_folder import write_rows
 
 
@@ -68,7 +69,7 @@ def test_revisions_are_read_from_dvcs_cache_and_leave_the_working_tree_alone(tmp
     environment = os.environ | {"DVC_NO_ANALYTICS": "1"}
 
     def run(*argv: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(argv, cwd=project, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(argv, cwd=project, env=environment, capture_output=True, text=True, timeout=LONGEST_S)
 
     run("git", "init", "--quiet")
     for name, rows in (("one", OLD), ("two", NEW)):

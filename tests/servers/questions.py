@@ -6,6 +6,7 @@ import json
 import urllib.request
 
 from dllm.prompts.turns import Message
+from tests.patience import LONGEST_S
 from tests.servers.conftest import SERVED
 
 
@@ -21,7 +22,7 @@ def ask(url: str, question: str | list[Message], max_tokens: int, timeout_s: flo
 
 def metrics(url: str) -> dict[str, float]:
     """Read a server's counters: each by its name and labels, and the sum over labels by the name alone."""
-    with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics", timeout=60) as answer:
+    with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics", timeout=LONGEST_S) as answer:
         lines = answer.read().decode().splitlines()
     found: dict[str, float] = {}
     for line in lines:

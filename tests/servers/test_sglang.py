@@ -21,6 +21,7 @@ from dllm.errors import ServerError
 from dllm.models import targets
 from dllm.prompts import template as chat
 from dllm.responses import shards
+from tests.patience import LONGEST_S
 from tests.servers.conftest import PROMPTS, SERVED, TOKENS, Project
 from tests.servers.questions import ask, metric
 
@@ -37,7 +38,7 @@ def serving(project: Project) -> Iterator[tuple[subprocess.Popen[str], str]]:
         yield child, url
     finally:
         child.terminate()
-        child.wait(60)
+        child.wait(LONGEST_S)
 
 
 def check_rows(folder: Path) -> list[shards.Row]:
@@ -101,7 +102,7 @@ def test_death_of_the_caller_takes_it_along(serving: tuple[subprocess.Popen[str]
     assert len(everything) > 3
     child.send_signal(signal.SIGKILL)
     child.wait()
-    _, alive = psutil.wait_procs(everything, timeout=60)
+    _, alive = psutil.wait_procs(everything, timeout=LONGEST_S)
     assert not alive
     with pytest.raises(OSError):
         ask(url, "Anybody there?", 1)

@@ -21,6 +21,7 @@ import yaml
 
 from tests.arch.source_tree import ROOT
 from tests.flows.conftest import copy_project
+from tests.patience import LONGEST_S
 
 DEADLINE_S = 300.0
 PORTS = {
@@ -168,7 +169,7 @@ class Stack:
         for process in reversed(self.processes.values()):
             process.terminate()
             try:
-                process.wait(60)
+                process.wait(LONGEST_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -18,6 +18,7 @@ from mlflow.entities import Run
 
 from tests.arch.source_tree import ROOT
 from tests.flows.conftest import copy_project
+from tests.patience import LONGEST_S
 from tests.stack.conftest import Stack, program, wait_until
 
 pytestmark = pytest.mark.stack
@@ -113,7 +114,7 @@ def test_artifacts_and_the_champion_are_in_the_servers_stores(stack: Stack, clie
 
 
 def _get(address: str) -> str:
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=60) as response:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=LONGEST_S) as response:
         return str(response.read().decode())
 
 

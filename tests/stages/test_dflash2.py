@@ -20,6 +20,7 @@ from dllm.models.drafts.checkpoint import load_draft
 from dllm.models.drafts.dflash2 import DFlash2Draft
 from dllm.stages import evaluate, prepare, regenerate, register, train
 from tests.arch.source_tree import ROOT
+from tests.patience import LONGEST_S
 from tests.stages import test_train
 
 WEIGHTS = "out/train/checkpoint/model.safetensors"
@@ -101,7 +102,7 @@ def test_two_ranks_train_like_one(alone, tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     argv = [sys.executable, *torchrun, "-m", "dllm", "train", "--root", str(tmp_path)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LONGEST_S, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = test_train.records(straight), test_train.records(tmp_path)
     assert [r["step"] for r in one] == [r["step"] for r in two]

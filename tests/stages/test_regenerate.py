@@ -25,6 +25,7 @@ from dllm.prompts.table import TRAIN, read_prompts, write_prompts
 from dllm.responses import shards
 from dllm.stages import regenerate
 from tests.engines.openai.loopback_server import echo, serving
+from tests.patience import LONGEST_S
 from tests.regeneration.full_disk import full_disk_after
 
 PROMPTS = 40
@@ -125,18 +126,18 @@ def test_killed_and_run_again_it_asks_for_the_rest_only(
     def reply(body: dict[str, Any]) -> tuple[str, str]:
         if len(server.bodies) > 20:
             reached.set()
-            killed.wait(60)
+            killed.wait(LONGEST_S)
         return echo(body)
 
     whole = make_root(tmp_path / "whole", mlflow_store, monkeypatch)
     with serving(reply=reply) as server:
         asked = params(engine="openai", servers=[server.url], concurrency=4)
         child = subprocess.Popen([sys.executable, "-c", RUN, asked.model_dump_json(by_alias=True), str(root)])
-        assert reached.wait(60)
+        assert reached.wait(LONGEST_S)
         with pytest.raises(StageError, match="another process"):
             regenerate.run(asked, root)
         child.send_signal(signum)
-        code = child.wait(20)
+        code = child.wait(LONGEST_S)
         killed.set()
         assert code == (-9 if signum == signal.SIGKILL else 143)
         assert not (root / "out/regenerate").exists()

@@ -22,6 +22,7 @@ from dllm.models import targets
 from dllm.models.drafts.checkpoint import load_draft
 from dllm.responses.shards import Row, read_manifest, write_manifest
 from dllm.stages import train
+from tests.patience import LONGEST_S
 from tests.responses.shard_folder import write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -175,7 +176,7 @@ def test_two_ranks_train_like_one(alone, tmp_path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     argv = [sys.executable, *torchrun, "-m", "dllm", "train", "--root", str(tmp_path)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LONGEST_S, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = records(straight), records(tmp_path)
     assert [r["step"] for r in one] == [r["step"] for r in two]

@@ -15,6 +15,7 @@ from dllm.errors import DllmError, StageError
 from dllm.stages import workspace as contract
 from dllm.tracking import mlflow_runs as tracking
 from dllm.workspace import SIDECAR, publish_tree
+from tests.patience import LONGEST_S
 
 RAW = {
     "recipe": "contract-test",
@@ -215,7 +216,7 @@ def start_child(root: Path) -> tuple[subprocess.Popen[str], int, str]:
 def test_a_stopped_stage_reads_killed_and_takes_its_children_along(tmp_path: Path, blow: int, code: int) -> None:
     child, grandchild, run_id = start_child(tmp_path)
     child.send_signal(blow)
-    said = child.communicate(timeout=30)[1]
+    said = child.communicate(timeout=LONGEST_S)[1]
     assert child.returncode == code
     assert "prepare: stopped; the next call resumes from" in said and "Traceback" not in said
     assert status_of(run_id) == "KILLED"

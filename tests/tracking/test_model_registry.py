@@ -18,6 +18,7 @@ from dllm.tracking import mlflow_runs as tracking
 from dllm.tracking import model_registry, provenance
 from dllm.tracking.model_registry import Registered
 from dllm.workspace import publish_tree
+from tests.patience import LONGEST_S
 
 
 @pytest.fixture
@@ -158,9 +159,9 @@ def server(tmp_path: Path, empty_mlflow_store: Path, monkeypatch: pytest.MonkeyP
     )
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        while True:
             try:
-                urllib.request.urlopen(f"{address}/health", timeout=1)
+                urllib.request.urlopen(f"{address}/health", timeout=LONGEST_S)
                 break
             except OSError:
                 assert process.poll() is None
@@ -169,7 +170,7 @@ def server(tmp_path: Path, empty_mlflow_store: Path, monkeypatch: pytest.MonkeyP
         yield address
     finally:
         os.killpg(process.pid, 15)
-        process.wait(timeout=30)
+        process.wait(timeout=LONGEST_S)
 
 
 @pytest.mark.slow

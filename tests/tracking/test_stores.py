@@ -20,6 +20,7 @@ from dllm.errors import ModelError, ServerError
 from dllm.tracking import delivery, model_registry, provenance
 from dllm.tracking.mlflow_runs import MlflowTracker, connect, tracking_uri
 from tests import s3_server
+from tests.patience import LONGEST_S
 from tests.tracking.test_execution import load, parent_of, run_stage
 
 GATE = Path(__file__).resolve().parents[2] / "infra" / "gate.py"
@@ -145,7 +146,7 @@ def test_postgresql(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         argv = [str(programs[-1].with_name("postgres")), "-D", data, "-k", "", "-h", "127.0.0.1", "-p", str(port)]
         with running(argv, Path(folder), {}, **user):
             monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{DRIVERS[driver]}://dllm@127.0.0.1:{port}/postgres")
-            end = time.monotonic() + 60
+            end = time.monotonic() + LONGEST_S
             while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < end:
                 time.sleep(0.1)
             live(tmp_path)
@@ -166,4 +167,4 @@ def running(argv: list[str], folder: Path, environment: dict[str, str], **user: 
         yield server
     finally:
         server.send_signal(signal.SIGINT)  # PostgreSQL would wait for its clients at SIGTERM
-        server.communicate(timeout=60)
+        server.communicate(timeout=LONGEST_S)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from dllm.errors import ConfigError
 from dllm.training.distributed import PeerLost, device_of
+from tests.patience import LONGEST_S
 
 pytestmark = pytest.mark.ranks
 
@@ -37,10 +38,10 @@ def toy(work: Path, *woe: str, ranks: int = 2, **changes) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen) -> tuple[int, list[str]]:
     try:
-        _, stderr = process.communicate(timeout=240)
+        _, stderr = process.communicate(timeout=LONGEST_S)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGABRT)  # faulthandler writes where each rank hangs
-        pytest.fail(f"hung: {process.communicate(timeout=10)[1][-4000:]}")
+        pytest.fail(f"hung: {process.communicate(timeout=LONGEST_S)[1][-4000:]}")
     return process.returncode, [line for line in stderr.splitlines() if line.startswith("error:")]
 
 
@@ -82,7 +83,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path) -> None:
 
 def test_sigterm_to_torchrun_checkpoints(tmp_path) -> None:
     process = toy(tmp_path, batch_size=2, epochs=20000, validate_every=1000000)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + LONGEST_S
     while not (tmp_path / "training.jsonl").exists() or not (tmp_path / "training.jsonl").read_text():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import LONGEST_S
+
 pytestmark = pytest.mark.ranks
 
 RANK = """
@@ -45,7 +47,7 @@ def launch(folder: Path, manner: str) -> subprocess.Popen[str]:
 )
 def test_the_code_and_the_last_word_are_the_ranks(tmp_path: Path, manner: str, code: int, said: list[str]) -> None:
     launcher = launch(tmp_path, manner)
-    lines = launcher.communicate(timeout=120)[1].splitlines()
+    lines = launcher.communicate(timeout=LONGEST_S)[1].splitlines()
     assert launcher.returncode == code
     assert lines == said
 
@@ -57,7 +59,7 @@ def test_sigterm_stops_the_ranks_without_a_traceback(tmp_path: Path) -> None:
         assert launcher.poll() is None
         time.sleep(0.05)
     launcher.send_signal(signal.SIGTERM)
-    said = launcher.communicate(timeout=60)[1]
+    said = launcher.communicate(timeout=LONGEST_S)[1]
     assert launcher.returncode == 143 and "Traceback" not in said
     for path in pids:
         with pytest.raises(ProcessLookupError):

@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from tests.patience import LONGEST_S
+
 RUN = """
 import sys
 from dllm.process.signals import handled
@@ -29,10 +31,10 @@ def test_a_signal_amid_requests_ends_the_run_in_order(server, number: signal.Sig
     child = subprocess.Popen(
         [sys.executable, "-X", "dev", "-W", "ignore", "-c", RUN, server.url], stderr=subprocess.PIPE, text=True
     )
-    end = time.monotonic() + 60
+    end = time.monotonic() + LONGEST_S
     while len(server.bodies) < 4 and time.monotonic() < end:
         time.sleep(0.01)
     child.send_signal(number)
-    _, said = child.communicate(timeout=30)
+    _, said = child.communicate(timeout=LONGEST_S)
     assert (child.returncode, said) == (128 + number, "")
     assert len(server.bodies) == 4
