@@ -1,0 +1,59 @@
+"""A chat that is written as one text is no question."""
+
+import json
+import time
+
+import pytest
+
+from dllm.errors import DataError
+from dllm.prompts.transcripts import written
+from dllm.prompts.turns import parse_chat
+
+CHATS = {
+    "Anthropic": "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant: So.",
+    "a prompt of Anthropic's": "Human: Hi.\n\nAssistant:",
+    "Guanaco": "### Human: Hi.### Assistant: Hello.",
+    "Vicuna": "USER: Hi. ASSISTANT: Hello.</s>USER: Why?",
+    "speakers": "User: Hi.\nAssistant: Hello.\nUser: Why?",
+    "Alpaca": "Below is an instruction.\n\n### Instruction:\nSort.\n\n### Input:\nb a\n\n### Response:\na b",
+    "ChatML": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi.<|im_end|>\n",
+    "Llama 3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi.<|eot_id|>",
+    "Llama 2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi. [/INST] Hello. </s><s>[INST] Why? [/INST]",
+    "Mistral": "<s>[INST] Hi. [/INST] Hello.</s>",
+    "Gemma": "<bos><start_of_turn>user\nHi.<end_of_turn>\n<start_of_turn>model\n",
+    "Zephyr": "<|system|>\nBe brief.</s>\n<|user|>\nHi.</s>",
+    "GLM": "[gMASK]<sop><|user|>\nHi.<|assistant|>",
+    "gpt-oss": "<|start|>user<|message|>Hi.<|end|>",
+    "DeepSeek": "<｜begin▁of▁sentence｜><｜User｜>Hi.<｜Assistant｜>",  # noqa: RUF001
+}
+
+
+@pytest.mark.parametrize("text", CHATS.values(), ids=CHATS)
+def test_a_chat_that_is_written_as_one_text_is_named(text: str) -> None:
+    with pytest.raises(DataError, match=r"a whole chat is written as one text .*list of turns.*file:3"):
+        parse_chat(text, None, "file:3")
+    for turns in ([{"role": "user", "content": text}], json.dumps([{"role": "user", "content": text}])):
+        assert parse_chat(turns, None, "file:3").messages == [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What does <|im_start|>user mean?",
+        "Human: a species, or a person?",
+        "User: ann. Assistant to whom?",
+        "### Instruction:\nSort.\n\n### Response:\n",
+        "[INST] Sort. [/INST]",
+        "Write a dialogue.\nHuman: Hi.\nAssistant: Hello.",
+        "<s> strikes text out in HTML",
+    ],
+)
+def test_a_question_about_chats_is_one(text: str) -> None:
+    assert written(text) is None
+
+
+@pytest.mark.parametrize("text", ["Human: " + "\n" * 200_000, "[INST] " + "[/INST]" * 50_000, " " * 500_000 + "x"])
+def test_a_long_text_takes_no_time(text: str) -> None:
+    start = time.monotonic()
+    assert written(text) is None
+    assert time.monotonic() - start < 5
