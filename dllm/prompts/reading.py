@@ -6,32 +6,21 @@ the user's choice. All other columns are listed.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from dllm.config.params import Source
 from dllm.errors import DataError
 from dllm.outside import JsonError, one_line, parse_json
+from dllm.prompts import column_names
 from dllm.prompts.cells import as_turns
+from dllm.prompts.column_names import TEMPLATE, key
 from dllm.prompts.tools import JsonCell, to_tools
+from dllm.prompts.turn_texts import holds, num_asked, role_of, text_of, turns_of
 from dllm.prompts.turns import ROLES, Unusable
 
 REFERENCE = "reference"
-SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction", "system_instructions")
-TOOLS = ("tools", "functions")
-_NAMES = re.compile(rf'"(?:{"|".join((*SYSTEMS, *TOOLS))})"')
-TEXTS = ("instruction", "input", "context", "passage", "document", "documents", "history")
-"""Names of texts that belong to a prompt, unless the chat holds them already."""
-_MEDIA = re.compile(
-    r"(?:.*_)?(?:image|img|picture|photo|audio|video|pixel_value|attachment)s?"
-    r"(?:_(?:path|url|uri|file|filename|byte|base64|b64)s?)?"
-)
-_MORE_TOOLS = re.compile(r".*_(?:tools|functions)|custom_instructions?")
-_CAMEL = re.compile("(?<=[a-z0-9])(?=[A-Z])")
-TEMPLATE = "chat_template_kwargs"
-"""A column of arguments of the chat template, as TRL reads it: any of them may change the prompt."""
 _TURN_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "id"}
 _RESULTS = {name for name, role in ROLES.items() if role == "tool"}
 """Roles whose turns may have a `name`."""
@@ -95,32 +84,34 @@ def read_row(row: Mapping[str, Any], chat_column: str, source: Source, place: st
     system, tools = _Choice("system prompt"), _Choice("tools")
     texts: dict[str, Any] = {}
     media = None
-    for name, value in _columns(row, chat_column, chat):
-        key = _key(name)
+    for name, value in [*_columns(row, chat_column), *_turn_keys(chat, chat_column)]:
+        named = key(name)
         if name == REFERENCE and not _is_empty(value):
             reading.note(name, "correct result")
         elif name in ignored or name.split(".")[0] in ignored:
             reading.note(name, "left out, as asked")
-        elif name.startswith(f"{TEMPLATE}.") and key not in (*SYSTEMS, *TOOLS) and value is not None:
+        elif _is_argument(name) and value is not None:  # false is a value of these
             if not isinstance(value, list | dict) or not _is_empty(value):
                 texts[name] = value
-        elif _is_empty(value, keys_count=key in TOOLS or _MORE_TOOLS.fullmatch(key) is not None):
+        elif _is_empty(value, keys_count=column_names.is_tools(named)):
             reading.note(name, EMPTY)
-        elif key in SYSTEMS and isinstance(value, str):
-            system.offer(name, value, value.strip(), place)
+        elif column_names.is_system(named) and (text := _system_text(value)) is not None:
+            system.offer(name, text, text.strip(), place)
             reading.note(name, "system prompt")
-        elif key in TOOLS and isinstance(value, str | list):
+        elif named in column_names.TOOLS and isinstance(value, str | list):
             tools.offer(name, value, to_tools(value, place), place)
             reading.note(name, "tools")
-        elif _MEDIA.fullmatch(key) and isinstance(value, str | list | Mapping | bytes):
+        elif _is_media(name, chat_column) and isinstance(value, str | list | Mapping | bytes):
             media = name
             reading.note(name, "rows that have it are refused")
-        elif key in (*SYSTEMS, *TOOLS) or _MORE_TOOLS.fullmatch(key) or (key in TEXTS and "." not in name):
+        elif column_names.is_system(named) or column_names.is_tools(named) or _is_text(name, chat_column, chat):
             texts[name] = value
         else:
             reading.note(name, UNUSED)
     if media is not None:
         raise Unusable("content other than text")
+    for name in _answer_keys(chat, chat_column, reading, ignored):
+        texts[name] = "the beginning of the response"
     chat = _with_texts(chat, chat_column, texts, place, reading)
     return Cells(_with_system(chat, system.value, place), tools.value, row.get(REFERENCE))
 
@@ -140,26 +131,62 @@ class _Choice:
             raise DataError(f"{self._name} and {name} hold another {self.what} each", where=place)
 
 
-def _columns(row: Mapping[str, Any], chat_column: str, chat: Any) -> Iterator[tuple[str, Any]]:
+def _columns(row: Mapping[str, Any], chat_column: str) -> Iterator[tuple[str, Any]]:
     for name, value in row.items():
         if name == chat_column:
             continue
         value = _mapping_of(value, name)
         yield name, value
         if isinstance(value, Mapping):
-            for key, inner in value.items():
-                if name == TEMPLATE or _belongs(_key(key)):
-                    yield f"{name}.{key}", inner
-    for turn in chat if isinstance(chat, list) else ():
-        for key, value in turn.items() if isinstance(turn, Mapping) else ():
-            is_used = key in _TURN_KEYS or (key == "name" and turn.get("role", turn.get("from")) in _RESULTS)
-            if not is_used:
-                yield f"{chat_column}[].{key}", value
+            for inner, each in value.items():
+                if name == TEMPLATE or column_names.belongs(key(inner)):
+                    yield f"{name}.{inner}", each
 
 
-def _belongs(key: str) -> bool:
-    is_named = key in (*SYSTEMS, *TOOLS)
-    return is_named or any(names.fullmatch(key) for names in (_MEDIA, _MORE_TOOLS))
+def _turn_keys(chat: Any, chat_column: str) -> Iterator[tuple[str, Any]]:
+    """Find what the turns hold beside their text, but for those of the response that is generated again."""
+    turns = turns_of(chat)
+    for turn in turns[: num_asked(turns)]:
+        for inner, value in turn.items():
+            is_used = inner in _TURN_KEYS or (inner == "name" and role_of(turn) in _RESULTS)
+            is_read_by_users = value in column_names.ROUTES.get(inner, ()) if isinstance(value, str) else False
+            if not is_used and not is_read_by_users:
+                yield f"{chat_column}[].{inner}", value
+
+
+def _answer_keys(chat: Any, chat_column: str, reading: Reading, ignored: Collection[str]) -> Iterator[str]:
+    """Record what the response holds beside its text; find the keys that make it the beginning of a response."""
+    turns = turns_of(chat)
+    for turn in turns[num_asked(turns) :]:
+        for inner, value in turn.items():
+            name = f"{chat_column}[].{inner}"
+            if inner in column_names.CONTINUED and value is True and name not in ignored:
+                yield name
+            elif inner not in _TURN_KEYS:
+                reading.note(name, EMPTY if _is_empty(value) else UNUSED)
+
+
+def _is_argument(name: str) -> bool:
+    """Return whether a column, or a key of `chat_template_kwargs`, is an argument of the chat template."""
+    if name.startswith(f"{TEMPLATE}."):
+        return not column_names.is_system(key(name)) and key(name) not in column_names.TOOLS
+    return "." not in name and key(name) in column_names.TEMPLATE_ARGUMENTS
+
+
+def _is_media(name: str, chat_column: str) -> bool:
+    is_turn_s = name.startswith(f"{chat_column}[].")
+    return column_names.MEDIA.fullmatch(key(name)) is not None or (
+        is_turn_s and column_names.FILES.fullmatch(key(name)) is not None
+    )
+
+
+def _is_text(name: str, chat_column: str, chat: Any) -> bool:
+    """Return whether a column, or a key of a turn, may be a part of the prompt that the chat lacks."""
+    start, _, inner = name.rpartition(".")
+    if start == f"{chat_column}[]":
+        return column_names.is_text(key(inner)) or inner in column_names.ROUTES
+    is_asked = isinstance(chat, str) and column_names.TEXT_OF_A_QUESTION.fullmatch(key(name)) is not None
+    return not start and (is_asked or column_names.is_text(key(name)))
 
 
 def _mapping_of(value: Any, name: str) -> Any:
@@ -168,7 +195,9 @@ def _mapping_of(value: Any, name: str) -> Any:
         value = value.value
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
         return value
-    if _key(name) in (*SYSTEMS, *TOOLS, *TEXTS) or not _NAMES.search(_fold(value)):
+    named = key(name)
+    is_whole = column_names.is_system(named) or named in column_names.TOOLS or column_names.is_text(named)
+    if is_whole or not column_names.are_in_json(value):
         return value
     try:
         return parse_json(value)
@@ -176,13 +205,11 @@ def _mapping_of(value: Any, name: str) -> Any:
         return value
 
 
-def _key(name: Any) -> str:
-    return _fold(str(name).rpartition(".")[2]).replace(" ", "_").replace("-", "_")
-
-
-def _fold(text: str) -> str:
-    """Write names of camel case in lower case, with underscores."""
-    return _CAMEL.sub("_", text).lower()
+def _system_text(value: Any) -> str | None:
+    """Return a system prompt's text, also where it is a list of parts, as Anthropic's requests have it."""
+    is_parts = isinstance(value, list) and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in value)
+    is_text = is_parts and all(part.get("type") in (None, "text") for part in value)
+    return text_of(value) if isinstance(value, str) or is_text else None
 
 
 def _is_empty(value: Any, keys_count: bool = False) -> bool:
@@ -198,14 +225,14 @@ def _is_empty(value: Any, keys_count: bool = False) -> bool:
 
 def _with_texts(chat: Any, chat_column: str, texts: Mapping[str, Any], place: str, reading: Reading) -> Any:
     for name, value in texts.items():
-        if isinstance(value, str) and _holds(chat, value):
+        is_input = key(name) == "input" and "." not in name and isinstance(value, str)
+        is_told = isinstance(value, str) or not column_names.is_tools(key(name))  # tools are more than their texts
+        if is_told and not _is_argument(name) and holds(chat, value):
             reading.note(name, f"{UNUSED}: the chat holds it")
-        elif (
-            isinstance(chat, str) and _key(chat_column) == "instruction" and name == "input" and isinstance(value, str)
-        ):
+        elif isinstance(chat, str) and key(chat_column) == "instruction" and is_input:
             chat = f"{chat}\n\n{value}"
             reading.note(name, f"joined to {chat_column}")
-        elif isinstance(value, str | list | Mapping) or name.startswith(f"{TEMPLATE}."):
+        elif isinstance(value, str | list | Mapping) or _is_argument(name):
             raise UnusedColumn(
                 f"the column {one_line(name, 60)} belongs to the prompt, and is not used",
                 where=place,
@@ -216,30 +243,13 @@ def _with_texts(chat: Any, chat_column: str, texts: Mapping[str, Any], place: st
     return chat
 
 
-def _holds(chat: Any, text: str) -> bool:
-    if isinstance(chat, str):
-        return text.strip() in chat
-    turns = [turn for turn in chat if isinstance(turn, Mapping)] if isinstance(chat, list) else []
-    return any(text.strip() in _text_of(turn.get("content") or turn.get("value")) for turn in turns)
-
-
-def _text_of(content: Any) -> str:
-    """Return the text of a turn: a string, or OpenAI's list of parts, of which those of text are joined."""
-    content = content.value if isinstance(content, JsonCell) else content
-    if isinstance(content, str):
-        return content
-    parts = [part.get("text") for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
-    return "".join(part for part in parts if isinstance(part, str))
-
-
 def _with_system(chat: Any, system: str | None, place: str) -> Any:
     if system is None or not isinstance(chat, list | str):
         return chat
     turns = [{"role": "user", "content": chat}] if isinstance(chat, str) else chat
     for turn in turns:
-        named = turn.get("role") or turn.get("from") if isinstance(turn, Mapping) else None
-        if isinstance(named, str) and ROLES.get(named.lower()) == "system":
-            if _holds([turn], system):
+        if isinstance(turn, Mapping) and role_of(turn) == "system":
+            if holds([turn], system):
                 return chat
             raise DataError("the system column and the chat's own system turn differ", where=place)
     return [{"role": "system", "content": system}, *turns]

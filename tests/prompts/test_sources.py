@@ -66,8 +66,8 @@ def test_a_folder_is_all_its_files_in_order_of_name(tmp_path: Path) -> None:
 
 
 def test_a_named_column_goes_before_the_usual_ones(tmp_path: Path) -> None:
-    jsonl(tmp_path / "x.jsonl", {"messages": "m", "conversations": "c", "question": "q"})
-    for column, chat in ((None, "m"), ("conversations", "c"), ("question", "q")):
+    jsonl(tmp_path / "x.jsonl", {"messages": "m", "conversations": "c", "topic": "q"})
+    for column, chat in ((None, "m"), ("conversations", "c"), ("topic", "q")):
         assert [c for _, c, _, _ in sources.rows(Source(name="x.jsonl", column=column), tmp_path)] == [chat]
 
 

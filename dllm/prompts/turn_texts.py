@@ -1,0 +1,68 @@
+"""What the turns of a chat say, before they are parsed: which are asked, and whether they hold a text already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from dllm.prompts import transcripts
+from dllm.prompts.tools import JsonCell
+from dllm.prompts.turns import ROLES
+
+
+def turns_of(chat: Any) -> list[Mapping[str, Any]]:
+    """Return the turns of a chat that is a list; of a bare question there are none."""
+    return [turn for turn in chat if isinstance(turn, Mapping)] if isinstance(chat, list) else []
+
+
+def role_of(turn: Mapping[str, Any]) -> str:
+    """Return what a turn's role means, as a key of OpenAI's form; "" where it is unknown."""
+    named = turn.get("role") or turn.get("from")
+    return ROLES.get(named.strip().lower(), "") if isinstance(named, str) else ""
+
+
+def num_asked(turns: Sequence[Mapping[str, Any]]) -> int:
+    """Count the turns before the response at the end of a chat."""
+    return max((number for number, turn in enumerate(turns, 1) if role_of(turn) != "assistant"), default=0)
+
+
+def holds(chat: Any, value: Any) -> bool:
+    """Return whether the turns before the response hold a text, or all texts of a list or mapping.
+
+    Spaces between words do not count. What a template has rendered is held where it is this chat.
+    """
+    wanted = [text for each in _texts(value) if (text := _spaced(each))]
+    asked = turns_of(chat)[: num_asked(turns_of(chat))]  # of the response nothing reaches the target
+    held = list(map(_spaced, [chat] if isinstance(chat, str) else _texts(asked)))
+    if wanted and all(any(text in each for each in held) for text in wanted):
+        return True
+    is_rendered = isinstance(value, str) and transcripts.written(value) is not None
+    return is_rendered and bool(held) and all(each in wanted[0] for each in held)
+
+
+def text_of(content: Any) -> str:
+    """Return the text of a turn: a string, or OpenAI's list of parts, of which those of text are joined."""
+    content = content.value if isinstance(content, JsonCell) else content
+    if isinstance(content, str):
+        return content
+    parts = [part.get("text") for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
+    return "".join(part for part in parts if isinstance(part, str))
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Find all texts in a value; of turns those that are said, and not the names of roles."""
+    if isinstance(value, Mapping):
+        if "role" in value or "from" in value:
+            value = text_of(value.get("content") or value.get("value"))
+        else:
+            for each in value.values():
+                yield from _texts(each)
+    if isinstance(value, list):
+        for each in value:
+            yield from _texts(each)
+    elif isinstance(value, str | int | float):
+        yield str(value)

@@ -1,0 +1,150 @@
+"""Columns and keys of turns that look like a part of the prompt are used or refused; others are listed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dllm.config.params import Source
+from dllm.prompts.reading import Reading, UnusedColumn, read_row
+from dllm.prompts.turns import Unusable
+
+QUESTION = {"role": "user", "content": "Which tree\nis this, an oak or an elm?"}
+ANSWER = {"role": "assistant", "content": "An oak, as the leaves say."}
+
+
+def read(row: dict[str, Any], column: str = "messages", **options: Any) -> tuple[Any, Reading]:
+    reading = Reading()
+    return read_row(row, column, Source(name="x", **options), "x:1", reading).chat, reading
+
+
+@pytest.mark.parametrize("name", ["system_content", "sysprompt", "sys_msg", "SystemText", "developer_message"])
+@pytest.mark.parametrize("write", [str, lambda text: [{"type": "text", "text": text}]])
+def test_a_system_prompt_has_many_names(name: str, write: Any) -> None:
+    chat, reading = read({"messages": [QUESTION], name: write("Be brief.")})
+    assert chat == [{"role": "system", "content": "Be brief."}, QUESTION]
+    assert reading.columns[name] == "system prompt"
+
+
+TEXTS = [
+    "sys",
+    "preamble",
+    "persona",
+    "background",
+    "chat_history",
+    "previousMessages",
+    "conversation_history",
+    "retrieved_docs",
+    "passages",
+    "prompt",
+    "user_prompt",
+    "question",
+    "query",
+    "instructions",
+    "few_shot_examples",
+    "demonstrations",
+    "db_schema",
+    "sql_context",
+    "user_profile",
+    "memories",
+    "role_description",
+    "character_card",
+    "assistant_prefix",
+    "prefill",
+    "prompt_suffix",
+    "format_instructions",
+]
+TOOLS = ["tool_list", "toolset", "apis", "api_list", "tool_schemas", "functionList", "plugins"]
+
+
+@pytest.mark.parametrize("name", [*TEXTS, *TOOLS])
+@pytest.mark.parametrize("value", ["A text.", ["A text."], [{"name": "A text."}]])
+def test_what_looks_like_a_part_of_the_prompt_is_not_dropped(name: str, value: Any) -> None:
+    with pytest.raises(UnusedColumn, match=f"the column {name} belongs to the prompt"):
+        read({"messages": [QUESTION], name: value})
+    found, reading = read({"messages": [QUESTION], name: value}, ignore_columns=[name])
+    assert found == [QUESTION] and reading.columns[name] == "left out, as asked"
+
+
+@pytest.mark.parametrize("name", ["id", "prompt_id", "num_turns", "language", "source", "category", "chosen", "output"])
+def test_other_columns_are_listed(name: str) -> None:
+    assert read({"messages": [QUESTION], name: "A text."})[1].columns[name] == "not used"
+
+
+HELD = {
+    "a text": "Which tree is this,",
+    "a list": ["an oak", "an elm?"],
+    "pairs": [["Which tree is this", "an oak"]],
+    "turns": [QUESTION],
+    "mappings": {"title": "oak", "n": None},
+    "the chat, rendered": f"<|im_start|>user\n{QUESTION['content']}<|im_end|>\n<|im_start|>assistant\n",
+}
+
+
+@pytest.mark.parametrize("value", HELD.values(), ids=HELD)
+def test_texts_that_the_chat_holds_are_not_asked_for(value: Any) -> None:
+    for chat in ([QUESTION, ANSWER], [{"from": "human", "value": QUESTION["content"]}], QUESTION["content"]):
+        assert read({"messages": chat, "prompt": value})[1].columns["prompt"] == "not used: the chat holds it"
+
+
+def test_what_only_the_response_holds_is_not_held() -> None:
+    with pytest.raises(UnusedColumn, match="context"):
+        read({"messages": [QUESTION, ANSWER], "context": "as the leaves say"})
+
+
+@pytest.mark.parametrize("name", ["choices", "options", "table", "examples", "article", "starter_code"])
+def test_beside_a_bare_question_more_names_are_parts_of_the_prompt(name: str) -> None:
+    with pytest.raises(UnusedColumn, match=f"the column {name} belongs to the prompt"):
+        read({"question": "How many?", name: ["one", "two"]}, "question")
+    assert read({"question": "Which, one or two?", name: ["one", "two"]}, "question")[0] == "Which, one or two?"
+    assert read({"messages": [QUESTION], name: [{"message": {"content": "one"}}]})[1].columns[name] == "not used"
+
+
+@pytest.mark.parametrize("name", ["enable_thinking", "reasoning_effort", "chat_template", "continue_final_message"])
+@pytest.mark.parametrize("value", [False, "low"])
+def test_arguments_of_the_template_in_columns_of_their_own_are_not_dropped(name: str, value: Any) -> None:
+    with pytest.raises(UnusedColumn, match=f"the column {name} belongs to the prompt"):
+        read({"messages": [QUESTION], name: value})
+    assert read({"messages": [QUESTION], name: None})[1].columns[name] == "empty"
+
+
+TURN_KEYS = [("context", "A text."), ("documents", [{"text": "A."}]), ("input", "b a"), ("channel", "analysis")]
+TURN_KEYS += [("recipient", "functions.look")]
+
+
+@pytest.mark.parametrize(("name", "value"), TURN_KEYS)
+def test_a_turn_s_own_parts_of_the_prompt_are_not_dropped(name: str, value: Any) -> None:
+    with pytest.raises(UnusedColumn, match=rf"the column messages\[\]\.{name} belongs to the prompt"):
+        read({"messages": [{**QUESTION, name: value}]})
+    assert read({"messages": [{**QUESTION, name: value}]}, ignore_columns=[f"messages[].{name}"])[0] is not None
+    assert read({"messages": [QUESTION, {**ANSWER, name: value}]})[1].columns[f"messages[].{name}"] == "not used"
+
+
+def test_the_final_channel_is_text_and_files_of_a_turn_are_refused() -> None:
+    chat = [QUESTION, {**ANSWER, "channel": "final", "recipient": "all"}, QUESTION]
+    assert read({"messages": chat})[0] == chat
+    for name in ("file", "files", "file_ids"):
+        with pytest.raises(Unusable, match="other than text"):
+            read({"messages": [{**QUESTION, name: ["a.pdf"]}]})
+        assert read({"messages": [QUESTION], name: ["a.pdf"]})[1].columns[name] == "not used"
+
+
+@pytest.mark.parametrize("name", ["prefix", "partial", "prefill"])
+def test_a_response_that_is_only_begun_is_not_dropped(name: str) -> None:
+    with pytest.raises(UnusedColumn, match=rf"messages\[\]\.{name}"):
+        read({"messages": [QUESTION, {**ANSWER, name: True}]})
+    assert read({"messages": [QUESTION, {**ANSWER, name: True}]}, ignore_columns=[f"messages[].{name}"])[0] is not None
+    assert read({"messages": [QUESTION, {**ANSWER, name: False}]})[0] is not None
+
+
+@pytest.mark.parametrize("name", ["images", "audio"])
+def test_pictures_of_the_response_that_is_generated_again_refuse_no_row(name: str) -> None:
+    chat, reading = read({"messages": [QUESTION, {**ANSWER, name: {"id": "x"}}]})
+    assert len(chat) == 2 and reading.columns[f"messages[].{name}"] == "not used"
+    with pytest.raises(Unusable):
+        read({"messages": [QUESTION, {**ANSWER, name: {"id": "x"}}, QUESTION]})
+
+
+def test_alpaca_s_input_is_joined_however_it_is_spelt() -> None:
+    assert read({"Instruction": "Sort.", "Input": "b a"}, "Instruction")[0] == "Sort.\n\nb a"
