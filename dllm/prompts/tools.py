@@ -6,36 +6,21 @@ A schema is {"type": "function", "function": {name, description, parameters}}, a
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
-import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dllm.errors import DataError
 from dllm.outside import JsonError, is_text, parse_json
+from dllm.prompts.calls_in_text import calls_in_text
 
 Tools = list[dict[str, Any]]
 """Schemas of the tools that the assistant may call."""
 
 
-_SPELT_CALLS = tuple(
-    re.compile(start)
-    for start in (
-        r"<tool_call>\s*(?:[{<]|[\w.-]+\s*<(?:arg_key>|/tool_call>))",  # Hermes, Qwen, GLM
-        r"<functioncall>\s*\{",  # Glaive
-        r"<\|python_tag\|>\s*[{<]|<function=\w",  # Llama
-        r"<\uff5ctool▁call▁begin\uff5c>|<\uff5cDSML\uff5cinvoke\s+name=",  # DeepSeek
-        r"<\|tool_call_begin\|>",  # Kimi
-        r"\[TOOL_CALLS\]\s*[\w.-]+\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\]\s*)?\{",  # Mistral since v11
-        r"<\|action_start\|>\s*<\|plugin\|>",  # InternLM
-        # MiniMax, Claude
-        r"(?:<(?:minimax:tool_call|(?:\w+:)?function_calls)>|</(?:\w+:)?invoke>)\s*<(?:\w+:)?invoke\s+name=",
-    )
-)
-"""Beginnings of a call in text; the first that occurs counts, since one family's may stand inside another's."""
-_SPELT_LIST = re.compile(r"(?:\[TOOL_CALLS\]|<TOOLCALL>|<\|tool_call\|>)\s*(\[.*\]|\{.*\})", re.DOTALL)
-"""A list of calls in text, as Mistral, Nemotron, and Granite or Phi spell them."""
 _ARGUMENTS = ("arguments", "parameters", "args", "input", "kwargs", "params")
 """Names of a call's arguments: OpenAI's, Llama's, LangChain's, Anthropic's, and others."""
 _SCHEMA_NAMES = ("input_schema", "inputSchema")
@@ -98,19 +83,9 @@ def result_text(content: Any) -> Any:
     return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
 
 
-def calls_in_text(content: str) -> int:
-    """Count the calls that an assistant turn spells out in its text, as models trained for tools generate them."""
-    for start in _SPELT_CALLS:
-        if found := start.findall(content):
-            return len(found)
-    spelt = _SPELT_LIST.search(content)
-    if spelt is None:
-        return 0
-    try:
-        value = parse_json(spelt[1])
-    except JsonError:
-        return 1
-    return len(value) if isinstance(value, list) else 1
+def spelt_calls(content: str, after: Sequence[Mapping[str, Any]]) -> int:
+    """Count the calls in an assistant turn's text: in a form that is not known, as many as results follow."""
+    return calls_in_text(content) or sum(1 for _ in itertools.takewhile(lambda each: each["role"] == "tool", after))
 
 
 def name_calls(messages: list[dict[str, Any]]) -> None:
@@ -119,9 +94,9 @@ def name_calls(messages: list[dict[str, Any]]) -> None:
     Calls that an assistant turn spells out in its text count, though the turn stays as it is.
     """
     count, open_calls = 0, deque[str]()
-    for message in messages:
+    for number, message in enumerate(messages, 1):
         if message["role"] == "assistant" and "tool_calls" not in message:
-            spelt = calls_in_text(message["content"])
+            spelt = spelt_calls(message["content"], messages[number:])
             open_calls.extend(f"call{number:05d}" for number in range(count, count + spelt))
             count += spelt
         for call in message.get("tool_calls", ()):
@@ -171,9 +146,12 @@ def _call(call: Any, turn: str, where: str) -> dict[str, Any]:
     if others and not given:
         raise DataError(f"{turn} has a call without arguments, but with {others[0][:40]!r}", where=where)
     # Parsed and written again: the same arguments are the same text from every file.
-    arguments: Any = next((_mapping_of(each) for each in given if not _is_empty(each)), {})
+    arguments: Any = next((_arguments(each) for each in given if not _is_empty(each)), {})
     if isinstance(arguments, Mapping):
-        arguments = json.dumps(arguments, ensure_ascii=False, default=str)
+        try:
+            arguments = json.dumps(arguments, ensure_ascii=False, default=str, allow_nan=False)
+        except ValueError:
+            raise DataError(f"{turn} has a call with a number that JSON cannot represent", where=where) from None
     if not isinstance(arguments, str):
         raise DataError(f"{turn} has a call whose arguments are {shape(arguments)}, not a mapping", where=where)
     return {
@@ -181,6 +159,15 @@ def _call(call: Any, turn: str, where: str) -> dict[str, Any]:
         "type": "function",
         "function": {"name": inner["name"], "arguments": arguments},
     }
+
+
+def _arguments(value: Any) -> Any:
+    """Parse arguments, also where they were written as JSON twice."""
+    if isinstance(value, str) and value.lstrip().startswith('"'):
+        with contextlib.suppress(JsonError):
+            inner = _mapping_of(parse_json(value))
+            return inner if isinstance(inner, Mapping) else value
+    return _mapping_of(value)
 
 
 def _is_empty(arguments: Any) -> bool:
@@ -202,11 +189,11 @@ def _from_json(value: Any, what: str, where: str) -> Any:
 
 
 def _mapping_of(value: Any) -> Any:
-    """Parse a text that is a mapping in JSON; return other values as they are."""
+    """Parse a text that is a mapping in JSON; return other values as they are, and one that has a key twice."""
     if not isinstance(value, str) or not value.lstrip().startswith("{"):
         return value
     try:
-        return parse_json(value)
+        return parse_json(value, is_row=True)
     except JsonError:
         return value
 

@@ -19,7 +19,7 @@ from dllm.errors import DataError
 from dllm.models import targets
 from dllm.prompts import template as chat
 from dllm.prompts.table import Prompt
-from dllm.prompts.tools import calls_in_text
+from dllm.prompts.tools import spelt_calls
 from dllm.prompts.turns import Message
 from dllm.registry import ENGINES
 from dllm.responses import flags
@@ -100,7 +100,7 @@ def split_turns(messages: list[Message], which: Literal["all", "last"]) -> list[
 def _spelt_calls(message: Message, after: list[Message]) -> Calls:
     """Return the calls that a message spells out in its text, with the ids that the results after it refer to."""
     results = [each.get("tool_call_id") for each in itertools.takewhile(lambda each: each["role"] == "tool", after)]
-    count = calls_in_text(message["content"])
+    count = spelt_calls(message["content"], after)
     return [{"id": id} for id in [*results, *[None] * count][:count]]
 
 

@@ -138,8 +138,16 @@ def test_a_refused_turn_keeps_the_turns_before_it(tokenizer: Any) -> None:
     assert len(rollout.rows()) == 1
 
 
-def test_calls_that_old_responses_spell_as_text_are_generated_again_as_calls(tokenizer: Any) -> None:
-    spelt = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+SPELT = [
+    '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>',
+    "<|tool_call_start|>[add(a=1, b=2)]<|tool_call_end|>",
+    '<|channel|>commentary to=functions.add<|message|>{"a": 1, "b": 2}<|call|>',
+    "add<<1, 2>>",  # known by the result that follows
+]
+
+
+@pytest.mark.parametrize("spelt", SPELT, ids=range(len(SPELT)))
+def test_calls_that_old_responses_spell_as_text_are_generated_again_as_calls(tokenizer: Any, spelt: str) -> None:
     turns = [("system", "<tools>[]</tools>"), ("human", "Add 1 and 2."), ("gpt", spelt), ("tool", "3")]
     turns += [("gpt", "The sum is 3."), ("human", "And 4 and 5?"), ("gpt", spelt)]
     chat = parse_chat([{"from": role, "value": content} for role, content in turns], None, "here").messages
