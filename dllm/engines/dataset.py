@@ -66,7 +66,9 @@ class DatasetEngine:
 
     def _answer(self, request: Request) -> Response | Refusal:
         if request.response is None:
-            return Refusal(request.key, "the dataset has no response")
+            return Refusal(
+                request.key, "the dataset has no response that is one text, without calls or reasoning beside it"
+            )
         turn = {"role": "assistant", "content": request.response}
         try:
             ids = chat.answer_ids(self._tokenizer, request.messages, turn, self._enable_thinking, tools=request.tools)

@@ -14,6 +14,7 @@ from dllm.outside import is_text
 from dllm.prompts import tools as tooling
 from dllm.prompts import transcripts
 from dllm.prompts.cells import as_turns
+from dllm.prompts.column_names import REASONING
 from dllm.prompts.tools import JsonCell, Tools
 
 __all__ = ["Chat", "Message", "Tools", "Unusable", "parse_chat"]
@@ -27,6 +28,7 @@ ROLES = {
     "developer": "system",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "model": "assistant",
@@ -34,15 +36,22 @@ ROLES = {
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
+    "ai": "assistant",
+    "chatbot": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "function_response": "tool",
     "observation": "tool",
     "ipython": "tool",
+    "tool_response": "tool",
+    "tool_result": "tool",
 }
-CALL_ROLES = {"function_call"}
+CALL_ROLES = {"function_call", "tool_call"}
 """Roles whose text is a call, written as JSON."""
+_OTHER_TEXTS = ("text", "message", "output", "result", "response")
+"""Keys that hold a turn's text in formats that are not read."""
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 """Types of a content's parts that are text."""
 
@@ -57,7 +66,8 @@ class Chat(NamedTuple):
     messages: list[Message]
     tools: Tools | None
     response: str | None
-    """The text of the one assistant turn that follows; None where there is none, several, or one with calls."""
+    """The text of the one assistant turn that follows; None where there is none, several, or one with calls or with
+    reasoning beside its text."""
 
 
 def parse_chat(value: Any, tools: Any, where: str) -> Chat:
@@ -107,7 +117,8 @@ def _response(turns: list[Any], roles: list[tuple[str, bool]]) -> str | None:
         message = _message(turns[0], 1, *roles[0], "")
     except (DataError, Unusable):
         return None
-    return None if "tool_calls" in message else message["content"] or None
+    has_more = "tool_calls" in message or any(REASONING.fullmatch(key) and value for key, value in turns[0].items())
+    return None if has_more else message["content"] or None
 
 
 def _role_name(turn: Any, number: int, where: str) -> str:
@@ -117,7 +128,7 @@ def _role_name(turn: Any, number: int, where: str) -> str:
     named = turn.get("role") or turn.get("from")
     if not isinstance(named, str):
         raise DataError(f"turn {number} names no `role` (or `from`)", where=where)
-    return named
+    return named.strip()
 
 
 def _role(name: str, number: int, where: str) -> str:
@@ -129,8 +140,12 @@ def _role(name: str, number: int, where: str) -> str:
 
 
 def _message(turn: Mapping[str, Any], number: int, role: str, is_call: bool, where: str) -> Message:
-    content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-    calls = turn.get("tool_calls") or turn.get("function_call")
+    content = turn.get("content")
+    if content is None or (content == "" and turn.get("value") is not None):
+        content = turn.get("value")
+    if content is None and (other := next((key for key in _OTHER_TEXTS if turn.get(key)), None)) is not None:
+        raise DataError(f"turn {number} has no text in `content` (or `value`), but in `{other}`", where=where)
+    calls = _or_none(turn.get("tool_calls")) or _or_none(turn.get("function_call"))
     if is_call and not calls:
         content, calls = "", content.raw if isinstance(content, JsonCell) else content
     message: Message = {"role": role}
@@ -144,6 +159,11 @@ def _message(turn: Mapping[str, Any], number: int, role: str, is_call: bool, whe
     else:
         message["content"] = _text(content, number, where)
     return message
+
+
+def _or_none(calls: Any) -> Any:
+    """Return calls, or None where all their keys are null, as a table of all rows' turns has them."""
+    return None if isinstance(calls, Mapping) and all(value is None for value in calls.values()) else calls
 
 
 def _text(content: Any, number: int, where: str) -> str:

@@ -35,6 +35,9 @@ CHAT = [turn("system", "be kind"), turn("user", "hi"), turn("assistant", "hello"
     "chat",
     [
         CHAT,
+        said(("system", "be kind"), ("prompter", "hi"), (" AI ", "hello"), ("User", "why?"), ("CHATBOT", "because")),
+        [{**message, "content": "", "value": message["content"]} for message in CHAT],
+        [{**message, "function_call": {"name": None, "arguments": None}} for message in CHAT],
         [*CHAT, turn("assistant", "because")],
         said(("system", "be kind"), ("human", "hi"), ("gpt", "hello"), ("user", "why?"), ("assistant", "because")),
         [turn("developer", "be kind"), *CHAT[1:], turn("assistant", "because"), turn("assistant", "so")],
@@ -75,6 +78,8 @@ def test_a_row_without_a_prompt_gives_its_reason(chat: Any, reason: str) -> None
         ([turn("user", "a"), {"content": "b"}], "turn 2 names no `role`"),
         ([turn("wizard", "a")], "unknown role 'wizard'"),
         ([turn("user", None)], "turn 1 has no text .* null"),
+        ([{"role": "user", "text": "hi"}], "turn 1 has no text .* but in `text`"),
+        ([turn("user", "a"), {"role": "tool", "output": "42"}], "turn 2 has no text .* but in `output`"),
         ([turn("user", "\ud83d")], "unpaired surrogate"),
         ([{"role": "assistant", "tool_calls": [{"id": "x"}]}, turn("user", "a")], "turn 1 has a call without a `name`"),
         ([turn("function_call", "search(x)"), turn("user", "a")], "turn 1 has a call that is not JSON"),
@@ -148,6 +153,11 @@ WITH_TOOLS = [
             ("function_call", '{"name": "look", "arguments": {"city": "Köln"}}'),
             ("observation", '{"sky": "grey"}'),
             ("gpt", "grey"),
+        ),
+        said(
+            ("human", "weather?"),
+            ("tool_call", '{"name": "look", "arguments": {"city": "Köln"}}'),
+            ("tool_response", '{"sky": "grey"}'),
         ),
         [
             WITH_TOOLS[0],
@@ -227,6 +237,14 @@ def test_ids_that_are_numbers_are_ids() -> None:
         ([{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}], None),
         ([{"role": "user", "content": "q"}, {"role": "system", "content": "a"}], None),
         ([{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": {"name": "look"}}], None),
+        *(
+            (
+                [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: said}],
+                None if said else "a",
+            )
+            for key in ("reasoning_content", "thinking", "reasoning_details")
+            for said in ("so", None)
+        ),
     ],
 )
 def test_the_response_is_the_text_of_the_one_assistant_turn_at_the_end(value, response) -> None:
