@@ -23,6 +23,8 @@ BATCH_ROWS = 1024
 TEXT_KEYS = ("content", "value")
 """Keys of a turn that hold a text."""
 
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
 Convert = Callable[[Any], Any]
 
 
@@ -50,16 +52,33 @@ def ipc_rows(path: Path) -> Iterator[Row]:
             reader = pa.ipc.open_file(source)
             batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
         else:
+            _check_end(source)
             batches = iter(pa.ipc.open_stream(source))
         for batch in batches:
             yield from rows(batch)
 
 
+def _check_end(source: pa.NativeFile) -> None:
+    """Refuse a stream without the mark of its end: of a writer that was killed it may end after any batch."""
+    is_marked = source.read(4) == _END_OF_STREAM[:4]  # since Arrow 0.15; before, nothing told
+    source.seek(max(0, source.size() - len(_END_OF_STREAM)))
+    if is_marked and source.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
+        raise pa.ArrowInvalid("the stream has no mark of its end, as where its writer was killed")
+    source.seek(0)
+
+
 def rows(batch: pa.RecordBatch | pa.Table) -> Iterator[Row]:
-    """Turn a batch into rows; columns that are null stay, with the value None."""
+    """Turn a batch into rows; columns that are null stay, with the value None.
+
+    Raises:
+        pyarrow.ArrowException: two columns have one name.
+    """
+    names = batch.schema.names
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise pa.ArrowInvalid(f"the column {twice!r} stands twice")
     converts = {field.name: _convert(field.type, field.name) for field in batch.schema}
     for start in range(0, batch.num_rows, BATCH_ROWS):
-        for row in batch.slice(start, BATCH_ROWS).to_pylist(maps_as_pydicts="lossy"):
+        for row in batch.slice(start, BATCH_ROWS).to_pylist():
             try:
                 yield {name: value if value is None else converts[name](value) for name, value in row.items()}
             except JsonError as error:
@@ -78,12 +97,19 @@ def _convert(type: pa.DataType, name: str = "") -> Convert:
         inner = {field.name: _convert(field.type, field.name) for field in type}
         return lambda value: {key: inner[key](each) for key, each in value.items() if each is not None}
     if pa.types.is_map(type):
-        item = _convert(type.item_type)
-        return lambda value: {key: None if each is None else item(each) for key, each in value.items()}
+        named = _convert(type.item_type)
+        return lambda value: _mapping(value, named)
     if _is_list(type):
         item = _convert(type.value_type, name)
         return lambda value: [None if each is None else item(each) for each in value]
     return _plain
+
+
+def _mapping(pairs: list[tuple[Any, Any]], item: Convert) -> dict[Any, Any]:
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise JsonError(f"the key {str(twice)[:40]!r} stands twice")
+    return {name: None if each is None else item(each) for name, each in pairs}
 
 
 def _is_list(type: pa.DataType) -> bool:

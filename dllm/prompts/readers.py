@@ -83,7 +83,9 @@ _WIDE = {
 """What files of JSON begin with in encodings that are not read: a byte order mark, or the first character."""
 _BEGINS: dict[bytes, tuple[str, str | None]] = {
     b"PAR1": ("a parquet file", ".parquet"),
+    b"PARE": ("a parquet file that is encrypted", None),
     b"ARROW1": ("an Arrow file", ".arrow"),
+    b"FEA1": ("a Feather file of version 1", None),
     b"\x1f\x8b": ("compressed with gzip", ".gz"),
     b"\x28\xb5\x2f\xfd": ("compressed with zstd", ".zst"),
     b"BZh": ("compressed with bzip2", ".bz2"),
@@ -95,6 +97,7 @@ _BEGINS: dict[bytes, tuple[str, str | None]] = {
 }
 """What files begin with that have another suffix, and the suffix that they should have."""
 _RETURNS = re.compile(r"\}[ \t]*\r[ \t\r]*\{")
+_A_LINE = "`jq -c .` writes an object a line"
 _DOCUMENT = re.compile(rb"(?:\xef\xbb\xbf)?\s*[\[{]\s*\n")
 
 
@@ -119,8 +122,12 @@ def _check_kind(path: Path) -> None:
                 hint = "`git lfs pull` fetches it"
             elif "UTF" in what:
                 hint = f"`iconv -f {what.rpartition(' ')[2]} -t UTF-8` converts it"
+            elif "Feather" in what:
+                hint = "write it as version 2, which is an Arrow file"
             raise DataError(f"the file is {what}", where=str(path), hint=hint)
-    if suffix in LINES and _DOCUMENT.match(begin):
+    if suffix in LINES and (document := _DOCUMENT.match(begin)):
+        if document[0].strip().endswith(b"{"):  # one object, or several after one another
+            raise DataError("the file has its objects over several lines each", where=str(path), hint=_A_LINE)
         what = "the file is one JSON document, not an object a line"
         raise DataError(what, where=str(path), hint=f"name it {path.stem}.json")
 
@@ -152,10 +159,14 @@ def _parse_row(line: bytes) -> Any:
 
 def _reason(error: str, text: str) -> str:
     """Say why a row or a file is not JSON, and what to do where that is known."""
+    if not text.strip("\0 \t\r\n"):
+        return "a line of zero bytes: the file was not written to its end"
     if "\0" in text:
         return "not UTF-8: text in UTF-16 or UTF-32, or binary"
     if _RETURNS.search(text) and "\n" not in text:
         return "not JSON: the lines end in CR alone; `tr '\\r' '\\n'` mends it"
+    if error.startswith("Extra data at line"):
+        return f"not one JSON document, but another value at {error.removeprefix('Extra data at ')}; {_A_LINE}"
     if "no number of JSON" in error:
         return f"not JSON: {error}; write null for it, as pandas' to_json does"
     return error if error.startswith("not UTF-8") else f"not JSON: {error}"

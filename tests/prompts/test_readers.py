@@ -57,6 +57,11 @@ def test_lines_are_counted_as_an_editor_does(tmp_path: Path) -> None:
         ("x.json", b'{"a": 1}\r{"a": 2}\r', r"lines end in CR alone.*x\.json:1"),
         ("x.jsonl.gz", gzip.compress(b'{"a": 1}\r\r{"a": 2}', mtime=0), r"lines end in CR alone.*x\.jsonl\.gz:1"),
         ("x.jsonl.gz", gzip.compress(LINES.encode("utf-16-le"), mtime=0), r"not UTF-8: text in UTF-16 or UTF-32.*gz:1"),
+        ("x.jsonl", b'{\n "a": 1\n}\n{\n "a": 2\n}\n', r"objects over several lines.*`jq -c \.`"),
+        ("x.json", b'{\n "a": 1\n}\n{\n "a": 2\n}\n', r"another value at line 4, column 1; `jq -c \.`.*x\.json:4"),
+        ("x.jsonl", b'{"a": 1}\n\0\0\0\0', r"a line of zero bytes: the file was not written to its end.*x\.jsonl:2"),
+        ("x.feather", b"FEA1 old", r"Feather file of version 1.*version 2"),
+        ("x.parquet", b"PARE secret", r"a parquet file that is encrypted"),
         ("x.jsonl.gz", b"plain", r"cannot read the file: .*x\.jsonl\.gz:1"),
         ("x.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-12], r"cannot read the file: .*x\.jsonl\.gz"),
     ],
@@ -75,3 +80,33 @@ def test_an_encoding_that_is_not_read_is_named(tmp_path: Path, name: str, encodi
     said = encoding[:6].upper() + encoding[7:].upper()
     with pytest.raises(DataError, match=rf"the file is text in {said} .*`iconv -f {said} -t UTF-8` converts it"):
         list(records(tmp_path / name))
+
+
+def test_a_stream_whose_writer_was_killed_is_not_half_of_the_rows(tmp_path: Path) -> None:
+    path = tmp_path / "x.arrow"
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, pa.schema([("a", pa.int64())])) as out:
+        ends = []
+        for number in range(3):
+            out.write_batch(pa.record_batch({"a": [number]}))
+            ends.append(sink.tell())
+    assert len(list(records(path))) == 3
+    whole = path.read_bytes()
+    for end in ends:
+        path.write_bytes(whole[:end])
+        with pytest.raises(DataError, match=r"no mark of its end.*x\.arrow"):
+            list(records(path))
+
+
+def test_columns_and_keys_of_tables_that_stand_twice_are_refused_as_those_of_json(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["t", "t"]), path)
+    with pytest.raises(DataError, match=r"the column 't' stands twice"):
+        list(records(path))
+    kind = pa.map_(pa.string(), pa.int64())
+    for pairs, said in (([("a", 1), ("b", None)], None), ([("a", 1), ("a", 2)], "the key 'a' stands twice")):
+        pq.write_table(pa.table({"t": pa.array([pairs], kind)}), path)
+        if said is None:
+            assert [row for _, row in records(path)] == [{"t": {"a": 1, "b": None}}]
+        else:
+            with pytest.raises(DataError, match=said):
+                list(records(path))
