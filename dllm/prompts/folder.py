@@ -18,8 +18,10 @@ _MEANINGS = {
     **dict.fromkeys(("train", "training"), TRAIN),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("heldout", "holdout", "held_out", "held-out", "hold_out", "hold-out"), "heldout"),
 }
-"""Words by which a file, or the folder it lies in, is named after a split, and the split, as `datasets` has them."""
+"""Words by which a file, or the folder it lies in, is named after a split, and the split, as `datasets` has them; it
+takes held-out rows for training rows where they are named so."""
 _WORD = re.compile(rf"(?<![^\W\d_])(?:{'|'.join(_MEANINGS)})(?![^\W\d_])")
 STATE, DICT = "state.json", "dataset_dict.json"
 """What `save_to_disk` writes beside the files of one dataset, and beside the folders of several."""

@@ -10,14 +10,14 @@ import difflib
 import hashlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from dllm.config.params import Source
 from dllm.errors import ConfigError, DataError
 from dllm.outside import one_line
-from dllm.prompts import folder
+from dllm.prompts import chat_columns, folder
 from dllm.prompts.cells import CHATS
 from dllm.prompts.readers import KINDS, BadRow, Record, all_records, as_record, kind_of
 from dllm.prompts.reading import Reading, UnusedColumn, read_row
@@ -32,6 +32,10 @@ OPTIONS = frozenset({"split", "subset", "revision", "column", "ignore_columns", 
 GIVE_UP_ROWS = 1000
 """Rows without the chat's column after which a source is refused."""
 _COMMIT = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
+
+
+_PATTERN = re.compile(r"[*?\[{]")
+_HUB_PATH = re.compile(r"(?:(?:www\.)?(?:huggingface|hf)\.co/)?datasets/[^/]+/")
 
 
 class SourceRow(NamedTuple):
@@ -77,6 +81,14 @@ def label(source: Source) -> str:
     return source.name if source.subset is None else f"{source.name}:{source.subset}"
 
 
+def path_of(source: Source, root: Path) -> Path:
+    """Return the path that a source's name is, where it is one; a name such as `~old.jsonl` is no user's folder."""
+    try:
+        return root / Path(source.name).expanduser()
+    except RuntimeError:
+        return root / source.name
+
+
 def find(source: Source, root: Path) -> PromptSource:
     """Return what reads a source.
 
@@ -86,11 +98,16 @@ def find(source: Source, root: Path) -> PromptSource:
     if source.name in SOURCES:
         member: PromptSource = SOURCES[source.name]
         return checked(member, source, "a built-in source")
-    if (root / Path(source.name).expanduser()).exists():
+    if path_of(source, root).exists():
         return checked(FILES, source, "files")
     if "://" in source.name:
         hint = "name a file, a folder, or a dataset of the Hugging Face hub as OWNER/NAME"
         raise DataError("an address is not read", where=_key(source), hint=hint)
+    if _PATTERN.search(source.name):
+        hint = "name the folder, whose files are all read, or each file as a source of its own"
+        raise DataError("no such file, and patterns are not read", where=_key(source), hint=hint)
+    if _HUB_PATH.match(source.name):
+        raise DataError("no such folder", where=_key(source), hint="a dataset of the hub is named OWNER/NAME")
     if source.name.startswith((".", "/", "~")) or kind_of(source.name) is not None or source.name.count("/") > 1:
         raise DataError("no such file or folder", where=_key(source), hint="paths are relative to the project's folder")
     near = difflib.get_close_matches(source.name.lower().replace("_", ""), list(SOURCES), n=1, cutoff=0.7)
@@ -185,7 +202,7 @@ class FileSource(TableSource):
                 reading.files.setdefault(name, 0)
             if len(files) > 1 and kind_of(name) == ".json":
                 first = list(itertools.islice(rows, 2))
-                if len(first) == 1 and _is_about_others(first[0][1], source):
+                if len(first) == 1 and chat_columns.is_about_others(first[0][1], source.column):
                     reading.passed_over[name] = "one object without a chat"
                     reading.files.pop(name, None)
                     continue
@@ -196,7 +213,7 @@ class FileSource(TableSource):
                 yield row
 
     def _find(self, source: Source, root: Path, reading: Reading) -> dict[str, Path]:
-        path = root / Path(source.name).expanduser()
+        path = path_of(source, root)
         if not path.is_dir():
             if kind_of(path.name) is None:
                 raise DataError(f"cannot read this kind of file, only {KINDS}", where=_key(source))
@@ -299,12 +316,13 @@ def _prompts(rows: Iterable[Record], source: Source, reading: Reading) -> Iterat
         there = [name for name in names if name in row]
         is_found = is_found or bool(there)
         if not there:
-            without = without or _no_chat(row, names, place)
+            chat_columns.refuse_wrapper(row, names, place)
+            without = without or chat_columns.missing(row, names, place)
             if not is_found and number >= GIVE_UP_ROWS:
                 raise without
             yield SourceRow(place, BadRow(without.message))
             continue
-        column = next((name for name in there if row[name] is not None), None)
+        column = chat_columns.filled(row, there)
         if column is None:
             yield SourceRow(place, BadRow(f"{there[0]} is null"))
             continue
@@ -318,22 +336,6 @@ def _prompts(rows: Iterable[Record], source: Source, reading: Reading) -> Iterat
             yield SourceRow(place, BadRow(error.message))
     if without is not None and not is_found:
         raise without
-
-
-def _no_chat(row: Mapping[str, Any], names: Sequence[str], place: str) -> DataError:
-    columns = [one_line(str(name), 60) for name in row]
-    shown = ", ".join(columns[:20]) + (" ..." if len(columns) > 20 else "")
-    hint = "name the chat's column in prepare.sources[].column"
-    if "instruction" in columns and names == CHATS:
-        hint += ": instruction, to which input is joined"
-    elif near := difflib.get_close_matches(names[0], columns, n=1):
-        hint = f"did you mean {near[0]}?"
-    return DataError(f"no {' nor '.join(names)} in the row, only {shown or 'nothing'}", where=place, hint=hint)
-
-
-def _is_about_others(row: Any, source: Source) -> bool:
-    """Return whether the one row of a .json file describes the files beside it."""
-    return isinstance(row, dict) and not any(name in row for name in (source.column, *CHATS))
 
 
 def _key(source: Source) -> str:

@@ -222,7 +222,7 @@ def _errors_name_flags(source: Source) -> Iterator[None]:
 
 
 def _check_apart(args: RegenerateArgs) -> None:
-    source, output = (args.root / Path(args.settings.source.name).expanduser()).resolve(), args.output.resolve()
+    source, output = sources.path_of(args.settings.source, args.root).resolve(), args.output.resolve()
     if source.is_dir() and output.is_relative_to(source):
         raise ConfigError("--output-dir lies in the input", where=str(output), hint="it would be read as input later")
 

@@ -53,6 +53,9 @@ def test_files_of_another_split_stay_out_and_are_named(tmp_path: Path, names: li
         ("train/contest.jsonl", "test/a.jsonl", "test"),
         ("train/a_test_b.jsonl", "eval/training_b.jsonl", "eval"),
         ("contest.jsonl", "test.jsonl", "test"),
+        ("train.jsonl", "heldout.jsonl", "heldout"),
+        ("chats.jsonl", "chats_held_out.jsonl", "held_out"),
+        ("chats.jsonl", "hold-out/chats.jsonl", "heldout"),
     ],
 )
 def test_splits_have_many_names(tmp_path: Path, train: str, other: str, split: str) -> None:

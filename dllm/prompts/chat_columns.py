@@ -1,0 +1,61 @@
+"""Which column of a row holds its chat, and what is said where none does."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dllm.errors import DataError
+from dllm.outside import one_line
+from dllm.prompts.cells import CHATS
+
+
+def filled(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Return the first of the columns that holds something, else the first that is not null."""
+    given = [name for name in names if row[name] is not None]
+    return next((name for name in given if row[name] not in ([], "")), given[0] if given else None)
+
+
+def missing(row: Mapping[str, Any], names: Sequence[str], place: str) -> DataError:
+    """Return the error for a row without the chat's column."""
+    columns = [one_line(str(name), 60) for name in row]
+    shown = ", ".join(columns[:20]) + (" ..." if len(columns) > 20 else "")
+    hint = "name the chat's column in prepare.sources[].column"
+    if "instruction" in columns and names == CHATS:
+        hint += ": instruction, to which input is joined"
+    elif near := _near(names, columns):
+        hint = f"did you mean {near}?"
+    return DataError(f"no {' nor '.join(names)} in the row, only {shown or 'nothing'}", where=place, hint=hint)
+
+
+def _near(names: Sequence[str], columns: Sequence[str]) -> str | None:
+    """Return the column that is likely meant: of the usual names message_id is not."""
+    cutoff = 0.6 if len(names) == 1 else 0.85
+    return next((found[0] for name in names if (found := difflib.get_close_matches(name, columns, 1, cutoff))), None)
+
+
+def refuse_wrapper(row: Mapping[str, Any], names: Sequence[str], place: str) -> None:
+    """Refuse a document whose rows lie in a list inside, of which each file has one.
+
+    Raises:
+        DataError: a list of the row holds rows.
+    """
+    if lists := _lists_of_rows(row, names):
+        shown = ", ".join(one_line(name, 40) for name in lists[:5])
+        hint = f"`jq -c '.{lists[0]}[]'` writes them an object a line"
+        raise DataError(f"the file is one object, with rows in {shown}", where=place, hint=hint)
+
+
+def _lists_of_rows(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    return [
+        str(key)
+        for key, value in row.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict) and any(name in value[0] for name in names)
+    ]
+
+
+def is_about_others(row: Any, column: str | None) -> bool:
+    """Return whether the one row of a .json file describes the files beside it."""
+    names = [name for name in (column, *CHATS) if name is not None]
+    return isinstance(row, dict) and not any(name in row for name in names) and not _lists_of_rows(row, names)
