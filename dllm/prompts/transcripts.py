@@ -11,19 +11,24 @@ _BOS = (
     r"(?:(?:<s>|<bos>|<\|begin_of_text\|>|<\|startoftext\|>|<BOS_TOKEN>|\[gMASK\]<sop>"
     r"|<\uff5cbegin▁of▁sentence\uff5c>)\s*)?"
 )
-_ROLE = r"(?:system|developer|user|human|assistant|model)"
+_ROLE = r"(?:system|developer|user|human|prompter|assistant|model|tool)"
+_KEY = r"(?:role|from|content|value)"
 _FORMATS = {
-    "by ChatML": rf"<\|im_start\|>{_ROLE}\b",
+    "by ChatML": rf"<\|im_start\|>\s?{_ROLE}\b",
     "by Llama's template": rf"<\|(?:start_header_id|header_start)\|>{_ROLE}\b",
     "by Gemma's template": rf"<(?:start_of_turn>|\|turn>){_ROLE}\b",
+    "by Granite's template": rf"<\|start_of_role\|>{_ROLE}\b",
     "by gpt-oss's template": rf"<\|start\|>{_ROLE}\b",
-    "by a chat template": rf"<\|(?:{_ROLE}|User|Bot)\|>|<\uff5c(?:User|Assistant)\uff5c>|<\|START_OF_TURN_TOKEN\|>",
+    "by a chat template": rf"[<[]\|(?:{_ROLE}|User|Bot|START_OF_TURN_TOKEN)\|[>\]]|<\uff5c(?:User|Assistant)\uff5c>",
     # Without a response, `[INST] ... [/INST]` may stand around a question.
     "by Mistral's or Llama 2's template": r"\[INST\].*\[/INST\]\s*[^\s<[]|\[SYSTEM_PROMPT\]|\[INST\]\s*<<SYS>>",
     "with names of speakers": (
-        r"Human:.*\n[ \t]*(?:Assistant|AI):|(?:User|USER):.*\s(?:Assistant|ASSISTANT):|###? Human:.*###? Assistant:"
+        r"(?:#{2,3} ?|\*\*|GPT4 Correct )?(?:Human|User|USER):.*(?:[\s#*]|GPT4 Correct )(?:Assistant|ASSISTANT|AI):"
+        r"|H:.*\n\nA:"
     ),
     "in Alpaca's format": r"(?:.{0,400}\n)?### Instruction:.*\n### Response:\s*\S",
+    "as Python": rf"(?:array)?\(\[?\s*\{{\s*['\"]{_KEY}['\"]:",
+    "as YAML": rf"- {_KEY}: .*\n\s*{_KEY}:",
 }
 """How a text begins, after a token that opens a sequence, and what follows in it."""
 _FORMS = {name: re.compile(_BOS + f"(?:{begin})", re.DOTALL) for name, begin in _FORMATS.items()}
