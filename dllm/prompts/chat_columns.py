@@ -1,4 +1,4 @@
-"""Which column of a row holds its chat, and what is said where none does."""
+"""Which column of a row holds its chat, which its split, and what is said of rows that have none or several."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dllm.config.params import Source
 from dllm.errors import DataError
 from dllm.outside import one_line
+from dllm.prompts import folder
 from dllm.prompts.cells import CHATS
+from dllm.prompts.reading import UnusedColumn
+
+SPLIT = "split"
 
 
 def filled(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
@@ -33,6 +38,20 @@ def _near(names: Sequence[str], columns: Sequence[str]) -> str | None:
     """Return the column that is likely meant: of the usual names message_id is not."""
     cutoff = 0.6 if len(names) == 1 else 0.85
     return next((found[0] for name in names if (found := difflib.get_close_matches(name, columns, 1, cutoff))), None)
+
+
+def check_splits(row: Mapping[str, Any], seen: set[str | None], source: Source, place: str) -> None:
+    """Refuse rows for evaluation among rows for training, as a column `split` tells them apart.
+
+    Raises:
+        UnusedColumn: rows of both were seen.
+    """
+    seen.add(folder.meaning_of(row.get(SPLIT)))
+    others = sorted(seen & {"validation", "test"}, key=str)
+    if others and folder.TRAIN in seen and SPLIT not in (source.ignore_columns or ()):
+        what = f"the column {SPLIT} has rows of {folder.TRAIN} and of {others[0]}, and is not used"
+        hint = f"keep the rows of one in the file, or name {SPLIT} in prepare.sources[].ignore_columns to take all"
+        raise UnusedColumn(what, where=place, hint=hint)
 
 
 def refuse_wrapper(row: Mapping[str, Any], names: Sequence[str], place: str) -> None:

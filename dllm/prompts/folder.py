@@ -100,6 +100,11 @@ def _split_of(name: str) -> str | None:
     return numbered[1] if numbered else None
 
 
+def meaning_of(word: Any) -> str | None:
+    """Return the split that a word means; None for other words."""
+    return _MEANINGS.get(word.lower()) if isinstance(word, str) else None
+
+
 def _meaning(split: str) -> str:
     return _MEANINGS.get(split.lower(), split)
 

@@ -26,6 +26,8 @@ _RESULTS = {name for name, role in ROLES.items() if role == "tool"}
 """Roles whose turns may have a `name`."""
 
 CHAT, EMPTY, UNUSED = "chat", "empty", "not used"
+_NO_TEXT = ("None", "nan", "NaN", "<NA>")
+"""What pandas makes of a missing text where it is turned into one."""
 _SHOWN = 40
 """Columns and files that are named; of the others the number."""
 
@@ -87,13 +89,14 @@ def read_row(row: Mapping[str, Any], chat_column: str, source: Source, place: st
     for name, value in [*_columns(row, chat_column), *_turn_keys(chat, chat_column)]:
         named = key(name)
         if name == REFERENCE and not _is_empty(value):
-            reading.note(name, "correct result")
+            is_text = isinstance(value, str | int | float) and not isinstance(value, bool)
+            reading.note(name, "correct result" if is_text else f"{UNUSED}: neither a text nor a number")
         elif name in ignored or name.split(".")[0] in ignored:
             reading.note(name, "left out, as asked")
         elif _is_argument(name) and value is not None:  # false is a value of these
             if not isinstance(value, list | dict) or not _is_empty(value):
                 texts[name] = value
-        elif _is_empty(value, keys_count=column_names.is_tools(named)):
+        elif _is_empty(value, column_names.is_tools(named)) or (column_names.is_system(named) and value in _NO_TEXT):
             reading.note(name, EMPTY)
         elif column_names.is_system(named) and (text := _system_text(value)) is not None:
             system.offer(name, text, text.strip(), place)

@@ -306,6 +306,7 @@ def _prompts(rows: Iterable[Record], source: Source, reading: Reading) -> Iterat
     names = CHATS if source.column is None else (source.column,)
     without: DataError | None = None
     is_found = False
+    splits: set[str | None] = set()
     for number, (place, row) in enumerate(rows, 1):
         if isinstance(row, BadRow):
             yield SourceRow(place, row)
@@ -326,6 +327,7 @@ def _prompts(rows: Iterable[Record], source: Source, reading: Reading) -> Iterat
         if column is None:
             yield SourceRow(place, BadRow(f"{there[0]} is null"))
             continue
+        chat_columns.check_splits(row, splits, source, place)
         try:
             yield SourceRow(place, *read_row(row, column, source, place, reading))
         except Unusable as reason:

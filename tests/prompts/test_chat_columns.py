@@ -76,3 +76,32 @@ def test_a_file_is_read_whatever_its_name(tmp_path: Path, name: str) -> None:
 def test_a_name_of_no_file_gets_its_own_hint(tmp_path: Path, name: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
         read(tmp_path, name)
+
+
+@pytest.mark.parametrize(("train", "other"), [("train", "test"), ("Training", "dev"), ("train", "validation")])
+def test_rows_of_several_splits_in_one_file_are_not_all_trained_on(tmp_path: Path, train: str, other: str) -> None:
+    rows = [{**row, "split": train if number else other} for number, row in enumerate(ROWS)]
+    put(tmp_path / "x.jsonl", *rows)
+    with pytest.raises(DataError, match=r"the column split has rows of train and of .*ignore_columns"):
+        read(tmp_path, "x.jsonl")
+    assert len(read(tmp_path, "x.jsonl", ignore_columns=["split"])[0]) == 3
+    for kept in (rows[:1], rows[1:], [{**row, "split": word} for row, word in zip(ROWS, "abc", strict=True)]):
+        put(tmp_path / "x.jsonl", *kept)
+        assert len(read(tmp_path, "x.jsonl")[0]) == len(kept)
+
+
+def test_a_reference_that_is_no_text_is_not_said_to_be_used(tmp_path: Path) -> None:
+    for value, use in (
+        (["4"], "not used: neither a text nor a number"),
+        ("4", "correct result"),
+        (4, "correct result"),
+    ):
+        put(tmp_path / "x.jsonl", {**ROWS[0], "reference": value})
+        assert read(tmp_path, "x.jsonl")[1].reading.columns["reference"] == use
+
+
+@pytest.mark.parametrize("text", ["None", "nan", "<NA>"])
+def test_what_pandas_writes_for_no_system_prompt_is_none(tmp_path: Path, text: str) -> None:
+    put(tmp_path / "x.jsonl", {**ROWS[0], "system": text})
+    found = list(stream(Source(name="x.jsonl"), tmp_path))
+    assert [turn["role"] for turn in found[0].messages] == ["user"]
