@@ -58,8 +58,13 @@ def refuse_wrapper(row: Mapping[str, Any], names: Sequence[str], place: str) -> 
     """Refuse a document whose rows lie in a list inside, of which each file has one.
 
     Raises:
-        DataError: a list of the row holds rows.
+        DataError: the row holds rows, or whole columns.
     """
+    if _is_by_pandas(row, names):
+        hint = "write it with orient='records', lines=True"
+        raise DataError(
+            "the file is one object that holds whole columns, as pandas' to_json writes", where=place, hint=hint
+        )
     if lists := _lists_of_rows(row, names):
         shown = ", ".join(one_line(name, 40) for name in lists[:5])
         hint = f"`jq -c '.{lists[0]}[]'` writes them an object a line"
@@ -72,6 +77,13 @@ def _lists_of_rows(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
         for key, value in row.items()
         if isinstance(value, list) and value and isinstance(value[0], dict) and any(name in value[0] for name in names)
     ]
+
+
+def _is_by_pandas(row: Mapping[str, Any], names: Sequence[str]) -> bool:
+    """Return whether a row is a table as pandas writes it by columns, by index, or in parts."""
+    by_number = [row, *(row[name] for name in names if isinstance(row.get(name), dict))]
+    are_numbers = [bool(each) and all(str(key).isdigit() for key in each) for each in by_number]
+    return {"columns", "index", "data"} <= set(row) or any(are_numbers)
 
 
 def is_about_others(row: Any, column: str | None) -> bool:

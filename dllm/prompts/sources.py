@@ -315,9 +315,10 @@ def _prompts(rows: Iterable[Record], source: Source, reading: Reading) -> Iterat
             yield SourceRow(place, BadRow(f"a row is a mapping of columns, got {shape(row)}"))
             continue
         there = [name for name in names if name in row]
+        if not (is_found and there):
+            chat_columns.refuse_wrapper(row, names, place)
         is_found = is_found or bool(there)
         if not there:
-            chat_columns.refuse_wrapper(row, names, place)
             without = without or chat_columns.missing(row, names, place)
             if not is_found and number >= GIVE_UP_ROWS:
                 raise without

@@ -34,6 +34,15 @@ def test_rows_inside_of_one_object_are_named_also_beside_other_files(tmp_path: P
                 read(tmp_path, name)
 
 
+@pytest.mark.parametrize("orient", ["columns", "index", "split"])
+def test_a_table_that_pandas_wrote_in_one_object_is_named(tmp_path: Path, orient: Any) -> None:
+    import pandas as pd
+
+    pd.DataFrame(ROWS).to_json(tmp_path / "x.json", orient=orient)
+    with pytest.raises(DataError, match=r"whole columns.*orient='records', lines=True"):
+        read(tmp_path, "x.json")
+
+
 @pytest.mark.parametrize(
     ("column", "said"),
     [
