@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dllm.errors import ConfigError, DataError
 from dllm.outside import JsonError, is_file_name, parse_json
+from dllm.prompts import dataset_card
 from dllm.prompts.readers import COMPRESSED, KINDS, kind_of
 
 TRAIN = "train"
@@ -61,11 +62,17 @@ def files(path: Path, split: str, where: str) -> Found:
     if not found:
         there = ", ".join(list(passed_over)[:3]) + (", ..." if len(passed_over) > 3 else "")
         raise DataError(f"no {KINDS} file in the folder, only {there or 'nothing'}", where=where)
-    return _of_split(found, passed_over, split, where)
-
-
-def _of_split(found: dict[str, Path], passed_over: dict[str, str], split: str, where: str) -> Found:
     named = {name: _split_of(name) for name in found}
+    words = {each for each in named.values() if each is not None}
+    if len(words) == 1 and split == TRAIN and not any(_WORD.search(each.lower()) for each in words):
+        # One word that is no split's own is but the name of the files: data-00000-of-00002.
+        named = dict.fromkeys(found)
+    return _of_split(found, passed_over, named | dataset_card.splits(path, found), split, where)
+
+
+def _of_split(
+    found: dict[str, Path], passed_over: dict[str, str], named: Mapping[str, str | None], split: str, where: str
+) -> Found:
     splits = sorted({each for each in named.values() if each is not None})
     chosen = {each for each in splits if each == split or _meaning(each) == split == TRAIN}
     chosen = chosen or {each for each in splits if _meaning(each) == _meaning(split)}

@@ -97,3 +97,42 @@ def test_whole_series_and_those_of_other_splits_are_not_refused(tmp_path: Path) 
     whole = ["train-00000-of-00002-1ab.jsonl", "train-00001-of-00002-2cd.jsonl"]
     from_one = ["more/train-00001-of-00002.jsonl", "more/train-00002-of-00002.jsonl"]
     assert read(tmp_path, [*whole, *from_one, "test-00000-of-00002.jsonl"]) == sorted([*whole, *from_one])
+
+
+@pytest.mark.parametrize("other", ["dataset_infos.json", "more.jsonl", "b/data-00000-of-00001.jsonl"])
+def test_one_word_in_numbered_names_is_no_split(tmp_path: Path, other: str) -> None:
+    assert read(tmp_path, ["data-00000-of-00001.jsonl", other]) == sorted(["data-00000-of-00001.jsonl", other])
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: good/*.jsonl
+  - split: test
+    path: [bad/**, "kept.jsonl"]
+---
+# Trees
+"""
+
+
+def test_the_splits_that_a_dataset_s_card_names_come_before_those_of_names(tmp_path: Path) -> None:
+    names = ["good/test.jsonl", "bad/a.jsonl", "bad/b/train.jsonl", "kept.jsonl"]
+    read(tmp_path, names, "test")
+    (tmp_path / "README.md").write_text(CARD)
+    for split, expected in {"train": names[:1], "test": names[1:]}.items():
+        found, passed_over = folder.files(tmp_path, split, "x")
+        assert sorted(found) == sorted(expected) and set(passed_over) == {*names, "README.md"} - set(expected)
+
+
+@pytest.mark.parametrize(
+    "card", ["# Trees\n", "---\nconfigs: [\n---\n", "---\nconfigs: 3\n---\n", "\xff", "---\n- a\n---\n"]
+)
+def test_a_card_that_names_no_splits_changes_nothing(tmp_path: Path, card: str) -> None:
+    (tmp_path / "README.md").write_text(card, encoding="latin-1")
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text(ROW)
+    found, passed_over = folder.files(tmp_path, "train", "x")
+    assert list(found) == ["train.jsonl"] and set(passed_over) == {"README.md", "test.jsonl"}
