@@ -11,6 +11,7 @@ from typing import Any
 
 from dllm.errors import DataError
 from dllm.outside import JsonError, parse_json
+from dllm.prompts import transcripts
 from dllm.prompts.tools import JsonCell
 
 CHATS = ("messages", "conversations")
@@ -29,13 +30,16 @@ def as_turns(value: Any, where: str) -> Any:
     Some files hold a chat, or each of its turns, as a text of JSON, and some a list for each key of the turns.
 
     Raises:
-        DataError: a text begins as a chat in JSON does, and is none; or a wrapper holds more than the chat.
+        DataError: a text begins as a chat in JSON does, and is none, or is a chat that was rendered; or a wrapper
+            holds more than the chat.
     """
     if isinstance(value, JsonCell):
         value = value.value if isinstance(value.value, dict | list) else value.raw
     if isinstance(value, list):
         value = _parsed_turns(value, where, _PARSES)
     turns = _turns(value, "the chat", where, _PARSES)
+    if isinstance(value, str) and turns is None and (how := transcripts.written(value)) is not None:
+        raise DataError(f"a whole chat is written as one text {how}: write it as a list of turns", where=where)
     return value if turns is None else turns
 
 

@@ -13,6 +13,8 @@ SYSTEM = re.compile(
     r"|(?:sys|developer)_?(?:prompt|message|msg|content|text|instruction)s?)"
 )
 TOOLS = ("tools", "functions")
+TOOLS_AS_SCHEMAS = ("tool", "function")
+"""Names that are those of tools where a list of schemas stands in them."""
 MORE_TOOLS = re.compile(
     r".*_(?:tools|functions)|custom_instructions?|apis|plugins|toolset|(?:tool|function|api)s?_(?:list|schema|definition|spec)s?"
 )

@@ -94,14 +94,14 @@ def read_row(row: Mapping[str, Any], chat_column: str, source: Source, place: st
         elif name in ignored or name.split(".")[0] in ignored:
             reading.note(name, "left out, as asked")
         elif _is_argument(name) and value is not None:  # false is a value of these
-            if not isinstance(value, list | dict) or not _is_empty(value):
+            if not isinstance(value, str | list | dict) or not _is_empty(value):
                 texts[name] = value
         elif _is_empty(value, column_names.is_tools(named)) or (column_names.is_system(named) and value in _NO_TEXT):
             reading.note(name, EMPTY)
         elif column_names.is_system(named) and (text := _system_text(value)) is not None:
             system.offer(name, text, text.strip(), place)
             reading.note(name, "system prompt")
-        elif named in column_names.TOOLS and isinstance(value, str | list):
+        elif (named in column_names.TOOLS and isinstance(value, str | list)) or _are_schemas(named, value):
             tools.offer(name, value, to_tools(value, place), place)
             reading.note(name, "tools")
         elif _is_media(name, chat_column) and isinstance(value, str | list | Mapping | bytes):
@@ -109,6 +109,8 @@ def read_row(row: Mapping[str, Any], chat_column: str, source: Source, place: st
             reading.note(name, "rows that have it are refused")
         elif column_names.is_system(named) or column_names.is_tools(named) or _is_text(name, chat_column, chat):
             texts[name] = value
+        elif isinstance(chat, str) and name in ("role", "from") and role_of({name: value}):
+            texts[name] = [value]  # each row is a turn, and the chat is in several
         else:
             reading.note(name, UNUSED)
     if media is not None:
@@ -174,6 +176,11 @@ def _is_argument(name: str) -> bool:
     if name.startswith(f"{TEMPLATE}."):
         return not column_names.is_system(key(name)) and key(name) not in column_names.TOOLS
     return "." not in name and key(name) in column_names.TEMPLATE_ARGUMENTS
+
+
+def _are_schemas(named: str, value: Any) -> bool:
+    is_list = named in column_names.TOOLS_AS_SCHEMAS and isinstance(value, list)
+    return is_list and all(isinstance(each, Mapping) and ("name" in each or "function" in each) for each in value)
 
 
 def _is_media(name: str, chat_column: str) -> bool:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from dllm.errors import DataError
 from dllm.outside import is_text
 from dllm.prompts import tools as tooling
-from dllm.prompts import transcripts
 from dllm.prompts.cells import as_turns
 from dllm.prompts.column_names import REASONING
 from dllm.prompts.tools import JsonCell, Tools
@@ -82,13 +81,10 @@ def parse_chat(value: Any, tools: Any, where: str) -> Chat:
 
     Raises:
         Unusable: there is no user turn with text, or the chat holds pictures.
-        DataError: the value is no chat, or one that is written as a single text, or the tools are no schemas; it names
-            `where`, the file and line.
+        DataError: the value is no chat, or the tools no schemas; it names `where`, the file and line.
     """
     value = as_turns(value, where)
     if isinstance(value, str):
-        if (how := transcripts.written(value)) is not None:
-            raise DataError(f"a whole chat is written as one text {how}: write it as a list of turns", where=where)
         value = [{"role": "user", "content": value}]
     if not isinstance(value, list):
         raise DataError(f"a chat is a list of turns, got {tooling.shape(value)}", where=where)

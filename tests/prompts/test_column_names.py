@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dllm.config.params import Source
+from dllm.errors import DataError
 from dllm.prompts.reading import Reading, UnusedColumn, read_row
 from dllm.prompts.turns import Unusable
 
@@ -148,3 +149,28 @@ def test_pictures_of_the_response_that_is_generated_again_refuse_no_row(name: st
 
 def test_alpaca_s_input_is_joined_however_it_is_spelt() -> None:
     assert read({"Instruction": "Sort.", "Input": "b a"}, "Instruction")[0] == "Sort.\n\nb a"
+
+
+@pytest.mark.parametrize("name", ["tool", "function"])
+def test_a_list_of_schemas_is_tools_under_a_name_in_the_singular(name: str) -> None:
+    reading = Reading()
+    for value, used in (([{"name": "look"}], True), ("look", False), (["look"], False)):
+        cells = read_row({"messages": [QUESTION], name: value}, "messages", Source(name="x"), "x:1", reading)
+        assert cells.tools == (value if used else None)
+
+
+@pytest.mark.parametrize("role", ["assistant", "prompter", "User"])
+def test_rows_that_are_turns_are_no_questions(role: str) -> None:
+    with pytest.raises(UnusedColumn, match="the column role"):
+        read({"text": "Why?", "role": role}, "text")
+    assert read({"text": "Why?", "role": "Sherlock"}, "text")[0] == "Why?"
+
+
+def test_empty_arguments_of_the_template_are_none() -> None:
+    empty = {"custom_instructions": "", "python_tools": [], "xml_tools": [], "x": None}
+    assert read({"messages": [QUESTION], "chat_template_kwargs": empty})[0] == [QUESTION]
+
+
+def test_a_rendered_chat_is_named_beside_a_system_column_too() -> None:
+    with pytest.raises(DataError, match="written as one text"):
+        read({"chat": "USER: Hi.\n\n\nASSISTANT: Hello.", "system": "Be brief."}, "chat")
