@@ -24,7 +24,8 @@ def filled(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 def missing(row: Mapping[str, Any], names: Sequence[str], place: str) -> DataError:
     """Return the error for a row without the chat's column."""
-    columns = [one_line(str(name), 60) for name in row]
+    # Spaces around a name would not be seen.
+    columns = [one_line(name if name == name.strip() else repr(name), 60) for name in map(str, row)]
     shown = ", ".join(columns[:20]) + (" ..." if len(columns) > 20 else "")
     hint = "name the chat's column in prepare.sources[].column"
     if "instruction" in columns and names == CHATS:
@@ -36,8 +37,10 @@ def missing(row: Mapping[str, Any], names: Sequence[str], place: str) -> DataErr
 
 def _near(names: Sequence[str], columns: Sequence[str]) -> str | None:
     """Return the column that is likely meant: of the usual names message_id is not."""
-    cutoff = 0.6 if len(names) == 1 else 0.85
-    return next((found[0] for name in names if (found := difflib.get_close_matches(name, columns, 1, cutoff))), None)
+    cutoff = 0.6 if len(names) == 1 else 0.8
+    folded = {column.lower(): column for column in columns}
+    found = (difflib.get_close_matches(name.lower(), folded, 1, cutoff) for name in names)
+    return next((folded[near[0]] for near in found if near), None)
 
 
 def check_splits(row: Mapping[str, Any], seen: set[str | None], source: Source, place: str) -> None:
@@ -65,7 +68,8 @@ def refuse_wrapper(row: Mapping[str, Any], names: Sequence[str], place: str) -> 
         raise DataError(
             "the file is one object that holds whole columns, as pandas' to_json writes", where=place, hint=hint
         )
-    if lists := _lists_of_rows(row, names):
+    lists = [] if any(name in row for name in names) else _lists_of_rows(row, names)
+    if lists:
         shown = ", ".join(one_line(name, 40) for name in lists[:5])
         hint = f"`jq -c '.{lists[0]}[]'` writes them an object a line"
         raise DataError(f"the file is one object, with rows in {shown}", where=place, hint=hint)

@@ -165,7 +165,9 @@ def _answer_keys(chat: Any, chat_column: str, reading: Reading, ignored: Collect
     for turn in turns[num_asked(turns) :]:
         for inner, value in turn.items():
             name = f"{chat_column}[].{inner}"
-            if inner in column_names.CONTINUED and value is True and name not in ignored:
+            if name in ignored:
+                reading.note(name, "left out, as asked")
+            elif inner in column_names.CONTINUED and value is True:
                 yield name
             elif inner not in _TURN_KEYS:
                 reading.note(name, EMPTY if _is_empty(value) else UNUSED)

@@ -54,6 +54,9 @@ _OTHER_TEXTS = ("text", "message", "output", "result", "response")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 """Types of a content's parts that are text."""
 
+_MEDIA_PARTS = ("image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url", "file")
+"""Types of a content's parts that a tool's own result, which may be any value of JSON, does not have."""
+
 
 class Unusable(Exception):
     """A well-formed row without a usable prompt; the exception's text is the reason that is counted."""
@@ -139,7 +142,8 @@ def _message(turn: Mapping[str, Any], number: int, role: str, is_call: bool, whe
     content = turn.get("content")
     if content is None or (content == "" and turn.get("value") is not None):
         content = turn.get("value")
-    if content is None and (other := next((key for key in _OTHER_TEXTS if turn.get(key)), None)) is not None:
+    is_missing = content is None or (content == "" and role == "tool")
+    if is_missing and (other := next((key for key in _OTHER_TEXTS if turn.get(key)), None)) is not None:
         raise DataError(f"turn {number} has no text in `content` (or `value`), but in `{other}`", where=where)
     calls = _or_none(turn.get("tool_calls")) or _or_none(turn.get("function_call"))
     if is_call and not calls:
@@ -149,6 +153,8 @@ def _message(turn: Mapping[str, Any], number: int, role: str, is_call: bool, whe
         message["content"] = "" if content is None else _text(content, number, where)
         message["tool_calls"] = tooling.to_calls(calls, f"turn {number}", where)
     elif role == "tool":
+        if isinstance(content, list) and any(isinstance(x, Mapping) and x.get("type") in _MEDIA_PARTS for x in content):
+            raise Unusable("content other than text")
         message["content"] = _text(tooling.result_text(content), number, where)
         named = {"tool_call_id": tooling.to_id(turn.get("tool_call_id")), "name": turn.get("name")}
         message |= {key: _text(name, number, where) for key, name in named.items() if isinstance(name, str) and name}

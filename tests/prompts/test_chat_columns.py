@@ -49,6 +49,8 @@ def test_a_table_that_pandas_wrote_in_one_object_is_named(tmp_path: Path, orient
         ("message_id", r"prepare\.sources\[\]\.column"),
         ("message_tree_id", r"prepare\.sources\[\]\.column"),
         ("Messages", "did you mean Messages"),
+        ("MESSAGES", "did you mean MESSAGES"),
+        ("messages ", r"only 'messages ', parent_id.*did you mean 'messages '"),
         ("conversation", "did you mean conversation"),
     ],
 )
@@ -114,3 +116,9 @@ def test_what_pandas_writes_for_no_system_prompt_is_none(tmp_path: Path, text: s
     put(tmp_path / "x.jsonl", {**ROWS[0], "system": text})
     found = list(stream(Source(name="x.jsonl"), tmp_path))
     assert [turn["role"] for turn in found[0].messages] == ["user"]
+
+
+def test_chats_inside_of_turns_are_no_rows_of_the_file(tmp_path: Path) -> None:
+    put(tmp_path / "x.jsonl", {"messages": [{"turn": 1, "messages": chat("q")}]})
+    with pytest.raises(DataError, match="a turn names no `role`"):
+        read(tmp_path, "x.jsonl")
