@@ -45,11 +45,15 @@ _PYTHON = re.compile(
 """Calls as Python writes them: LFM2, Llama 4, Olmo 3."""
 _BARE = re.compile(r"\s*\[\s*[\w.]+\(.*\)\s*\]\s*\Z|\s*\[?\s*\{\s*\"(?:type|name)\"\s*:.*\Z", re.DOTALL)
 """How a text may begin that is calls as a whole: Llama 3.2, ToolACE, xLAM."""
+_MARK = re.compile(r"[<\[{✿]|```tool_code|Action:|>>>|to=functions")
+"""What every form has."""
 _ARGUMENTS = ("arguments", "parameters")
 
 
 def calls_in_text(content: str) -> int:
     """Count the calls that an assistant turn spells out in its text, as models trained for tools generate them."""
+    if _MARK.search(content) is None:  # most texts
+        return 0
     for start in _SPELT_CALLS:
         if found := start.findall(content):
             return len(found)

@@ -5,8 +5,8 @@ Names are compared as `key` writes them: in lower case, with underscores.
 
 from __future__ import annotations
 
+import functools
 import re
-from typing import Any
 
 SYSTEM = re.compile(
     r"(?:custom_)?(?:system(?:_?(?:prompt|message|msg|content|text|instruction)s?)?"
@@ -58,30 +58,36 @@ ROUTES = {"channel": ("final",), "recipient": ("all", "assistant", "user")}
 REASONING = re.compile(r"(?:reasoning|thinking|thoughts?)(?:_(?:content|text|details?))?")
 """Keys of a turn that hold the model's reasoning apart from its text."""
 
+_cached = functools.lru_cache(4096)  # all rows of a source have the same names
 _CAMEL = re.compile("(?<=[a-z0-9])(?=[A-Z])")
 _IN_JSON = re.compile(rf'"(?:{SYSTEM.pattern}|{"|".join(TOOLS)})"')
 
 
-def key(name: Any) -> str:
+@_cached
+def key(name: str) -> str:
     """Return the last part of a name, in the spelling that names are compared in."""
-    return _fold(str(name).rpartition(".")[2]).replace(" ", "_").replace("-", "_")
+    return _fold(name.rpartition(".")[2]).replace(" ", "_").replace("-", "_")
 
 
+@_cached
 def is_system(name: str) -> bool:
     """Return whether a key names a system prompt."""
     return SYSTEM.fullmatch(name) is not None
 
 
+@_cached
 def is_text(name: str) -> bool:
     """Return whether a key names a text that belongs to a prompt."""
     return TEXT.fullmatch(name) is not None
 
 
+@_cached
 def is_tools(name: str) -> bool:
     """Return whether a key names tools, in whatever form."""
     return name in TOOLS or MORE_TOOLS.fullmatch(name) is not None
 
 
+@_cached
 def belongs(name: str) -> bool:
     """Return whether a key names a part of the prompt also inside a column of other things."""
     return is_system(name) or is_tools(name) or MEDIA.fullmatch(name) is not None

@@ -144,7 +144,7 @@ def _columns(row: Mapping[str, Any], chat_column: str) -> Iterator[tuple[str, An
         yield name, value
         if isinstance(value, Mapping):
             for inner, each in value.items():
-                if name == TEMPLATE or column_names.belongs(key(inner)):
+                if name == TEMPLATE or column_names.belongs(key(str(inner))):
                     yield f"{name}.{inner}", each
 
 

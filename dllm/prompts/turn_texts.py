@@ -23,7 +23,8 @@ def role_of(turn: Mapping[str, Any]) -> str:
 
 def num_asked(turns: Sequence[Mapping[str, Any]]) -> int:
     """Count the turns before the response at the end of a chat."""
-    return max((number for number, turn in enumerate(turns, 1) if role_of(turn) != "assistant"), default=0)
+    asked = (number for number in range(len(turns), 0, -1) if role_of(turns[number - 1]) != "assistant")
+    return next(asked, 0)
 
 
 def holds(chat: Any, value: Any) -> bool:
