@@ -15,6 +15,7 @@ CASES = {
         "prompts/test_cells.py::test_every_text_of_a_chat_gives_its_turns",
         "prompts/test_cells.py::test_a_question_stays_as_it_is",
         "prompts/test_cells.py::test_a_damaged_chat_is_no_question",
+        "prompts/test_transcripts.py::test_a_chat_that_is_written_as_one_text_is_named",
     ),
     "K2 one content in any container, calls and arguments to any depth": (
         "borders/test_containers.py::test_every_container_gives_the_same_prompts",
@@ -29,6 +30,7 @@ CASES = {
     "K2 calls that old responses spell as text": (
         "regeneration/test_rollout.py::test_calls_that_old_responses_spell_as_text_are_generated_again_as_calls",
         "prompts/test_tools.py::test_calls_that_are_spelt_in_a_text_are_counted",
+        "prompts/test_tools.py::test_calls_in_python_are_counted_each_and_texts_that_are_calls_as_a_whole",
     ),
     "K3 columns that shape the prompt: system, tools, images, input, template arguments": (
         "borders/test_containers.py::test_a_system_column_is_a_system_turn",
@@ -39,17 +41,24 @@ CASES = {
         "prompts/test_reading.py::test_a_system_prompt_is_one_however_its_column_is_named",
         "prompts/test_reading.py::test_tools_without_schemas_are_not_nothing",
         "prompts/test_turns.py::test_a_system_turn_before_the_last_answer_stays",
+        "prompts/test_column_names.py::test_what_looks_like_a_part_of_the_prompt_is_not_dropped",
+        "prompts/test_column_names.py::test_a_turn_s_own_parts_of_the_prompt_are_not_dropped",
+        "prompts/test_column_names.py::test_a_response_that_is_only_begun_is_not_dropped",
         "borders/test_odd_inputs.py::test_arguments_of_the_template_and_names_of_users_are_not_dropped_in_silence",
     ),
     "K4 an option without effect": (
         "borders/test_containers.py::test_an_option_without_effect_is_refused",
         "borders/test_containers.py::test_splits_of_a_folder_are_chosen_or_refused",
         "prompts/test_folder.py::test_splits_have_many_names",
+        "prompts/test_folder.py::test_the_splits_that_a_dataset_s_card_names_come_before_those_of_names",
+        "prompts/test_chat_columns.py::test_rows_of_several_splits_in_one_file_are_not_all_trained_on",
     ),
     "K5 files passed over, damaged, or of another kind than their name": (
         "borders/test_containers.py::test_files_of_a_folder_are_read_or_named",
         "borders/test_odd_inputs.py::test_a_file_that_is_not_what_its_name_says_is_named",
         "prompts/test_folder.py::test_a_missing_shard_is_named",
+        "prompts/test_readers.py::test_a_stream_whose_writer_was_killed_is_not_half_of_the_rows",
+        "prompts/test_chat_columns.py::test_rows_inside_of_one_object_are_named_also_beside_other_files",
         "prompts/test_readers.py::test_an_encoding_that_is_not_read_is_named",
         "borders/test_odd_inputs.py::test_a_name_that_is_no_source_is_refused",
         "borders/test_odd_inputs.py::test_an_empty_file_and_a_link_to_a_folder_are_listed",
