@@ -6,6 +6,7 @@ call could use.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import sqlite3
@@ -18,10 +19,12 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from mlflow import MlflowClient
+from mlflow.store.db.base_sql_model import Base
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as RegistryStore
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from dllm.errors import ServerError, StageError
+from dllm.files import HINTS
 from dllm.tracking.address import sqlite_uri
 
 MAKING_S = 120.0
@@ -36,6 +39,8 @@ PLACES = (
     ("model_versions", "storage_location"),
 )
 """Where MLflow records absolute places: table and column."""
+ALWAYS = {"experiments", "runs", "metrics", "params", "tags"}
+"""Tables of every MLflow store since its first version."""
 CHECKED_BYTES = 64 << 20
 """Larger files are not read as a whole at the start of a stage."""
 
@@ -79,13 +84,16 @@ def open_or_make(path: Path, patience_s: float) -> None:
 
     Raises:
         ServerError: another process holds it locked.
-        StageError: it is damaged, or the disk is full.
+        StageError: it is damaged, no file, or a database of another program, or the disk is full.
         OSError: it cannot be opened.
     """
+    if path.exists() and not path.is_file():
+        raise StageError("no file stands where MLflow's database should", where=str(path), hint=HINTS[errno.EISDIR])
     if not _has_content(path):
         make(path)
     probe(path, patience_s)
     check(path)
+    _refuse_foreign(path)
 
 
 def probe(path: Path, patience_s: float) -> None:
@@ -165,10 +173,12 @@ def follow_move(path: Path) -> None:
 
 
 def holds_runs(path: Path) -> bool:
-    """Return whether a store holds a run or a registered model; of a damaged one it is assumed."""
+    """Return whether a store holds a run, a registered model or other tables; of a damaged one it is assumed."""
     with closing(sqlite3.connect(path, timeout=10)) as database:
         try:
-            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            tables = _tables(database)
+            if _not_of_mlflow(tables):
+                return True
             held = [
                 database.execute(f"SELECT EXISTS (SELECT 1 FROM {name})").fetchone()[0]
                 for name in {"runs", "registered_models"} & tables
@@ -176,6 +186,26 @@ def holds_runs(path: Path) -> bool:
         except sqlite3.DatabaseError:
             return True
     return any(held)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Leave a database of another program as it is: MLflow would write its tables into it."""
+    with closing(sqlite3.connect(path, timeout=10)) as database:
+        tables = _tables(database)
+    if not tables >= ALWAYS and (others := _not_of_mlflow(tables)):
+        what = f"a database of another program (tables {', '.join(sorted(others)[:3])}), not one of MLflow"
+        hint = "name another file in MLFLOW_TRACKING_URI, or move this one away: a new one is made"
+        raise StageError(what[:200], where=str(path), hint=hint)
+
+
+def _tables(database: sqlite3.Connection) -> set[str]:
+    return {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+
+
+def _not_of_mlflow(tables: set[str]) -> set[str]:
+    """Leave out MLflow's tables, and those of its migrations and of SQLite."""
+    others = tables - Base.metadata.tables.keys() - {"alembic_version"}
+    return {name for name in others if not name.startswith(("_alembic_tmp_", "sqlite_"))}
 
 
 def damaged(path: Path, cause: str) -> StageError:

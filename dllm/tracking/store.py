@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from alembic.util.exc import CommandError
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.store import db_migrations
 from mlflow.store.db import utils as mlflow_databases
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
@@ -27,7 +29,7 @@ from dllm.secrets import hide
 from dllm.tracking import sqlite_store
 from dllm.tracking.address import OR_UNSET, VARIABLE, home, is_local, sqlite_path
 
-FAULTS = (MlflowException, SQLAlchemyError, OSError, sqlite3.Error, ImportError, ValueError)
+FAULTS = (MlflowException, SQLAlchemyError, CommandError, OSError, sqlite3.Error, ImportError, ValueError)
 """What MLflow and the libraries under it raise for a store that fails."""
 RETRY_AFTER_S = (0.5, 1.5)
 """Pauses between the tries to reach a server at the start of a stage."""
@@ -199,9 +201,9 @@ def _hint(uri: str, cause: str) -> str:
     low = cause.lower()
     if uri.startswith("databricks"):
         return f"configure the login with `databricks configure` or DATABRICKS_HOST and DATABRICKS_TOKEN, {OR_UNSET}"
-    if "out-of-date database schema" in low:
+    if "out-of-date database schema" in low and not _is_newer(low):
         return f"copy the database, then run `mlflow db upgrade` with the URI above, {OR_UNSET}"
-    if "can't locate revision" in low:
+    if "can't locate revision" in low or "out-of-date database schema" in low:
         return f"a newer MLflow made this database: install that version, {OR_UNSET}"
     if "wrong_version_number" in low or "record layer failure" in low:
         return "the server speaks http: write http:// instead of https://"
@@ -220,3 +222,10 @@ def _hint(uri: str, cause: str) -> str:
     if is_local(uri):
         return f"check the database's address, user and password in {VARIABLE}, {OR_UNSET}"
     return f"check {VARIABLE}, {OR_UNSET}"
+
+
+def _is_newer(cause: str) -> bool:
+    """Return whether a database's version is none that this MLflow knows: it calls those out of date, too."""
+    found = re.search(r"found version (\w+)", cause)
+    known = Path(db_migrations.__file__).parent / "versions"
+    return found is not None and found[1] != "none" and not any(known.glob(f"{found[1]}_*.py"))

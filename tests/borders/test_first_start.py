@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dllm.errors import StageError
+from dllm.errors import ServerError, StageError
 from dllm.tracking.address import sqlite_uri
 from dllm.tracking.mlflow_runs import MlflowTracker
 from dllm.tracking.sqlite_store import make
@@ -106,6 +106,63 @@ def test_an_older_or_newer_schema_that_holds_runs_is_named_and_kept(store: Path,
     with pytest.raises(Exception, match=r"(mlflow db upgrade|install that version)") as refusal:
         connect(sqlite_uri(store))
     assert len(str(refusal.value)) <= 500 and store.read_bytes() == before
+
+
+def test_what_a_newer_mlflow_has_made_is_not_called_out_of_date(store: Path) -> None:
+    MlflowTracker(store.parent, "new", "prepare").finish("FINISHED")
+    store = store.rename(store.with_name("newer.db"))
+    with contextlib.closing(sqlite3.connect(store)) as database:
+        database.execute("UPDATE alembic_version SET version_num = 'ffffffffffff'")
+        database.commit()
+    with pytest.raises(ServerError, match="install that version"):
+        connect(sqlite_uri(store))
+
+
+def test_a_database_of_two_versions_is_one_line(store: Path) -> None:
+    MlflowTracker(store.parent, "two", "prepare").finish("FINISHED")
+    store = store.rename(store.with_name("merged.db"))
+    with contextlib.closing(sqlite3.connect(store)) as database:
+        database.execute("INSERT INTO alembic_version VALUES ('451aebb31d03')")
+        database.commit()
+    with pytest.raises(ServerError, match="more than one head"):
+        connect(sqlite_uri(store))
+
+
+FOREIGN = {
+    "notes": ["CREATE TABLE notes (x)", "INSERT INTO notes VALUES ('precious')"],
+    "of another program with migrations": [
+        "CREATE TABLE flow_run (id)",
+        "CREATE TABLE alembic_version (version_num)",
+        "INSERT INTO alembic_version VALUES ('abc')",
+    ],
+    "with names of MLflow's": ["CREATE TABLE runs (id)", "CREATE TABLE experiments (id)", "CREATE TABLE plants (id)"],
+}
+
+
+@pytest.mark.parametrize("statements", FOREIGN.values(), ids=FOREIGN.keys())
+def test_a_database_of_another_program_is_left_as_it_is(tmp_path: Path, statements: list[str]) -> None:
+    path = tmp_path / "theirs.db"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        for statement in statements:
+            database.execute(statement)
+        database.commit()
+    before = path.read_bytes()
+    with pytest.raises(StageError, match=r"database of another program.*name another file"):
+        connect(sqlite_uri(path))
+    assert path.read_bytes() == before
+
+
+def test_a_store_with_tables_of_its_owner_works(store: Path) -> None:
+    with contextlib.closing(sqlite3.connect(store)) as database:
+        database.execute("CREATE TABLE notes (x)")
+        database.commit()
+    assert works(store)
+
+
+def test_a_folder_in_place_of_the_database_is_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").mkdir()
+    with pytest.raises(StageError, match=r"no file stands.*tmp.*/mlflow\.db\).*remove it or move it away"):
+        connect(sqlite_uri(tmp_path / "mlflow.db"))
 
 
 DAMAGE = {
