@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from dllm.secrets import hide_in
 FILE = "served.json"
 MODEL_KEYS = ("model", "model_path", "revision", "weight_version", "dtype", "quantization")
 """Keys of an engine's description that distinguish models."""
+
+_log = logging.getLogger(__name__)
 
 
 def write(work: Path, note: dict[str, Any]) -> None:
@@ -38,12 +41,21 @@ def read(work: Path) -> dict[str, Any] | None:
 
 def same_work(work: Path, settings: str, served: dict[str, Any]) -> list[Path]:
     """List the folders of responses beside some work that depend on the same settings and model."""
-    notes = {other: read(other) for other in sorted(work.parent.iterdir()) if other.is_dir() and other != work}
+    notes = {other: _of_other(other) for other in sorted(work.parent.iterdir()) if other.is_dir() and other != work}
     return [
         other / note["folder"]
         for other, note in notes.items()
         if note and note["settings"] == settings and is_same_model(served, note["served"])
     ]
+
+
+def _of_other(work: Path) -> dict[str, Any] | None:
+    """Read the note of other work, which must not stop this one where it cannot be read."""
+    try:
+        return read(work)
+    except OSError as error:
+        _log.warning("%s: cannot be read; its responses are not used: %s", work, error.strerror)
+        return None
 
 
 def is_same_model(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -116,6 +116,16 @@ def test_a_note_that_names_another_folder_is_none(tmp_path: Path, folder: str) -
     assert len(engine.asked) == 6
 
 
+def test_other_work_that_cannot_be_read_stops_nothing(tmp_path: Path) -> None:
+    made(tmp_path / "w" / "a", prompts(4), MadeUpEngine())
+    note = tmp_path / "w" / "a" / served_note.FILE
+    note.unlink()
+    note.symlink_to(note.name)
+    engine = MadeUpEngine()
+    made(tmp_path / "w" / "b", prompts(6), engine)
+    assert len(engine.asked) == 6
+
+
 def test_a_journal_that_ends_while_it_is_read_costs_nothing_but_its_responses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
