@@ -122,6 +122,9 @@ def _read_file(path: Path) -> Any:
     try:
         raw = read_yaml(text)
     except ValueError as error:
+        if (line := _conflict_line(text)) is not None:
+            what, hint = f"a merge left both sides of a conflict in it, line {line}", "keep one of them, then run again"
+            raise ConfigError(what, where=str(path), hint=hint) from None
         raise ConfigError(f"not YAML: {error}", where=str(path)) from None
     _check_values(raw, "", str(path))
     try:
@@ -132,6 +135,12 @@ def _read_file(path: Path) -> Any:
     if repr(as_dvc_reads_it) != repr(raw):  # as text, since NaN differs from itself
         raise ConfigError("DVC reads other values from it", where=str(path), hint="write it without tags and anchors")
     return raw
+
+
+def _conflict_line(text: str) -> int | None:
+    """Return the number of the first line that git has written between two sides of a conflict."""
+    marks = ("<<<<<<< ", ">>>>>>> ")
+    return next((number for number, line in enumerate(text.splitlines(), 1) if line.startswith(marks)), None)
 
 
 def _check_values(raw: Any, path: str, where: str) -> int:

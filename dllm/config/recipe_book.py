@@ -104,7 +104,7 @@ def check_nothing_lost(path: Path, hint: str) -> None:
     Raises:
         ConfigError: its values are those of no recipe.
     """
-    if path.exists() and not _is_recipe(path):
+    if path.is_file() and not _is_recipe(path):
         raise ConfigError("its values are those of no recipe", where=str(path), hint=hint)
 
 
@@ -112,8 +112,10 @@ def write(path: Path, content: str) -> None:
     """Write a params.yaml, atomically.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: there is no such folder, or no file stands at the path.
     """
+    if path.exists() and not path.is_file():
+        raise ConfigError("no file stands there", where=str(path), hint="remove it or move it away")
     if not path.parent.is_dir():
         raise ConfigError("no such folder", where=str(path.parent))
     atomic_write(path, content.encode())

@@ -170,6 +170,14 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("end", ["", ">>>>>>> theirs\n"])
+def test_a_merge_that_is_not_settled_is_named(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(f"recipe: x\n<<<<<<< HEAD\nseed: 1\n=======\nseed: 2\n{end}")
+    with pytest.raises(ConfigError, match=r"both sides of a conflict in it, line 2 \(.*keep one of them"):
+        load_params(path)
+
+
 def test_a_missing_file_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="recipe use"):
         load_params(tmp_path / "params.yaml")

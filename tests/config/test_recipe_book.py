@@ -131,3 +131,10 @@ def test_every_recipe_sums_itself_up() -> None:
 def test_the_projects_params_are_the_default_recipe() -> None:
     text = (ROOT / "params.yaml").read_text()
     assert text == recipe_book.text("smollm2-135m-dflash2"), "run `python -m dllm recipe use smollm2-135m-dflash2`"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_in_place_of_params_is_named(tmp_path: Path, force: bool) -> None:
+    (tmp_path / "params.yaml").mkdir()
+    with pytest.raises(ConfigError, match=r"no file stands there.*move it away"):
+        recipe_book.activate("tiny-dflash", tmp_path / "params.yaml", force=force)
