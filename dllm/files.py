@@ -32,6 +32,7 @@ HINTS = {
     errno.EPERM: _MODES,
     errno.EROFS: _MODES,
     errno.EISDIR: f"a folder stands in place of a file: {_SWAPPED}",
+    errno.EEXIST: f"a file stands in place of a folder: {_SWAPPED}",
     errno.ENOTDIR: f"a file stands in place of a folder: {_SWAPPED}",
     errno.ELOOP: f"links that lead round in a circle, or one where none is followed: {_SWAPPED}",
     errno.EMFILE: "raise the number of files a process may open: `ulimit -n 1024`",
@@ -42,7 +43,7 @@ HINTS = {
     errno.EAGAIN: "raise the number of processes a user may have: `ulimit -u`",
 }
 """What to do about an error of the operating system, by its number."""
-UNREADABLE = HINTS.keys() - {errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG} | {errno.ENOMEM}
+UNREADABLE = HINTS.keys() - {errno.EISDIR, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG} | {errno.ENOMEM}
 """Numbers of errors that pass with time, or with what the hint says."""
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dllm import files as whole_file
-from dllm.files import atomic_folder, atomic_link, atomic_write
+from dllm.files import atomic_folder, atomic_link, atomic_write, what_helps
 from tests.patience import LONGEST_S
 
 KILLED_IN_THE_MIDDLE = """
@@ -125,3 +125,10 @@ def test_no_named_pipe_is_waited_for(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", PIPES]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=LONGEST_S)
     assert done.stdout == "of a shell", done.stderr
+
+
+def test_a_file_in_place_of_a_folder_says_what_helps(tmp_path: Path) -> None:
+    (tmp_path / "tracking").write_text("")
+    with pytest.raises(FileExistsError) as refusal:
+        (tmp_path / "tracking").mkdir(exist_ok=True)
+    assert "remove it or move it away" in what_helps(refusal.value)
