@@ -15,6 +15,7 @@ from typing import Any
 from dllm.config.load import params_digest
 from dllm.config.params import Params
 from dllm.errors import StageError
+from dllm.files import lock_folder
 from dllm.methods.figures import DASH
 from dllm.methods.method import Method
 from dllm.registry import METHODS
@@ -59,45 +60,50 @@ def run(params: Params, root: Path, report: Callable[[Path], Path] | None = None
     store = model_store.chosen(params.register_.store, uri)
     folder = model_store.folder_in(store, root, digest)
     _check_it_stays(root, uri, folder)
-    staged = folder or root / "work" / "register" / f"upload-{digest[:16]}"
-    _keep(staged, checkpoint, digest, trained, link=folder is None)
-    lock = root / "dvc.lock"
-    done = model_registry.register(
-        root,
-        params.register_.model_name,
-        digest=digest,
-        tau=score.value,
-        score_name=score.name,
-        heldout_digest=found["heldout_digest"],
-        target=json.dumps(evaluated["identity"]["target"], sort_keys=True),
-        tags={
-            "dllm.git_commit": str(trained["git"]["commit"]),
-            "dllm.git_dirty": str(trained["git"]["dirty"]),
-            "dllm.dvc_lock": provenance.digest(lock) if lock.is_file() else "none",
-            "dllm.params": params_digest(params),
-            "dllm.data_digest": trained["inputs"]["regenerate"],
-            "dllm.evaluate_run": str(evaluated["mlflow_run_id"]),
-        },
-        run_id=trained["mlflow_run_id"],
-        store=store,
-        folder=staged,
-        experiment=params.recipe,
-        score_key=score.key,
-        figures=[(label, value) for label, value in method.rows(read_records(root, "metrics.json")) if value != DASH],
-    )
-    if folder is None:
-        shutil.rmtree(staged)
-    new = "new" if done.is_new else "same bytes as before"
-    print(f"register: {done.name} version {done.version} ({new}); {done.verdict}", flush=True)
-    standing = {
-        "model_name": done.name,
-        "version": done.version,
-        "aliases": list(done.aliases),
-        "uri": done.uri,
-        "digest": digest,
-        score.key: score.value,
-    }
-    return _record(params, root, {"checkpoint": checkpoint}, standing, done.verdict, report)
+    work = (root / "work").resolve() / "register" / digest[:16]
+    work.mkdir(parents=True, exist_ok=True)
+    with lock_folder(work):  # of two calls at once each would find no version of these bytes, and make one
+        staged = folder or root / "work" / "register" / f"upload-{digest[:16]}"
+        _keep(staged, checkpoint, digest, trained, link=folder is None)
+        lock = root / "dvc.lock"
+        done = model_registry.register(
+            root,
+            params.register_.model_name,
+            digest=digest,
+            tau=score.value,
+            score_name=score.name,
+            heldout_digest=found["heldout_digest"],
+            target=json.dumps(evaluated["identity"]["target"], sort_keys=True),
+            tags={
+                "dllm.git_commit": str(trained["git"]["commit"]),
+                "dllm.git_dirty": str(trained["git"]["dirty"]),
+                "dllm.dvc_lock": provenance.digest(lock) if lock.is_file() else "none",
+                "dllm.params": params_digest(params),
+                "dllm.data_digest": trained["inputs"]["regenerate"],
+                "dllm.evaluate_run": str(evaluated["mlflow_run_id"]),
+            },
+            run_id=trained["mlflow_run_id"],
+            store=store,
+            folder=staged,
+            experiment=params.recipe,
+            score_key=score.key,
+            figures=[
+                (label, value) for label, value in method.rows(read_records(root, "metrics.json")) if value != DASH
+            ],
+        )
+        if folder is None:
+            shutil.rmtree(staged)
+        new = "new" if done.is_new else "same bytes as before"
+        print(f"register: {done.name} version {done.version} ({new}); {done.verdict}", flush=True)
+        standing = {
+            "model_name": done.name,
+            "version": done.version,
+            "aliases": list(done.aliases),
+            "uri": done.uri,
+            "digest": digest,
+            score.key: score.value,
+        }
+        return _record(params, root, {"checkpoint": checkpoint}, standing, done.verdict, report)
 
 
 def _record(

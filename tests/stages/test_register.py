@@ -8,6 +8,7 @@ import pytest
 from dllm.config.load import params_digest, parse_params
 from dllm.config.params import Params
 from dllm.errors import StageError
+from dllm.files import lock_folder
 from dllm.report.page import write_report
 from dllm.stages import register
 from dllm.tracking import mlflow_runs as tracking
@@ -58,6 +59,15 @@ def registrations(params: Params, root: Path) -> int:
     experiment = client.get_experiment_by_name(params.recipe)
     assert experiment is not None
     return len(client.search_runs([experiment.experiment_id], "tags.`dllm.stage` = 'register'"))
+
+
+def test_the_same_bytes_are_registered_by_one_call_at_a_time(params: Params, root: Path) -> None:
+    leave(root, "a", 1.9)
+    work = root / "work" / "register" / provenance.digest(root / "out" / "train" / "checkpoint")[:16]
+    work.mkdir(parents=True)
+    with lock_folder(work), pytest.raises(StageError, match="another process works on this"):
+        register.run(params, root)
+    assert register.run(params, root)["version"] == 1
 
 
 def test_a_checkpoint_becomes_a_version_with_all_that_made_it(params: Params, root: Path) -> None:
