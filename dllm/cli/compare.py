@@ -12,6 +12,7 @@ from dllm.cli import revisions
 from dllm.errors import ConfigError
 from dllm.report import comparison, page
 from dllm.stages import DVC_STAGES
+from dllm.stages.records import check_outside_results
 
 MOST = 6
 """Runs in one comparison; more columns are not legible."""
@@ -30,14 +31,17 @@ def print_comparison(names: Sequence[str], root: Path, to: Path, console: Consol
         console: where to print.
 
     Raises:
-        ConfigError: fewer than two runs, or too many.
+        ConfigError: fewer than two runs, or too many; or the page is not named as one.
         DataError: one is neither a folder nor a revision with results.
-        StageError: a folder holds no finished stage.
+        StageError: a folder holds no finished stage, or the page lies in the result of one.
     """
     if not 2 <= len(names) <= MOST:
         raise ConfigError(f"compare takes 2 to {MOST} runs, got {len(names)}", hint="name folders or revisions")
     if len(set(names)) < len(names):
         raise ConfigError(f"compare was given the same run twice: {' '.join(names)}")
+    if to.suffix != ".html":  # it replaces what stands there: a mistaken name must not cost a file of another kind
+        raise ConfigError("a page's name ends in .html", where=f"--to {to}", hint="name another file by --to")
+    check_outside_results(to.resolve())
     with tempfile.TemporaryDirectory(prefix="dllm-compare-") as scratch:
         places = [revisions.folder(name, root, "out/") for name in names]
         known = [place.resolve() for place in places if place]

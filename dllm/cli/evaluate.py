@@ -43,14 +43,18 @@ def _measure(params: Path, overrides: Sequence[str], checkpoint: str | None, to:
 
     Raises:
         ConfigError: one of the two options is missing.
+        StageError: the output folder lies in the result of a stage.
     """
     from dllm.config.load import load_params
     from dllm.errors import ConfigError
     from dllm.stages.evaluate import run_on
+    from dllm.stages.records import check_outside_results
 
     if checkpoint is None or to is None:
         missing = "--to" if to is None else "--checkpoint"
         raise ConfigError("--checkpoint and --to need each other", where=missing, hint=f"give {missing} too")
-    method, metrics = run_on(checkpoint, load_params(root / params, overrides), root, to.expanduser().resolve())
+    to = to.expanduser()
+    check_outside_results(to.resolve())
+    method, metrics = run_on(checkpoint, load_params(root / params, overrides), root, to.resolve())
     score = method.score(metrics)
     print(f"{to}: {score.name} {abs(score.value):.3f} of {checkpoint}, on held-out data {metrics['heldout_digest']}")

@@ -50,7 +50,7 @@ def export(checkpoint: str, to: Path, *, engine_name: str | None, target: str | 
     Raises:
         ModelError: nothing by that name holds a draft, or the engine cannot decode it.
         ConfigError: no engine has that name.
-        StageError: the folder is not empty.
+        StageError: the folder is not empty, or lies in the result of a stage.
     """
     from dllm.cli import model_card
     from dllm.errors import ModelError, StageError
@@ -59,12 +59,13 @@ def export(checkpoint: str, to: Path, *, engine_name: str | None, target: str | 
     from dllm.models.drafts import serving
     from dllm.models.drafts.checkpoint import load_draft, save_draft, stored_dtype
     from dllm.secrets import hide
-    from dllm.stages.records import lineage
+    from dllm.stages.records import check_outside_results, lineage
     from dllm.tracking.provenance import digest
 
     to = to.expanduser().resolve()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise StageError("the output folder is not empty", where=str(to), hint="name another by --to")
+    check_outside_results(to)
     found = checkpoints.find(checkpoint, root)
     if (kind := checkpoints.identify(found)).kind != "draft":
         raise ModelError(f"export writes drafts, and this is {kind.noun}", where=str(found))

@@ -23,6 +23,18 @@ OUTPUTS = "outputs"
 """In run.json: the digest of each published file by its name."""
 
 
+def check_outside_results(to: Path) -> None:
+    """Refuse to write into what a stage has published: it would count as damaged, and DVC would make it again.
+
+    Raises:
+        StageError: the path lies in such a folder.
+    """
+    for folder in to.absolute().parents:
+        if folder.parent.name == "out" and folder.name in STAGES and (folder / RUN).is_file():
+            what = f"this lies in the result of stage {folder.name}, which would count as damaged"
+            raise StageError(what, where=str(to), hint="name another place by --to")
+
+
 def read_record(root: Path, stage: str, file: str) -> dict[str, Any]:
     """Read a record of a stage.
 

@@ -192,6 +192,10 @@ def test_wrong_calls_are_one_line(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "full" / "mine").touch()
     with pytest.raises(StageError, match="not empty"):
         dllm("export", "--checkpoint", checkpoint, "--to", tmp_path / "full", "--root", tmp_path)
+    (tmp_path / "out" / "train").mkdir(parents=True)
+    (tmp_path / "out" / "train" / "run.json").touch()
+    with pytest.raises(StageError, match=r"in the result of stage train.*--to"):
+        dllm("export", "--checkpoint", checkpoint, "--to", tmp_path / "out" / "train" / "new", "--root", tmp_path)
     with pytest.raises(ConfigError, match="did you mean vllm"):
         dllm("export", "--checkpoint", checkpoint, "--to", tmp_path / "a", "--for", "vlm", "--root", tmp_path)
     with pytest.raises(ModelError, match="plain causal model"):

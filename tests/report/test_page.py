@@ -121,6 +121,17 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     assert one.is_dir() and not (tmp_path / "page.html").exists()
 
 
+def test_the_page_takes_the_place_of_nothing_else(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        _root(tmp_path / name)
+    (tmp_path / "mlflow.db").write_text("precious")
+    with pytest.raises(ConfigError, match=r"ends in \.html"):
+        compare.print_comparison(["one", "two"], tmp_path, tmp_path / "mlflow.db")
+    assert (tmp_path / "mlflow.db").read_text() == "precious"
+    with pytest.raises(StageError, match="in the result of stage train"):
+        compare.print_comparison(["one", "two"], tmp_path, tmp_path / "one" / "out" / "train" / "compare.html")
+
+
 def test_pieces_are_the_rounds_of_the_response(tmp_path: Path) -> None:
     tokenizer = targets.load_tokenizer(Target(model="builtin:tiny"))
     ids = tokenizer.encode("one two three é four", add_special_tokens=False)
