@@ -37,6 +37,7 @@ PARENT, NOTE = "mlflow.parentRunId", "mlflow.note.content"
 OF_BOTH = ("mlflow.source.git.commit", "dllm.git_dirty", "dllm.no_git_commit", "dllm.model", "dllm.verdict")
 """Tags that a stage's run shares with the one around it."""
 _NOT_IN_NAMES = re.compile(r"[^\w\-. :/]")
+_RUN_ID = re.compile(r"[\w-]{1,128}", re.ASCII)
 NAME_CHARS = 250
 CURVES = "curves"
 """What the curves of an execution are called before a slash: MLflow draws them as a group of charts."""
@@ -88,6 +89,10 @@ class MlflowTracker:
                 if parent is not None:
                     tags[PARENT] = parent.run_id
                 run_id = str(self._client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id)
+                # It becomes the name of a file, and one that is held already would be waited for.
+                if not _RUN_ID.fullmatch(run_id) or (parent is not None and run_id == parent.run_id):
+                    hint = "check that the address is that of an MLflow server, without a cache before it"
+                    raise ServerError(f"the server gave a new run the id {run_id[:80]!r}", where=self.uri, hint=hint)
             self.run_id: str = run_id
         self._journal = RunJournal.wait_for(journal_path(root, self.run_id))
         if not self._journal.head:

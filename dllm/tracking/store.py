@@ -21,6 +21,7 @@ from mlflow.store import db_migrations
 from mlflow.store.db import utils as mlflow_databases
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
+from requests import Response
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
 from dllm.errors import ConfigError, DllmError, ServerError, StageError
@@ -35,6 +36,8 @@ RETRY_AFTER_S = (0.5, 1.5)
 """Pauses between the tries to reach a server at the start of a stage."""
 LOCK_PATIENCE_S = 10.0
 CAUSE_CHARS = 220
+MAX_REPLY_BYTES = 1 << 20
+"""Of the reply to the first question to a server; that of one experiment is far shorter."""
 _PING = "/api/2.0/mlflow/experiments/search"
 
 
@@ -137,19 +140,37 @@ def _check_server(uri: str) -> None:
     for pause_s in (*RETRY_AFTER_S, None):
         try:
             reply = http_request(
-                get_default_host_creds(uri), _PING, "POST", raise_on_status=False, json={"max_results": 1}
+                get_default_host_creds(uri), _PING, "POST", raise_on_status=False, json={"max_results": 1}, stream=True
             )
-        except MlflowException as error:
+            text = _read(reply)
+        except (MlflowException, OSError) as error:
             problem: DllmError | None = unreachable(uri, error)
             passes = True
         else:
-            problem = _judge(uri, reply.status_code, reply.text)
+            problem = _judge(uri, reply.status_code, text)
             passes = reply.status_code in (429, 500, 502, 503, 504)
         if problem is None:
             return
         if pause_s is None or not passes:
             raise problem
         time.sleep(pause_s)
+
+
+def _read(reply: Response) -> str:
+    """Read a reply of bounded length in bounded time: the timeout of a request is one for each byte.
+
+    Raises:
+        TimeoutError: it comes too slowly.
+    """
+    end, data = time.monotonic() + float(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]), bytearray()
+    with reply:
+        for part in reply.iter_content(1):  # more would wait until so many are there
+            data += part
+            if len(data) >= MAX_REPLY_BYTES:
+                break
+            if time.monotonic() > end:
+                raise TimeoutError("timed out amid its reply")
+    return data.decode(errors="replace")
 
 
 def _judge(uri: str, status: int, text: str) -> DllmError | None:

@@ -10,12 +10,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
+from mlflow import MlflowClient
 
 from dllm.errors import ServerError
 from dllm.stages.workspace import close
-from dllm.tracking import delivery, mlflow_runs
+from dllm.tracking import delivery, mlflow_runs, store
 from dllm.tracking.mlflow_runs import MlflowTracker
 from dllm.tracking.run_journal import FOLDER, RunJournal, journal_path
 from dllm.tracking.store import connect
@@ -146,6 +148,41 @@ def test_no_reply_of_a_stranger_loses_a_point(
     proxy.mode = "up"
     tracker.finish("FINISHED")
     assert points(proxy.url, tracker.run_id, ["loss", "back"]) == once(["loss", "back"], range(len(STRANGERS)))
+
+
+class Endless:
+    """A reply that goes on for ever."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *about: object) -> None: ...
+
+    def iter_content(self, size: int) -> Iterator[bytes]:
+        while True:
+            yield b" " * size
+
+
+def test_a_reply_without_an_end_is_read_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "MAX_REPLY_BYTES", 1000)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "600")
+    assert len(store._read(Endless())) == 1000  # type: ignore[arg-type]
+    monkeypatch.setattr(store, "MAX_REPLY_BYTES", 1 << 20)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "-1")
+    with pytest.raises(TimeoutError, match="timed out"):
+        store._read(Endless())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("run", ['{"info": {"run_id": ""}}', '{"info": {"run_id": "../../params"}}'])
+def test_a_run_without_an_id_that_names_a_file_is_refused(
+    root: Path, proxy: FaultyProxy, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = f'{{"experiment": {{"experiment_id": "0", "name": "x"}}, "run": {run}}}'
+    monkeypatch.setattr(mlflow_runs, "connect", lambda uri, root: MlflowClient(uri, uri))
+    proxy.reply, proxy.mode = _reply("200 OK", "application/json", body), "answer"
+    with pytest.raises(ServerError, match="gave a new run the id"):
+        MlflowTracker(root, "x", "train")
+    assert not list(root.rglob("*.jsonl"))
 
 
 POLITE = ("{}", '{"ok": true}', '{"run": {}}', '{"metrics": []}', '{"experiments": []}', '{"run": {"info": {}}}')
