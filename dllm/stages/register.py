@@ -38,8 +38,8 @@ def run(params: Params, root: Path, report: Callable[[Path], Path] | None = None
     Raises:
         ServerError: MLflow cannot be reached.
         ModelError: the checkpoint is not the one that the run in out/train/run.json made.
-        StageError: the checkpoint or its evaluation is missing, the evaluation is of another checkpoint, or what is
-            registered here would be deleted with the folder.
+        StageError: the checkpoint or its evaluation is missing, the evaluation is of another checkpoint, another call
+            registers the same bytes, or what is registered here would be deleted with the folder.
     """
     root = root.absolute()
     checkpoint = root / "out" / "train" / "checkpoint"
@@ -60,12 +60,21 @@ def run(params: Params, root: Path, report: Callable[[Path], Path] | None = None
     store = model_store.chosen(params.register_.store, uri)
     folder = model_store.folder_in(store, root, digest)
     _check_it_stays(root, uri, folder)
+    lock = root / "dvc.lock"
+    tags = {
+        "dllm.git_commit": str(trained["git"]["commit"]),
+        "dllm.git_dirty": str(trained["git"]["dirty"]),
+        "dllm.dvc_lock": provenance.digest(lock) if lock.is_file() else "none",
+        "dllm.params": params_digest(params),
+        "dllm.data_digest": trained["inputs"]["regenerate"],
+        "dllm.evaluate_run": str(evaluated["mlflow_run_id"]),
+    }
+    figures = [(label, value) for label, value in method.rows(read_records(root, "metrics.json")) if value != DASH]
     work = (root / "work").resolve() / "register" / digest[:16]
     work.mkdir(parents=True, exist_ok=True)
     with lock_folder(work):  # of two calls at once each would find no version of these bytes, and make one
         staged = folder or root / "work" / "register" / f"upload-{digest[:16]}"
         _keep(staged, checkpoint, digest, trained, link=folder is None)
-        lock = root / "dvc.lock"
         done = model_registry.register(
             root,
             params.register_.model_name,
@@ -74,36 +83,27 @@ def run(params: Params, root: Path, report: Callable[[Path], Path] | None = None
             score_name=score.name,
             heldout_digest=found["heldout_digest"],
             target=json.dumps(evaluated["identity"]["target"], sort_keys=True),
-            tags={
-                "dllm.git_commit": str(trained["git"]["commit"]),
-                "dllm.git_dirty": str(trained["git"]["dirty"]),
-                "dllm.dvc_lock": provenance.digest(lock) if lock.is_file() else "none",
-                "dllm.params": params_digest(params),
-                "dllm.data_digest": trained["inputs"]["regenerate"],
-                "dllm.evaluate_run": str(evaluated["mlflow_run_id"]),
-            },
+            tags=tags,
             run_id=trained["mlflow_run_id"],
             store=store,
             folder=staged,
             experiment=params.recipe,
             score_key=score.key,
-            figures=[
-                (label, value) for label, value in method.rows(read_records(root, "metrics.json")) if value != DASH
-            ],
+            figures=figures,
         )
         if folder is None:
             shutil.rmtree(staged)
-        new = "new" if done.is_new else "same bytes as before"
-        print(f"register: {done.name} version {done.version} ({new}); {done.verdict}", flush=True)
-        standing = {
-            "model_name": done.name,
-            "version": done.version,
-            "aliases": list(done.aliases),
-            "uri": done.uri,
-            "digest": digest,
-            score.key: score.value,
-        }
-        return _record(params, root, {"checkpoint": checkpoint}, standing, done.verdict, report)
+    new = "new" if done.is_new else "same bytes as before"
+    print(f"register: {done.name} version {done.version} ({new}); {done.verdict}", flush=True)
+    standing = {
+        "model_name": done.name,
+        "version": done.version,
+        "aliases": list(done.aliases),
+        "uri": done.uri,
+        "digest": digest,
+        score.key: score.value,
+    }
+    return _record(params, root, {"checkpoint": checkpoint}, standing, done.verdict, report)
 
 
 def _record(
