@@ -47,11 +47,6 @@ UNREADABLE = HINTS.keys() - {errno.EISDIR, errno.EEXIST, errno.ENOTDIR, errno.EN
 """Numbers of errors that pass with time, or with what the hint says."""
 
 
-def expanded(path: str | os.PathLike[str]) -> Path:
-    """Return a path with `~` as the user's folder; pathlib's way raises for a name such as `~old` that is no user's."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111
-
-
 def atomic_write(path: Path, data: bytes) -> None:
     """Write a file under a temporary name, flush it to disk and rename it.
 

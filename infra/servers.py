@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm.errors import ServerError, StageError
-from dllm.files import expanded, lock_folder
+from dllm.files import lock_folder
 from dllm.process import children as process
 from dllm.process import signals
 from dllm.secrets import remember
@@ -166,7 +166,7 @@ def sole_owner() -> Iterator[None]:
     Raises:
         StageError: a `make run` or `make serve` holds it; its process is named.
     """
-    home = expanded(os.environ.get("PREFECT_HOME", "~/.prefect"))
+    home = Path(os.environ.get("PREFECT_HOME", "~/.prefect")).expanduser()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:

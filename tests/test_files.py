@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dllm import files as whole_file
-from dllm.files import atomic_folder, atomic_link, atomic_write, expanded, what_helps
+from dllm.files import atomic_folder, atomic_link, atomic_write, what_helps
 from tests.patience import LONGEST_S
 
 KILLED_IN_THE_MIDDLE = """
@@ -132,9 +132,3 @@ def test_a_file_in_place_of_a_folder_says_what_helps(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError) as refusal:
         (tmp_path / "tracking").mkdir(exist_ok=True)
     assert "remove it or move it away" in what_helps(refusal.value)
-
-
-def test_a_name_that_begins_like_a_users_folder_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert expanded("~/x") == tmp_path / "x"
-    assert expanded(Path("~no-such-user/x")) == Path("~no-such-user/x")

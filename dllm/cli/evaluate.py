@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from dllm.cli.options import Debug, Overrides, ParamsPath, Root
-from dllm.files import expanded
 
 OTHER = "Another checkpoint"
 
@@ -54,7 +53,7 @@ def _measure(params: Path, overrides: Sequence[str], checkpoint: str | None, to:
     if checkpoint is None or to is None:
         missing = "--to" if to is None else "--checkpoint"
         raise ConfigError("--checkpoint and --to need each other", where=missing, hint=f"give {missing} too")
-    to = expanded(to)
+    to = to.expanduser()
     check_outside_results(to.resolve())
     method, metrics = run_on(checkpoint, load_params(root / params, overrides), root, to.resolve())
     score = method.score(metrics)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dllm.cli.options import Debug, Root
-from dllm.files import expanded
 from dllm.registry import SERVING_ENGINES
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def export(checkpoint: str, to: Path, *, engine_name: str | None, target: str | 
     from dllm.stages.records import check_outside_results, lineage
     from dllm.tracking.provenance import digest
 
-    to = expanded(to).resolve()
+    to = to.expanduser().resolve()
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise StageError("the output folder is not empty", where=str(to), hint="name another by --to")
     check_outside_results(to)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dllm.errors import ConfigError, DllmError
-from dllm.files import expanded
 from dllm.outside import one_line, visible
 from dllm.registry import ENGINES
 
@@ -210,7 +209,7 @@ def _parse(flags: dict[str, Any]) -> "RegenerateArgs":
     root = flags["root"].resolve()
     return RegenerateArgs(
         settings=parse_as(Settings, raw, "flags of regenerate"),
-        output=root / expanded(flags["output_dir"]),
+        output=(root / flags["output_dir"].expanduser()),
         root=root,
         servers=servers,
         part=_part(flags["part"]),

@@ -26,7 +26,6 @@ from dllm.config.params import Params, Sglang
 from dllm.engines.openai.engine import OpenAIEngine
 from dllm.engines.readiness import wait_until_ready
 from dllm.errors import ConfigError, ServerError, StageError
-from dllm.files import expanded
 from dllm.models import builtin, targets
 from dllm.outside import one_line
 from dllm.process import children as process
@@ -199,7 +198,7 @@ def _interpreter(settings: Sglang, root: Path) -> Path | None:
     if settings.python is None:
         raise ConfigError("no interpreter and no image that has SGLang", where=where, hint=hint)
     # Not resolved: a virtual environment's interpreter is a link, and finds the environment by its own path.
-    python = root / expanded(settings.python)
+    python = root / Path(settings.python).expanduser()
     if not os.access(python, os.X_OK):
         raise ConfigError("no environment with SGLang there", where=where, hint=hint)
     probe = [str(python), "-c", "import importlib.metadata as m; m.version('sglang')"]

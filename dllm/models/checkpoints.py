@@ -13,7 +13,6 @@ from dllm.config.load import load_params
 from dllm.config.params import Target
 from dllm.digests import check_files, is_sealed, unsealed
 from dllm.errors import ConfigError, ModelError
-from dllm.files import expanded
 from dllm.models import builtin, targets
 from dllm.models.diffusion.config import DiffusionConfig, config_at, read_config
 from dllm.models.diffusion.families import family_at
@@ -125,7 +124,7 @@ def resolve(name: str | Path, root: Path) -> Path:
         from dllm.tracking import model_registry  # MLflow takes 2 seconds to import
 
         name = model_registry.resolve(str(name), root)
-    given = expanded(name)
+    given = Path(name).expanduser()
     for path in dict.fromkeys((given, root / given)):
         if _is_folder(path):
             if (found := _inside(path)) is not None:

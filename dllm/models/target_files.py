@@ -7,7 +7,6 @@ from pathlib import Path
 
 from dllm.config.params import Target
 from dllm.errors import ConfigError, ModelError
-from dllm.files import expanded
 from dllm.models import builtin
 
 ADAPTER = "adapter_config.json"
@@ -55,6 +54,6 @@ def check_revision(target: Target) -> None:
     """
     if target.revision is None:
         return
-    if target.model.startswith(builtin.PREFIX) or expanded(target.model).is_dir():
+    if target.model.startswith(builtin.PREFIX) or Path(target.model).expanduser().is_dir():
         what = "a directory has no revision" if not target.model.startswith(builtin.PREFIX) else "it has no revision"
         raise ConfigError(what, where=f"target.revision: {target.revision}", hint="it is for models off the hub")

@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from dllm.config.params import Target
 from dllm.digests import file_digest
 from dllm.errors import ConfigError, ModelError
-from dllm.files import expanded, is_disk_full, is_unreadable
+from dllm.files import is_disk_full, is_unreadable
 from dllm.models import builtin
 from dllm.models.quiet import without_warnings
 from dllm.models.target_config import ROPE_SECTIONS, built_config, check_config, not_built, read_config
@@ -58,7 +58,7 @@ def locate(target: Target, *, weights: bool = True) -> Path:
     """
     if target.model.startswith(builtin.PREFIX):
         return builtin.directory(target.model)
-    path = expanded(target.model)
+    path = Path(target.model).expanduser()
     if path.is_dir():
         check_directory(path)
         return path

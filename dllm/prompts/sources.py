@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Protocol
 
 from dllm.config.params import Source
 from dllm.errors import ConfigError, DataError
-from dllm.files import expanded
 from dllm.outside import one_line
 from dllm.prompts import chat_columns, folder
 from dllm.prompts.cells import CHATS
@@ -83,8 +82,11 @@ def label(source: Source) -> str:
 
 
 def path_of(source: Source, root: Path) -> Path:
-    """Return the path that a source's name is, where it is one."""
-    return root / expanded(source.name)
+    """Return the path that a source's name is, where it is one; a name such as `~old.jsonl` is no user's folder."""
+    try:
+        return root / Path(source.name).expanduser()
+    except RuntimeError:
+        return root / source.name
 
 
 def find(source: Source, root: Path) -> PromptSource:

@@ -20,7 +20,6 @@ from mlflow import MlflowClient, artifacts
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from dllm.errors import DllmError, ModelError, ServerError
-from dllm.files import expanded
 from dllm.secrets import hide
 from dllm.tracking import provenance
 from dllm.tracking.address import home, is_local
@@ -48,7 +47,7 @@ def folder_in(store: str | None, root: Path, digest: str) -> Path | None:
         return store_path(root, digest)
     if store == MLFLOW or "://" in store:
         return None
-    return (home(root) / expanded(store)).resolve() / digest[:16]
+    return (home(root) / Path(store).expanduser()).resolve() / digest[:16]
 
 
 def folder_source(uri: str, path: Path) -> str:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dllm.errors import ConfigError, ModelError
-from dllm.files import atomic_path, atomic_write, expanded
+from dllm.files import atomic_path, atomic_write
 from dllm.models.drafts.foreign import describe_tensors, foreign_family
 from dllm.models.drafts.protocol import Draft, DraftConfig
 from dllm.models.targets import check_blobs, hub_commit, hub_snapshot, looks_like_hub_id, weights_digest
@@ -116,7 +116,7 @@ def draft_directory(source: str | Path, revision: str | None = None, *, weights:
             hint = "name it as models:/NAME/VERSION"
             raise ConfigError("a registered draft has a version, no revision", where=str(source), hint=hint)
         return checkpoints.resolve(str(source), Path.cwd())
-    directory = expanded(source)
+    directory = Path(source).expanduser()
     if directory.is_dir():
         if revision is not None:
             raise ConfigError("a directory has no revision", where=str(source), hint="it is for drafts off the hub")
