@@ -30,6 +30,7 @@ from dllm.outside import MAX_LINE, one_line
 from dllm.process import signals
 from dllm.process.git_hooks import leave_hook
 from dllm.process.huge_pages import restart_with_huge_pages
+from dllm.process.interpreter import check_docstrings, explain_import
 from dllm.process.openmp import spin_briefly
 from dllm.process.output import open_closed, outlive_readers
 from dllm.process.parent import follow_parent
@@ -81,10 +82,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _run(arguments: list[str], is_debug: bool) -> int:
     import typer
 
-    from dllm.cli.app import app
-
     signals.check()
     try:
+        check_docstrings()
+        from dllm.cli.app import app
+
         # Not app(): typer would replace our excepthook by its own.
         verbs = typer.main.get_command(app)
         code = verbs.main(args=arguments, prog_name="python -m dllm", standalone_mode=False) or 0
@@ -98,6 +100,8 @@ def _run(arguments: list[str], is_debug: bool) -> int:
         if isinstance(error, RuntimeError) and "home directory" in str(error) and not is_debug:
             hint = "set HOME, or DLLM_CACHE and paths without ~"
             return _report(ConfigError("this user's home directory is not known", where="HOME", hint=hint))
+        if not is_debug and (cause := explain_import(error)):
+            return _report(cause)
         if is_debug or not (_is_memory_full(error) or is_disk_full(error)):
             raise
         return _report(

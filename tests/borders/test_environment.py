@@ -13,6 +13,7 @@ from dllm.config.params import Target
 from dllm.digests import read_sealed
 from dllm.models import targets
 from dllm.process.git_hooks import VARIABLES
+from dllm.process.interpreter import explain_import
 from dllm.process.output import open_closed
 from dllm.regeneration.store import ShardStore
 from dllm.tracking.provenance import git_state
@@ -67,6 +68,33 @@ def test_a_file_of_the_folder_hides_no_module_of_python(tmp_path: Path) -> None:
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('the wrong {name}')\n")
     done = call("$DLLM recipe list", tmp_path)
     assert done.returncode == 0 and b"tiny-dflash" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", ["torch/__init__.py", "torch.py"])
+def test_a_module_that_pythonpath_puts_before_an_installed_one_is_named(tmp_path: Path, name: str) -> None:
+    module = tmp_path / "others" / name
+    module.parent.mkdir(parents=True)
+    module.write_text("x = 1\n")
+    assert call("$DLLM recipe use tiny-dflash", tmp_path).returncode == 0
+    done = call("$DLLM train --dry-run", tmp_path, PYTHONPATH=f"{tmp_path}/others/:{ROOT}")
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done
+    assert f"dllm: {module} stands in place of the installed torch: ".encode() in done.stderr
+    assert b"(PYTHONPATH); unset it, or rename that file" in done.stderr
+
+
+def test_an_error_beside_a_pythonpath_that_hides_nothing_is_not_blamed_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert explain_import(ImportError("x")) is None, "this project is installed from there"
+    monkeypatch.setenv("PYTHONPATH", str(Path(pytest.__file__).parents[1]))
+    assert explain_import(ImportError("x")) is None, "nothing else has these packages"
+    assert explain_import(ValueError("x")) is None
+
+
+@pytest.mark.parametrize("verb", ["recipe list", "train"])
+def test_a_python_without_docstrings_is_refused(tmp_path: Path, verb: str) -> None:
+    done = call(f"$DLLM {verb}", tmp_path, PYTHONOPTIMIZE="2")
+    assert (done.returncode, done.stderr.count(b"\n"), done.stdout) == (2, 1, b""), done
+    assert b"drops docstrings, which packages need (PYTHONOPTIMIZE); unset it" in done.stderr
 
 
 @pytest.mark.parametrize("setting", ["error", "ignore"])
