@@ -64,7 +64,8 @@ BUSY = re.compile(r"another process works on this \(pid \w+\) \((.+)\); ")
 HOLDER = re.compile(r"  \(PID (\d+)\): (.*)")
 PROGRESS = re.compile(r"^[\w :-]+: \d\S*( \w+( \(\d+%\))?)?  \S+ \w+/s\b|\d%\|")
 """Lines of `dllm.progress.Progress`, and of tqdm, which libraries use."""
-COMPLAINT = re.compile(r"dllm( rank \d+)?: |ERROR: ")
+COMPLAINT = re.compile(r"dllm( rank \d+)?: |ERROR: |(?='.+' (is invalid|validation failed))")
+"""What begins a line that says why: a stage's, DVC's, and DVC's of a dvc.yaml or dvc.lock that it cannot read."""
 FAILURE = re.compile(r"dllm( rank \d+)?: |ERROR: |Traceback \(most recent call last\)|[\w.]+(Error|Exception)\b(:|$)")
 WARNING = re.compile(r"(?i:warning\b)|.*\w*Warning: ")
 STAGE_CODE = re.compile(r"exited with (\d+)")
@@ -176,9 +177,8 @@ def _run(place: Place, stage: str, argv: Sequence[str]) -> None:
     if result.code == 0:
         return
     _report_holder(place.root, result.tail)
-    complaints = [line for line in result.tail if COMPLAINT.match(line)]
+    reason = first_complaint(result.tail) or f"exit code {result.code}"
     codes = [int(match[1]) for line in result.tail if (match := STAGE_CODE.search(line))]  # dvc's own is always 255
-    reason = COMPLAINT.sub("", complaints[0], count=1) if complaints else f"exit code {result.code}"
     if "is not a git repository" in reason:
         raise StageError(
             "DVC looks for git here", where=str(place.root), hint="outside git: `dvc config core.no_scm true`"
@@ -186,6 +186,12 @@ def _run(place: Place, stage: str, argv: Sequence[str]) -> None:
     kind = ServerError if ServerError.exit_code in [result.code, *codes] else StageError
     error = kind(f"stage {stage} failed: {reason}", where=str(log_file.relative_to(ROOT)))
     raise _Busy(error, Path(busy[1])) if (busy := BUSY.match(reason)) else error
+
+
+def first_complaint(lines: Sequence[str]) -> str | None:
+    """Return the first line that says why a stage failed, without what marks it; None where none does."""
+    found = next(filter(COMPLAINT.match, lines), None)
+    return None if found is None else COMPLAINT.sub("", found, count=1)
 
 
 class _Busy(StageError):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dllm.tracking.provenance import git_state
+from flows import children
 from tests.flows.conftest import Project, copy_project, prefect_home
 
 __all__ = ["prefect_home"]
@@ -127,3 +128,19 @@ def test_a_copy_outside_git_names_what_to_do(tmp_path: Path, prefect_home: Path)
     assert done.returncode == 5
     last = done.stdout.splitlines()[-1]
     assert last.startswith("dllm: ") and "`dvc config core.no_scm true`" in last, done.stdout
+
+
+@pytest.mark.parametrize("name", ["dvc.yaml", "dvc.lock"])
+@pytest.mark.parametrize("text", ["<<<<<<< HEAD\nstages:\n=======\n>>>>>>> other\n", "stages: 1\n"])
+def test_a_file_that_dvc_cannot_read_is_named_as_the_cause(tmp_path: Path, name: str, text: str) -> None:
+    """DVC names it without the word that marks its other errors."""
+    dvc = [sys.executable, "-m", "dvc"]
+    subprocess.run([*dvc, "init", "--quiet", "--no-scm"], cwd=tmp_path, check=True)
+    (tmp_path / "dvc.yaml").write_text("stages:\n  prepare:\n    cmd: echo\n")
+    (tmp_path / name).write_text(text)
+    command = [*dvc, "--wait-for-lock", "repro", "--single-item", "prepare"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 255
+    said = children.first_complaint([*done.stdout.splitlines(), *done.stderr.splitlines()])
+    assert said is not None and name in said, done
+    assert ("merge conflicts" in said) == ("HEAD" in text)
