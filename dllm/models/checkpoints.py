@@ -13,6 +13,7 @@ from dllm.config.load import load_params
 from dllm.config.params import Target
 from dllm.digests import check_files, is_sealed, unsealed
 from dllm.errors import ConfigError, ModelError
+from dllm.files import is_unreadable
 from dllm.models import builtin, targets
 from dllm.models.diffusion.config import DiffusionConfig, config_at, read_config
 from dllm.models.diffusion.families import family_at
@@ -196,6 +197,8 @@ def _read(path: Path) -> dict[str, Any]:
         record = unsealed(data)
         lost = bool({"outputs", "files"} & record.keys()) and not is_sealed(data)
     except (OSError, ValueError, RecursionError) as error:
+        if is_unreadable(error):
+            raise
         raise ModelError(f"damaged: {' '.join(str(error).split())[:200]}", where=str(path), hint=RESTORE) from None
     if lost:
         raise ModelError("damaged: it has lost its seal", where=str(path), hint=RESTORE)

@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 STDERR = 2
+STREAMS = {1: "standard output", STDERR: "standard error"}
 GONE = (errno.EPIPE, errno.EIO)
 """What a write fails with: a pipe without a reader, a terminal that has been closed."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -57,8 +58,8 @@ class _Stream(io.FileIO):
         except OSError as error:
             if error.errno in FULL and self.fileno() == STDERR:
                 return len(data)
-            if error.errno not in GONE:
-                raise
+            if error.errno not in GONE:  # named: the disk of the file it goes to may be another than the work's
+                raise OSError(error.errno, error.strerror, STREAMS.get(self.fileno())) from None
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())  # for children too
         os.close(nowhere)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from dllm.digests import sealed, unsealed
 from dllm.errors import DataError
-from dllm.files import atomic_write
+from dllm.files import atomic_write, is_unreadable
 from dllm.outside import is_file_name, is_text, one_line
 from dllm.prompts.columns import chat_fields, from_columns, to_columns
 from dllm.prompts.turns import Message, Tools
@@ -136,7 +136,9 @@ def read_manifest(dir: Path) -> dict[str, Any]:
             raise ValueError("an unpaired surrogate")
     except FileNotFoundError:
         raise DataError("no finished responses", where=str(path), hint="run `python -m dllm regenerate`") from None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        if is_unreadable(error):
+            raise
         raise DataError("the manifest is damaged", where=str(path), hint=_AGAIN) from None
     if not _is_whole_number(manifest.get("schema")) or manifest["schema"] != SCHEMA or not complete:
         found = one_line(str(manifest.get("schema")), 40)
@@ -209,6 +211,8 @@ def read_shard(dir: Path, entry: ShardEntry) -> Iterator[Row]:
     try:
         data = path.read_bytes()
     except OSError as error:
+        if is_unreadable(error):
+            raise
         raise DataError(f"cannot read the shard: {error.strerror}", where=str(path), hint=_AGAIN) from None
     found = hashlib.sha256(data).hexdigest()
     if found != entry["sha256"]:

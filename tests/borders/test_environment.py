@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,10 +13,12 @@ import dllm.__main__ as command
 from dllm.config.params import Target
 from dllm.digests import read_sealed
 from dllm.models import targets
+from dllm.models.checkpoints import run_record
 from dllm.process.git_hooks import VARIABLES
 from dllm.process.interpreter import explain_import
 from dllm.process.output import open_closed
 from dllm.regeneration.store import ShardStore
+from dllm.responses.shards import read_manifest, read_shard
 from dllm.tracking.provenance import git_state
 from dllm.training.checkpoints import STATE, read_state
 from tests.patience import LONGEST_S
@@ -44,6 +47,7 @@ def test_streams_may_be_closed_or_full(tmp_path: Path, line: str, code: int) -> 
     assert done.returncode == code, done
     assert (tmp_path / "params.yaml").exists() == (code == 0)
     assert done.stdout == b"" and done.stderr.count(b"\n") == (code == 5), done.stderr
+    assert code != 5 or b"is full (standard output); " in done.stderr, "and not the project's disk"
 
 
 def test_a_file_never_takes_the_number_of_a_closed_stream(tmp_path: Path) -> None:
@@ -145,15 +149,25 @@ def test_what_cannot_be_read_now_is_neither_damaged_nor_made_again(
     sealed = tmp_path / "determining.json"
     state = tmp_path / "step-000001" / STATE
     state.parent.mkdir()
-    for path in (shard, sealed, state):
+    run = tmp_path / "run.json"
+    manifest = tmp_path / "manifest.json"
+    for path in (shard, sealed, state, run, manifest):
         path.write_text("{}")
+    entry: Any = {"file": shard.name, "sha256": "0"}
 
     def refuse(path: Path, *_: object) -> bytes:
         raise OSError(number, os.strerror(number), str(path))
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "read_bytes", refuse)
-        for read in (lambda: ShardStore(tmp_path), lambda: read_sealed(sealed), lambda: read_state(state.parent)):
+        for read in (
+            lambda: ShardStore(tmp_path),
+            lambda: read_sealed(sealed),
+            lambda: read_state(state.parent),
+            lambda: run_record(tmp_path),
+            lambda: read_manifest(tmp_path),
+            lambda: list(read_shard(tmp_path, entry)),
+        ):
             with pytest.raises(OSError, match=os.strerror(number)):
                 read()
     assert shard.exists() and "damaged" not in capfd.readouterr().err
