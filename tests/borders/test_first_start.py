@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import resource
 import shutil
 import sqlite3
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from dllm.errors import ServerError, StageError
 from dllm.tracking.address import sqlite_uri
 from dllm.tracking.mlflow_runs import MlflowTracker
-from dllm.tracking.sqlite_store import make
+from dllm.tracking.sqlite_store import make, probe
 from dllm.tracking.store import connect
 from tests.patience import LONGEST_S
 
@@ -216,3 +217,22 @@ def test_a_full_disk_at_the_first_start_leaves_nothing_half_made(
     assert done.stdout.startswith(("StageError", "ServerError")) and len(done.stdout) < 500, done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []
     assert works(path)
+
+
+def test_a_disk_that_fails_now_is_no_damage(store: Path) -> None:
+    """Another call was stopped in a transaction, and under this limit SQLite cannot undo it: it would be moved away."""
+    line = (
+        "import os, sqlite3, sys; database = sqlite3.connect(sys.argv[1]); database.execute('PRAGMA cache_size = 1'); "
+        "database.execute('CREATE TABLE more (text)'); "
+        "database.executemany('INSERT INTO more VALUES (?)', [('x' * 900,)] * 999); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", line, str(store)], check=True)
+    assert store.with_name(f"{store.name}-journal").exists()
+    bounds = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, bounds[1]))
+    try:
+        with pytest.raises(ServerError, match=r"cannot be used: disk I/O error .*limits of the process"):
+            probe(store, 1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, bounds)
+    probe(store, 1.0)
