@@ -34,6 +34,7 @@ from dllm.process.interpreter import check_docstrings, explain_import
 from dllm.process.openmp import spin_briefly
 from dllm.process.output import open_closed, outlive_readers
 from dllm.process.parent import follow_parent
+from dllm.process.program import program
 from dllm.process.proxies import bypass_for_loopback
 
 if TYPE_CHECKING:
@@ -48,6 +49,15 @@ MEMORY_HINT = (
     "make batches or rows smaller (train.batch_size, train.max_length, batch_size of the stage); "
     "docs/recipes.md has fsdp and activation_checkpointing"
 )
+
+
+def start() -> NoReturn:
+    """Prepare the process, which may start it anew, and run the command line."""
+    _read_utf8()
+    spin_briefly()
+    if WITH_MODELS & set(sys.argv[1:2]):
+        restart_with_huge_pages()
+    main()
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -89,7 +99,7 @@ def _run(arguments: list[str], is_debug: bool) -> int:
 
         # Not app(): typer would replace our excepthook by its own.
         verbs = typer.main.get_command(app)
-        code = verbs.main(args=arguments, prog_name="python -m dllm", standalone_mode=False) or 0
+        code = verbs.main(args=arguments, prog_name=program(), standalone_mode=False) or 0
         sys.stdout.flush()  # here a full disk is one line
         return code
     except (DllmError, typer.TyperException, OSError, KeyboardInterrupt) as error:
@@ -123,7 +133,7 @@ def _report_usage(error: typer.TyperException) -> int:
     message = error.format_message().replace("Value error, ", "").rstrip(".")
     if message:  # empty where no verb was given: the help is already printed
         context = getattr(error, "ctx", None)
-        path = context.command_path if context else "python -m dllm"
+        path = context.command_path if context else program()
         _print_line(f"{message[0].lower()}{message[1:]}; see `{path} --help`")
     return error.exit_code
 
@@ -176,8 +186,4 @@ def _read_utf8() -> None:
 
 
 if __name__ == "__main__":
-    _read_utf8()
-    spin_briefly()
-    if WITH_MODELS & set(sys.argv[1:2]):
-        restart_with_huge_pages()
-    main()
+    start()

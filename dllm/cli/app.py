@@ -18,6 +18,7 @@ from dllm.cli import evaluate as evaluate_verb
 from dllm.cli import regenerate as regenerate_verb
 from dllm.cli import train as train_verb
 from dllm.cli.options import Debug, Overrides, ParamsPath, Root
+from dllm.process.program import is_script
 from dllm.stages import STAGES
 from dllm.training import launch
 
@@ -39,7 +40,7 @@ app = typer.Typer(
     name="dllm",
     help="Train, evaluate and register draft models for speculative decoding, and diffusion LMs.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=is_script(),
     pretty_exceptions_enable=False,
 )
 
