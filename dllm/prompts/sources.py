@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from dllm.config.params import Source
 from dllm.errors import ConfigError, DataError
 from dllm.outside import one_line
-from dllm.prompts import chat_columns, folder
+from dllm.prompts import folder, row_layout
 from dllm.prompts.cells import CHATS
 from dllm.prompts.readers import KINDS, BadRow, Record, all_records, as_record, kind_of
 from dllm.prompts.reading import Reading, UnusedColumn, read_row
@@ -202,7 +202,7 @@ class FileSource(TableSource):
                 reading.files.setdefault(name, 0)
             if len(files) > 1 and kind_of(name) == ".json":
                 first = list(itertools.islice(rows, 2))
-                if len(first) == 1 and chat_columns.is_about_others(first[0][1], source.column):
+                if len(first) == 1 and row_layout.is_about_others(first[0][1], source.column):
                     reading.passed_over[name] = "one object without a chat"
                     reading.files.pop(name, None)
                     continue
@@ -316,19 +316,19 @@ def _prompts(rows: Iterable[Record], source: Source, reading: Reading) -> Iterat
             continue
         there = [name for name in names if name in row]
         if not (is_found and there):
-            chat_columns.refuse_wrapper(row, names, place)
+            row_layout.refuse_wrapper(row, names, place)
         is_found = is_found or bool(there)
         if not there:
-            without = without or chat_columns.missing(row, names, place)
+            without = without or row_layout.missing(row, names, place)
             if not is_found and number >= GIVE_UP_ROWS:
                 raise without
             yield SourceRow(place, BadRow(without.message))
             continue
-        column = chat_columns.filled(row, there)
+        column = row_layout.filled(row, there)
         if column is None:
             yield SourceRow(place, BadRow(f"{there[0]} is null"))
             continue
-        chat_columns.check_splits(row, splits, source, place)
+        row_layout.check_splits(row, splits, source, place)
         try:
             yield SourceRow(place, *read_row(row, column, source, place, reading))
         except Unusable as reason:

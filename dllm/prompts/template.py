@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from dllm.errors import DataError
 from dllm.outside import one_line, parse_json
 from dllm.process.limits import OverLimit, limited
-from dllm.prompts.columns import to_json
+from dllm.prompts.chat_parquet import to_json
 from dllm.prompts.turns import Message, Tools
 
 if TYPE_CHECKING:
