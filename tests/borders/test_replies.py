@@ -246,6 +246,8 @@ def test_a_packed_reply_is_read_and_one_of_another_kind_named(tokenizer: Any) ->
     with serving() as server:
         bomb(server, gzip.compress(reply_bytes(completion("yes"))), {"Content-Encoding": "gzip"})
         assert answers(engine(server.url, tokenizer))[0].text == "yes"
+        bomb(server, reply_bytes(completion("yes")), {"Content-Encoding": ""})
+        assert answers(engine(server.url, tokenizer))[0].text == "yes"
         for headers, said in (({"Content-Encoding": "br"}, "packed as br"), ({"Content-Encoding": "gzip"}, "broke")):
             bomb(server, b"no gzip", headers)
             (found,) = outcomes(engine(server.url, tokenizer, max_retries=0))

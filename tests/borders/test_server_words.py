@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import ssl
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from dllm.engines.engine import Refusal
 from dllm.engines.openai.faults import Fault, Refused, read_reply
@@ -17,9 +29,11 @@ from dllm.responses import shards
 from tests.borders.test_replies import call, completion, flags, no_surroundings, tokenizer
 from tests.engines.openai.asking import answers, engine, outcomes, refusal
 from tests.engines.openai.loopback_server import LoopbackServer, serving
+from tests.patience import LONGEST_S
 
 __all__ = ["no_surroundings", "tokenizer"]
 
+START = "start it, or set regenerate.servers"
 TIER = {"error": {"message": "This model is overloaded for your tier", "code": 402}}
 SGLANG = {"object": "error", "message": "Requested token count exceeds", "type": "BadRequestError", "code": 400}
 NGINX = b"<html>\r\n<head><title>502 Bad Gateway</title></head>\r\n<body><center>nginx</center></body></html>"
@@ -250,3 +264,49 @@ def test_no_server_makes_a_run_wait_for_long(asked: str) -> None:
 def test_a_row_that_is_refused_is_no_fault_of_the_server() -> None:
     with pytest.raises(Refused, match="answered 400: too long"):
         read_reply(Server("http://a:1/v1", {}), 400, {}, b'{"error": "too long"}')
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a certificate for 127.0.0.1 that no authority has signed, with its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path_factory.mktemp("tls") / "server.pem"
+    plain = (Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    path.write_bytes(key.private_bytes(*plain) + made.public_bytes(Encoding.PEM))
+    return path
+
+
+def test_a_certificate_that_nobody_signed_is_named_and_the_variable_works(certificate: Path, tmp_path: Path) -> None:
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    with serving(tls=tls) as server:
+        argv = [str(flag).replace("http:", "https:") for flag in flags(tmp_path, server, "--max-retries", 0)]
+        environment = {name: value for name, value in os.environ.items() if name != "SSL_CERT_FILE"}
+        for trusted, ended in (({}, 4), ({"SSL_CERT_FILE": str(certificate)}, 0)):
+            done = subprocess.run(
+                [sys.executable, "-m", "dllm", "regenerate", *argv],
+                env={**environment, **trusted},
+                capture_output=True,
+                text=True,
+                timeout=LONGEST_S,
+                check=False,
+            )
+            assert done.returncode == ended, done.stderr
+            if ended:
+                assert re.search("(?i)certificate.*set SSL_CERT_FILE", done.stderr)
+                assert START not in done.stderr
+
+
+def test_https_to_a_server_that_speaks_http_is_said(tokenizer: Any) -> None:
+    with serving() as server, pytest.raises(ServerError, match="speaks http: write http://"):
+        answers(engine(server.url.replace("http:", "https:"), tokenizer))

@@ -148,7 +148,7 @@ def test_parts_over_two_workers_cancelled_and_resumed_make_the_rows_of_one_run(
             count += 1
             waits = count > AFTER_THE_FIRST
         if waits:
-            go_on.wait(400)
+            go_on.wait(LONGEST_S)
         return echo(body)
 
     target.reply = stuck_after_the_first

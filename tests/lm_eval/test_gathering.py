@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dllm.lm_eval.gathering import pack, tensors, unpack, values
+from tests.patience import LONGEST_S
 
 SAID = {"task": {("acc", "none"): [1.0, 0, np.float64(0.5)], ("bits", "x"): [(-1.5, 7)]}, "none": None, "é": [True]}
 
@@ -41,6 +42,6 @@ def test_two_ranks_gather_values_of_any_length(tmp_path: Path) -> None:
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(60)
+        rank.join(LONGEST_S)
     for rank in (0, 1):
         assert eval((tmp_path / f"{rank}.txt").read_text()) == ([[0, ("",)], [1, ("x" * 9,)]], [10, 11])

@@ -137,8 +137,8 @@ class Client:
 
     async def _read(self, reply: aiohttp.ClientResponse, max_bytes: int) -> bytes:
         """Read and unpack a reply, within its own bounds and those of all replies in flight."""
-        packed = reply.headers.get("Content-Encoding", "identity").strip().lower()
-        if packed not in ("identity", "gzip", "deflate"):
+        packed = reply.headers.get("Content-Encoding", "").strip().lower() or "identity"
+        if packed not in ("identity", "gzip", "x-gzip", "deflate"):
             raise Fault(f"the reply is packed as {one_line(packed, 40)}, which was not asked for", "unusable")
         unpacker = None if packed == "identity" else zlib.decompressobj(zlib.MAX_WBITS | 32)
         data = bytearray()

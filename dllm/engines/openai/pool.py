@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from dllm.engines.engine import EngineStats
 from dllm.engines.openai.client import NO_PROTOCOL, Client, plain
-from dllm.engines.openai.faults import FAULTS, Fault, one_line
+from dllm.engines.openai.faults import FAULTS, Fault, one_line, tls_hint
 from dllm.engines.openai.servers import URL_VARIABLE, Server
 from dllm.errors import ServerError
 
@@ -104,10 +104,12 @@ class Pool:
         down = [server for server in self.servers if server.state != "up"]
         self._note_change()
         if len(down) == len(self.servers):
+            reasons = _reasons(down)
+            start = f"start it, or set regenerate.servers or {URL_VARIABLE}"
             raise ServerError(
-                f"cannot reach the server: {_reasons(down)}",
+                f"cannot reach the server: {reasons}",
                 where=", ".join(server.url for server in down),
-                hint=f"start it, or set regenerate.servers or {URL_VARIABLE}; finished responses are kept",
+                hint=f"{tls_hint(reasons) or start}; finished responses are kept",
             )
         for server in down:
             _log.warning("%s is left out until it responds: %s", server.url, server.reason)

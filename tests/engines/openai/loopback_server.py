@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import socket
+import ssl
 import threading
 import time
 from collections import deque
@@ -18,9 +19,11 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.patience import LONGEST_S
+
 FAULTS = ("drop", "half", "stall", "garbage", "nonsense", "babble")
 STALL_S = 5.0
-HOLD_S = 60.0
+HOLD_S = LONGEST_S
 
 Said = tuple[str | dict[str, Any], str]
 """The answer's text, or the message's fields, and its finish_reason."""
@@ -86,7 +89,7 @@ class LoopbackServer(ThreadingHTTPServer):
 
     def settle(self) -> None:
         """Wait until everything is read that clients have sent before they hung up."""
-        end = time.monotonic() + 20
+        end = time.monotonic() + LONGEST_S
         since, seen = time.monotonic(), len(self.bodies)
         while time.monotonic() < min(end, since + 0.3):
             time.sleep(0.02)
@@ -131,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
             fault = server.faults.popleft() if server.faults else server.always
         server.ended.wait(server.delay_s)
         end = time.monotonic() + HOLD_S
-        while server.peak < server.hold_until and time.monotonic() < end:
+        while server.peak < server.hold_until and time.monotonic() < end and not server.ended.is_set():
             server.ended.wait(0.01)
         with server.guard:
             server.in_flight -= 1
@@ -187,9 +190,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(**options: Any) -> Iterator[LoopbackServer]:
-    """Run the server in a thread."""
+def serving(tls: ssl.SSLContext | None = None, **options: Any) -> Iterator[LoopbackServer]:
+    """Run the server in a thread; with `tls`, it speaks https."""
     server = LoopbackServer(**options)
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

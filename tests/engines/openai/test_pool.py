@@ -14,6 +14,7 @@ from dllm.engines.openai.faults import Fault
 from dllm.engines.openai.pool import DROP_AFTER, Pool
 from dllm.engines.openai.servers import Server
 from dllm.errors import ServerError
+from tests.patience import LONGEST_S
 
 OUTAGE = Fault("it broke", "outage")
 
@@ -41,7 +42,7 @@ def make_pool(servers: list[Server], script: Script, timeout_s: float, stats: En
 
 
 def run(scene: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(scene, 20))
+    asyncio.run(asyncio.wait_for(scene, LONGEST_S))
 
 
 def three() -> list[Server]:
@@ -157,12 +158,12 @@ def test_requests_to_a_server_that_is_gone_are_given_up() -> None:
     async def scene() -> None:
         a, b = all_two = three()[:2]
         script = Script()
-        pool = make_pool(all_two, script, 9.0)
+        pool = make_pool(all_two, script, LONGEST_S)
 
         async def hang(server: Server) -> None:
-            async with asyncio.timeout(9.0) as wait:
+            async with asyncio.timeout(LONGEST_S) as wait:
                 server.deadlines.add(wait)
-                await asyncio.sleep(9.0)
+                await asyncio.sleep(LONGEST_S)
 
         waiting = [asyncio.create_task(hang(server)) for server in (a, a, b)]
         await asyncio.sleep(0)
