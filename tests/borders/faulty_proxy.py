@@ -27,6 +27,8 @@ class FaultyProxy:
         return f"http://127.0.0.1:{self.port}"
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):  # wakes the thread that accepts
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
     def _accept(self) -> None:
