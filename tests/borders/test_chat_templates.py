@@ -14,6 +14,7 @@ from dllm.config.params import Target
 from dllm.errors import DataError
 from dllm.models.targets import load_tokenizer
 from dllm.prompts import template as chat
+from tests.patience import LONGEST_S
 
 END = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 TURNS = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -49,7 +50,7 @@ def test_a_template_that_does_not_end_or_eats_memory_is_one_line(
     began = time.monotonic()
     with pytest.raises(DataError, match=r"chat template (does not end within|takes more than|refuses)") as caught:
         chat.prompt_ids(tokenizer, [{"role": role, "content": "x"} for role in ("user", "assistant", "user")])
-    assert "\n" not in str(caught.value) and time.monotonic() - began < 60
+    assert "\n" not in str(caught.value) and time.monotonic() - began < LONGEST_S
     assert (signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_AS)) == before
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 

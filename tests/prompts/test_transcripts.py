@@ -70,6 +70,6 @@ def test_a_question_about_chats_is_one(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["Human: " + "\n" * 200_000, "[INST] " + "[/INST]" * 50_000, " " * 500_000 + "x"])
 def test_a_long_text_takes_no_time(text: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     assert written(text) is None
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 60  # some milliseconds; hours where it is quadratic
