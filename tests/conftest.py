@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # The same examples in every run, so that a change is judged by what it changed; `make test-laws` draws others.
-settings.register_profile("same", derandomize=True)
-settings.register_profile("other", derandomize=False, print_blob=True)
+# None is judged by its time, nor by that of drawing it: a loaded machine may take seconds for either.
+PATIENT = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+settings.register_profile("same", derandomize=True, **PATIENT)
+settings.register_profile("other", derandomize=False, print_blob=True, **PATIENT)
 settings.load_profile("same")
 
 # Under nohup SIGHUP is ignored, and children would inherit that.

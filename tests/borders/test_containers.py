@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.config.params import Source
@@ -127,9 +127,7 @@ def prompts(source: Source, root: Path) -> list[tuple[str, Any, Any, Any]]:
     return [(each.id, each.messages, each.tools, each.given) for each in stream(source, root)]
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=30, deadline=None
-)
+@settings(max_examples=30)
 @given(st.lists(chats(), min_size=1, max_size=3))
 def test_every_container_gives_the_same_prompts(tmp_path: Path, rows: list[Row]) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(rows))

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.cli import show
@@ -61,9 +61,7 @@ ROW = {
     "metadata": {"tools": "[]"},
     "reference": 3,
 }
-BOUNDED = settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=60, deadline=None
-)
+BOUNDED = settings(max_examples=60)
 
 
 def in_one_line(call: Callable[[], Any]) -> None:

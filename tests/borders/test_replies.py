@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm import __main__ as command
@@ -165,7 +165,7 @@ def put(value: Any, path: tuple[Any, ...], new: Any) -> None:
 
 
 @given(st.sampled_from(FIELDS), json_values)
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400)
 def test_any_value_in_any_field_is_a_response_or_one_line(tokenizer: Any, path: Any, value: Any) -> None:
     said = calling(arguments='{"a": 1}')
     said |= {"model": "builtin:tiny", "usage": {"prompt_tokens": 2, "completion_tokens": 3}}
@@ -184,7 +184,7 @@ def test_any_value_in_any_field_is_a_response_or_one_line(tokenizer: Any, path: 
 
 
 @given(st.binary(max_size=200) | st.sampled_from([b"", b"null", b"[]", b"\xef\xbb\xbf{}", b"1" * 5000, DEEP.encode()]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @pytest.mark.parametrize("status", [200, 204, 302, 400, 404, 429, 500, 503])
 def test_any_bytes_with_any_status_are_one_printable_line(status: int, data: bytes) -> None:
     try:

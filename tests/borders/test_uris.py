@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.config.load import load_params
@@ -203,7 +203,7 @@ def test_a_server_that_cannot_be_reached_gets_its_cause_and_hint(impostor, monke
 
 
 @given(body=st.binary(max_size=300), status=st.integers(200, 599))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 def test_no_reply_is_a_bug_of_ours(impostor, body: bytes, status: int) -> None:
     impostor.status, impostor.body = status, body if status not in (204, 304) else b""
     with pytest.raises(DllmError) as refusal:

@@ -40,7 +40,7 @@ def own(canvas: Canvas, begin: int, end: int) -> torch.Tensor:
     return (canvas.valid_BK & ~canvas.given_BK)[:, begin:end]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(PROMPTS, SIZES, st.sampled_from(["block", "causal"]), st.integers(0, 2**20))
 @torch.no_grad()
 def test_a_block_cache_changes_no_hidden_state_and_no_finished_key(lengths, size, context, seed) -> None:
@@ -65,7 +65,7 @@ def test_a_block_cache_changes_no_hidden_state_and_no_finished_key(lengths, size
         write(canvas, begin, end, generator, 1.0)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(PROMPTS, SIZES, st.sampled_from(["prefix", "dual"]), st.integers(0, 2**20))
 @torch.no_grad()
 def test_stale_caches_are_exact_where_each_step_renews_them(lengths, size, kind, seed) -> None:

@@ -56,7 +56,7 @@ def test_causal_decoding_is_transformers_greedy_decoding() -> None:
     assert ids[0, 5:].tolist() == answer.token_ids
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 20), st.integers(1, 6))
 @example(13, 4)
 def test_a_perfect_draft_takes_the_fewest_iterations(new, size) -> None:
@@ -68,7 +68,7 @@ def test_a_perfect_draft_takes_the_fewest_iterations(new, size) -> None:
     assert answer.passes == 1 + 2 * -(-(new - 1) // size)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(10, 400), min_size=1, max_size=9), st.integers(1, 12), st.integers(1, 6), st.booleans())
 def test_a_draft_is_taken_back_up_to_what_was_accepted(prompt, new, size, perfect) -> None:
     """Law: each iteration writes keys from the last accepted token on, twice the same columns, and looks no further;

@@ -35,7 +35,7 @@ def said(watched: Watched, ids_K: torch.Tensor, size: int) -> tuple[torch.Tensor
     return logits_CV.softmax(-1).max(-1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from([None, 0.02, 0.3]), st.floats(0, 0.4), st.integers(0, 5), st.integers(0, 20))
 def test_a_pass_edits_where_another_token_is_surer_than_its_threshold(tau, tau_edit, post, seed) -> None:
     """Laws: edits = {(i, t): no mask at i, p_i > tau_edit, t not what stands there}; of the masks the surest go, all
@@ -68,7 +68,7 @@ def test_a_pass_edits_where_another_token_is_surer_than_its_threshold(tau, tau_e
     assert all(ends.count(end) <= size + post for end in ends)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.floats(0, 0.4), st.integers(0, 4), st.integers(0, 20))
 def test_a_pass_shows_what_the_passes_before_have_left(tau_edit, post, seed) -> None:
     """Laws: the prompt stays; each canvas is the last one with the step's tokens; so is the response."""

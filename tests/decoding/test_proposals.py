@@ -47,7 +47,7 @@ def test_at_temperature_0_no_seed_has_a_say_and_above_each_draws_its_own() -> No
     assert not torch.equal(hot[0], hot[2])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.sampled_from(["low_confidence", "entropy", "margin"]), st.floats(0, 2))
 def test_scores_are_of_the_logits_as_they_are(seed, remasking, temperature) -> None:
     """Law: temperature changes what is drawn, not how sure the model is of it."""
@@ -65,7 +65,7 @@ def test_scores_are_of_the_logits_as_they_are(seed, remasking, temperature) -> N
     assert (token_M != 4).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**20), st.floats(0.05, 5), st.integers(1, 6), st.integers(2, 40))
 def test_a_draw_is_the_best_of_tempered_logits_and_gumbel_noise(seed, temperature, places, words) -> None:
     """Law: token = argmax of z / T - log(-log u), u from the row's own generator, all in float64."""
@@ -87,7 +87,7 @@ def test_a_draw_of_zero_is_no_infinite_wish(monkeypatch) -> None:
     assert token_M.tolist() == [1] and score_M.isfinite().all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**20), st.floats(0, 2), st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(2, 20))
 def test_permuted_logits_leave_a_random_order_as_it_is(seed, temperature, counts, words) -> None:
     """Law: the same seed and permuted logits give the same scores, and so the same positions, row by row."""

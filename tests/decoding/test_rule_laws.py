@@ -35,7 +35,7 @@ def masked_logits(watched: Watched, number: int, width: int) -> torch.Tensor:
     return logits_MV
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(PROMPT, NEW, st.sampled_from(["full", "causal"]))
 def test_as_many_steps_as_masks_write_one_token_each(prompt, new, context) -> None:
     """Law: S = m in one block is exactly one token per step, and m passes."""
@@ -45,7 +45,7 @@ def test_as_many_steps_as_masks_write_one_token_each(prompt, new, context) -> No
         assert answer.passes == new
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(PROMPT, st.integers(2, 12), st.integers(1, 12), st.sampled_from(["even", "cosine"]))
 def test_a_plan_is_followed_to_the_letter(prompt, new, steps, schedule) -> None:
     """Law: in one block step j commits what the plan has for it; steps that would write none are left out."""
@@ -59,7 +59,7 @@ def test_a_plan_is_followed_to_the_letter(prompt, new, steps, schedule) -> None:
     assert [len(step) for step in seeded.steps] == [1, *plan(new - 1, steps, schedule)]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(PROMPT, NEW, st.integers(1, 6), CONTEXT, st.sampled_from([0.4, 20.0]))
 def test_thresholds_nothing_can_miss_or_pass(prompt, new, size, context, scale) -> None:
     """Laws: tau = 0 commits a block per pass; tau = 1 one token per pass, even where probabilities are 1 in float32;
@@ -74,7 +74,7 @@ def test_thresholds_nothing_can_miss_or_pass(prompt, new, size, context, scale) 
             Settings(threshold=tau)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(PROMPT, NEW, st.integers(1, 12), st.floats(0, 0.5))
 def test_a_threshold_beside_a_plan_commits_the_larger_number(prompt, new, steps, tau) -> None:
     """Law: top-k fallback: max(number above tau, planned) of the masked, and so never fewer than planned."""
@@ -91,7 +91,7 @@ def test_a_threshold_beside_a_plan_commits_the_larger_number(prompt, new, steps,
     assert left == 0
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(PROMPT, NEW, st.floats(0, 25))
 def test_an_entropy_bound_commits_those_of_least_entropy(prompt, new, bound) -> None:
     """Law: of each pass the positions of least entropy, as many as the bound allows."""
@@ -111,7 +111,7 @@ def test_an_entropy_bound_commits_those_of_least_entropy(prompt, new, bound) -> 
     assert not left
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(PROMPT, NEW, st.integers(1, 6), CONTEXT)
 def test_entropy_bounds_nothing_can_pass_or_miss(prompt, new, size, context) -> None:
     """Laws: a huge bound writes a block per pass, 0 one token per pass; so does each of seeded blocks."""

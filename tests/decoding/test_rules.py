@@ -142,7 +142,7 @@ def marginal(joint: torch.Tensor, places: list[int]) -> torch.Tensor:
     return joint.sum(rest) if rest else joint
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(2, 3), st.integers(0, 2**31), st.floats(1, 40), st.floats(0.05, 1))
 def test_what_the_factor_rule_takes_together_is_the_joints_own_choice(places, seed, sharpness, factor) -> None:
     """Law: factor guarantee, Fast-dLLM theorem 1: at most 1, the best of each position are the best of all together."""

@@ -17,7 +17,7 @@ from tests.decoding.watched import PROMPT, Watched, wishes
 from tests.models.small_models import MASK
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(PROMPT, wishes(), st.sampled_from(["full", "block", "causal"]))
 def test_prompts_stay_masks_only_go_and_blocks_come_in_order(prompt, asked, context) -> None:
     """Laws: the prompt is shown as it is at every step; what is committed stays; no block before its turn; no pass in
@@ -40,7 +40,7 @@ def test_prompts_stay_masks_only_go_and_blocks_come_in_order(prompt, asked, cont
     assert blocks <= answer.passes == len(watched.shown) == len(answer.steps) <= asked.max_new_tokens
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(PROMPT, st.integers(1, 12), st.integers(1, 6), st.sampled_from(["full", "block", "causal"]))
 def test_without_a_plan_each_pass_writes_one_token(prompt, new, size, context) -> None:
     """Law: as many steps as masks is one token per step; blocks of one token are written from left to right."""
@@ -68,7 +68,7 @@ def test_in_one_block_any_order_is_allowed() -> None:
     assert [place for ((place, _),) in answer.steps] != list(range(12))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(PROMPT, st.sampled_from([None, 0.0, 0.3]), st.integers(0, 4))
 def test_edits_touch_neither_prompt_nor_what_the_same_step_wrote(prompt, threshold, post) -> None:
     """Laws: the prompt is never edited; no position is unmasked and edited at once; edits come to an end."""
@@ -90,7 +90,7 @@ def test_a_finished_canvas_is_a_fixed_point_of_editing() -> None:
     assert all(len(step) == 4 for step in answer.steps)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(10, 400) | st.just(MASK), min_size=1, max_size=12), wishes())
 def test_infilling_writes_masks_and_leaves_the_rest(text, asked) -> None:
     """Law: out = in wherever in is no mask; nothing is run where there is none."""
@@ -124,7 +124,7 @@ def test_guidance_goes_from_the_blind_logits_past_the_seeing_ones(scale) -> None
     assert once.token_ids == guided_SV.argmax(-1).tolist()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(PROMPT, st.integers(1, 8), st.floats(0.01, 4), st.sampled_from([0.0, 0.9]))
 @torch.no_grad()
 def test_guided_logits_are_linear_in_the_scale(prompt, new, scale, temperature) -> None:
@@ -166,7 +166,7 @@ def test_a_random_order_is_the_same_for_another_model() -> None:
     assert [[place for place, _ in step] for step in other.steps] != orders[0]
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(PROMPT, st.sampled_from([3, 12, 40]), st.integers(1, 6))
 def test_what_comes_after_the_end_never_shows(prompt, every, size) -> None:
     """Law: a response is what was written up to the first end token; stopping early changes no text."""
@@ -187,7 +187,7 @@ def test_what_comes_after_the_end_never_shows(prompt, every, size) -> None:
         assert stopped.stopped == (stopped.token_ids[-1] in model.eos_ids)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(PROMPT, st.integers(1, 6), st.integers(1, 12))
 def test_self_speculation_counts_its_passes(prompt, size, new) -> None:
     """Laws: greedy ids; 1 + 2 iterations passes; 1 to B tokens each; blocks of one take two passes per token."""

@@ -43,7 +43,7 @@ def test_a_token_that_would_span_both_texts_loses_nothing(tokenizer) -> None:
     assert scored
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 40), st.integers(2, 9))
 def test_each_token_is_scored_once(number, longest) -> None:
     ids = list(range(100, 100 + number))

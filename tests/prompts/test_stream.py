@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.config.params import Prepare, Source
@@ -51,7 +51,7 @@ def test_ids_splits_and_tools_are_those_of_prepare(tmp_path: Path) -> None:
     assert sum(prompt.tools is not None for prompt in found) == 20
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 30), max_size=60), st.integers(1, 5), st.none() | st.integers(1, 20))
 def test_parts_make_the_whole_and_share_nothing(tmp_path: Path, numbers: list[int], of: int, limit: int | None) -> None:
     lay(tmp_path, map(str, numbers))
@@ -64,7 +64,7 @@ def test_parts_make_the_whole_and_share_nothing(tmp_path: Path, numbers: list[in
         assert part == [prompt for prompt in whole if prompt in part], "the input's order"
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 30), max_size=60), st.integers(1, 20))
 def test_a_limit_keeps_the_smallest_ids_in_the_input_s_order(tmp_path: Path, numbers: list[int], limit: int) -> None:
     lay(tmp_path, map(str, numbers))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.config.params import Regenerate, Target
@@ -84,7 +84,7 @@ def refuse_some(request: Request) -> Response | Refusal:
     stops=st.lists(st.integers(0, 20), max_size=3),
     seed=st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15)
 def test_stopped_and_resumed_anywhere_each_turn_is_there_once_and_the_bytes_are_the_same(
     number: int, turns: int, samples: int, shard_size: int, slots: int, which: Any, stops: list[int], seed: int
 ) -> None:

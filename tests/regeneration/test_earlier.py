@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.config.params import Regenerate
@@ -35,7 +35,7 @@ def made(work: Path, asked: Any, engine: MadeUpEngine | None, /, digest: str | N
     stop=st.none() | st.integers(0, 20),
     drop=st.sampled_from([[], ["length"]]),
 )
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20)
 def test_more_prompts_samples_or_other_shards_cost_only_what_is_missing(
     first: set[int], turns: int, samples: Any, sizes: Any, which: Any, stop: int | None, drop: list[str]
 ) -> None:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm.engines.engine import Response, request_key, request_origin, request_seed
@@ -59,7 +59,6 @@ def test_a_response_that_replaces_a_forgotten_one_counts_after_a_reopen(tmp_path
 
 
 @given(cut=st.integers(min_value=0, max_value=10_000))
-@settings(deadline=None)
 def test_cut_anywhere_it_holds_every_whole_line_and_goes_on(tmp_path_factory, cut: int) -> None:
     path = tmp_path_factory.mktemp("cut") / "j"
     fill(path)

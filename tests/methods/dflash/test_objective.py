@@ -24,7 +24,7 @@ def test_candidates_are_supervised_and_followed_by_a_supervised_token():
     assert candidates(mask([1, 1, 0, 1, 0, 1, 1])[0]).tolist() == [0, 5]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.booleans(), min_size=2, max_size=60),
     st.integers(1, 12),

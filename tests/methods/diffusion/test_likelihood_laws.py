@@ -27,7 +27,7 @@ def counted_out(model, rows=ROWS) -> list[float]:
 
 
 SEEDS = st.integers(0, 2**20)
-FEW = settings(max_examples=8, deadline=None)
+FEW = settings(max_examples=8)
 
 
 @FEW

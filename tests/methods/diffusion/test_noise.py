@@ -17,7 +17,7 @@ from dllm.methods.diffusion.noise import (
 )
 from dllm.models.diffusion.layout import blocks_of
 
-QUICK = examples(max_examples=25, deadline=None)
+QUICK = examples(max_examples=25)
 
 
 @st.composite

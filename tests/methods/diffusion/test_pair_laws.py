@@ -33,7 +33,7 @@ def drawn(length: int, prompt: int, seed: int, share: float = 0.5) -> tuple[torc
     return torch.randint(10, 400, (1, length), generator=generator), masked_1S
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(PROMPT, SIZES, BLOCKY, SEEDS)
 @torch.no_grad()
 def test_a_noisy_block_is_the_inference_pass_over_the_cached_clean_prefix(prompt, size, context, seed) -> None:
@@ -63,7 +63,7 @@ def test_a_noisy_block_is_the_inference_pass_over_the_cached_clean_prefix(prompt
         torch.testing.assert_close(trained_MD, inferred_MD, atol=1e-5, rtol=1e-4)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(PROMPT, ANSWER, SIZES, BLOCKY, SEEDS)
 @torch.no_grad()
 def test_a_noisy_block_sees_neither_its_own_response_nor_a_later_one(prompt, answer, size, context, seed) -> None:
@@ -80,7 +80,7 @@ def test_a_noisy_block_sees_neither_its_own_response_nor_a_later_one(prompt, ans
         assert torch.equal(before_MD[upto_M], after_MD[upto_M])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 12), SEEDS)
 @torch.no_grad()
 def test_one_block_is_the_plain_pass_both_ways(length, seed) -> None:
@@ -92,7 +92,7 @@ def test_one_block_is_the_plain_pass_both_ways(length, seed) -> None:
     torch.testing.assert_close(paired_MD, plain_MD, atol=1e-5, rtol=1e-4)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(PROMPT, ANSWER, BLOCKY, SEEDS, st.data())
 @torch.no_grad()
 def test_blocks_of_one_foresee_a_token_from_those_before_it(prompt, answer, context, seed, data) -> None:

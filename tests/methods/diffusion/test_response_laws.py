@@ -43,7 +43,7 @@ def wants_masks(model: DiffusionLM) -> None:
     model.logits = lambda hidden: plain(hidden).index_fill(-1, torch.tensor([MASK]), 1e3)  # type: ignore[method-assign]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(PROMPT, wishes(), EDITS)
 def test_no_response_holds_the_mask_token_however_likely_it_is(prompt, asked, edits) -> None:
     """Law: the mask is never proposed, and a response without end tokens has all of its length."""
@@ -55,7 +55,7 @@ def test_no_response_holds_the_mask_token_however_likely_it_is(prompt, asked, ed
         assert len(answer.token_ids) == asked.max_new_tokens
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(TEXT, wishes())
 def test_nothing_is_filled_by_the_mask_token_however_likely_it_is(text, asked) -> None:
     """Law: the same where the masks lie inside a text."""
@@ -65,7 +65,7 @@ def test_nothing_is_filled_by_the_mask_token_however_likely_it_is(text, asked) -
     assert MASK not in answer.token_ids and len(answer.token_ids) == len(text)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(PROMPT, wishes(), EDITS, st.sampled_from([2, 5, 12, 40]), st.sampled_from(WAYS))
 @example([20, 21], PLAIN, None, 2, WAYS[0])  # an end token is written before what is to come before it
 @example([21, 22], PLAIN, 0.05, 2, WAYS[1])  # an end token is written, and taken back by an edit
@@ -82,7 +82,7 @@ def test_a_response_is_what_would_be_written_up_to_the_first_end_token(prompt, a
         assert answer.stopped == (first is not None)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(PROMPT, min_size=2, max_size=4, unique_by=tuple), wishes(temperatures=(0.0,)), EDITS, CONTEXT)
 @example([[10], [10, 10]], Settings(max_new_tokens=2, steps=2, block_size=2), None, "block")  # two blocks, and one
 def test_a_batch_is_its_single_runs(prompts, asked, edits, context) -> None:
@@ -91,7 +91,7 @@ def test_a_batch_is_its_single_runs(prompts, asked, edits, context) -> None:
     assert sample(model, prompts, wish) == [sample(model, [prompt], wish)[0] for prompt in prompts]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(PART, min_size=2, max_size=4, unique_by=tuple), wishes(), st.sampled_from(["none", "prefix", "dual"]))
 @example([[MASK, 10, MASK, 11], [MASK, MASK, 12]], Settings(block_size=2, steps=2), "none")
 def test_texts_are_filled_together_as_each_alone(texts, asked, cache) -> None:
@@ -100,7 +100,7 @@ def test_texts_are_filled_together_as_each_alone(texts, asked, cache) -> None:
     assert fill(model, texts, asked) == [fill(model, [text], asked)[0] for text in texts]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.data(), st.lists(PROMPT, min_size=2, max_size=4, unique_by=tuple), wishes(temperatures=(0.9,)), CONTEXT)
 def test_permuted_prompts_get_permuted_responses(data, prompts, asked, context) -> None:
     """Law: rows keep their own random numbers wherever they stand."""
@@ -110,7 +110,7 @@ def test_permuted_prompts_get_permuted_responses(data, prompts, asked, context) 
     assert sample(model, [prompts[row] for row in order], asked) == [answers[row] for row in order]
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(PROMPT, wishes(temperatures=(0.0,)), st.integers(0, 10**6))
 def test_greedy_responses_follow_no_seed_and_drawn_ones_theirs(prompt, asked, seed) -> None:
     """Law: T = 0: no seed matters, unless the order is random; T > 0: the same seed gives the same response."""
@@ -124,7 +124,7 @@ def test_greedy_responses_follow_no_seed_and_drawn_ones_theirs(prompt, asked, se
             assert write(model, [prompt], hot) == write(model, [prompt], hot)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(PROMPT, st.integers(1, 12), st.integers(1, 6), st.integers(0, 10**6), st.integers(0, 10**6))
 def test_a_random_order_is_the_same_for_any_model(prompt, new, size, seed, weights) -> None:
     """Law: random remasking looks at no logit: same seed, other weights, same positions."""

@@ -39,7 +39,7 @@ KINDS = [
     ("mdlm", BLOCKS),
     ("hybrid", {"corruption": "exact_count", "block_size": 4}),
 ]
-QUICK = examples(max_examples=15, deadline=None)
+QUICK = examples(max_examples=15)
 
 
 def rows(prefix: str, eos: int | None = None, lengths=LENGTHS) -> list[Example]:

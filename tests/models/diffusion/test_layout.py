@@ -13,7 +13,7 @@ def layout(length: int, prompt: int, size: int, clean_half="block", origin="sequ
     return paired_layout(ids + 100, ids, torch.ones(1, length, dtype=torch.bool), block, clean_half)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 8), st.integers(1, 8))
 def test_as_many_pairs_attend_as_the_papers_count(size, blocks) -> None:
     """Law: L = B K: L^2 + L B pairs, by quarter."""
@@ -27,7 +27,7 @@ def test_as_many_pairs_attend_as_the_papers_count(size, blocks) -> None:
     assert not allowed[clean, noisy].any()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(2, 20), st.integers(1, 8), st.data())
 def test_a_causal_clean_half_is_causal(length, size, data) -> None:
     pair = layout(length, data.draw(st.integers(0, length - 1)), size, "causal", "response")

@@ -151,7 +151,7 @@ def oracle_forward(draft, features, embeds, anchors):
     return draft.norm(x)[:, :, 1:]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     kinds=st.lists(st.sampled_from([FULL, SLIDING]), min_size=1, max_size=3),
     window=st.integers(1, 14),

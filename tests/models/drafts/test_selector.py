@@ -9,7 +9,7 @@ from dllm.models.drafts.proposal import Sampling
 from dllm.models.drafts.selector import CandidateSelector, top_candidates
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 400), st.integers(1, 20), st.integers(0, 99), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_the_largest_logits_are_topks_and_their_ids_rise(width: int, number: int, seed: int, dtype) -> None:
     logits_MV = torch.randn(3, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
