@@ -135,3 +135,18 @@ def _check_depth(value: Any) -> None:
         if not level:
             return
     raise JsonError(f"nested deeper than {MAX_DEPTH} levels")
+
+
+def tls_hint(cause: str, variable: str) -> str | None:
+    """Return what helps where TLS itself fails; None where it does not.
+
+    Args:
+        cause: what OpenSSL says, somewhere in it.
+        variable: the environment variable that names a file of authorities.
+    """
+    low = cause.lower().replace("_", " ")
+    if "wrong version number" in low or "record layer failure" in low:
+        return "the server speaks http: write http:// instead of https://"
+    if "certificate" in low:
+        return f"set {variable} to the file of the authority that signed it"
+    return None

@@ -26,6 +26,7 @@ from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
 from dllm.errors import ConfigError, DllmError, ServerError, StageError
 from dllm.files import is_disk_full
+from dllm.outside import tls_hint
 from dllm.secrets import hide
 from dllm.tracking import sqlite_store
 from dllm.tracking.address import OR_UNSET, VARIABLE, home, is_local, sqlite_path
@@ -226,10 +227,8 @@ def _hint(uri: str, cause: str) -> str:
         return f"copy the database, then run `mlflow db upgrade` with the URI above, {OR_UNSET}"
     if "can't locate revision" in low or "out-of-date database schema" in low:
         return f"a newer MLflow made this database: install that version, {OR_UNSET}"
-    if "wrong_version_number" in low or "record layer failure" in low:
-        return "the server speaks http: write http:// instead of https://"
-    if "certificate" in low:
-        return "set MLFLOW_TRACKING_SERVER_CERT_PATH to the file of the authority that signed it"
+    if hint := tls_hint(cause, "MLFLOW_TRACKING_SERVER_CERT_PATH"):
+        return hint
     if "remote end closed" in low or "reset by peer" in low:
         return "perhaps the server speaks https: write https://; else its own log has the cause"
     if "timed out" in low:

@@ -120,16 +120,6 @@ def _failure(server: Server, status: int, what: str, headers: Mapping[str, str])
     return Fault(what, "unusable", status=status)
 
 
-def tls_hint(reason: str) -> str | None:
-    """Return what helps where TLS itself fails; None where it does not."""
-    low = reason.lower().replace("_", " ")
-    if "certificate" in low:
-        return "set SSL_CERT_FILE to the file of the authority that signed its certificate"
-    if "wrong version number" in low or "record layer failure" in low:
-        return "the server speaks http: write http:// instead of https://"
-    return None
-
-
 def retry_after_s(header: str | None) -> float | None:
     """Parse a Retry-After header, seconds or an HTTP date; None where it is absent or invalid. Units: seconds."""
     if header is None:

@@ -21,9 +21,10 @@ from typing import Any, Literal
 
 from dllm.engines.engine import EngineStats
 from dllm.engines.openai.client import NO_PROTOCOL, Client, plain
-from dllm.engines.openai.faults import FAULTS, Fault, one_line, tls_hint
+from dllm.engines.openai.faults import FAULTS, Fault, one_line
 from dllm.engines.openai.servers import URL_VARIABLE, Server
 from dllm.errors import ServerError
+from dllm.outside import tls_hint
 
 FIRST_TRIES = 3
 """Tries to reach each server at the start."""
@@ -109,7 +110,7 @@ class Pool:
             raise ServerError(
                 f"cannot reach the server: {reasons}",
                 where=", ".join(server.url for server in down),
-                hint=f"{tls_hint(reasons) or start}; finished responses are kept",
+                hint=f"{tls_hint(reasons, 'SSL_CERT_FILE') or start}; finished responses are kept",
             )
         for server in down:
             _log.warning("%s is left out until it responds: %s", server.url, server.reason)
