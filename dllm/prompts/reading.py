@@ -14,10 +14,10 @@ from dllm.config.params import Source
 from dllm.errors import DataError
 from dllm.outside import JsonError, one_line, parse_json
 from dllm.prompts import column_names
-from dllm.prompts.cells import as_turns
+from dllm.prompts.cells import CHATS, as_turns
 from dllm.prompts.column_names import TEMPLATE, key
 from dllm.prompts.tools import JsonCell, to_tools
-from dllm.prompts.turn_texts import holds, num_asked, role_of, text_of, turns_of
+from dllm.prompts.turn_texts import holds, num_asked, role_of, said, text_of, turns_of
 from dllm.prompts.turns import ROLES, Unusable
 
 REFERENCE = "reference"
@@ -85,6 +85,7 @@ def read_row(row: Mapping[str, Any], chat_column: str, source: Source, place: st
     reading.note(chat_column, CHAT)
     system, tools = _Choice("system prompt"), _Choice("tools")
     texts: dict[str, Any] = {}
+    other_chats: dict[str, Any] = {}
     media = None
     for name, value in [*_columns(row, chat_column), *_turn_keys(chat, chat_column)]:
         named = key(name)
@@ -109,6 +110,8 @@ def read_row(row: Mapping[str, Any], chat_column: str, source: Source, place: st
             reading.note(name, "rows that have it are refused")
         elif column_names.is_system(named) or column_names.is_tools(named) or _is_text(name, chat_column, chat):
             texts[name] = value
+        elif name in CHATS and source.column is None and turns_of(other := as_turns(value, place)):
+            other_chats[name] = other
         elif isinstance(chat, str) and name in ("role", "from") and role_of({name: value}):
             texts[name] = [value]  # each row is a turn, and the chat is in several
         else:
@@ -117,8 +120,11 @@ def read_row(row: Mapping[str, Any], chat_column: str, source: Source, place: st
         raise Unusable("content other than text")
     for name in _answer_keys(chat, chat_column, reading, ignored):
         texts[name] = "the beginning of the response"
-    chat = _with_texts(chat, chat_column, texts, place, reading)
-    return Cells(_with_system(chat, system.value, place), tools.value, row.get(REFERENCE))
+    chat = _with_system(_with_texts(chat, chat_column, texts, place, reading), system.value, place)
+    for name, other in other_chats.items():
+        _compare_chats(chat, other, (chat_column, name), place)
+        reading.note(name, f"{UNUSED}: {chat_column} holds it")
+    return Cells(chat, tools.value, row.get(REFERENCE))
 
 
 class _Choice:
@@ -253,6 +259,16 @@ def _with_texts(chat: Any, chat_column: str, texts: Mapping[str, Any], place: st
         else:
             reading.note(name, UNUSED)
     return chat
+
+
+def _compare_chats(chat: Any, other: Any, names: tuple[str, str], place: str) -> None:
+    """Refuse a second chat that asks what the first does not."""
+    if not set(said(other)) <= set(said(chat)):
+        raise UnusedColumn(
+            f"{names[0]} and {names[1]} hold two chats that differ",
+            where=place,
+            hint="name the chat's column in prepare.sources[].column",
+        )
 
 
 def _with_system(chat: Any, system: str | None, place: str) -> Any:

@@ -27,6 +27,14 @@ def num_asked(turns: Sequence[Mapping[str, Any]]) -> int:
     return next(asked, 0)
 
 
+def said(chat: Any) -> list[tuple[str, str]]:
+    """Return role and text of each turn before the response, with single spaces between words."""
+    if isinstance(chat, str):
+        return [("user", _spaced(chat))]
+    turns = turns_of(chat)
+    return [(role_of(turn), _spaced(" ".join(_texts(turn)))) for turn in turns[: num_asked(turns)]]
+
+
 def holds(chat: Any, value: Any) -> bool:
     """Return whether the turns before the response hold a text, or all texts of a list or mapping.
 

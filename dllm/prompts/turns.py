@@ -148,6 +148,8 @@ def _message(turn: Mapping[str, Any], number: int, role: str, is_call: bool, whe
     calls = _or_none(turn.get("tool_calls")) or _or_none(turn.get("function_call"))
     if is_call and not calls:
         content, calls = "", content.raw if isinstance(content, JsonCell) else content
+    if role != "assistant" and calls and tooling.to_calls(calls, f"turn {number}", where):
+        raise DataError(f"turn {number} has calls of tools, which only an assistant's turn makes", where=where)
     message: Message = {"role": role}
     if role == "assistant" and calls:
         message["content"] = "" if content is None else _text(content, number, where)

@@ -73,6 +73,34 @@ def test_other_columns_are_listed(name: str) -> None:
     assert read({"messages": [QUESTION], name: "A text."})[1].columns[name] == "not used"
 
 
+def sharegpt(*texts: str) -> list[dict[str, str]]:
+    return [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize(
+    "other", [sharegpt("Which oak?"), sharegpt("Which oak?", "This."), '[{"from": "human", "value": "x"}]']
+)
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_a_second_chat_that_asks_something_else_is_not_dropped(other: Any, column: str) -> None:
+    row = {"messages": [QUESTION, ANSWER], "conversations": other}
+    with pytest.raises(UnusedColumn, match="hold two chats that differ"):
+        read(row, column)
+    read_row(row, column, Source(name="x", column=column), "x:1", reading := Reading())
+    assert sorted(reading.columns.values()) == ["chat", "not used"]
+
+
+def test_a_second_chat_that_the_first_holds_is_listed() -> None:
+    asked = QUESTION["content"].replace("\n", " ")
+    for other in (sharegpt(asked), sharegpt(asked, "Another response."), [ANSWER]):
+        row = {"messages": [QUESTION, ANSWER], "conversations": other}
+        assert read(row)[1].columns["conversations"] == "not used: messages holds it"
+    told = {"from": "system", "value": "Be brief."}
+    row = {"messages": [QUESTION], "conversations": [told, *sharegpt(asked)]}
+    with pytest.raises(UnusedColumn, match="differ"):
+        read(row)
+    assert read({**row, "system": "Be brief."})[1].columns["conversations"] == "not used: messages holds it"
+
+
 HELD = {
     "a text": "Which tree is this,",
     "a list": ["an oak", "an elm?"],

@@ -79,6 +79,7 @@ def test_a_row_without_a_prompt_gives_its_reason(chat: Any, reason: str) -> None
         ([turn("user", "a"), {"content": "b"}], "turn 2 names no `role`"),
         ([turn("wizard", "a")], "unknown role 'wizard'"),
         ([turn("user", None)], "turn 1 has no text .* null"),
+        ([{**turn("user", "a"), "tool_calls": [{"function": {"name": "f"}}]}], "turn 1 has calls .* only an assistant"),
         ([{"role": "user", "text": "hi"}], "turn 1 has no text .* but in `text`"),
         ([turn("user", "a"), {"role": "tool", "content": "", "output": "42"}], "turn 2 has no text .* but in `output`"),
         ([turn("user", "a"), {"role": "tool", "output": "42"}], "turn 2 has no text .* but in `output`"),
