@@ -90,8 +90,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(arguments: list[str], is_debug: bool) -> int:
-    import typer
-
+    try:
+        import typer
+    except ModuleNotFoundError as error:
+        if cause := explain_import(error):
+            return _report(cause)
+        raise
     signals.check()
     try:
         check_docstrings()
@@ -107,10 +111,7 @@ def _run(arguments: list[str], is_debug: bool) -> int:
             traceback.print_exc()
         return _report_usage(error) if isinstance(error, typer.TyperException) else _report(error)
     except Exception as error:
-        if isinstance(error, RuntimeError) and "home directory" in str(error) and not is_debug:
-            hint = "set HOME, or DLLM_CACHE and paths without ~"
-            return _report(ConfigError("this user's home directory is not known", where="HOME", hint=hint))
-        if not is_debug and (cause := explain_import(error)):
+        if not is_debug and (cause := _explain_path(error) or explain_import(error)):
             return _report(cause)
         if is_debug or not (_is_memory_full(error) or is_disk_full(error)):
             raise
@@ -127,6 +128,17 @@ def _report(error: BaseException) -> int:
         error = _explain(error)
     _print_line(str(error))
     return error.exit_code if isinstance(error, DllmError) else 1
+
+
+def _explain_path(error: Exception) -> ConfigError | None:
+    """Explain what `Path.expanduser` and `Path.resolve` raise a RuntimeError for; None for any other error."""
+    if not isinstance(error, RuntimeError):
+        return None
+    if "home directory" in str(error):
+        hint = "set HOME, or DLLM_CACHE and paths without ~"
+        return ConfigError("this user's home directory is not known", where="HOME", hint=hint)
+    _, is_loop, path = str(error).partition("Symlink loop from ")
+    return ConfigError("symbolic links that lead back to themselves", where=path.strip("'\"")) if is_loop else None
 
 
 def _report_usage(error: typer.TyperException) -> int:

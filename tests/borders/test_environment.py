@@ -94,6 +94,27 @@ def test_an_error_beside_a_pythonpath_that_hides_nothing_is_not_blamed_on_it(mon
     assert explain_import(ValueError("x")) is None
 
 
+@pytest.mark.parametrize("program", ["dllm --version", "flows.pipeline --help", "flows.unchanged"])
+def test_a_python_without_the_packages_is_named(program: str) -> None:
+    done = call(f"{sys.executable} -S -m {program}", Path("/"))  # -S: no installed packages
+    assert (done.returncode, done.stderr.count(b"\n"), done.stdout) == (2, 1, b""), done
+    name = "typer" if program.startswith("dllm") else "prefect"
+    start = f"dllm: the package {name} is not installed ({sys.executable}); install it there, or enter"
+    assert done.stderr.startswith(start.encode())
+
+
+def test_a_module_of_ours_that_is_missing_is_a_bug() -> None:
+    assert explain_import(ModuleNotFoundError("No module named 'dllm.x'", name="dllm.x")) is None
+
+
+def test_links_in_a_circle_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").symlink_to("rows.jsonl")
+    line = "$DLLM regenerate --input-data rows.jsonl --output-dir out --model builtin:tiny --dry-run"
+    done = call(line, tmp_path)
+    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1), done
+    assert b"symbolic links that lead back to themselves" in done.stderr and b"rows.jsonl)" in done.stderr
+
+
 @pytest.mark.parametrize("verb", ["recipe list", "train"])
 def test_a_python_without_docstrings_is_refused(tmp_path: Path, verb: str) -> None:
     done = call(f"$DLLM {verb}", tmp_path, PYTHONOPTIMIZE="2")
