@@ -34,7 +34,7 @@ from dllm.models import targets
 from dllm.process.signals import Interrupt
 from dllm.prompts import sources
 from dllm.prompts import template as chat
-from dllm.prompts.readers import records
+from dllm.prompts.files.readers import records
 from dllm.registry import METHODS
 from dllm.tracking.runs import NullTracker
 from dllm.training.batches import Example, collate

@@ -144,7 +144,7 @@ SOURCES: Registry[Any] = Registry(
         "reasoning-gym": "dllm.prompts.gym:REASONING_GYM",
     },
 )
-"""Prompt sources, built-in values of `prepare.sources[].name`: instances of `dllm.prompts.sources.PromptSource`."""
+"""Prompt sources, built-in values of `prepare.sources[].name`: instances of `dllm.prompts.protocol.PromptSource`."""
 
 PROMPT_SETS: Registry[Any] = Registry(
     "prompt_sets",

@@ -25,7 +25,7 @@ API = {
         "dllm.models.diffusion.protocol",
         "dllm.decoding.samplers",
         "dllm.engines.engine",
-        "dllm.prompts.sources",
+        "dllm.prompts.protocol",
         "dllm.training.strategy",
     ],
     "Parameters": ["dllm.config.params", "dllm.config.load", "dllm.methods.dflash.settings"],

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Params, Regenerate, Target
 from dllm.errors import ConfigError
-from dllm.prompts.turns import Message
+from dllm.prompts.chats.turns import Message
 from dllm.registry import ENGINES
 
 

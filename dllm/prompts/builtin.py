@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from dllm.config.params import Source
 from dllm.errors import DataError
-from dllm.prompts.readers import records
-from dllm.prompts.sources import SourceRow
+from dllm.prompts.files.readers import records
+from dllm.prompts.protocol import SourceRow
 
 PAGES = 20_000
 NUMBERS, LINES = 3, 9

@@ -25,7 +25,7 @@ from dllm.config.params import Source
 from dllm.errors import DataError
 from dllm.outside import one_line
 from dllm.process.parent import PARENT, follow_parent
-from dllm.prompts.sources import SourceRow
+from dllm.prompts.protocol import SourceRow
 
 PACKAGE = "reasoning-gym"
 TASK, SIZE, SEED = "gsm_symbolic", 1000, 0

@@ -16,9 +16,10 @@ from dllm.config.params import Source
 from dllm.errors import ConfigError, DataError
 from dllm.prompts import builtin, sources
 from dllm.prompts.builtin import PackageSource
-from dllm.prompts.readers import BadRow, Record
-from dllm.prompts.reading import Reading
-from dllm.prompts.sources import HubSource, PromptSource, SourceRow
+from dllm.prompts.files.readers import BadRow, Record
+from dllm.prompts.hub_source import HubSource
+from dllm.prompts.protocol import PromptSource, SourceRow
+from dllm.prompts.rows.reading import Reading
 from dllm.prompts.stream import stream
 from dllm.prompts.table import Prompt
 from dllm.registry import PROMPT_SETS, SOURCES

@@ -19,12 +19,12 @@ from dllm.config.params import Prepare, Source
 from dllm.errors import DataError
 from dllm.outside import one_line
 from dllm.prompts import sources
-from dllm.prompts.readers import BadRow
-from dllm.prompts.reading import Reading
-from dllm.prompts.sources import PromptSource
+from dllm.prompts.chats.turns import Chat, Tools, Unusable, parse_chat
+from dllm.prompts.files.readers import BadRow
+from dllm.prompts.protocol import PromptSource, label
+from dllm.prompts.rows.reading import Reading
 from dllm.prompts.table import HELDOUT, TRAIN, Prompt, prompt_id, split_of
 from dllm.prompts.template import ignores_tools, unseen_turns
-from dllm.prompts.turns import Chat, Tools, Unusable, parse_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,7 +148,7 @@ def stream(
     if source.limit is not None:
         smallest = heapq.nsmallest(source.limit, (id for id, *_ in _distinct(source, root, known, Tally(), found)))
         largest = smallest[-1] if smallest else None
-    name = sources.label(source)
+    name = label(source)
     for id, chat, reference in _distinct(source, root, known, tally, found):
         if largest is not None and id > largest:
             tally.over_limit += 1
@@ -178,7 +178,7 @@ def collect(
     tallies = {} if tallies is None else tallies
     for source in prepare.sources:
         tally = Tally()
-        tallies[_unlike(sources.label(source), tallies)] = tally
+        tallies[_unlike(label(source), tallies)] = tally
         found = list(stream(source, root, heldout_fraction=prepare.heldout_fraction, known=kept.keys(), tally=tally))
         kept.update((prompt.id, prompt) for prompt in found)
         splits = Counter(prompt.split for prompt in found)
@@ -192,7 +192,7 @@ def collect(
         }
         if tally.set_aside:
             entry["set_aside"] = dict(sorted(tally.set_aside.items()))
-        name = sources.label(source)
+        name = label(source)
         counts[name] = _merged(counts[name], entry) if name in counts else entry
     totals = Counter(prompt.split for prompt in kept.values())
     _check_splits(totals, prepare, counts)

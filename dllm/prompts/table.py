@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from dllm.errors import DataError
 from dllm.files import atomic_write
-from dllm.prompts.chat_parquet import chat_fields, from_columns, to_columns
-from dllm.prompts.turns import Message, Tools
+from dllm.prompts.chats.parquet import chat_fields, from_columns, to_columns
+from dllm.prompts.chats.turns import Message, Tools
 
 FILE = "prompts.parquet"
 TRAIN, HELDOUT = "train", "heldout"

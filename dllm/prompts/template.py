@@ -17,8 +17,8 @@ from jinja2 import TemplateError
 from dllm.errors import DataError
 from dllm.outside import one_line, parse_json
 from dllm.process.limits import OverLimit, limited
-from dllm.prompts.chat_parquet import to_json
-from dllm.prompts.turns import Message, Tools
+from dllm.prompts.chats.parquet import to_json
+from dllm.prompts.chats.turns import Message, Tools
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase

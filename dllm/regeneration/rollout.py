@@ -18,9 +18,9 @@ from dllm.engines.engine import Refusal, Request, Response, fit, request_key, re
 from dllm.errors import DataError
 from dllm.models import targets
 from dllm.prompts import template as chat
+from dllm.prompts.chats.tools import spelt_calls
+from dllm.prompts.chats.turns import Message
 from dllm.prompts.table import Prompt
-from dllm.prompts.tools import spelt_calls
-from dllm.prompts.turns import Message
 from dllm.registry import ENGINES
 from dllm.responses import flags
 from dllm.responses.shards import Row

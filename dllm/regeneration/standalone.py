@@ -26,6 +26,7 @@ from dllm.files import full_disk_in_one_line
 from dllm.models import targets
 from dllm.process import signals
 from dllm.prompts import sources
+from dllm.prompts.protocol import path_of
 from dllm.prompts.stream import Tally, no_prompt, stream
 from dllm.prompts.table import Prompt
 from dllm.regeneration import core, identity, output_folder
@@ -222,7 +223,7 @@ def _errors_name_flags(source: Source) -> Iterator[None]:
 
 
 def _check_apart(args: RegenerateArgs) -> None:
-    source, output = sources.path_of(args.settings.source, args.root).resolve(), args.output.resolve()
+    source, output = path_of(args.settings.source, args.root).resolve(), args.output.resolve()
     if source.is_dir() and output.is_relative_to(source):
         raise ConfigError("--output-dir lies in the input", where=str(output), hint="it would be read as input later")
 

@@ -21,8 +21,8 @@ from dllm.digests import sealed, unsealed
 from dllm.errors import DataError
 from dllm.files import atomic_write, is_unreadable
 from dllm.outside import is_file_name, is_text, one_line
-from dllm.prompts.chat_parquet import chat_fields, from_columns, to_columns
-from dllm.prompts.turns import Message, Tools
+from dllm.prompts.chats.parquet import chat_fields, from_columns, to_columns
+from dllm.prompts.chats.turns import Message, Tools
 from dllm.secrets import hide_in
 
 SCHEMA = 2

@@ -12,6 +12,7 @@ from typing import Any
 from dllm.config.params import Params, Source
 from dllm.errors import DllmError
 from dllm.prompts import sets, sources
+from dllm.prompts.protocol import label
 from dllm.stages.records import read_record
 from dllm.tracking.provenance import digest
 from dllm.workspace import RUN
@@ -35,7 +36,7 @@ def files(params: Params, root: Path) -> dict[str, Path]:
         DataError: there is no such source.
     """
     return {
-        f"{sources.label(source)}/{name}": path
+        f"{label(source)}/{name}": path
         for source in params.prepare.sources
         for name, path in _unwatched(source, root).items()
     }

@@ -16,6 +16,7 @@ from dllm.config.params import Params
 from dllm.outside import one_line
 from dllm.prompts import references, sets, sources, stream
 from dllm.prompts import table as prompts
+from dllm.prompts.protocol import label
 from dllm.stages import outside_data, preflight
 from dllm.stages.workspace import open_stage
 
@@ -36,14 +37,14 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         sets.identity(entry, root)  # loaded now: one that is out of reach must not stop the run after the training
     section = params.prepare
     files = {
-        f"{sources.label(source)}/{name}": path
+        f"{label(source)}/{name}": path
         for source in section.sources
         for name, path in sources.inputs(source, root).items()
     }
     identity: dict[str, Any] = {}
     for number, source in enumerate(section.sources):
         if found_identity := sources.identity(source, root):
-            name = f"{sources.label(source)}@{source.split}"
+            name = f"{label(source)}@{source.split}"
             identity[name if name not in identity else f"{name} {number}"] = found_identity
     with open_stage("prepare", params, sections=[params.prepare], inputs=files, identity=identity, root=root) as stage:
         tallies: dict[str, stream.Tally] = {}

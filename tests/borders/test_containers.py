@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from dllm.config.params import Source
 from dllm.errors import ConfigError, DataError
 from dllm.prompts import sources
+from dllm.prompts.chats.turns import parse_chat
 from dllm.prompts.sources import HUB
 from dllm.prompts.stream import Tally, stream
-from dllm.prompts.turns import parse_chat
 
 Row = dict[str, Any]
 WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).filter(str.strip)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dllm.errors import DataError
-from dllm.prompts.turns import parse_chat
+from dllm.prompts.chats.turns import parse_chat
 
 LONG = "def f(): return {'a': [1]}  # " + "x" * 300
 CHAT = [

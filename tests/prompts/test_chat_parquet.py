@@ -8,7 +8,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm.prompts.chat_parquet import chat_fields, from_columns, to_columns
+from dllm.prompts.chats.parquet import chat_fields, from_columns, to_columns
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 JSON = st.recursive(

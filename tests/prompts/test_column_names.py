@@ -8,8 +8,8 @@ import pytest
 
 from dllm.config.params import Source
 from dllm.errors import DataError
-from dllm.prompts.reading import Reading, UnusedColumn, read_row
-from dllm.prompts.turns import Unusable
+from dllm.prompts.chats.turns import Unusable
+from dllm.prompts.rows.reading import Reading, UnusedColumn, read_row
 
 QUESTION = {"role": "user", "content": "Which tree\nis this, an oak or an elm?"}
 ANSWER = {"role": "assistant", "content": "An oak, as the leaves say."}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dllm.errors import ConfigError, DataError
-from dllm.prompts import folder
+from dllm.prompts.files import folder
 
 ROW = json.dumps({"messages": "Which tree is this?"}) + "\n"
 

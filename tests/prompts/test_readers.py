@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dllm.errors import DataError
-from dllm.prompts.readers import records
+from dllm.prompts.files.readers import records
 
 ROWS = [{"a": 1, "t": "zwölf"}, {"a": 2, "t": "\u2028"}, {"a": 3, "t": ""}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

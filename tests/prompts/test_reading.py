@@ -8,9 +8,9 @@ import pytest
 from dllm.cli.verify import _folders
 from dllm.config.params import Source
 from dllm.errors import DataError
-from dllm.prompts.reading import Reading, UnusedColumn, read_row
-from dllm.prompts.tools import JsonCell
-from dllm.prompts.turns import Unusable
+from dllm.prompts.chats.tools import JsonCell
+from dllm.prompts.chats.turns import Unusable
+from dllm.prompts.rows.reading import Reading, UnusedColumn, read_row
 
 QUESTION = {"role": "user", "content": "Which tree is this?"}
 

@@ -13,6 +13,7 @@ import pytest
 from dllm.config.params import Source
 from dllm.errors import DataError
 from dllm.prompts import sources
+from dllm.prompts.hub_source import commit_of
 
 
 @pytest.mark.parametrize(
@@ -105,8 +106,8 @@ def test_files_of_one_name_in_two_subfolders_are_two_inputs(tmp_path: Path) -> N
 
 def test_the_commit_is_read_from_what_datasets_records_of_the_files() -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
-    assert sources.commit_of([f"hf://datasets/owner/name@{commit}/data/train.parquet", "x"]) == commit
-    assert sources.commit_of(["/home/me/train.jsonl", "hf://datasets/owner/name@main/x"]) is None
+    assert commit_of([f"hf://datasets/owner/name@{commit}/data/train.parquet", "x"]) == commit
+    assert commit_of(["/home/me/train.jsonl", "hf://datasets/owner/name@main/x"]) is None
 
 
 TOY = """

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from dllm.errors import DataError
-from dllm.prompts.calls_in_text import calls_in_text
-from dllm.prompts.tools import to_calls, to_tools
+from dllm.prompts.chats.calls_in_text import calls_in_text
+from dllm.prompts.chats.tools import to_calls, to_tools
 
 LOOK = {"name": "look", "description": "Look up.", "parameters": {"type": "object", "properties": {"b": {}, "a": {}}}}
 WHOLE = [{"type": "function", "function": LOOK}]

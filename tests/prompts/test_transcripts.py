@@ -6,8 +6,8 @@ import time
 import pytest
 
 from dllm.errors import DataError
-from dllm.prompts.transcripts import written
-from dllm.prompts.turns import parse_chat
+from dllm.prompts.chats.transcripts import written
+from dllm.prompts.chats.turns import parse_chat
 
 CHATS = {
     "Anthropic": "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant: So.",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dllm.errors import DataError
-from dllm.prompts.turns import Message, Unusable, parse_chat
+from dllm.prompts.chats.turns import Message, Unusable, parse_chat
 
 
 def turn(role: str, content: Any) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import pytest
 from dllm.config.params import Regenerate, Target
 from dllm.engines.engine import Response, request_seed
 from dllm.models.targets import load_tokenizer
+from dllm.prompts.chats.turns import parse_chat
 from dllm.prompts.table import Prompt
-from dllm.prompts.turns import parse_chat
 from dllm.regeneration.rollout import Rollout, RolloutConfig, split_turns
 
 TARGET = Target(model="builtin:tiny")

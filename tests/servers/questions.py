@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import urllib.request
 
-from dllm.prompts.turns import Message
+from dllm.prompts.chats.turns import Message
 from tests.patience import LONGEST_S
 from tests.servers.conftest import SERVED
 

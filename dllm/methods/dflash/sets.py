@@ -19,9 +19,10 @@ from dllm.config.params import Params, Source
 from dllm.decoding.speculative import Decoder
 from dllm.errors import DataError
 from dllm.outside import one_line
-from dllm.prompts import sets, sources
+from dllm.prompts import sets
 from dllm.prompts import template as chat
 from dllm.prompts.overlap import asked_in_training
+from dllm.prompts.protocol import label
 from dllm.prompts.table import TRAIN, Prompt, read_prompts
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -79,7 +80,7 @@ def load(params: Params, root: Path, tokenizer: PreTrainedTokenizerBase, limit: 
         modes: Sequence[bool | None] = params.evaluate.thinking or [params.target.enable_thinking]
         for thinking in modes:
             mode = MODES[thinking] if params.evaluate.thinking else ""
-            name, key = f"{sources.label(entry)}{mode}", f"set{place}{mode.replace(' thinking ', '-')}"
+            name, key = f"{label(entry)}{mode}", f"set{place}{mode.replace(' thinking ', '-')}"
             counts = {"prompts_in_training": len(known), "prompts_too_long": 0, "prompts_refused": 0}
             asked = _asked(new, thinking, tokenizer, limit, counts)
             first = itertools.islice(asked, entry.limit or number)
@@ -129,7 +130,7 @@ def _announce(entry: Source, prompts: Sequence[Prompt], known: Mapping[str, str]
     """Name the prompts that are left out because a training prompt asks the same."""
     if not known:
         return
-    print(f"evaluate: set {sources.label(entry)}: {len(known)} of {len(prompts)} prompts left out: ", end="")
+    print(f"evaluate: set {label(entry)}: {len(known)} of {len(prompts)} prompts left out: ", end="")
     first = next(prompt for prompt in prompts if prompt.id in known)
     text = one_line(str(first.messages[-1]["content"]), 80)
     asked = ", ".join(sorted(set(known.values())))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from dllm.errors import DataError
 from dllm.outside import JsonError, is_text, parse_json
-from dllm.prompts.calls_in_text import calls_in_text
+from dllm.prompts.chats.calls_in_text import calls_in_text
 
 Tools = list[dict[str, Any]]
 """Schemas of the tools that the assistant may call."""

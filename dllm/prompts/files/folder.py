@@ -10,8 +10,8 @@ from typing import Any
 
 from dllm.errors import ConfigError, DataError
 from dllm.outside import JsonError, is_file_name, parse_json
-from dllm.prompts import dataset_card
-from dllm.prompts.readers import COMPRESSED, KINDS, kind_of
+from dllm.prompts.files import dataset_card
+from dllm.prompts.files.readers import COMPRESSED, KINDS, kind_of
 
 TRAIN = "train"
 _NUMBERED = re.compile(r"(\w+(?:[.-]\w+)*?)([.-])(\d{5,})-of-(\d{5,})(?!\d)")

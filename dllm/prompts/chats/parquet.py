@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from dllm.outside import parse_json
-from dllm.prompts.turns import Message, Tools
+from dllm.prompts.chats.turns import Message, Tools
 
 _TEXTS = ("role", "content", "tool_calls", "tool_call_id", "name")
 

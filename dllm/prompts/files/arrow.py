@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dllm.outside import JsonError, parse_json
-from dllm.prompts.tools import JsonCell
+from dllm.prompts.chats.tools import JsonCell
 
 BATCH_ROWS = 1024
 TEXT_KEYS = ("content", "value")

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 from dllm.config.params import Source
 from dllm.errors import DataError
 from dllm.outside import JsonError, one_line, parse_json
-from dllm.prompts import column_names
-from dllm.prompts.cells import CHATS, as_turns
-from dllm.prompts.column_names import TEMPLATE, key
-from dllm.prompts.tools import JsonCell, to_tools
-from dllm.prompts.turn_texts import holds, num_asked, role_of, said, text_of, turns_of
-from dllm.prompts.turns import ROLES, Unusable
+from dllm.prompts.chats.cells import CHATS, as_turns
+from dllm.prompts.chats.tools import JsonCell, to_tools
+from dllm.prompts.chats.turn_texts import holds, num_asked, role_of, said, text_of, turns_of
+from dllm.prompts.chats.turns import ROLES, Unusable
+from dllm.prompts.rows import column_names
+from dllm.prompts.rows.column_names import TEMPLATE, key
 
 REFERENCE = "reference"
 _TURN_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "id"}

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from dllm.errors import DataError
 from dllm.outside import is_text
-from dllm.prompts import tools as tooling
-from dllm.prompts.cells import as_turns
-from dllm.prompts.column_names import REASONING
-from dllm.prompts.tools import JsonCell, Tools
+from dllm.prompts.chats import tools as tooling
+from dllm.prompts.chats.cells import as_turns
+from dllm.prompts.chats.tools import JsonCell, Tools
+from dllm.prompts.rows.column_names import REASONING
 
 __all__ = ["Chat", "Message", "Tools", "Unusable", "parse_chat"]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from dllm.errors import DataError
 from dllm.outside import JsonError, parse_json
-from dllm.prompts import transcripts
-from dllm.prompts.tools import JsonCell
+from dllm.prompts.chats import transcripts
+from dllm.prompts.chats.tools import JsonCell
 
 CHATS = ("messages", "conversations")
 """Names of a chat's column, and of the key of a wrapper."""

@@ -217,7 +217,7 @@ def _table(path: Path, kind: str) -> Iterator[Record]:
     # pyarrow takes 0.2 seconds to import; built-in sources are JSON lines.
     import pyarrow as pa
 
-    from dllm.prompts.arrow import ipc_rows, parquet_rows
+    from dllm.prompts.files.arrow import ipc_rows, parquet_rows
 
     number = 0
     try:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dllm.prompts import transcripts
-from dllm.prompts.tools import JsonCell
-from dllm.prompts.turns import ROLES
+from dllm.prompts.chats import transcripts
+from dllm.prompts.chats.tools import JsonCell
+from dllm.prompts.chats.turns import ROLES
 
 
 def turns_of(chat: Any) -> list[Mapping[str, Any]]:

@@ -9,9 +9,9 @@ from typing import Any
 from dllm.config.params import Source
 from dllm.errors import DataError
 from dllm.outside import one_line
-from dllm.prompts import folder
-from dllm.prompts.cells import CHATS
-from dllm.prompts.reading import UnusedColumn
+from dllm.prompts.chats.cells import CHATS
+from dllm.prompts.files import folder
+from dllm.prompts.rows.reading import UnusedColumn
 
 SPLIT = "split"
 
