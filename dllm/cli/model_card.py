@@ -17,9 +17,9 @@ import torch
 from dllm.config.params import Params
 from dllm.methods.figures import DASH, Table, count, number
 from dllm.methods.method import Method
+from dllm.models import hub
 from dllm.models.drafts.protocol import Draft
 from dllm.models.drafts.serving import TRAINED, ServingEngine, layers
-from dllm.models.targets import looks_like_hub_id
 from dllm.outside import markdown
 from dllm.registry import DRAFTS, METHODS
 from dllm.stages.records import Records, trained_method
@@ -45,7 +45,7 @@ class Subject:
     @property
     def hub_target(self) -> str | None:
         """The target, if it has a name that others can load it by."""
-        return self.target if self.target and looks_like_hub_id(self.target) else None
+        return self.target if self.target and hub.looks_like_id(self.target) else None
 
     @property
     def family(self) -> str:
@@ -98,7 +98,7 @@ def _front_matter(subject: Subject, params: Params | None) -> str:
     else:
         lines.append("# base_model: name the target's repository here")
     sources = [source.name for source in params.prepare.sources] if params else []
-    if datasets := sorted({name for name in sources if "/" in name and looks_like_hub_id(name)}):
+    if datasets := sorted({name for name in sources if "/" in name and hub.looks_like_id(name)}):
         lines += ["datasets:", *(f"- {json.dumps(name)}" for name in datasets)]
     lines.append("# license: choose one; those of the target and of the prompts bind you")
     lines += ["pipeline_tag: text-generation", "tags:"]

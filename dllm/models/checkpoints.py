@@ -14,7 +14,7 @@ from dllm.config.params import Target
 from dllm.digests import check_files, is_sealed, unsealed
 from dllm.errors import ConfigError, ModelError
 from dllm.files import is_unreadable
-from dllm.models import builtin, targets
+from dllm.models import builtin, hub, targets
 from dllm.models.diffusion.config import DiffusionConfig, config_at, read_config
 from dllm.models.diffusion.families import family_at
 from dllm.models.drafts.checkpoint import family_of
@@ -96,7 +96,7 @@ def find(name: str, root: Path, trust_remote_code: bool = False, revision: str |
         ConfigError: a revision is given for what is not on the Hugging Face hub.
     """
     is_here = any(path.exists() for path in (Path(name), root / name))
-    on_hub = targets.looks_like_hub_id(name) and not is_here
+    on_hub = hub.looks_like_id(name) and not is_here
     if on_hub and (trust_remote_code or revision is not None):
         return targets.locate(Target(model=name, revision=revision, trust_remote_code=trust_remote_code))
     if revision is not None:
@@ -138,8 +138,8 @@ def resolve(name: str | Path, root: Path) -> Path:
                 return _refuse(name, "this is an adapter alone", "name out/train/checkpoint, where it is merged")
             expected = "expected config.json and model.safetensors, or a run's steps"
             return _refuse(name, "no checkpoint in this directory", expected)
-    if "/" in str(name) and targets.looks_like_hub_id(str(name)):
-        return targets.hub_snapshot(str(name), None, targets.HUB_FILES, where="checkpoint")
+    if "/" in str(name) and hub.looks_like_id(str(name)):
+        return hub.snapshot(str(name), None, hub.FILES, where="checkpoint")
     return _refuse(name, "no such checkpoint", "name a directory, or models:/NAME@ALIAS for a registered one")
 
 
@@ -226,7 +226,7 @@ def target_of(checkpoint: Path, root: Path, explicit: str | None = None) -> Targ
             where=str(checkpoint),
             hint="name it by --target",
         )
-    if recorded is not None and not name.startswith(builtin.PREFIX) and not targets.looks_like_hub_id(name):
+    if recorded is not None and not name.startswith(builtin.PREFIX) and not hub.looks_like_id(name):
         raise ModelError(
             f"its run.json names a directory as its target, {name!r}, and a record is not followed to a path",
             where=str(checkpoint),

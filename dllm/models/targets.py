@@ -15,21 +15,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from dllm.config.params import Target
 from dllm.digests import file_digest
 from dllm.errors import ConfigError, ModelError
-from dllm.files import is_disk_full, is_unreadable
-from dllm.models import builtin
+from dllm.models import builtin, hub
 from dllm.models.quiet import without_warnings
 from dllm.models.target_config import ROPE_SECTIONS, built_config, check_config, not_built, read_config
 from dllm.models.target_files import check_directory
@@ -39,8 +28,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
-HUB_FILES = [*CONFIG_FILES, "*.safetensors"]
 ORIGINAL = "original_max_position_embeddings"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -62,9 +49,9 @@ def locate(target: Target, *, weights: bool = True) -> Path:
     if path.is_dir():
         check_directory(path)
         return path
-    if not looks_like_hub_id(target.model):
+    if not hub.looks_like_id(target.model):
         raise ModelError("no such model directory", where=f"target.model: {target.model}")
-    patterns = HUB_FILES if weights else CONFIG_FILES
+    patterns = hub.FILES if weights else hub.CONFIG_FILES
     if target.trust_remote_code:
         patterns = [*patterns, "*.py"]
         if re.fullmatch("[0-9a-f]{40}", target.revision or "") is None:
@@ -73,76 +60,12 @@ def locate(target: Target, *, weights: bool = True) -> Path:
                 where=f"target.revision: {target.revision}",
                 hint="give the 40 digits of the commit whose code you have read (`--revision` for generate)",
             )
-    path = hub_snapshot(target.model, target.revision, patterns, where="target.model")
+    path = hub.snapshot(target.model, target.revision, patterns, where="target.model")
     check_directory(path)
     return path
 
 
-def looks_like_hub_id(name: str) -> bool:
-    """Return whether a name is a Hugging Face id rather than a path."""
-    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
-
-
-def hub_snapshot(repo: str, revision: str | None, patterns: list[str], where: str) -> Path:
-    """Download a Hugging Face repository's files, or find them in its cache; the directory is named by its commit.
-
-    Raises:
-        ModelError: the repository or revision does not exist, needs a login, or the hub is out of reach.
-    """
-    where = f"{where}: {repo}"
-    try:
-        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-        check_blobs(snapshot, weights=False)
-        return snapshot
-    except GatedRepoError:
-        raise ModelError("this model needs an accepted licence", where=where, hint="set HF_TOKEN") from None
-    except RevisionNotFoundError:
-        raise ModelError(f"no revision {revision!r}", where=where) from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise ModelError(
-            "neither a directory nor a Hugging Face model",
-            where=where,
-            hint=f"built in: {', '.join(builtin.names())}",
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        if is_unreadable(error) or is_disk_full(error):  # of the cache, which its line names
-            raise
-        raise ModelError(
-            f"not in the cache, and the Hugging Face hub is out of reach ({type(error).__name__})",
-            where=where,
-            hint="check the network, or name a directory or a built-in model",
-        ) from None
-
-
 # torch and the model classes of transformers take 1 to 3 seconds to import: identity and location do without them.
-
-
-@functools.cache
-def check_blobs(snapshot: Path, *, weights: bool) -> None:
-    """Compare files in the Hugging Face cache with the digests that name their blobs, once per process.
-
-    Other directories have no digests, and pass.
-
-    Args:
-        weights: check the weights, which takes a second for a gigabyte; False: the other files.
-
-    Raises:
-        ModelError: a file has other bytes than were downloaded.
-    """
-    for file in sorted(path for path in snapshot.rglob("*") if path.is_symlink() and path.is_file()):
-        if (file.suffix in (".safetensors", ".bin")) != weights:
-            continue
-        blob = file.resolve()
-        if re.fullmatch("[0-9a-f]{64}", blob.name):
-            found = file_digest(blob)
-        elif re.fullmatch("[0-9a-f]{40}", blob.name):  # small files are named as git does
-            data = blob.read_bytes()
-            found = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-        else:
-            continue
-        if found != blob.name:
-            hint = f"delete {blob} and run again; it is downloaded anew"
-            raise ModelError("damaged in the Hugging Face cache", where=str(file), hint=hint)
 
 
 def load_tokenizer(target: Target) -> PreTrainedTokenizerBase:
@@ -235,7 +158,7 @@ def load_target(
 
     logging.disable_progress_bar()  # its bars would cut through a stage's own
     path = locate(target)
-    check_blobs(path, weights=True)
+    hub.check_blobs(path, weights=True)
     device = best_device() if device is None else device
     if dtype is None:
         dtype = compute_dtype(target.dtype, device)
@@ -349,18 +272,13 @@ def identity(target: Target) -> dict[str, Any]:
     path = locate(target)
     found = {
         "model": target.model,
-        "revision": None if target.model.startswith(builtin.PREFIX) else hub_commit(path),
+        "revision": None if target.model.startswith(builtin.PREFIX) else hub.commit_of(path),
         "weights": weights_digest(path),
     }
     if target.trust_remote_code:
         code = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.glob("*.py"))]
         found["code"] = hashlib.sha256("\n".join(code).encode()).hexdigest()
     return found
-
-
-def hub_commit(directory: Path) -> str | None:
-    """Return the commit of a directory in the Hugging Face cache; None for any other directory."""
-    return directory.name if directory.parent.name == "snapshots" else None
 
 
 def weights_digest(directory: Path) -> str:

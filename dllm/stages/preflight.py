@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Params
 from dllm.engines.engine import EngineFactory
+from dllm.models import hub
 from dllm.models.target_files import check_revision, check_shards
-from dllm.models.targets import check_vocabulary, hub_commit, load_tokenizer, locate
+from dllm.models.targets import check_vocabulary, load_tokenizer, locate
 from dllm.prompts.template import check_thinking_modes, prompt_ids, writes_date
 from dllm.registry import ENGINES, METHODS
 
@@ -35,7 +36,7 @@ def check(params: Params) -> PreTrainedTokenizerBase:
     engine.check_target(params.target)
     check_revision(params.target)
     path = locate(params.target, weights=False)
-    if hub_commit(path) is None:  # what is missing of the hub's is downloaded when it is needed
+    if hub.commit_of(path) is None:  # what is missing of the hub's is downloaded when it is needed
         check_shards(path)
     tokenizer = load_tokenizer(params.target)
     ids = prompt_ids(tokenizer, [{"role": "user", "content": "Hello"}], params.target.enable_thinking)

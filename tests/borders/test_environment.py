@@ -12,7 +12,7 @@ import pytest
 import dllm.__main__ as command
 from dllm.config.params import Target
 from dllm.digests import read_sealed
-from dllm.models import targets
+from dllm.models import hub, targets
 from dllm.models.checkpoints import run_record
 from dllm.process.git_hooks import VARIABLES
 from dllm.process.interpreter import explain_import
@@ -203,6 +203,6 @@ def test_a_cache_of_hugging_face_that_cannot_be_written_is_no_missing_network(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number), "/hf/hub")
 
-    monkeypatch.setattr(targets, "snapshot_download", refuse)
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
     with pytest.raises(OSError, match="/hf/hub"):
         targets.locate(Target(model="someone/model"))

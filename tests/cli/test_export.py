@@ -17,7 +17,7 @@ from dllm.config.load import load_params, params_digest
 from dllm.digests import file_digest, tree_digest
 from dllm.errors import ConfigError, ModelError, StageError
 from dllm.methods.dflash.settings import Draft
-from dllm.models import targets
+from dllm.models import hub
 from dllm.models.builtin import directory
 from dllm.models.drafts.checkpoint import load_draft, save_draft
 from dllm.models.drafts.dflash import DFlashDraft
@@ -200,4 +200,4 @@ def test_wrong_calls_are_one_line(checkpoint: Path, tmp_path: Path) -> None:
         dllm("export", "--checkpoint", checkpoint, "--to", tmp_path / "a", "--for", "vlm", "--root", tmp_path)
     with pytest.raises(ModelError, match="plain causal model"):
         dllm("export", "--checkpoint", directory("builtin:tiny"), "--to", tmp_path / "a", "--root", tmp_path)
-    assert targets.looks_like_hub_id("no/such") and not (tmp_path / "a").exists()
+    assert hub.looks_like_id("no/such") and not (tmp_path / "a").exists()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dllm.models.drafts.config import DFlashConfig, for_target
-from dllm.models.drafts.dflash import ContextCache
+from dllm.models.drafts.context_cache import ContextCache
 from dllm.models.drafts.proposal import Proposal, Sampling
 from dllm.models.drafts.protocol import Draft, TargetIO
 

@@ -9,11 +9,12 @@ from transformers import DynamicCache
 from dllm.config.params import Target
 from dllm.errors import ModelError
 from dllm.methods.dflash.settings import Dflash
+from dllm.models import hub
 from dllm.models.drafts.checkpoint import check_fit, check_tensors, draft_directory, load_draft, read_config
 from dllm.models.drafts.protocol import Draft, DraftConfig
 from dllm.models.mask_token import draft_mask_id
 from dllm.models.target_config import logit_switch
-from dllm.models.targets import empty_target, hub_commit, load_tokenizer
+from dllm.models.targets import empty_target, load_tokenizer
 from dllm.prompts.template import stop_ids
 from dllm.registry import DRAFTS
 
@@ -50,7 +51,7 @@ def check_models(settings: Dflash, target: Target) -> bool:
         family.start_config(published, config, settings.draft)
         check_fit(config, model.config, settings.draft.init)
         _published_config(settings, config, model, tokenizer)
-        if hub_commit(directory) is None or any(directory.glob("*.safetensors")):  # else they are not downloaded yet
+        if hub.commit_of(directory) is None or any(directory.glob("*.safetensors")):  # else they are not downloaded yet
             check_tensors(directory, published, config)
     return can_decode
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from dllm.errors import ConfigError, ModelError
 from dllm.files import atomic_path, atomic_write
+from dllm.models import hub
 from dllm.models.drafts.foreign import describe_tensors, foreign_family
 from dllm.models.drafts.protocol import Draft, DraftConfig
-from dllm.models.targets import check_blobs, hub_commit, hub_snapshot, looks_like_hub_id, weights_digest
+from dllm.models.targets import weights_digest
 from dllm.registry import DRAFTS
 from dllm.tracking.runs import REGISTERED
 
@@ -121,18 +122,18 @@ def draft_directory(source: str | Path, revision: str | None = None, *, weights:
         if revision is not None:
             raise ConfigError("a directory has no revision", where=str(source), hint="it is for drafts off the hub")
         return directory
-    if not looks_like_hub_id(str(source)):
+    if not hub.looks_like_id(str(source)):
         raise ModelError("no such draft directory", where=str(source))
     patterns = ["*.json", *(["*.safetensors"] if weights else [])]
-    directory = hub_snapshot(str(source), revision, patterns, where="draft")
-    check_blobs(directory, weights=True)
+    directory = hub.snapshot(str(source), revision, patterns, where="draft")
+    hub.check_blobs(directory, weights=True)
     return directory
 
 
 def draft_identity(source: str, revision: str | None = None) -> dict[str, Any]:
     """Return a draft's identity: name, hub commit (None if not from the hub), hash of config and weights."""
     directory = draft_directory(source, revision, weights=True)
-    return {"model": source, "revision": hub_commit(directory), "weights": weights_digest(directory)}
+    return {"model": source, "revision": hub.commit_of(directory), "weights": weights_digest(directory)}
 
 
 def family_of(raw: Mapping[str, Any]) -> type[Draft] | None:

@@ -1,7 +1,6 @@
 """The DFlash draft: a few Qwen3-shaped layers that attend to projections of a target's hidden states.
 
-It has no embedding and no head of its own: both are the target's, and so are the features. Weights are float32 masters;
-every forward computes in the dtype of its input.
+It has no embedding and no head of its own: both are the target's, and so are the features.
 
 Shape suffixes: B batch, N blocks, L slots of a block, S context, D hidden, F tapped features (taps * D), H query heads,
 G key/value heads, R = H / G, E head dim.
@@ -13,166 +12,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dllm.models.drafts.attention import block_attention, cached_attention
 from dllm.models.drafts.config import DFlashConfig, for_target
+from dllm.models.drafts.context_cache import ContextCache
+from dllm.models.drafts.layers import Layer, Linear, RMSNorm, Rope
 from dllm.models.drafts.proposal import BlockRequest, Proposal, Sampling, most_probable
 from dllm.models.drafts.protocol import Draft, DraftSettings, TargetIO
-
-Pair = tuple[Tensor, Tensor]
-"""Keys and values."""
-
-
-class Linear(nn.Linear):
-    """Multiply by float32 master weights, cast to the input's dtype."""
-
-    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
-        super().__init__(inputs, outputs, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x W^T + b in x's dtype."""
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
-class RMSNorm(nn.Module):
-    """Divide by the root mean square over the last axis, then scale."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised x in x's dtype; the mean is taken in float32."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-
-
-class Attention(nn.Module):
-    """Project queries from the block, keys and values from context and block alike (DFlash, section 4.1)."""
-
-    def __init__(self, config: DFlashConfig) -> None:
-        super().__init__()
-        hidden, size, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.heads, self.kv_heads, self.size = config.num_attention_heads, config.num_key_value_heads, size
-        self.q_proj = Linear(hidden, self.heads * size, bias)
-        self.k_proj = Linear(hidden, self.kv_heads * size, bias)
-        self.v_proj = Linear(hidden, self.kv_heads * size, bias)
-        self.o_proj = Linear(self.heads * size, hidden, bias)
-        self.q_norm = RMSNorm(size, config.rms_norm_eps)
-        self.k_norm = RMSNorm(size, config.rms_norm_eps)
-
-    def queries(self, x: Tensor, rope: Rope) -> Tensor:
-        """Return rotated queries. Shapes: x (..., L, D) -> (..., L, H, E)."""
-        return rope.rotate(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, self.size))))
-
-    def keys_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Return rotated keys and values. Shapes: x (..., L, D) -> two of (..., L, G, E)."""
-        key = rope.rotate(self.k_norm(self.k_proj(x).unflatten(-1, (self.kv_heads, self.size))))
-        return key, self.v_proj(x).unflatten(-1, (self.kv_heads, self.size))
-
-
-class MLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: DFlashConfig) -> None:
-        super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return down(silu(gate(x)) * up(x))."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Layer(nn.Module):
-    """One draft layer; the context passes only through its key and value projections."""
-
-    def __init__(self, config: DFlashConfig) -> None:
-        super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def enter(self, x: Tensor) -> tuple[Tensor, Any]:
-        """Return what the block's queries, keys and values are projected from, and what `finish` needs besides.
-
-        Shapes: x (..., L, D).
-        """
-        return self.input_layernorm(x), None
-
-    def finish(self, x: Tensor, mixed: Tensor, entered: Any) -> Tensor:
-        """Add the attention output, then the MLP.
-
-        Shapes: x (..., L, D), mixed (..., L, H*E); entered from `enter`.
-        """
-        x = x + self.self_attn.o_proj(mixed)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Rope:
-    """Cosines and sines of some positions, to rotate heads at those positions (half-split layout)."""
-
-    def __init__(self, positions: Tensor, config: DFlashConfig, dtype: torch.dtype) -> None:
-        half = config.head_dim // 2
-        steps = torch.arange(half, device=positions.device, dtype=torch.float32)
-        angles = positions[..., None].float() * config.rope_theta ** (-steps / half)
-        self.cos = torch.cat([angles.cos()] * 2, -1).to(dtype).unsqueeze(-2)
-        self.sin = torch.cat([-angles.sin(), angles.sin()], -1).to(dtype).unsqueeze(-2)
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """Rotate heads. Shapes: x (positions..., heads, E)."""
-        first, second = x.chunk(2, -1)
-        return x * self.cos + torch.cat([second, first], -1) * self.sin
-
-
-class ContextCache:
-    """Keys and values of the context in each draft layer, as far as its window; those of blocks are not kept."""
-
-    def __init__(self, layers: int) -> None:
-        self.length = 0
-        self.layers = [_LayerCache() for _ in range(layers)]
-
-
-class _LayerCache:
-    """Keys and values of one layer, in buffers with room behind them: a round copies its own rows only."""
-
-    def __init__(self) -> None:
-        self.buffers_BGTE: list[Tensor] = []
-        self.begin = self.end = 0
-
-    def extend(self, context: Pair, block: Pair, window: int | None) -> Pair:
-        """Append context rows; return what a block sees, its own rows last. No gradient passes.
-
-        A window keeps window - 1 rows of the context.
-        Shapes: (B, rows, G, E) each; returns (B, G, T, E), valid until the next call.
-        """
-        rows, slots = context[0].shape[1], block[0].shape[1]
-        skipped = 0 if window is None else max(0, rows + 1 - window)
-        middle = self.end + rows - skipped
-        if window is not None:
-            self.begin = max(self.begin, middle + 1 - window)
-        if not self.buffers_BGTE or middle + slots > self.buffers_BGTE[0].shape[2]:
-            middle -= self.begin
-            self._move(middle + slots, block)
-        for buffer_BGTE, new, own in zip(self.buffers_BGTE, context, block, strict=True):
-            buffer_BGTE[:, :, self.end : middle] = new[:, skipped:].detach().transpose(1, 2)
-            buffer_BGTE[:, :, middle : middle + slots] = own.detach().transpose(1, 2)
-        self.end = middle
-        key, value = (buffer_BGTE[:, :, self.begin : middle + slots] for buffer_BGTE in self.buffers_BGTE)
-        return key, value
-
-    def _move(self, size: int, like: Pair) -> None:
-        """Move the kept rows to the front of buffers with room for a quarter more."""
-        kept = self.end - self.begin
-        shape = (like[0].shape[0], like[0].shape[2], size + size // 4 + 64, like[0].shape[3])
-        fresh = [each.new_empty(shape) for each in like]
-        for new, old in zip(fresh, self.buffers_BGTE, strict=False):
-            new[:, :, :kept] = old[:, :, self.begin : self.end]
-        self.buffers_BGTE, self.begin, self.end = fresh, 0, kept
 
 
 class DFlashDraft(Draft):

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from dllm.errors import ModelError
 from dllm.models.drafts.config import DFlashConfig
-from dllm.models.drafts.dflash import DFlashDraft, Layer, Linear
+from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.drafts.dflash2_settings import DFlash2Settings
+from dllm.models.drafts.layers import Layer, Linear
 from dllm.models.drafts.proposal import Proposal, Sampling
 from dllm.models.drafts.protocol import Draft, DraftConfig, DraftSettings, ExtraLoss, ScoredSlots, TargetIO
 from dllm.models.drafts.selector import CandidateSelector

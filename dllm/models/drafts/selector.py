@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dllm.models.drafts.dflash import Linear
+from dllm.models.drafts.layers import Linear
 from dllm.models.drafts.proposal import Proposal, Sampling
 
 COLUMNS = 16
