@@ -75,8 +75,8 @@ def command_line() -> str:
         for parameter in command.params:
             panel = getattr(parameter, "rich_help_panel", None) or "Options"
             panels.setdefault(panel, []).append(_row(parameter))
-        for panel, rows in panels.items():
-            title = "" if panel == "Options" else f"**{panel}**\n\n"
+        for panel, rows in sorted(panels.items(), key=lambda each: each[0] == "Options"):  # those of every use last
+            title = "" if len(panels) == 1 else f"**{panel}**\n\n"
             lines += [f"{title}| option | default | means |", "|---|---|---|", *rows, ""]
     return "\n".join(lines)
 
