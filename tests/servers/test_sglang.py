@@ -96,10 +96,10 @@ def journalled(folder: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in folder.glob(".work/**/*.jsonl"))
 
 
-def test_death_of_the_caller_takes_it_along(serving: tuple[subprocess.Popen[str], str]) -> None:
+def test_death_of_the_caller_takes_it_along(project: Project, serving: tuple[subprocess.Popen[str], str]) -> None:
     child, url = serving
     everything = psutil.Process(child.pid).children(recursive=True)
-    assert len(everything) > 3
+    assert len(everything) > 3 and processes_of_sglang(project)
     child.send_signal(signal.SIGKILL)
     child.wait()
     _, alive = psutil.wait_procs(everything, timeout=LONGEST_S)
@@ -123,16 +123,18 @@ def test_what_it_complains_of_is_one_line(project: Project) -> None:
 def test_the_stage_starts_it_and_takes_it_down(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(URL_VARIABLE, raising=False)
     project.write(engine="sglang")
-    before = processes_of_sglang()
+    before = processes_of_sglang(project)
     project.run("regenerate")
-    assert processes_of_sglang() <= before
+    assert processes_of_sglang(project) <= before
     check_rows(project.root / "out" / "regenerate")
 
 
-def processes_of_sglang() -> set[int]:
+def processes_of_sglang(project: Project) -> set[int]:
+    """Find servers that work in the project's folder; tests of other checkouts may run theirs beside it."""
     found = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if re.search(r"sglang::|sglang\.launch_server", " ".join(process.cmdline())):
+            is_here = Path(process.cwd()) == project.root
+            if is_here and re.search(r"sglang::|sglang\.launch_server", " ".join(process.cmdline())):
                 found.add(process.pid)
     return found
