@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dllm.config.params import Train
 from dllm.errors import DataError, DllmError
+from dllm.process import signals
 from dllm.tracking.runs import NullTracker
 from dllm.training.distributed import Join, Ranks
 from dllm.training.loop import Loop
@@ -96,12 +97,13 @@ def _seed(*parts: object) -> int:
 
 def as_ranks_do(work: Callable[[Ranks], None]) -> int:
     """Work under torchrun, and end as the command line does: one line and a code."""
-    try:
-        with Join() as ranks:
-            work(ranks)
-    except DllmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    with signals.handled():  # also while it says what is wrong: torchrun ends the peers of a rank that was killed
+        try:
+            with Join() as ranks:
+                work(ranks)
+        except DllmError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
     return 0
 
 
