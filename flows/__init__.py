@@ -2,4 +2,4 @@
 
 from dllm.process.interpreter import exit_without
 
-exit_without("prefect")
+exit_without("prefect")  # one line, before a module here imports it

@@ -6,6 +6,7 @@ turns in a cell, `tools` parses calls and schemas.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +15,6 @@ from dllm.outside import is_text
 from dllm.prompts.chats import tools as tooling
 from dllm.prompts.chats.cells import as_turns
 from dllm.prompts.chats.tools import JsonCell, Tools
-from dllm.prompts.rows.column_names import REASONING
 
 __all__ = ["Chat", "Message", "Tools", "Unusable", "parse_chat"]
 
@@ -49,6 +49,8 @@ ROLES = {
 }
 CALL_ROLES = {"function_call", "tool_call"}
 """Roles whose text is a call, written as JSON."""
+_REASONING = re.compile(r"(?:reasoning|thinking|thoughts?)(?:_(?:content|text|details?))?")
+"""Keys of a turn that hold the model's reasoning apart from its text."""
 _OTHER_TEXTS = ("text", "message", "output", "result", "response")
 """Keys that hold a turn's text in formats that are not read."""
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
@@ -116,7 +118,7 @@ def _response(turns: list[Any], roles: list[tuple[str, bool]]) -> str | None:
         message = _message(turns[0], 1, *roles[0], "")
     except (DataError, Unusable):
         return None
-    has_more = "tool_calls" in message or any(REASONING.fullmatch(key) and value for key, value in turns[0].items())
+    has_more = "tool_calls" in message or any(_REASONING.fullmatch(key) and value for key, value in turns[0].items())
     return None if has_more else message["content"] or None
 
 

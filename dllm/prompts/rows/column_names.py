@@ -55,8 +55,6 @@ CONTINUED = {"prefix", "partial", "prefill"}
 """Keys of a last turn that is the beginning of the response, as DeepSeek, Moonshot and Mistral name them."""
 ROUTES = {"channel": ("final",), "recipient": ("all", "assistant", "user")}
 """Keys of gpt-oss's turns, and their values for a text that the user reads; others are calls or reasoning."""
-REASONING = re.compile(r"(?:reasoning|thinking|thoughts?)(?:_(?:content|text|details?))?")
-"""Keys of a turn that hold the model's reasoning apart from its text."""
 
 _cached = functools.lru_cache(4096)  # all rows of a source have the same names
 _CAMEL = re.compile("(?<=[a-z0-9])(?=[A-Z])")
