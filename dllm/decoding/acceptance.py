@@ -97,7 +97,7 @@ class Acceptance:
         """95 % confidence interval of tau_micro over prompts like these; None of fewer than two responses.
 
         tau_micro is a ratio of two sums over responses, whose rounds depend on each other: the delta method on
-        responses, with the quantile of Student's distribution.
+        responses, with the quantile of Student's distribution. Within 1 and the block size, as every round is.
         """
         if self.responses < 2:
             return None
@@ -107,7 +107,7 @@ class Acceptance:
         z = 1.959964  # and the expansion of Student's quantile around it
         quantile = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
         margin = quantile * math.sqrt(spread) / self.rounds
-        return tau - margin, tau + margin
+        return max(1.0, tau - margin), min(float(self.block_size), tau + margin)
 
     @property
     def unconditional(self) -> list[float | None]:

@@ -75,6 +75,12 @@ def test_the_interval_covers_the_true_acceptance_length_in_95_of_100_samples() -
     assert counted(4, [rejected_after(1, 4)], [rejected_after(1, 4)] * 3).tau_interval == (2, 2)
 
 
+def test_the_interval_ends_where_no_round_can_be() -> None:
+    always, never = rejected_after(3, 4), rejected_after(0, 4)
+    assert counted(4, [never] * 9, [never, always]).tau_interval[0] == 1
+    assert counted(4, [always] * 9, [never, always]).tau_interval[1] == 4
+
+
 BLOCK = 5
 rounds = st.integers(0, BLOCK - 1).map(lambda run: rejected_after(run, BLOCK))
 answers = st.lists(st.lists(rounds, max_size=6), max_size=6)
