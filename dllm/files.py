@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
 import sys
@@ -67,7 +68,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     For libraries that write to a path. Two processes may write the same file: the last one stays, whole.
     """
-    aside = _aside(path)
+    aside = aside_of(path)
     try:
         yield aside
         _sync(aside)
@@ -103,18 +104,31 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     A reader, or a kill at any moment, sees the old folder or the new one. An exception inside leaves the old one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in path.parent.glob(f".{path.name}.*"):
-        shutil.rmtree(left_over)
-    aside = _aside(path)
+    for left_over in left_overs(path):
+        if left_over.is_dir() and not left_over.is_symlink():
+            with _held(left_over) as is_left:
+                if is_left:
+                    shutil.rmtree(left_over, ignore_errors=True)
+    aside = aside_of(path)
     aside.mkdir()
     try:
-        yield aside
-        for each in [*aside.rglob("*"), aside]:
-            _sync(each)
-        _swap(aside, path)
+        with _held(aside):  # so that no other process takes it for left over
+            yield aside
+            for each in [*aside.rglob("*"), aside]:
+                _sync(each)
+            _swap(aside, path)
         _sync(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def left_overs(path: Path) -> list[Path]:
+    """Return what is beside a path by a name of ours: a killed process's, or what a living one fills now.
+
+    Whatever else begins with that name is the user's.
+    """
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}(-journal|-wal|-shm)?")
+    return [each for each in path.parent.iterdir() if ours.fullmatch(each.name)]
 
 
 @contextmanager
@@ -239,8 +253,23 @@ def what_helps(error: OSError) -> str:
     return HINTS.get(error.errno or 0, "--debug shows the code that asked for it")
 
 
-def _aside(path: Path) -> Path:
-    # A unique name: of two processes that publish here one may fail, but their files never mix.
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Lock a folder itself; yield whether that was possible: not where another holds it, or on a disk without."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        is_ours = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            is_ours = False
+        yield is_ours
+    finally:
+        os.close(descriptor)
+
+
+def aside_of(path: Path) -> Path:
+    """Return a new name beside a path, for what is to become it: files of two processes never mix."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
 
 
@@ -248,7 +277,7 @@ def _swap(new: Path, old: Path) -> None:
     if not old.exists():
         new.rename(old)
     elif not _exchange(new, old):  # where the system has no exchange: two renames, the old folder is kept until the end
-        retired = _aside(old)
+        retired = aside_of(old)
         old.rename(retired)
         new.rename(old)
         shutil.rmtree(retired)

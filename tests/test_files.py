@@ -99,6 +99,25 @@ def test_a_kill_in_the_middle_leaves_nothing_that_lasts(tmp_path: Path) -> None:
     assert names(tmp_path) == ["goal"]
 
 
+def test_what_a_user_keeps_under_a_like_name_stays(tmp_path: Path) -> None:
+    (tmp_path / ".goal.swp").write_text("an editor's")
+    (tmp_path / ".goal.d").mkdir()
+    (tmp_path / ".goal.0123456").mkdir()
+    (tmp_path / ".goal.01234567.old").mkdir()
+    kept = names(tmp_path)
+    fill(tmp_path / "goal", "a")
+    assert names(tmp_path) == [*kept, "goal"]
+
+
+def test_two_that_publish_one_folder_at_once_both_end_and_the_last_one_stays(tmp_path: Path) -> None:
+    goal = tmp_path / "goal"
+    with atomic_folder(goal) as slow:
+        (slow / "slow").write_text("slow")
+        fill(goal, "quick")
+        assert names(goal) == ["quick"] and (slow / "slow").exists()
+    assert names(goal) == ["slow"] and names(tmp_path) == ["goal"]
+
+
 PIPES = """
 import os
 from pathlib import Path

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dllm.digests import unsealed
 from dllm.errors import StageError
-from dllm.files import LOCK, lock_folder
+from dllm.files import LOCK, is_unreadable, lock_folder
 from dllm.responses import shards
 from dllm.workspace import LINKED, Workspace, place
 
@@ -27,7 +28,8 @@ def claim(folder: Path, resume: bool) -> Iterator[None]:
     """Lock an output folder, created where it is missing.
 
     Raises:
-        StageError: another process holds it, it is no folder, or it holds something and `resume` is off.
+        StageError: another process holds it, it is no folder, or it holds something and `resume` is off, or files in
+            place of the result that no earlier call has written.
     """
     if folder.exists() and not folder.is_dir():
         raise StageError("not a folder", where=str(folder), hint="name another --output-dir")
@@ -68,8 +70,8 @@ def publish(folder: Path, files: Mapping[str, Path], records: Mapping[str, Mappi
         files: the last one is the manifest.
     """
     (folder / shards.MANIFEST).unlink(missing_ok=True)
-    for old in folder.glob("shard-*.parquet"):
-        if old.name not in files:
+    for old in list(folder.iterdir()):
+        if is_result_name(old.name) and old.name not in files:
             old.unlink()
     for name, path in files.items():
         place(path, folder / name)
@@ -83,6 +85,11 @@ def remove_finished_work(workspace: Workspace) -> None:
             shutil.rmtree(marker.parent)
 
 
+def is_result_name(name: str) -> bool:
+    """Return whether publishing may write, or remove, a file of this name."""
+    return name in (shards.MANIFEST, shards.REJECTED) or (name.startswith("shard-") and name.endswith(".parquet"))
+
+
 def _check_free(folder: Path, resume: bool) -> None:
     is_begun = any((folder / WORK).glob("*/answers-*"))  # a call that failed before its first request leaves nothing
     found = sorted(path.name for path in folder.iterdir() if path.name != LOCK and (path.name != WORK or is_begun))
@@ -92,3 +99,17 @@ def _check_free(folder: Path, resume: bool) -> None:
             where=str(folder),
             hint="add --resume to continue it, or name another --output-dir",
         )
+    in_the_way = next(filter(is_result_name, found), None)
+    if in_the_way and not is_begun and not _has_result(folder):
+        what = f"nothing to resume here, and {in_the_way}, which `regenerate` has not written, would be replaced"
+        raise StageError(what, where=str(folder), hint="name another --output-dir")
+
+
+def _has_result(folder: Path) -> bool:
+    """Return whether a manifest of ours is there, of this version or an older one."""
+    try:
+        return "shards" in unsealed((folder / shards.MANIFEST).read_bytes())
+    except (OSError, ValueError, TypeError) as error:
+        if is_unreadable(error):
+            raise
+        return False

@@ -107,7 +107,7 @@ def run(args: RegenerateArgs) -> dict[str, Any]:
     """Generate the responses that are missing, publish the result, and return the figures.
 
     Raises:
-        ConfigError: the output lies in the input, or there is no server.
+        ConfigError: the output lies in the input, or would replace it, or there is no server.
         DataError: the input cannot be read or holds no prompt, or the target generates no token at all.
         ModelError: the tokenizer or the target cannot be loaded.
         ServerError: the servers are out of reach or respond wrongly; finished responses are kept.
@@ -226,6 +226,8 @@ def _check_apart(args: RegenerateArgs) -> None:
     source, output = path_of(args.settings.source, args.root).resolve(), args.output.resolve()
     if source.is_dir() and output.is_relative_to(source):
         raise ConfigError("--output-dir lies in the input", where=str(output), hint="it would be read as input later")
+    if source.parent == output and output_folder.is_result_name(source.name):
+        raise ConfigError("--input-data lies in --output-dir", where=str(source), hint="the result would replace it")
 
 
 def _made_of(args: RegenerateArgs) -> dict[str, Any]:

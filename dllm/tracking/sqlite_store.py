@@ -12,7 +12,6 @@ import os
 import sqlite3
 import struct
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -24,7 +23,7 @@ from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as Regi
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from dllm.errors import ServerError, StageError
-from dllm.files import HINTS
+from dllm.files import HINTS, aside_of, left_overs
 from dllm.tracking.address import sqlite_uri
 
 MAKING_S = 120.0
@@ -63,9 +62,9 @@ def make(path: Path, *, instead: bool = False) -> None:
     with _one_at_a_time(path):
         if _has_content(path) and not instead:
             return
-        for left_over in path.parent.glob(f".{path.name}.*"):
+        for left_over in left_overs(path):
             left_over.unlink()
-        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        aside = aside_of(path)
         try:
             _make_tables(aside)
             with aside.open("rb") as file:

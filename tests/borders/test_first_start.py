@@ -74,6 +74,14 @@ def test_the_second_start_works_after_blows_at_any_moment(tmp_path: Path) -> Non
     assert works(path)
 
 
+def test_what_a_killed_start_left_goes_and_what_a_user_keeps_beside_stays(tmp_path: Path) -> None:
+    left, kept = tmp_path / ".mlflow.db.0123abcd-wal", tmp_path / ".mlflow.db.bak"
+    left.write_text("left over")
+    kept.write_text("a copy of last week")
+    make(tmp_path / "mlflow.db")
+    assert not left.exists() and kept.read_text() == "a copy of last week"
+
+
 def test_a_path_that_mlflow_cannot_write_is_named(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"both kinds of quotes.*move or rename the project"):
         make(tmp_path / 'it\'s "b"' / "mlflow.db")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,30 @@ def test_what_is_not_empty_is_left_alone_and_resumed_when_asked(chats: Path, tmp
         (output / "shard-00001.parquet").unlink()
         assert call(*flags(chats, output, server, "--resume"), capsys=capsys)[0] == 0
     assert len(server.bodies) == asked and content(output) == before
+
+
+@pytest.mark.parametrize("name", ["shard-00000.parquet", "manifest.json", "rejected.jsonl"])
+def test_no_file_is_replaced_that_no_earlier_call_has_written(
+    chats: Path, tmp_path: Path, capsys: Any, name: str
+) -> None:
+    output = tmp_path / "data"
+    output.mkdir()
+    (output / name).write_bytes(b"precious")
+    (output / "notes.txt").write_text("beside it")
+    with serving() as server:
+        code, _, err = call(*flags(chats, output, server, "--resume"), capsys=capsys)
+        assert code == 5 and f"nothing to resume here, and {name}" in complaint(err)
+        assert sorted(path.name for path in output.iterdir()) == sorted([name, "notes.txt"]) and server.bodies == []
+        assert (output / name).read_bytes() == b"precious"
+        (output / name).rename(tmp_path / name)
+        assert call(*flags(chats, output, server, "--resume"), capsys=capsys)[0] == 0
+        shard = output / "shard-00000.parquet"
+        before = shard.read_bytes()
+        code, _, err = call(*flags(shard, output, server, "--resume"), capsys=capsys)
+        assert code == 2 and "--input-data lies in --output-dir" in complaint(err) and shard.read_bytes() == before
+        shutil.rmtree(output / ".work")  # a copy of the result alone can be gone on with
+        assert call(*flags(chats, output, server, "--resume"), capsys=capsys)[0] == 0
+    verify.verify(output)
 
 
 def test_a_result_that_is_completed_later_counts_the_time_of_all_calls(
