@@ -63,7 +63,7 @@ def generate(model: Any, tokenizer: Any, stops: set[int], prompts: int, new_toke
     for request in requests:
         answer = found[request.key]
         ids = [*request.prompt_ids, *answer.token_ids]
-        texts.append(GreedyText(ids, len(request.prompt_ids), stopped=answer.finish_reason == "stop"))
+        texts.append(GreedyText(ids, len(request.prompt_ids), answer.finish_reason == "stop", new_tokens))
     return texts
 
 
@@ -116,7 +116,7 @@ def main() -> int:
     print(f"{len(texts)} responses; the draft is there", file=sys.stderr, flush=True)
     draft = load_copy(trained, model)
     positions = model.config.max_position_embeddings
-    options = {"max_new_tokens": args.new_tokens, "max_positions": positions}
+    options = {"max_positions": positions}
     rates: dict[str, list[float]] = {name: [] for name in PASS_SIZES}
     decode_s: list[float] = []
     acceptance: dict[str, Acceptance] = {name: Acceptance(draft.config.block_size) for name in ("decoded", "walked")}
@@ -171,7 +171,7 @@ def differing(trained: Draft, tokenizer: Any, stops: set[int], args: argparse.Na
     draft = load_copy(trained, exact)
     decoder, wrong = Decoder(exact, draft), 0
     positions = exact.config.max_position_embeddings
-    for each in walk(exact, draft, texts, max_new_tokens=args.new_tokens, max_positions=positions):
+    for each in walk(exact, draft, texts, max_positions=positions):
         text = texts[each.index]
         prompt = list(text.ids[: text.prompt_length])
         answer = decoder.generate(prompt, max_new_tokens=args.new_tokens, stop_ids=stops)

@@ -45,6 +45,9 @@ class GreedyText:
     prompt_length: int
     stopped: bool
     """Whether the last id is a stop id, after which nothing follows."""
+    limit: int | None = None
+    """Response tokens at which decoding ends, `max_new_tokens`: those after it are only compared with draft tokens.
+    None: the end of the text."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,6 @@ def walk(
     texts: Sequence[GreedyText],
     *,
     block_size: int = 0,
-    max_new_tokens: int | None = None,
     max_positions: int | None = None,
 ) -> Iterator[Walked]:
     """Run the target once over each text, and count the rounds that decoding with a draft would take, text by text.
@@ -74,7 +76,7 @@ def walk(
         model: the target, in evaluation mode.
         draft: in evaluation mode, in the target's dtype.
         texts: they come back in another order.
-        block_size, max_new_tokens, max_positions: as `Walker` has them.
+        block_size, max_positions: as `Walker` has them.
     """
     target = TargetIO.of(model)
     walker = Walker(draft, target, block_size, max_positions)
@@ -87,7 +89,7 @@ def walk(
             width = draft.config.hidden_size
             features += [known_SX[:, :-width] for known_SX in known]
             greedy += _count_greedy(target, members, [known_SX[:, -width:] for known_SX in known])
-        rounds = walker.rounds([texts[index] for index in batch], features, max_new_tokens)
+        rounds = walker.rounds([texts[index] for index in batch], features)
         yield from (Walked(*found) for found in zip(batch, rounds, greedy, strict=True))
 
 
@@ -115,20 +117,17 @@ class Walker:
         self.blocks_at_once = blocks_at_once or BLOCKS_AT_ONCE
 
     @torch.inference_mode()
-    def rounds(
-        self, texts: Sequence[GreedyText], features: Sequence[Tensor], max_new_tokens: int | None = None
-    ) -> list[list[RoundCounts]]:
+    def rounds(self, texts: Sequence[GreedyText], features: Sequence[Tensor]) -> list[list[RoundCounts]]:
         """Return the rounds of each text, its prefill left out.
 
         The last round of a response that no stop id ended may reach past the text that is known. It is left out unless
-        it is certain, as it is where the text goes on for `block_size - 2` tokens after max_new_tokens.
+        it is certain, as it is where the text goes on for `block_size - 2` tokens after its limit.
 
         Args:
             texts: of similar lengths, as they are padded to the longest.
             features: of every text, at its positions up to the last token but one at least. Shapes: (S, F) each.
-            max_new_tokens: the limit of decoding; None goes to the end of each text.
         """
-        walks = [self._walk(text, max_new_tokens, len(texts)) for text in texts]
+        walks = [self._walk(text, len(texts)) for text in texts]
         context = self.draft.read_context(torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True))
         rows = list(range(len(walks)))
         while rows:
@@ -139,10 +138,10 @@ class Walker:
                 context, rows = _take(context, going), [rows[index] for index in going]
         return [walk.result() for walk in walks]
 
-    def _walk(self, text: GreedyText, max_new_tokens: int | None, texts: int) -> _Walk:
+    def _walk(self, text: GreedyText, texts: int) -> _Walk:
         bound = len(text.ids) - 1
-        if max_new_tokens is not None:
-            bound = min(bound, text.prompt_length + max_new_tokens - 1)
+        if text.limit is not None:
+            bound = min(bound, text.prompt_length + text.limit - 1)
         room = (bound - text.prompt_length) // (STRETCH * self.block_size)
         count = max(1, min(self.blocks_at_once // texts, room))
         return _Walk(text, bound, count)

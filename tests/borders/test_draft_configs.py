@@ -63,6 +63,8 @@ SAME = {
     "bookkeeping": {"_name_or_path": "x", "transformers_version": "5.0", "bos_token_id": 1, "unsloth_fixed": True},
     "switches that are off": {"use_swa": False, "final_logit_softcapping": None, "some_new_switch": None},
     "one number written otherwise": {"rope_theta": 10000},
+    "RoPE of older files": {"rope_theta": GONE, "rope_scaling": {"rope_type": "default", "rope_theta": 10000}},
+    "RoPE in three places": {"rope_theta": 1e4, "rope_scaling": {"rope_theta": 1e4}, "rope_parameters/rope_theta": 1e4},
 }
 
 WINDOW = {"layer_types": [SLIDING], "sliding_window": 8, "use_sliding_window": True}
@@ -140,7 +142,9 @@ REFUSED = {
     "yarn in the new layout": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
     "scaled RoPE of old": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
     "partial RoPE": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    "two RoPE bases": ({"rope_parameters": {"rope_theta": 1e6}}, "rope_theta"),
+    "two RoPE bases": ({"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters.rope_theta is 1000000.0"),
+    "two RoPE bases in the older place": ({"rope_scaling": {"type": "default", "rope_theta": 1e6}},
+                                          "rope_scaling.rope_theta is 1000000.0"),
     "another depth": ({"num_target_layers": 36}, "num_target_layers"),
     "another width": ({"hidden_size": 128}, "hidden_size"),
     "a width as text": ({"hidden_size": "64"}, "hidden_size"),

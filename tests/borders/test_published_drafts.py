@@ -63,6 +63,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for seed, commit, name in ((1, OLD, "v1"), (2, NEW, "main")):
         draft.reset_parameters(seed)
         save_draft(draft, tmp_path / name)
+        written = json.loads((tmp_path / name / "config.json").read_text())
+        del written["num_target_layers"]  # as in some published files
+        (tmp_path / name / "config.json").write_text(json.dumps(written))
         _publish(tmp_path / "hub", commit, tmp_path / name, name)
     return tmp_path / "hub"
 
@@ -78,6 +81,7 @@ def test_a_revision_is_taken_and_its_commit_recorded(hub: Path, revision: str | 
     expected = DFlashDraft(draft.config)
     expected.reset_parameters(1 if commit == OLD else 2)
     assert all((one == other).all() for one, other in zip(draft.parameters(), expected.parameters(), strict=True))
+    assert draft.config.to_json()["num_target_layers"] == target.config.num_hidden_layers
 
 
 def test_weights_in_a_directory_are_recorded_too(hub: Path) -> None:

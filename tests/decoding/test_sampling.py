@@ -107,7 +107,9 @@ CUTS = {"temperature": 0.6, "top_k": 4, "top_p": 0.9}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "cuts"), [*((name, {}) for name in drafts()), ("walk", CUTS), ("most probable", CUTS)], ids=str
+    ("name", "cuts"),
+    [*((name, {}) for name in drafts()), *((name, CUTS) for name in ("walk", "most probable", "like the target"))],
+    ids=str,
 )
 def test_the_first_tokens_have_the_targets_joint_law(name: str, cuts: dict) -> None:
     how = sampling(seed=11, **cuts)
@@ -204,8 +206,9 @@ def test_a_seed_gives_the_same_response_and_equal_prompts_different_ones(model) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dflash", "dflash2"])
-def test_a_models_first_tokens_have_its_joint_law(model, name: str) -> None:
-    how = sampling(seed=2, temperature=0.8, top_k=5)
+@pytest.mark.parametrize("cuts", [{"top_k": 5}, {"top_k": 4, "top_p": 0.9}], ids=str)
+def test_a_models_first_tokens_have_its_joint_law(model, name: str, cuts: dict) -> None:
+    how = sampling(seed=2, temperature=0.8, **cuts)
     prefixes = torch.tensor([[*PROMPT, a, b] for a, b in itertools.product(range(VOCAB), repeat=2)])
     with torch.inference_mode():
         logits_NSV = model(prefixes).logits[:, len(PROMPT) - 1 :]
@@ -214,7 +217,7 @@ def test_a_models_first_tokens_have_its_joint_law(model, name: str) -> None:
         before = float(how.law(first_V)[a] * how.law(second_V)[b])
         law |= {(a, b, c): before * float(p) for c, p in enumerate(how.law(third_V))}
     asked = [PROMPT] * 1500
-    drawn = samplings(asked, SampledSettings(temperature=0.8, top_k=5, seed=2))
+    drawn = samplings(asked, SampledSettings(temperature=0.8, seed=2, **cuts))
     decoder = Decoder(model, draft_of(model, name))
     found = decode_together(decoder, asked, max_new_tokens=LENGTH, batch_size=250, samplings=drawn)
     assert chi_square(Counter(tuple(answer.token_ids) for _, answer in found), law) < 3.5

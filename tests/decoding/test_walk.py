@@ -86,7 +86,7 @@ def selecting_draft(model) -> DFlash2Draft:
 
 def walked(model, draft, texts: list[GreedyText], limit: int | None, block_size: int = 0, at_once: int = 1):
     walker = Walker(draft, target_of(model), block_size, model.config.max_position_embeddings, at_once)
-    return walker.rounds(texts, features(model, draft, texts), limit)
+    return walker.rounds([replace(text, limit=limit) for text in texts], features(model, draft, texts))
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from dllm.config.load import parse_params
 from dllm.digests import sealed
 from dllm.errors import DataError, StageError
 from dllm.methods.figures import DASH
+from dllm.registry import METHODS
 from dllm.report import terminal
 from dllm.stages import STAGES, evaluate, prepare, regenerate, register, train
 from tests.arch.source_tree import ROOT
@@ -100,6 +101,21 @@ def test_the_table_tells_the_whole_run(root: Path) -> None:
     }
     for name, value in expected.items():
         assert value in _row(text, name), name
+
+
+@pytest.mark.parametrize(
+    ("best", "from_on", "said"),
+    [
+        ({"1": 7, "8": 2}, None, "drafts pay at every concurrency measured"),
+        ({"1": 7, "8": 0}, 8, "drafts lose from 8 on"),
+        ({"1": 7, "2": 0, "8": 2}, None, "drafts lose at 2"),
+    ],
+)
+def test_where_drafts_lose_is_said(best: dict[str, int], from_on: int | None, said: str) -> None:
+    row = {str(k): 100.0 for k in range(8)}
+    found = {"tokens_per_s": dict.fromkeys(best, row), "best_draft_tokens": best, "loses_from_concurrency": from_on}
+    (table,) = [t for t in METHODS["dflash"].tables({"evaluate": {"throughput": found}}) if t.key == "throughput"]
+    assert table.description.endswith(f": {said}.")
 
 
 def test_each_source_has_a_row_and_many_draft_tokens_fit(root: Path) -> None:

@@ -67,7 +67,7 @@ def test_its_figures_are_of_what_it_proposes_and_choose_the_checkpoint(alone) ->
     validations = [r for r in found if r["kind"] == "validation"]
     lengths = [r["acceptance_length"] for r in found if r["kind"] == "train"]
     assert lengths[-1] > lengths[0] + 0.3  # the loss grows with the draft's confidence, which weighs it
-    best = max(validations, key=lambda r: (r["val_acceptance_length"], -r["val_loss"]))
+    best = max(validations, key=lambda r: (r["val_walked_acceptance_length"], -r["val_loss"]))
     assert metrics["best_step"] == best["step"]
     last = validations[-1]
     offsets = {f"val_{kind}_acc_k{k}" for kind in ("draft", "base") for k in (1, 2, 3)}

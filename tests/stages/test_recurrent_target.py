@@ -85,7 +85,7 @@ def test_it_is_trained_and_measured_and_not_decoded(
     assert "keeps a recurrent state" in capfd.readouterr().err
     regenerate.run(asked, tmp_path)
     trained = train.run(asked, tmp_path)
-    assert 1 <= trained["val_walked_acceptance_length"] <= 4
+    assert "val_walked_acceptance_length" not in trained, "the dataset's responses are no decoding of the target"
     found = evaluate.run(asked, tmp_path)
     assert found["prompts"] == 0 and found["speedup"] is None and "recurrent state" in found["decoding"]
     assert "recurrent state" in capfd.readouterr().err

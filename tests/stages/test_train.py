@@ -100,7 +100,7 @@ def test_a_run_publishes_a_draft_its_curves_and_its_figures(alone, store) -> Non
     assert losses[-1] < losses[0]
     assert {f"draft_acc_k{k}" for k in (1, 2, 3)} <= found[0].keys()
     validations = [r for r in found if r["kind"] == "validation"]
-    best = max(validations, key=lambda r: (r["val_acceptance_length"], -r["val_loss"]))
+    best = max(validations, key=lambda r: (r["val_walked_acceptance_length"], -r["val_loss"]))
     assert (metrics["best_step"], metrics["val_loss"]) == (best["step"], best["val_loss"])
 
     client = MlflowClient(store)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 from transformers import DynamicCache
 
@@ -108,6 +109,8 @@ def _published_config(settings: Dflash, config: DraftConfig, target: Any, tokeni
             )
     rows = target.get_input_embeddings().weight.shape[0]
     draft_mask_id(config.mask_token_id, tokenizer, rows, _stops(target, tokenizer))
+    if getattr(config, "num_target_layers", 0) is None:  # some files leave it out, and some engines need it
+        config = replace(cast(Any, config), num_target_layers=target.config.get_text_config().num_hidden_layers)
     return config.with_block_size(settings.block_size) if settings.block_size else config
 
 

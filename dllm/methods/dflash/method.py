@@ -16,6 +16,7 @@ from dllm.methods.dflash.settings import Dflash, Throughput, Walk
 from dllm.methods.figures import DASH, Records, Row, Table, by_number, count, number
 from dllm.methods.method import EvaluateContext, Evaluation, Method, PlanContext, Publication, Score, TrainContext
 from dllm.outside import one_line
+from dllm.registry import ENGINES
 
 if TYPE_CHECKING:
     from dllm.config.params import Params
@@ -110,7 +111,12 @@ class DflashMethod:
         else:
             source = OnlineFeatures(target, layer_ids, ctx.splits, with_last=settings.distill > 0)
         del target  # with cached features only its embedding and head stay in memory
-        return DflashStrategy(draft, embedding_VD, head_VD, ctx.splits, source, params.train, stops)
+        # A dataset's own responses are no decoding of the target, nor are sampled ones.
+        is_greedy = params.regenerate.temperature == 0 and ENGINES[params.regenerate.engine].generates
+        positions = targets.max_positions(params.target)
+        return DflashStrategy(
+            draft, embedding_VD, head_VD, ctx.splits, source, params.train, stops, positions, is_greedy
+        )
 
     def sizes(self, strategy: DflashStrategy) -> dict[str, int | None]:
         size = sum(parameter.numel() for parameter in strategy.model.parameters())
@@ -214,8 +220,10 @@ def _throughput_table(found: Mapping[str, Any]) -> Table:
         row, gain = by_number(row), row[str(best)] / row["0"]
         some = {name: value for name, value in row.items() if int(name) in shown}
         rows.append({"at once": int(concurrency), **some, "best": best, "gain": gain})
-    losing = found["loses_from_concurrency"]
-    loses = f"drafts lose from {losing} on" if losing else "drafts pay at every concurrency measured"
+    losing = [concurrency for concurrency, best in by_number(found["best_draft_tokens"]).items() if not best]
+    loses = f"drafts lose at {', '.join(losing)}" if losing else "drafts pay at every concurrency measured"
+    if from_on := found["loses_from_concurrency"]:
+        loses = f"drafts lose from {from_on} on"
     about = (
         "Expected tokens per second by responses decoded at once and draft tokens per round; gain is the best over "
         f"none: {loses}."

@@ -46,10 +46,12 @@ class DflashStrategy:
         source: features of those examples.
         settings: the train section.
         stop_ids: ids that end a response.
+        max_positions: the target's, as in `dllm.decoding.walk.Walker`.
+        is_greedy: whether the target wrote the responses greedily. Only then are rounds counted on held-out ones.
     """
 
     predictions_name = "block_positions"
-    shown = ("loss", "draft_acc", "acceptance_length", "val_acceptance_length")
+    shown = ("loss", "draft_acc", "acceptance_length", "val_acceptance_length", "val_walked_acceptance_length")
 
     def __init__(
         self,
@@ -60,6 +62,8 @@ class DflashStrategy:
         source: FeatureSource,
         settings: Train,
         stop_ids: Collection[int] = (),
+        max_positions: int | None = None,
+        is_greedy: bool = True,
     ) -> None:
         self.model, self.splits, self.source, self.settings = draft, splits, source, settings
         self.dflash = cast(Dflash, settings.method_settings)
@@ -76,7 +80,8 @@ class DflashStrategy:
         offsets = draft.config.block_size - 1
         self.counts = {"correct": offsets, "count": offsets, "run_sum": 1, "blocks": 1, **draft.counts}
         self.counts |= {"walk_tokens": 1, "walk_rounds": 1}
-        self.stop_ids = stop_ids
+        self.stop_ids, self.max_positions = stop_ids, max_positions
+        self.num_walked = self.dflash.walk_samples if is_greedy else 0
         self.adamw_rates = draft.adamw_rates(self.dflash.draft)
         self._in_dtype: Draft | None = None
         """The draft in the compute dtype, during a validation."""
@@ -115,7 +120,7 @@ class DflashStrategy:
         )
         terms = self._terms(step, anchors, tokens=sum(map(len, examples)))
         found = {"walk_tokens": 0.0, "walk_rounds": 0.0}
-        if not training and (walked := [at for at, row in enumerate(rows) if row < settings.walk_samples]):
+        if not training and (walked := [at for at, row in enumerate(rows) if row < self.num_walked]):
             found = self._walk([examples[at] for at in walked], [features_BSF[at] for at in walked])
         return replace(terms, counts={**terms.counts, **found})
 
@@ -124,8 +129,7 @@ class DflashStrategy:
 
         acceptance_length is 1 + the mean over blocks of the number of leading correct predictions: 3, 2, 1, 0 make 2.5.
         It is not the product of the accuracies by offset. walked_acceptance_length, of held-out rows, is the mean
-        number of tokens per round of greedy decoding, where the responses are greedy. All are of what the draft
-        proposes after the true tokens.
+        number of tokens per round of greedy decoding. All are of what the draft proposes after the true tokens.
         """
         figures: dict[str, float] = {}
         if sum(sums["count"]):
@@ -140,8 +144,10 @@ class DflashStrategy:
         return figures | self.model.metrics(sums)
 
     def score(self, validation: Mapping[str, float]) -> tuple[float, ...]:
-        """Prefer the longer held-out acceptance length; at equal length, the lower loss."""
-        return validation.get("val_acceptance_length", 1.0), -validation["val_loss"]
+        """Prefer the longer acceptance length of decoding held-out rows, or where it was not counted that of their
+        blocks; at equal length, the lower loss."""
+        lengths = (validation.get(f"val_{name}") for name in ("walked_acceptance_length", "acceptance_length"))
+        return next((length for length in lengths if length is not None), 1.0), -validation["val_loss"]
 
     def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write the draft in the layout of published drafts, in float32; its weights are never sharded."""
@@ -152,12 +158,20 @@ class DflashStrategy:
         self.model.load_state_dict(load_draft(directory).state_dict())
 
     def _walk(self, examples: Sequence[Example], features: Sequence[Tensor]) -> dict[str, float]:
-        """Count tokens and rounds of decoding the responses; a last round that they do not determine is left out."""
+        """Count tokens and rounds of decoding the responses.
+
+        One that no stop id ended is decoded up to where its own last tokens still say what a round accepts.
+        """
         if self._in_dtype is None:
             same = self.dtype == torch.float32
             self._in_dtype = self.model if same else copy.deepcopy(self.model).to(self.dtype)
-        walker = Walker(self._in_dtype, TargetIO.of_weights(self.embedding_VD, self.head.weight_VD))
-        texts = [GreedyText(e.input_ids, e.prompt_length, e.input_ids[-1] in self.stop_ids) for e in examples]
+        target = TargetIO.of_weights(self.embedding_VD, self.head.weight_VD)
+        walker = Walker(self._in_dtype, target, max_positions=self.max_positions)
+        texts = []
+        for each in examples:
+            stopped, length = each.input_ids[-1] in self.stop_ids, len(each) - each.prompt_length
+            limit = None if stopped else max(0, length - (walker.block_size - 2))
+            texts.append(GreedyText(each.input_ids, each.prompt_length, stopped, limit))
         rounds = [each for response in walker.rounds(texts, features) for each in response]
         return {"walk_tokens": sum(each.num_emitted for each in rounds), "walk_rounds": len(rounds)}
 

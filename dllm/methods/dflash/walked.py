@@ -48,11 +48,11 @@ def walked_figures(
         stop_ids: ids that end a response.
         pairs: those of the prompts that were decoded.
     """
-    draft, size, tokens = decoder.draft, decoder.block_size, ctx.params.evaluate.max_new_tokens
+    draft, size = decoder.draft, decoder.block_size
     assert draft is not None
     texts = _greedy_texts(ctx, decoder, questions, stop_ids)
     found: dict[int, Walked] = {}
-    options = {"block_size": size, "max_new_tokens": tokens, "max_positions": decoder.limit}
+    options = {"block_size": size, "max_positions": decoder.limit}
     with Progress("evaluate: acceptance", len(texts), "prompts") as progress:
         for each in walk(decoder.model, draft, texts, **options):
             found[each.index] = each
@@ -106,7 +106,8 @@ def _greedy_texts(
     ctx: EvaluateContext, decoder: Decoder, questions: Sequence[Question], stop_ids: Collection[int]
 ) -> list[GreedyText]:
     """Return the target's greedy responses, with the tokens that a last round may look at behind the limit."""
-    params, limit = ctx.params, ctx.params.evaluate.max_new_tokens + decoder.block_size - 2
+    params, tokens = ctx.params, ctx.params.evaluate.max_new_tokens
+    limit = tokens + decoder.block_size - 2
     made_of = [targets.identity(params.target), str(decoder.model.dtype), limit, sorted(stop_ids)]
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     folder = ctx.root / GREEDY / key
@@ -126,7 +127,7 @@ def _greedy_texts(
                 atomic_write(files[index], sealed({"token_ids": generation.token_ids}))
                 progress.update(1)
     return [
-        GreedyText([*question.ids, *known[index]], len(question.ids), stopped=known[index][-1] in stop_ids)
+        GreedyText([*question.ids, *known[index]], len(question.ids), known[index][-1] in stop_ids, tokens)
         for index, question in enumerate(questions)
     ]
 

@@ -159,7 +159,7 @@ class DFlashConfig:
 
 
 def _rope_theta(raw: Mapping[str, Any], where: str) -> Any:
-    """Read the base of RoPE from either of its two places; scaled RoPE is refused."""
+    """Read the base of RoPE from any of its three places; scaled RoPE is refused."""
     ropes = raw.get("rope_parameters") or {}
     scaling = raw.get("rope_scaling") or {}
     for name, section in (("rope_parameters", ropes), ("rope_scaling", scaling)):
@@ -170,10 +170,12 @@ def _rope_theta(raw: Mapping[str, Any], where: str) -> Any:
             raise ModelError(f"{name}: RoPE of type {kind!r} in a draft is not supported", where=where)
         refuse_other_values(section, {"partial_rotary_factor": (1.0, 1), "factor": (1.0, 1)}, where, name)
         refuse_unknown(section, {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor"}, where, name)
-    theta, top = ropes.get("rope_theta"), raw.get("rope_theta")
-    if theta is not None and top not in (None, theta):
-        raise ModelError(f"rope_theta is {top}, and {theta} inside rope_parameters", where=where)
-    return next((each for each in (theta, top) if each is not None), 10000.0)
+    places = {"rope_theta": raw, "rope_parameters.rope_theta": ropes, "rope_scaling.rope_theta": scaling}
+    named = {place: theta for place, section in places.items() if (theta := section.get("rope_theta")) is not None}
+    (first, theta), *others = named.items() or {"": 10000.0}.items()
+    if differing := next((place for place, other in others if other != theta), None):
+        raise ModelError(f"{first} is {theta}, and {differing} is {named[differing]}", where=where)
+    return theta
 
 
 def _attention(raw: Mapping[str, Any], flat: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -203,6 +203,13 @@ def _is_mixed(raw: Mapping[str, Any]) -> bool:
     return len(set(raw["layer_types"])) > 1
 
 
+def _vllm_runner(raw: Mapping[str, Any]) -> str | None:
+    why = "has one kind of layer per draft" if _is_mixed(raw) else None
+    if raw["architectures"][0] == "DFlash2DraftModel":
+        why = "walks no candidates"
+    return why and f"Set VLLM_USE_V2_MODEL_RUNNER=1 in its environment: the older runner {why}."
+
+
 def _exceeds_llamacpp(raw: Mapping[str, Any]) -> str | None:
     if raw.get("attention_bias"):
         return "has no biases in the attention of a draft"
@@ -222,11 +229,7 @@ VLLM = ServingEngine(
     decodes=dict.fromkeys(("DFlashDraftModel", "DFlash2DraftModel"), Causality(("is_causal", "dflash_config.causal"))),
     command=_vllm,
     reads={name: keys for name, keys in NESTED_FIRST.items() if name != "block_size"},  # the command names it
-    note=lambda raw: (
-        "Set VLLM_USE_V2_MODEL_RUNNER=1 in its environment: the older runner has one kind of layer per draft."
-        if _is_mixed(raw)
-        else None
-    ),
+    note=lambda raw: _vllm_runner(raw),
 )
 
 LMDEPLOY = ServingEngine(
@@ -265,4 +268,6 @@ ZLAB = ServingEngine(
     title="dflash 0.1.0",
     decodes=dict.fromkeys(("DFlashDraftModel", "DFlash2DraftModel"), Causality(("is_causal",))),
     command=_zlab,
+    # It computes the layers to tap from the target's depth even where they are listed.
+    needs={"DFlashDraftModel": ("num_target_layers",), "DFlash2DraftModel": (*CANDIDATES, "num_target_layers")},
 )

@@ -152,21 +152,32 @@ def oracle_forward(draft, features, embeds, anchors):
     return draft.norm(x)[:, :, 1:]
 
 
+@st.composite
+def shapes(draw):
+    """Every mixture of windows, causality and biases, as changes of a config."""
+    kinds = draw(st.lists(st.sampled_from([FULL, SLIDING]), min_size=1, max_size=3))
+    return {
+        "num_hidden_layers": len(kinds),
+        "layer_types": tuple(kinds),
+        "sliding_window": draw(st.integers(1, 14)) if SLIDING in kinds else None,
+        "is_causal": draw(st.sampled_from([None, True, False])),
+        "attention_bias": draw(st.booleans()),
+        "block_size": draw(st.integers(2, 5)),
+    }
+
+
+anchors_in_12 = st.integers(0, 12)
+cuts_of_12 = st.sets(st.integers(1, 11), max_size=3)
+
+
 @settings(max_examples=40)
-@given(
-    kinds=st.lists(st.sampled_from([FULL, SLIDING]), min_size=1, max_size=3),
-    window=st.integers(1, 14),
-    is_causal=st.sampled_from([None, True, False]),
-    bias=st.booleans(),
-    block_size=st.integers(2, 5),
-    anchor=st.integers(0, 12),
-    cuts=st.sets(st.integers(1, 11), max_size=3),
-)
-def test_oracle_training_and_cached_decoding_agree(kinds, window, is_causal, bias, block_size, anchor, cuts):
-    draft = tiny_draft(
-        num_hidden_layers=len(kinds), layer_types=tuple(kinds), is_causal=is_causal, block_size=block_size,
-        sliding_window=window if SLIDING in kinds else None, attention_bias=bias,
-    )  # fmt: skip
+@given(shape=shapes(), anchor=anchors_in_12, cuts=cuts_of_12)
+def test_oracle_training_and_cached_decoding_agree(shape, anchor, cuts):
+    check_agreement(tiny_draft(**shape), anchor, cuts)
+
+
+def check_agreement(draft, anchor, cuts):
+    """Compare the oracle, the pass of training, and decoding whose context comes in pieces that end at the cuts."""
     with torch.inference_mode():
         for name, parameter in draft.named_parameters():
             if name.endswith("bias"):

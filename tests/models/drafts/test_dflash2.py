@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
 
 from dllm.errors import ModelError
 from dllm.methods.dflash.anchors import draw_anchors
@@ -17,7 +18,16 @@ from dllm.models.drafts.checkpoint import load_draft, save_draft
 from dllm.models.drafts.dflash2 import CODEBOOKS, Convolution, DFlash2Config, DFlash2Draft
 from dllm.models.drafts.dflash2_settings import DFlash2Settings
 from dllm.models.drafts.protocol import TargetIO
-from tests.models.drafts.test_attention import inputs, run, tiny_config, tiny_draft
+from tests.models.drafts.test_attention import (
+    anchors_in_12,
+    check_agreement,
+    cuts_of_12,
+    inputs,
+    run,
+    shapes,
+    tiny_config,
+    tiny_draft,
+)
 
 SIZES = {"conv_kernel_size": 2, "conv_group_size": 4, "selector_rank": 6, "selector_top_k": 5}
 
@@ -70,19 +80,25 @@ def test_training_forward_equals_separate_decoding_calls() -> None:
         torch.testing.assert_close(together[:, n], alone[:, 1:], atol=2e-5, rtol=1e-4)
 
 
+@settings(max_examples=40)
+@given(shape=shapes(), anchor=anchors_in_12, cuts=cuts_of_12)
+def test_oracle_training_and_cached_decoding_agree(shape, anchor, cuts) -> None:
+    check_agreement(dflash2_draft(**shape), anchor, cuts)
+
+
 def test_a_new_draft_is_sized_by_its_own_section() -> None:
     target = SimpleNamespace(**{**asdict(tiny_config()), "num_hidden_layers": 8, "model_type": "tiny"})
-    settings = Dflash.model_validate(
+    section = Dflash.model_validate(
         {"draft": {"architecture": "dflash2", "dflash2": {"selector_rank": 7, "selector_top_k": 3}}}
     ).draft
-    config = DFlash2Draft.config_for(target, settings, block_size=4, mask_token_id=49)
+    config = DFlash2Draft.config_for(target, section, block_size=4, mask_token_id=49)
     assert (config.selector_rank, config.selector_top_k, config.conv_kernel_size, config.conv_group_size) == (
         7,
         3,
         2,
         16,
     )
-    uneven = settings.model_copy(update={"dflash2": DFlash2Settings(conv_group_size=5)})
+    uneven = section.model_copy(update={"dflash2": DFlash2Settings(conv_group_size=5)})
     with pytest.raises(ModelError, match=r"conv_group_size 5 does not divide the hidden size 32 .*draft\.dflash2"):
         DFlash2Draft.config_for(target, uneven, block_size=4, mask_token_id=49)
 

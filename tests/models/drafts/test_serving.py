@@ -118,6 +118,8 @@ def test_who_decodes_which_attention(case: str, architecture: str) -> None:
         ("llamacpp", stated(("f",), False, attention_bias=True), "no biases"),
         ("lmdeploy", stated(("s",), False), "has no bidirectional attention in a window of 2048, as in layer 0"),
         ("lmdeploy", stated(("f",), False, num_target_layers=None), "needs num_target_layers"),
+        ("z-lab", stated(("f",), False, num_target_layers=None), "dflash 0.1.0 needs num_target_layers"),
+        ("z-lab", stated(("f",), False, "DFlash2DraftModel", num_target_layers=None), "needs num_target_layers"),
         ("trtllm", stated(("s",), True, use_sliding_window=False), "use_sliding_window"),
         ("sglang", stated(("f",), False, architectures=["Qwen3DSparkModel"]), "has no Qwen3DSparkModel"),
         ("sglang", stated(("f",), False, layer_types=None), "needs layer_types"),
@@ -168,9 +170,10 @@ def test_a_command_is_shell_that_names_target_and_draft(name: str) -> None:
         assert settings == {"decoding_type": "DFlash", "speculative_model": "a draft", "max_draft_len": 7}
 
 
-def test_mixed_layers_need_the_newer_runner_of_vllm() -> None:
+def test_mixed_layers_and_candidates_need_the_newer_runner_of_vllm() -> None:
     assert serving.VLLM.note(stated(("f", "f"), False).raw) is None
-    assert "VLLM_USE_V2_MODEL_RUNNER=1" in (serving.VLLM.note(stated(("s", "f"), None).raw) or "")
+    for config in (stated(("s", "f"), None), stated(("f", "f"), False, "DFlash2DraftModel")):
+        assert "VLLM_USE_V2_MODEL_RUNNER=1" in (serving.VLLM.note(config.raw) or "")
 
 
 @pytest.mark.parametrize("case", DECODES)
