@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +70,8 @@ class ShardStore:
         """Turns of finished shards."""
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.glob("shard-*.json")):
-            self._load(path)
+            if found := re.fullmatch(r"shard-([0-9]{5}|[1-9][0-9]{5,9})\.json", path.name):
+                self._load(path, int(found[1]))
 
     def responses_kept(self) -> int:
         """Count the responses in the journals of open shards."""
@@ -134,12 +136,14 @@ class ShardStore:
         for index in sorted(self.finished):
             yield self.record(index)
 
-    def _load(self, path: Path) -> None:
-        index = int(path.stem.rpartition("-")[2])
+    def _load(self, path: Path, index: int) -> None:
+        name = shards.shard_name(index)
         try:
             record = ShardRecord(**unsealed(path.read_bytes()))
-            data = (self.folder / record.entry["file"]).read_bytes()
-            intact = hashlib.sha256(data).hexdigest() == record.entry["sha256"]
+            digest = hashlib.sha256((self.folder / name).read_bytes()).hexdigest()
+            # Of another name, a file elsewhere would be read, and one elsewhere written when it is published.
+            intact = (record.entry["file"], record.entry["sha256"]) == (name, digest)
+            intact = intact and isinstance(record.turns, int) and isinstance(record.rollouts, int)
             ManifestCounts.from_json(record.entry["counts"])
             is_passing = any([each["is_passing"] for each in record.rejected])
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

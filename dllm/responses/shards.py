@@ -205,8 +205,10 @@ def read_shard(dir: Path, entry: ShardEntry) -> Iterator[Row]:
     """Read one shard's rows; the whole of it is checked before the first is given.
 
     Raises:
-        DataError: the shard is missing, damaged or not the manifest's; it names the shard.
+        DataError: the shard is missing, damaged or not the manifest's, or lies elsewhere; it names the shard.
     """
+    if not is_file_name(entry["file"]):  # of a record: a manifest's are checked before
+        raise DataError("the shard lies elsewhere", where=str(dir / str(entry["file"])[:60]), hint=_AGAIN)
     path = dir / entry["file"]
     try:
         data = path.read_bytes()

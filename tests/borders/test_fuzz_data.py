@@ -187,6 +187,8 @@ def test_a_manifest_s_paths_stay_inside_for_every_reader(tmp_path: Path, whole: 
             reader(folder)
     with pytest.raises(DllmError, match="lies elsewhere"):
         merge.merge([folder], tmp_path / "out")
+    with pytest.raises(DllmError, match="lies elsewhere"):
+        next(shards.read_shard(folder, manifest["shards"][0]))
 
 
 def test_a_manifest_that_lost_a_shard_is_not_trained_on(tmp_path: Path, whole: Path) -> None:

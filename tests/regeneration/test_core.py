@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterator
 from functools import cache
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.config.params import Regenerate, Target
+from dllm.digests import unsealed
 from dllm.engines.engine import Refusal, Request, Response, request_origin
 from dllm.errors import DataError, StageError
 from dllm.models.targets import load_tokenizer
@@ -209,6 +211,25 @@ def test_a_damaged_shard_is_made_again(tmp_path: Path, caplog: pytest.LogCapture
     engine = MadeUpEngine()
     assert content(core.regenerate(job(tmp_path, prompts(30), engine, shard_size=10))) == before
     assert len(engine.asked) == 10 and "damaged" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["../../precious.parquet", "/etc/passwd", "shard-00000.parquet", "x\0y", None, ["a"]])
+def test_a_record_that_names_another_file_is_damaged(tmp_path: Path, name: object) -> None:
+    whole = core.regenerate(job(tmp_path / "w", prompts(30), MadeUpEngine(), shard_size=10))
+    before, path = content(whole), whole.store.folder / "shard-00001.json"
+    record = unsealed(path.read_bytes())
+    if isinstance(name, str) and "\0" not in name and not (place := whole.store.folder / name).exists():
+        place.write_bytes(before["shard-00001.parquet"])  # right by its digest
+    path.write_text(json.dumps({**record, "entry": {**record["entry"], "file": name}}))
+    (whole.store.folder / "shard-x.json").write_text("{}")  # no name of ours
+    engine = MadeUpEngine()
+    again = core.regenerate(job(tmp_path / "w", prompts(30), engine, shard_size=10))
+    assert content(again) == before and len(engine.asked) == 10
+    assert set(core.write_records(again, {})) == {
+        *(f"shard-{n:05d}.parquet" for n in range(3)),
+        shards.REJECTED,
+        shards.MANIFEST,
+    }
 
 
 def test_another_input_under_the_work_is_refused(tmp_path: Path) -> None:
