@@ -54,7 +54,8 @@ def atomic_write(path: Path, data: bytes) -> None:
     A file of that name is replaced, not changed: what was published by hard link keeps its content.
     """
     aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
+    aside.unlink(missing_ok=True)  # of a link, what it points to would be written
+    with aside.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -160,23 +161,34 @@ def open_lock(path: Path) -> TextIO:
     Raises:
         StageError: a link stands there, or no file: it would be changed in place of a lock.
     """
+    return os.fdopen(_open_unlinked(path, 0, "the lock", "remove it"), "r+")
+
+
+def open_to_append(path: Path) -> int:
+    """Open a file to read it and append to it, made where it is missing; return its descriptor.
+
+    Raises:
+        StageError: a link stands there, or no file: what it leads to, which is no file of ours, would be changed.
+    """
+    hint = "move it away, or put a copy of the file in its place"
+    return _open_unlinked(path, os.O_APPEND, "a file that is appended to", hint)
+
+
+def _open_unlinked(path: Path, flags: int, what: str, hint: str) -> int:
     # Not blocked by a pipe that stands there, which is no file either.
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    flags |= os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    no_file = StageError(f"a link, or no file, stands in place of {what}", where=str(path), hint=hint)
     try:
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise
-        raise _no_lock(path) from None
+        raise no_file from None
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(descriptor)
-        raise _no_lock(path)
-    return os.fdopen(descriptor, "r+")
-
-
-def _no_lock(path: Path) -> StageError:
-    return StageError("a link, or no file, stands in place of the lock", where=str(path), hint="remove it")
+        raise no_file
+    return descriptor
 
 
 def refuse_pipes() -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,9 @@ with atomic_folder(Path(sys.argv[1])) as aside:
     print("under way", flush=True)
     time.sleep(60)
 """
+
+
+WRITERS = [lambda path: atomic_write(path, b"1"), lambda path: atomic_link(Path(__file__), path)]
 
 
 def names(folder: Path) -> list[str]:
@@ -42,6 +46,17 @@ def test_a_file_is_replaced_and_never_changed(tmp_path: Path) -> None:
     atomic_write(path, b"new")
     assert (path.read_bytes(), linked.read_bytes()) == (b"new", b"old")
     assert names(tmp_path) == ["file", "linked"]
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=["write", "link"])
+def test_a_link_under_the_temporary_name_leads_nowhere(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    precious, path = tmp_path / "precious", tmp_path / "manifest.json"
+    precious.write_text("years of work")
+    for place in (tmp_path / "manifest.json.tmp", path):
+        place.symlink_to(precious)
+    write(path)
+    assert precious.read_text() == "years of work" and not path.is_symlink() and path.read_bytes() != b"years of work"
+    assert names(tmp_path) == ["manifest.json", "precious"]
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["link", "copy"])

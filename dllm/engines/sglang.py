@@ -26,6 +26,7 @@ from dllm.config.params import Params, Sglang
 from dllm.engines.openai.engine import OpenAIEngine
 from dllm.engines.readiness import wait_until_ready
 from dllm.errors import ConfigError, ServerError, StageError
+from dllm.files import open_to_append
 from dllm.models import builtin, targets
 from dllm.outside import one_line
 from dllm.process import children as process
@@ -299,7 +300,7 @@ def _taken(port: int) -> StageError:
 def _begin_log(log: Path, argv: Sequence[str]) -> int:
     """Write the command line into the log, and return the log's length."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as stream:
+    with os.fdopen(open_to_append(log), "a") as stream:
         stream.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(argv)}\n")
         stream.flush()
         return stream.tell()

@@ -18,6 +18,7 @@ from types import TracebackType
 
 from dllm.engines.defects import defect
 from dllm.engines.engine import Response
+from dllm.files import open_to_append
 
 SYNC_EVERY_S = 5.0
 """A power failure loses the responses of at most so many seconds."""
@@ -26,12 +27,16 @@ _log = logging.getLogger(__name__)
 
 
 class ResponseJournal:
-    """An append-only file of responses, read by key; the first response to a key counts."""
+    """An append-only file of responses, read by key; the first response to a key counts.
+
+    Raises:
+        StageError: a link stands in place of the file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._places: dict[str, tuple[int, int]] = {}
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = open_to_append(path)
         self._end = self._scan()
         self._synced = time.monotonic()
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm.errors import StageError
+from dllm.files import open_to_append
 from dllm.secrets import hide_in
 
 PATIENCE_S = 120.0
@@ -52,6 +53,7 @@ class RunJournal:
 
     Raises:
         BlockingIOError: another process has it open.
+        StageError: a link stands in place of the file.
     """
 
     head: Record
@@ -67,8 +69,7 @@ class RunJournal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.run_id = path.stem
-        # Of a link, what it points to would be cut and written to.
-        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a+b")
+        self._file = os.fdopen(open_to_append(path), "a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.read()

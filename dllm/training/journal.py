@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from dllm.files import atomic_write
+from dllm.files import atomic_write, open_to_append
 from dllm.tracking.runs import Tracker
 
 Phase = Literal["train", "validation"]
@@ -48,7 +49,7 @@ class MetricsLog:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
         record = {"step": step, "epoch": round(epoch, 4), "time": now, "kind": kind, **figures}
-        with self.path.open("a") as file:
+        with os.fdopen(open_to_append(self.path), "a") as file:
             file.write(json.dumps(record) + "\n")
         self._track(record)
 

@@ -1,4 +1,4 @@
-"""Text from outside cannot act: on a terminal, on a page, on a file in place of a lock."""
+"""Text from outside cannot act: on a terminal, on a page, on a file in place of one of ours."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.digests import unsealed
+from dllm.engines import sglang
 from dllm.errors import DataError, StageError
 from dllm.files import LOCK, lock_folder
 from dllm.outside import JsonError, harmless, markdown, one_line, parse_json, visible
+from dllm.regeneration.journal import ResponseJournal
 from dllm.responses import shards
 from dllm.responses.shards import Row
+from dllm.tracking.run_journal import RunJournal
+from dllm.tracking.runs import NullTracker
+from dllm.training.journal import MetricsLog
 from tests.patience import LONGEST_S
 from tests.responses.shard_folder import write_rows
 
@@ -91,25 +97,36 @@ def test_escapes_in_responses_reach_no_terminal(tmp_path: Path) -> None:
     assert code == 3 and not ACTS.search(printed)
 
 
+OPENED: dict[str, Callable[[Path], object]] = {
+    ".lock": lambda path: lock_folder(path.parent).__enter__(),
+    "journal-00000.jsonl": ResponseJournal,
+    "run.jsonl": RunJournal,
+    "training.jsonl": lambda path: MetricsLog(path, NullTracker()).write("train", 1, 0.1, {}),
+    "server.log": lambda path: sglang._begin_log(path, ["sglang"]),
+}
+"""What is opened to be changed in place, by a name of it."""
+
+
+@pytest.mark.parametrize("name", OPENED)
 @pytest.mark.parametrize("kind", ["link", "hard link", "dangling link", "pipe", "folder"])
-def test_what_stands_in_place_of_a_lock_stays_as_it_is(tmp_path: Path, kind: str) -> None:
+def test_what_stands_in_place_of_a_file_of_ours_stays_as_it_is(tmp_path: Path, kind: str, name: str) -> None:
     precious, folder = tmp_path / "precious", tmp_path / "folder"
     folder.mkdir()
-    precious.write_text("years of work")
-    lock = folder / LOCK
+    precious.write_text("years of work\nand a tail that is none")
+    path = folder / name
     if kind == "link":
-        lock.symlink_to(precious)
+        path.symlink_to(precious)
     elif kind == "hard link":
-        lock.hardlink_to(precious)
+        path.hardlink_to(precious)
     elif kind == "dangling link":
-        lock.symlink_to(tmp_path / "absent")
+        path.symlink_to(tmp_path / "absent")
     elif kind == "pipe":
-        os.mkfifo(lock)
+        os.mkfifo(path)
     else:
-        lock.mkdir()
-    with pytest.raises(StageError, match="in place of the lock"), lock_folder(folder):
-        pass
-    assert precious.read_text() == "years of work" and not (tmp_path / "absent").exists()
+        path.mkdir()
+    with pytest.raises(StageError, match="a link, or no file, stands in place of"):
+        OPENED[name](path)
+    assert precious.read_text() == "years of work\nand a tail that is none" and not (tmp_path / "absent").exists()
 
 
 def test_a_lock_is_not_changed_by_who_does_not_hold_it(tmp_path: Path) -> None:

@@ -388,13 +388,3 @@ def test_an_odd_line_of_a_journal_is_left_out(tmp_path: Path) -> None:
     journal = RunJournal(path)
     assert journal.head == {"store": "s"}
     assert [record["metrics"] for record in journal.pending] == [{"loss": 2.0}]
-
-
-def test_a_link_in_place_of_a_journal_is_not_written_to(tmp_path: Path) -> None:
-    path, precious = journal_path(tmp_path, "a"), tmp_path / "precious"
-    path.parent.mkdir(parents=True)
-    precious.write_bytes(b"a line\nand a tail that is none")
-    path.symlink_to(precious)
-    with pytest.raises(OSError, match="symbolic links"):
-        RunJournal(path)
-    assert precious.read_bytes() == b"a line\nand a tail that is none"
