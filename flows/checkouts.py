@@ -23,6 +23,7 @@ from prefect import get_run_logger
 from dllm.errors import ConfigError, DllmError, StageError
 from dllm.files import lock_folder
 from dllm.tracking.address import VARIABLE, tracking_uri
+from flows import forced
 from flows.children import Place
 
 FOLDER = Path("work", "checkouts")
@@ -73,7 +74,8 @@ def checked_out(root: Path, revision: str, name: str, *, from_scratch: bool) -> 
         root: the project's folder.
         revision: a commit, branch or tag.
         name: of its folder; no other checkout has it at the same time.
-        from_scratch: whether its stages find no work to resume.
+        from_scratch: whether its stages find no work to resume but that of `name` itself, which is kept until the
+            block is left without an exception.
 
     Raises:
         ConfigError: there is no repository, or no such commit in it.
@@ -90,8 +92,11 @@ def checked_out(root: Path, revision: str, name: str, *, from_scratch: bool) -> 
         try:
             prefix = _git(root, "rev-parse", "--show-prefix")
             place = Checkout(tree / prefix, root / "logs" / name, {VARIABLE: tracking_uri(root)})
-            _share(root, place.root, from_scratch)
+            own_work = root / forced.FOLDER / name if from_scratch else None
+            _share(root, place.root, own_work)
             yield place
+            if own_work is not None:
+                shutil.rmtree(own_work, ignore_errors=True)
         finally:
             _remove(root, tree)
             shutil.rmtree(folder, ignore_errors=True)
@@ -126,17 +131,17 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.]+", "-", name).strip("-.").replace("..", ".").removesuffix(".lock")[:50].strip("-.") or "run"
 
 
-def _share(root: Path, tree: Path, from_scratch: bool) -> None:
+def _share(root: Path, tree: Path, own_work: Path | None) -> None:
     for name in SHARED:
         (root / name).mkdir(exist_ok=True)
         (tree / name).symlink_to(root / name)
-    if from_scratch:
-        (tree / "work").mkdir()
+    (tree / "work").symlink_to(own_work or root / "work")
+    if own_work is not None:
+        own_work.mkdir(parents=True, exist_ok=True)
         for name in SHARED_WORK:
             (root / "work" / name).mkdir(parents=True, exist_ok=True)
-            (tree / "work" / name).symlink_to(root / "work" / name)
-    else:
-        (tree / "work").symlink_to(root / "work")
+            if not (own_work / name).is_symlink():  # there, where the run goes on
+                (own_work / name).symlink_to(root / "work" / name)
     local = root / ".dvc" / "config.local"
     if local.is_file():  # logins of remotes
         shutil.copy2(local, tree / ".dvc" / "config.local")

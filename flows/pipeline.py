@@ -22,10 +22,11 @@ from prefect.states import Completed, Failed
 from dllm.config.load import load_params, read_yaml
 from dllm.errors import ConfigError, DllmError
 from dllm.stages import STAGES, outside_data
-from dllm.stages import workspace as contract
 from dllm.stages.records import read_record
+from dllm.tracking import places
 from flows import artifacts, checkouts
 from flows.children import HERE, ROOT, WHEN_A_SERVER_IS_BACK, Place, alone, gpu_slot, reproduce, run_verb
+from flows.forced import Forced
 from flows.parameters import (
     PARAMS_FILE,
     Overrides,
@@ -100,7 +101,7 @@ def pipeline(
         overrides: values that differ from it, by key: {"train.epochs": 2}.
         seed: seed of training, `train.seed`.
         from_stage: the first stage to run; the results of earlier ones are taken as they are.
-        force: run these stages again, from scratch.
+        force: run these stages again, from scratch; a run that is resumed or retried goes on.
         register: register the checkpoint.
         checkout: a commit, branch or tag ("HEAD") to run in a checkout of its own, beside other runs; null runs in the
             project's folder, which changes its params.yaml, dvc.lock and out/.
@@ -122,10 +123,11 @@ def pipeline(
 
 def _run_stages(place: Place, request: Request) -> None:
     stages = request.stages()
-    if request.force:
-        for stage in stages:
-            contract.forget(place.root, stage)
     params = load_params(place.root / "params.yaml")
+    places.check(ROOT, params.register_.store, registers=request.register)  # before hours of training
+    forced = Forced(place.root, str(flow_run.id), keep_lock=place is not HERE) if request.force else None
+    if forced is not None:
+        forced.begin(stages)
     changed = {"prepare": outside_data.changed(params, place.root)} if "prepare" in stages else {}
     changed["evaluate"] = outside_data.changed_sets(params, place.root)
     for stage, names in changed.items():
@@ -134,7 +136,10 @@ def _run_stages(place: Place, request: Request) -> None:
     tasks = {"prepare": prepare, "regenerate": regenerate, "train": train, "evaluate": evaluate}
     for stage, run_stage in tasks.items():
         if stage in stages or request.checkout is not None:  # a checkout has nothing yet: DVC restores it
-            run_stage(place, (request.force and stage in stages) or bool(changed.get(stage)))
+            is_forced = forced is not None and stage in stages and forced.is_due(stage)
+            run_stage(place, is_forced or bool(changed.get(stage)))
+            if forced is not None and is_forced:
+                forced.finished(stage)
         else:
             read_record(place.root, stage, "run.json")
     if request.register:

@@ -21,8 +21,8 @@ from dllm.methods.method import Method
 from dllm.registry import METHODS
 from dllm.stages.records import check_published, read_record, read_records, trained_method
 from dllm.stages.workspace import open_stage
-from dllm.tracking import model_registry, model_store, provenance
-from dllm.tracking.address import VARIABLE, sqlite_path, tracking_uri, vanishes
+from dllm.tracking import model_registry, places, provenance
+from dllm.tracking.address import tracking_uri
 from dllm.tracking.execution import REPORT
 from dllm.workspace import publish_tree
 
@@ -36,12 +36,14 @@ def run(params: Params, root: Path, report: Callable[[Path], Path] | None = None
         report: writes the page of the run that `root/out` holds, which MLflow then keeps; None writes none.
 
     Raises:
+        ConfigError: the store is a folder, and MLflow a server.
         ServerError: MLflow cannot be reached.
         ModelError: the checkpoint is not the one that the run in out/train/run.json made.
         StageError: the checkpoint or its evaluation is missing, the evaluation is of another checkpoint, another call
             registers the same bytes, or what is registered here would be deleted with the folder.
     """
     root = root.absolute()
+    places.check(root, params.register_.store)
     checkpoint = root / "out" / "train" / "checkpoint"
     trained, evaluated = (read_record(root, stage, "run.json") for stage in ("train", "evaluate"))
     found = read_record(root, "evaluate", "metrics.json")
@@ -56,10 +58,8 @@ def run(params: Params, root: Path, report: Callable[[Path], Path] | None = None
     except KeyError as error:
         hint = "run `dvc repro -sf evaluate`"
         raise StageError(f"the evaluation has no {error}", where="out/evaluate/metrics.json", hint=hint) from None
-    uri = tracking_uri(root)
-    store = model_store.chosen(params.register_.store, uri)
-    folder = model_store.folder_in(store, root, digest)
-    _check_it_stays(root, uri, folder)
+    store = places.chosen(params.register_.store, tracking_uri(root))
+    folder = places.folder_in(store, root, digest)
     lock = root / "dvc.lock"
     tags = {
         "dllm.git_commit": str(trained["git"]["commit"]),
@@ -135,18 +135,3 @@ def _keep(kept: Path, checkpoint: Path, digest: str, trained: dict[str, Any], *,
     if not kept.is_dir() or provenance.digest(kept) != digest:
         files = {path.relative_to(checkpoint).as_posix(): path for path in checkpoint.rglob("*") if path.is_file()}
         publish_tree(kept, files, {"run.json": trained}, link=link)
-
-
-def _check_it_stays(root: Path, uri: str, folder: Path | None) -> None:
-    """Refuse to register into a checkout that is deleted after the flow run.
-
-    Raises:
-        StageError: the version or its bytes would be lost.
-    """
-    kept = [path for path in (sqlite_path(uri), folder) if path is not None]
-    if lost := [path for path in kept if vanishes(path)]:
-        raise StageError(
-            "not registered: this checkout is deleted after the flow run, and the version with it",
-            where=str(lost[0]),
-            hint=f"set {VARIABLE} to a server, or register.store and the database to a place outside {root}",
-        )

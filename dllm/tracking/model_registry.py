@@ -1,6 +1,6 @@
 """Checkpoints as versions of MLflow registered models, and the gate between challenger and champion.
 
-MLflow holds a URI and a digest; the bytes are where `model_store` keeps them, and no later run touches them.
+MLflow holds a URI and a digest; the bytes are where `places` says, and no later run touches them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from mlflow.exceptions import MlflowException
 from dllm.errors import ModelError, ServerError
 from dllm.outside import markdown
 from dllm.secrets import hide_in
-from dllm.tracking import model_store
+from dllm.tracking import model_store, places
 from dllm.tracking.address import VARIABLE, sqlite_path, tracking_uri
 from dllm.tracking.mlflow_runs import experiment_id
-from dllm.tracking.model_store import STORE, store_path
+from dllm.tracking.places import STORE, store_path
 from dllm.tracking.runs import REGISTERED
 from dllm.tracking.store import FAULTS, connect, one_line, unreachable
 
@@ -69,7 +69,7 @@ def register(
 ) -> Registered:
     """Create a version for the checkpoint stored under `digest`, set its aliases, and compare it with the champion.
 
-    The same bytes are only ever one version: registering them again updates its tags and judges it anew.
+    The same bytes are one version in each store: registering them again updates its tags and judges it anew.
 
     Args:
         root: the project's folder.
@@ -88,13 +88,14 @@ def register(
         figures: labels and values that its description shows.
 
     Raises:
+        ConfigError: `store` is a folder, and MLflow a server.
         ServerError: MLflow is out of reach, or the store of the bytes is.
     """
+    store = places.chosen(store, tracking_uri(root))
     client, uri = _client(root)
     facts: dict[str, str] = hide_in(
         {**tags, DIGEST: digest, TAU: repr(float(tau)), HELDOUT: heldout_digest, TARGET: target}
     )
-    store = model_store.chosen(store, uri)
     folder = folder or store_path(root, digest)
     with _answering(uri):
         if run_id is not None and not _has_run(client, run_id):
@@ -102,18 +103,15 @@ def register(
                 f"warning: MLflow has no run {run_id} here: the training was tracked in another store", file=sys.stderr
             )
             run_id = None
-        known = _find(client, name, digest, store)
+        known = _find(client, name, root, digest, store)
         if known is None:
             model_id = None
-            if experiment is not None or store == model_store.MLFLOW:
+            if experiment is not None or store == places.MLFLOW:
                 score = Metric(score_key, abs(tau), int(time.time() * 1000), 0)
                 place = experiment_id(client, uri, root, experiment or name)
                 model_id = _listed(client, place, name, facts, run_id, score)
-            at = model_store.folder_in(store, root, digest)
-            if at is not None:
-                source = model_store.folder_source(uri, at)
-            else:
-                source = model_store.upload(client, str(store), folder, digest, model_id)
+            at = places.folder_in(store, root, digest)
+            source = at.as_uri() if at else model_store.upload(client, str(store), folder, digest, model_id)
             if model_id is not None:
                 client.finalize_logged_model(model_id, "READY")
             version = _create(client, uri, name, source, facts, run_id, model_id)
@@ -171,6 +169,9 @@ def _judge(client: MlflowClient, name: str, version: ModelVersion, score_name: s
     if champion.version == version.version:
         return "champion already"
     rival = f"version {champion.version}"
+    if champion.tags.get(DIGEST) == version.tags[DIGEST]:
+        _promote(client, name, version, champion)
+        return f"champion: the bytes of {rival}, in another store"
     if any(champion.tags.get(key) != version.tags[key] for key in (HELDOUT, TARGET)):
         return f"challenger: {rival} was measured on other prompts or another target, so the two do not compare"
     best = float(champion.tags[TAU])
@@ -200,11 +201,11 @@ def _aliases(client: MlflowClient, name: str, version: str) -> list[str]:
     return [alias for alias, number in aliases.items() if str(number) == str(version)]
 
 
-def _find(client: MlflowClient, name: str, digest: str, store: str | None) -> ModelVersion | None:
+def _find(client: MlflowClient, name: str, root: Path, digest: str, store: str | None) -> ModelVersion | None:
     quote_mark = '"' if "'" in name else "'"
     versions = client.search_model_versions(f"name={quote_mark}{name}{quote_mark}")
     same = (version for version in versions if version.tags.get(DIGEST) == digest)
-    return next((version for version in same if model_store.is_kept(str(version.source), store)), None)
+    return next((version for version in same if places.is_kept(str(version.source), store, root, digest)), None)
 
 
 def _create(

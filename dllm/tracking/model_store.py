@@ -1,20 +1,18 @@
-"""Where the bytes of registered checkpoints are kept (`register.store`), and how another machine fetches them.
+"""How the bytes of registered checkpoints come into their place, and to another machine.
 
-Three kinds: a folder, by default `registered/` in the project; `mlflow`, the artifacts of MLflow itself, which a server
-passes on to every client; and the address of an object store, such as s3://BUCKET/PREFIX. A version's source is then a
-folder's URI, `models:/ID` of a LoggedModel, or an address below the given one.
+By the place (`places`), a version's source is a folder's URI, `models:/ID` of a LoggedModel, or an address below the
+one that is named.
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from mlflow import MlflowClient, artifacts
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -22,45 +20,11 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from dllm.errors import DllmError, ModelError, ServerError
 from dllm.secrets import hide
 from dllm.tracking import provenance
-from dllm.tracking.address import home, is_local
+from dllm.tracking.places import MLFLOW, store_path
 from dllm.tracking.store import cause_of
 
-STORE = "registered"
-MLFLOW = "mlflow"
 TRANSFER_S = 3600
 """Patience with one request that carries a file."""
-
-
-def store_path(root: Path, digest: str) -> Path:
-    """Name the project's own folder for a registered checkpoint's bytes; that of a checkout is a link to another's."""
-    return (home(root) / STORE).resolve() / digest[:16]
-
-
-def chosen(store: str | None, uri: str) -> str | None:
-    """Return the store in effect: MLflow's artifacts where none is named and MLflow is a server."""
-    return store if store is not None or is_local(uri) else MLFLOW
-
-
-def folder_in(store: str | None, root: Path, digest: str) -> Path | None:
-    """Return the folder for a checkpoint's bytes; None where the store is none on this machine."""
-    if store is None:
-        return store_path(root, digest)
-    if store == MLFLOW or "://" in store:
-        return None
-    return (home(root) / Path(store).expanduser()).resolve() / digest[:16]
-
-
-def folder_source(uri: str, path: Path) -> str:
-    """Write a folder as a version's source; an MLflow server reads `file:` as its own disk and refuses it."""
-    where = "file://" if is_local(uri) else f"ssh://{platform.node()}"
-    return where + quote(str(path))
-
-
-def is_kept(source: str, store: str | None) -> bool:
-    """Return whether a version's bytes lie in the store that is asked for."""
-    if store == MLFLOW:
-        return source.startswith("models:/")
-    return store is None or "://" not in store or source.startswith(f"{store.rstrip('/')}/")
 
 
 def upload(client: MlflowClient, store: str, folder: Path, digest: str, model_id: str | None) -> str:

@@ -1,5 +1,6 @@
 """A flow run's own checkout: what it shares, what it keeps, and what is left when it ends."""
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from dllm.errors import ConfigError
 from dllm.tracking.model_registry import store_path
 from flows import checkouts
+from flows.forced import Forced
 
 
 @pytest.fixture
@@ -54,11 +56,42 @@ def test_it_shares_stores_and_work_and_leaves_the_users_files(project: Path) -> 
     assert git(project, "worktree", "list").count("\n") == 0
 
 
-def test_from_scratch_it_finds_no_work_but_the_caches(project: Path) -> None:
+def test_from_scratch_it_finds_no_work_but_the_caches_and_its_own(project: Path) -> None:
     (project / "work" / "train" / "abc").mkdir(parents=True)
-    with checkouts.checked_out(project, "HEAD", "one", from_scratch=True) as place:
-        assert not (place.root / "work" / "train").exists()
-        assert (place.root / "work" / "features").resolve() == project / "work" / "features"
+    own = project / "work" / "forced" / "one"
+    for attempt in ("first", "resumed"):
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            checkouts.checked_out(project, "HEAD", "one", from_scratch=True) as place,
+        ):
+            assert (place.root / "work" / "train").exists() == (attempt == "resumed")
+            assert (place.root / "work" / "features").resolve() == project / "work" / "features"
+            (place.root / "work" / "train").mkdir(exist_ok=True)
+            if attempt == "first":
+                raise KeyboardInterrupt
+        assert own.exists() == (attempt == "first"), "kept until the run succeeds"
+    assert (project / "work" / "features").is_dir() and (project / "work" / "train" / "abc").is_dir()
+
+
+@pytest.mark.parametrize("keep_lock", [False, True])
+def test_a_forced_run_begins_from_scratch_once(tmp_path: Path, keep_lock: bool) -> None:
+    work, lock = tmp_path / "work" / "train" / "abc", tmp_path / "dvc.lock"
+
+    def begun(run: str) -> Forced:
+        work.mkdir(parents=True, exist_ok=True)
+        forced = Forced(tmp_path, run, keep_lock=keep_lock)
+        forced.begin(["prepare", "train"])
+        return forced
+
+    first = begun("one")
+    assert not work.exists() and first.is_due("prepare") and first.is_due("train")
+    lock.write_text("of this run")
+    first.finished("prepare")
+    lock.write_text("of the commit")
+    resumed = begun("one")
+    assert work.exists() and not resumed.is_due("prepare") and resumed.is_due("train")
+    assert lock.read_text() == ("of this run" if keep_lock else "of the commit")
+    assert begun("two").is_due("prepare") and not work.exists()
 
 
 def test_a_branch_keeps_params_and_lock(project: Path) -> None:

@@ -85,14 +85,20 @@ def test_what_fails_says_so_and_is_reported(project: Project, told: tuple[str, l
     wait_until(lambda: any(said in each["text"] for each in told[1]), LONGEST_S)
 
 
-def test_a_suspended_run_stops_its_stage_resumes_and_can_be_cancelled(project: Project) -> None:
+@pytest.mark.parametrize(
+    ("deployment", "force"), [("tiny", False), ("tiny", True), ("project", True)], ids=["as-is", "forced", "in-place"]
+)
+def test_a_suspended_run_stops_its_stage_resumes_and_can_be_cancelled(
+    project: Project, deployment: str, force: bool
+) -> None:
     long = {**TINIER, "train.epochs": 100_000, "train.validate_every": 1_000_000}
-    run = start(project, "tiny", overrides=long)
-    log = project.folder / "logs" / run / "train.log"
+    run = start(project, deployment, overrides=long, force=force)
+    log = project.folder / "logs" / (run if deployment == "tiny" else "") / "train.log"
     wait_until(lambda: log.exists() and "steps (" in log.read_text(), LONGEST_S)
     suspend = "import sys; from uuid import UUID; from prefect.flow_runs import suspend_flow_run as suspend; "
     done = project.run(sys.executable, "-c", f"{suspend} suspend(flow_run_id=UUID(sys.argv[1]), timeout=86400)", run)
     assert done.returncode == 0, done.stdout
+    wait_until(lambda: "train: stopped; the next call resumes" in log.read_text(), LONGEST_S)
     wait_until(lambda: not (project.folder / "work/checkouts" / run).exists(), LONGEST_S)
     assert ask(project, f"flow_runs/{run}")["state"]["name"] == "Suspended"
     before = log.read_text()

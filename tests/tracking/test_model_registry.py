@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -13,9 +14,9 @@ from pathlib import Path
 import pytest
 from mlflow import artifacts
 
-from dllm.errors import ModelError, ServerError
+from dllm.errors import ConfigError, ModelError, ServerError, StageError
 from dllm.tracking import mlflow_runs as tracking
-from dllm.tracking import model_registry, provenance
+from dllm.tracking import model_registry, places, provenance
 from dllm.tracking.model_registry import Registered
 from dllm.workspace import publish_tree
 from tests.patience import LONGEST_S
@@ -215,6 +216,47 @@ def test_each_store_of_a_local_mlflow_is_read_by_its_client(root: Path, name: st
     assert place is not None
     listed = client.search_logged_models([place.experiment_id])
     assert [model.tags["mlflow.modelVersions"] for model in listed] == [f'[{{"name": "{name}", "version": 1}}]']
+
+
+@pytest.mark.parametrize("store", ["mlflow", "shared"])
+def test_the_champion_moves_to_the_store_that_is_asked_for(root: Path, name: str, store: str) -> None:
+    facts = {"tau": 1.5, "heldout_digest": "h", "target": "t", "tags": {}}
+    digest = checkpoint(root, "a")
+    first = model_registry.register(root, name, digest=digest, **facts)
+    shutil.copytree(model_registry.store_path(root, digest), root / "shared" / digest[:16])
+    for is_new in (True, False):
+        moved = model_registry.register(root, name, digest=digest, store=store, experiment=name, **facts)
+        assert (moved.version, moved.is_new, "champion" in moved.aliases) == (2, is_new, True), moved.verdict
+        assert moved.uri != first.uri
+    shutil.rmtree(root / "registered")
+    kept = model_registry.resolve(f"models:/{name}@champion", root)
+    assert (kept / "model.safetensors").read_text() == "a"
+
+
+def test_a_server_takes_no_folder(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # refused before it is asked
+    with pytest.raises(ConfigError, match=r"register\.store: /mnt/drafts.*`mlflow`"):
+        model_registry.register(
+            root, name, digest="0", tau=1.0, heldout_digest="h", target="t", tags={}, store="/mnt/drafts"
+        )
+
+
+@pytest.mark.parametrize("registers", [True, False])
+@pytest.mark.parametrize("store", [None, "/mnt/drafts"])
+def test_a_clone_that_vanishes_keeps_no_runs_and_no_versions(
+    registers: bool, store: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone = Path(tempfile.gettempdir(), "tmpabc123prefect", "project")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(StageError, match="deleted after the flow run"):
+        places.check(clone, store, registers=registers)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path.home()}/mlflow.db")
+    if registers and store is None:
+        with pytest.raises(StageError, match="deleted after the flow run"):
+            places.check(clone, store)
+    else:
+        places.check(clone, store, registers=registers)
+    places.check(tmp_path, store, registers=registers)
 
 
 def test_a_run_of_another_store_is_named_and_not_linked(
