@@ -5,22 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import platform
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from prefect import get_client, get_run_logger
-from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect import get_run_logger
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.concurrency.sync import concurrency
 from prefect.context import FlowRunContext
-from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 
 from dllm import secrets
@@ -48,8 +43,6 @@ class Place:
 
 HERE = Place(ROOT, ROOT / "logs")
 """The project's folder."""
-GPU = f"gpu:{platform.node()}"
-"""Start of the names of concurrency limits: one slot for each GPU of the machine, `gpu:HOST:INDEX`."""
 DEADLINE_S = 7 * 24 * 3600.0
 """No stage takes this long: a hung one is stopped and frees its slot."""
 RECORD_EVERY_S = 5.0
@@ -136,23 +129,6 @@ WHEN_A_SERVER_IS_BACK: Retries = {
     "retry_condition_fn": out_of_reach,
 }
 """For tasks that resume from finished work."""
-
-
-def gpu_slot() -> AbstractContextManager[None]:
-    """Hold the slots of the GPUs that a stage sees while it runs; without GPUs, hold nothing.
-
-    Taken slots are waited for, all together. A lease that cannot be renewed for a moment does not stop the stage.
-    """
-    names = [f"{GPU}:{index}" for index in process.visible_gpus()]
-    if not names:
-        return nullcontext()
-    with get_client(sync_client=True) as client:
-        for name in names:
-            try:
-                client.read_global_concurrency_limit_by_name(name)
-            except ObjectNotFound:
-                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
-    return concurrency(names, occupy=1, strict=True, raise_on_lease_renewal_failure=False)
 
 
 def _run(place: Place, stage: str, argv: Sequence[str]) -> None:

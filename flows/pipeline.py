@@ -25,8 +25,9 @@ from dllm.stages import STAGES, outside_data
 from dllm.stages.records import read_record
 from dllm.tracking import places
 from flows import artifacts, checkouts
-from flows.children import HERE, ROOT, WHEN_A_SERVER_IS_BACK, Place, alone, gpu_slot, reproduce, run_verb
+from flows.children import HERE, ROOT, WHEN_A_SERVER_IS_BACK, Place, alone, reproduce, run_verb
 from flows.forced import Forced
+from flows.gpu_slots import slot_of_stage
 from flows.parameters import (
     PARAMS_FILE,
     Overrides,
@@ -51,21 +52,21 @@ def prepare(place: Place, force: bool) -> None:
 @task(name="regenerate", cache_policy=NO_CACHE, **WHEN_A_SERVER_IS_BACK)
 def regenerate(place: Place, force: bool) -> None:
     """Run DVC's stage `regenerate`, again after a server could not be reached: finished responses are kept."""
-    with gpu_slot():
+    with slot_of_stage(place, "regenerate", force):
         reproduce(place, "regenerate", force)
 
 
 @task(name="train", cache_policy=NO_CACHE)
 def train(place: Place, force: bool) -> None:
     """Run DVC's stage `train`."""
-    with gpu_slot():
+    with slot_of_stage(place, "train", force):
         reproduce(place, "train", force)
 
 
 @task(name="evaluate", cache_policy=NO_CACHE)
 def evaluate(place: Place, force: bool) -> None:
     """Run DVC's stage `evaluate`."""
-    with gpu_slot():
+    with slot_of_stage(place, "evaluate", force):
         reproduce(place, "evaluate", force)
 
 

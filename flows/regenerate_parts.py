@@ -12,7 +12,6 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, cast
 from uuid import UUID
@@ -30,7 +29,9 @@ from dllm.errors import ConfigError, StageError
 from dllm.process import signals
 from dllm.secrets import holds_secret
 from flows.artifacts import ProgressBar
-from flows.children import HERE, ROOT, WHEN_A_SERVER_IS_BACK, gpu_slot, run_verb
+from flows.children import HERE, ROOT, WHEN_A_SERVER_IS_BACK, run_verb
+from flows.computes import engine_computes
+from flows.gpu_slots import gpu_slot
 from flows.in_process import run
 
 OURS = ("--input-data", "--output-dir", "--part", "--resume", "--dry-run")
@@ -43,7 +44,7 @@ def answer(input_data: str, output_dir: str, part: int, parts: int, options: str
     """Answer one part's prompts, again where a server was out of reach: finished answers are kept."""
     words = ["--input-data", input_data, "--output-dir", str(_folder(output_dir, part, parts))]
     words += ["--part", f"{part}/{parts}", "--resume", *_split(options)]
-    with nullcontext() if "--target-server" in options else gpu_slot():
+    with gpu_slot(lambda: engine_computes(_engine(options))):
         run_verb(HERE, "regenerate", *words, name=f"regenerate-{part}-of-{parts}")
 
 
@@ -129,6 +130,15 @@ def _split(options: str) -> list[str]:
     if wrong := [word for word in words if word.split("=")[0] in OURS]:
         raise ConfigError(f"{wrong[0]} is the flow's to say", where="options", hint="leave it out")
     return words
+
+
+def _engine(options: str) -> str:
+    """Return the engine that `dllm regenerate` takes with these options."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--engine", nargs="?")  # one without a value is the command's to refuse
+    parser.add_argument("--target-server", nargs="?")
+    known, _ = parser.parse_known_args(_split(options))
+    return known.engine or ("openai" if known.target_server else "local")
 
 
 def _folder(output_dir: str, part: int, parts: int) -> Path:

@@ -88,13 +88,17 @@ def has_gpu() -> bool:
     return bool(_gpus())
 
 
-def visible_gpus() -> list[int]:
-    """List the GPUs that `nvidia-smi` lists and CUDA_VISIBLE_DEVICES leaves, by their index on this machine."""
+def visible_gpus() -> dict[int, str]:
+    """Map the GPUs that `nvidia-smi` lists and CUDA_VISIBLE_DEVICES leaves to their UUIDs, by their index here."""
     gpus, chosen = _gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
-        return list(gpus)
+        return gpus
     words = [word.strip() for word in chosen.split(",") if word.strip()]
-    return [index for index, uuid in gpus.items() if any(word == str(index) or uuid.startswith(word) for word in words)]
+    return {
+        index: uuid
+        for index, uuid in gpus.items()
+        if any(word == str(index) or uuid.startswith(word) for word in words)
+    }
 
 
 def _gpus() -> dict[int, str]:

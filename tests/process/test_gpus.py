@@ -24,9 +24,9 @@ def test_visible_gpus(chosen: str | None, expected: list[int], tmp_path: Path, m
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if chosen is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-    assert children.visible_gpus() == expected and children.has_gpu()
+    assert list(children.visible_gpus()) == expected and children.has_gpu()
 
 
 def test_no_driver_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert children.visible_gpus() == [] and not children.has_gpu()
+    assert children.visible_gpus() == {} and not children.has_gpu()
