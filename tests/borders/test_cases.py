@@ -42,6 +42,8 @@ CASES = {
         "prompts/test_reading.py::test_tools_without_schemas_are_not_nothing",
         "prompts/test_turns.py::test_a_system_turn_before_the_last_answer_stays",
         "prompts/test_column_names.py::test_what_looks_like_a_part_of_the_prompt_is_not_dropped",
+        "prompts/test_column_names.py::test_parts_of_the_prompt_are_found_wherever_a_row_has_them",
+        "prompts/test_column_names.py::test_what_is_said_about_a_prompt_is_listed",
         "prompts/test_column_names.py::test_a_turn_s_own_parts_of_the_prompt_are_not_dropped",
         "prompts/test_column_names.py::test_a_response_that_is_only_begun_is_not_dropped",
         "borders/test_odd_inputs.py::test_arguments_of_the_template_and_names_of_users_are_not_dropped_in_silence",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -56,10 +57,19 @@ TEXTS = [
     "prompt_suffix",
     "format_instructions",
 ]
-TOOLS = ["tool_list", "toolset", "apis", "api_list", "tool_schemas", "functionList", "plugins"]
+TOOLS = ["tool_list", "toolset", "apis", "api_list", "tool_schemas", "functionList", "plugins", "tools_json"]
+TOOLS += ["tool_descriptions"]
+NEARLY = [
+    "system_prompt_text",
+    "system_prompt_en",
+    "defaultSystemPrompt",
+    "prompt_template",
+    "base_prompt",
+    "task_prompt",
+]
 
 
-@pytest.mark.parametrize("name", [*TEXTS, *TOOLS])
+@pytest.mark.parametrize("name", [*TEXTS, *TOOLS, *NEARLY])
 @pytest.mark.parametrize("value", ["A text.", ["A text."], [{"name": "A text."}]])
 def test_what_looks_like_a_part_of_the_prompt_is_not_dropped(name: str, value: Any) -> None:
     with pytest.raises(UnusedColumn, match=f"the column {name} belongs to the prompt"):
@@ -71,6 +81,93 @@ def test_what_looks_like_a_part_of_the_prompt_is_not_dropped(name: str, value: A
 @pytest.mark.parametrize("name", ["id", "prompt_id", "num_turns", "language", "source", "category", "chosen", "output"])
 def test_other_columns_are_listed(name: str) -> None:
     assert read({"messages": [QUESTION], name: "A text."})[1].columns[name] == "not used"
+
+
+FACTS = {
+    "prompt_id": "c4 1f",
+    "prompt_source": "a site of questions",
+    "prompt_category": "Open question answering",
+    "original_prompt_id": "1 of 3",
+    "system_prompt_hash": "4d1f",
+    "default_system_prompt": "qwen",
+    "prompt_tokens": 12,
+    "prompt_token_ids": [1, 2],
+    "num_prompts": 3,
+    "has_system_prompt": True,
+    "prompt_style": "cot",
+    "social_media": "a.b/c",
+    "media": "newspaper",
+    "pdf_url": "https://a.b/c.pdf",
+}
+
+
+@pytest.mark.parametrize(("name", "value"), FACTS.items(), ids=FACTS)
+def test_what_is_said_about_a_prompt_is_listed(name: str, value: Any) -> None:
+    assert read({"messages": [QUESTION], name: value})[1].columns == {"messages": "chat", name: "not used"}
+    assert read({"messages": [QUESTION], "metadata": {name: value}})[0] == [QUESTION]
+
+
+@pytest.mark.parametrize("name", ["media", "mm_data", "multi_modal_data", "pdf"])
+@pytest.mark.parametrize("value", ["dog.jpg", ["https://a.b/dog"], {"image": "dog"}, b"%PDF"])
+def test_names_of_media_that_have_other_uses_are_told_by_what_they_hold(name: str, value: Any) -> None:
+    for row in ({"messages": [QUESTION], name: value}, {"messages": [{**QUESTION, name: value}]}):
+        with pytest.raises(Unusable, match="other than text"):
+            read(row)
+
+
+SCHEMAS = [{"name": "look"}]
+DEEP = {
+    "metadata.request.tools": {"metadata": {"request": {"tools": SCHEMAS}}},
+    "metadata.request.system": {"metadata": {"request": {"system": "Be brief."}}},
+    "metadata.request.image": {"metadata": {"request": {"image": "dog.jpg"}}},
+    "metadata.default_system_prompt": {"metadata": {"default_system_prompt": "Be brief."}},
+    "metadata[].tools": {"metadata": [{"n": 1}, {"tools": SCHEMAS}]},
+    "metadata[].systemPrompt": {"metadata": [{"systemPrompt": "Be brief."}]},
+    "a.b.tools": {"a": '{"b": "{\\"tools\\": [{\\"name\\": \\"look\\"}]}"}'},
+    "a[].tools": {"a": '[{"tools": [{"name": "look"}]}]'},
+    "extra_body.chat_template_kwargs.enable_thinking": {
+        "extra_body": {"chat_template_kwargs": {"enable_thinking": False}}
+    },
+    "template_kwargs.enable_thinking": {"template_kwargs": {"enable_thinking": False}},
+    "chat_template_kwargs.x": {"chat_template_kwargs": '{"x": 1}'},
+    "template_args": {"template_args": ["no_think"]},
+    "messages[].extra.request.tools": {"messages": [{**QUESTION, "extra": {"request": {"tools": SCHEMAS}}}]},
+}
+
+
+@pytest.mark.parametrize(("name", "row"), DEEP.items(), ids=DEEP)
+def test_parts_of_the_prompt_are_found_wherever_a_row_has_them(name: str, row: dict[str, Any]) -> None:
+    with pytest.raises(UnusedColumn, match=f"the column {re.escape(name)} belongs to the prompt"):
+        read({"messages": [QUESTION], **row})
+    start = name.removeprefix("messages[].")
+    column = name.removesuffix(start) + start.split(".")[0].removesuffix("[]")
+    for ignored in (name, column):
+        assert read({"messages": [QUESTION], **row}, ignore_columns=[ignored])[0] is not None
+
+
+OTHERS = {
+    "completions of UltraFeedback": {"completions": [{"custom_system_prompt": "Be kind to all.", "response": "No."}]},
+    "the prompt of MagPie": {"gen_input_configs": {"pre_query_template": "<|user|> and more", "seed": None}},
+    "turns of WildChat": {"messages": [{**QUESTION, "header": {"accept-language": "en"}, "toxic": 1}]},
+    "what verl computes rewards with": {
+        "reward_model": {"style": "rule", "ground_truth": "4"},
+        "extra_info": {"need_tools_kwargs": True, "tools_kwargs": {"calc": {"create_kwargs": {"ground_truth": "4"}}}},
+    },
+    "a reply of a server": {"raw": {"choices": [{"message": {"content": "An oak.", "tools": SCHEMAS}}]}},
+    "the request for the response": {"response": {"request": {"system": "Be a judge now."}}},
+    "a schema of the output": {"format": {"schema": {"properties": {"image": {"type": "string"}}}}},
+    "arguments": {"plan": [{"name": "show", "arguments": {"image": "dog.jpg"}}]},
+    "what is needed to build": {"steps": [{"tools": ["saw", "hammer"], "text": "Saw the oak."}]},
+    "a machine": {"run": {"host": {"system": "Linux"}}},
+    "another chat": {"chosen": [{"role": "user", "content": "x", "tools": SCHEMAS}]},
+}
+
+
+@pytest.mark.parametrize("row", OTHERS.values(), ids=OTHERS)
+def test_what_belongs_to_responses_and_metadata_is_not_asked_for(row: dict[str, Any]) -> None:
+    chat, reading = read({"messages": [QUESTION], **row})
+    assert len(chat) == 1 and chat[0]["content"] == QUESTION["content"]
+    assert set(reading.columns.values()) == {"chat", "not used"}
 
 
 def sharegpt(*texts: str) -> list[dict[str, str]]:

@@ -12,18 +12,33 @@ SYSTEM = re.compile(
     r"(?:custom_)?(?:system(?:_?(?:prompt|message|msg|content|text|instruction)s?)?"
     r"|(?:sys|developer)_?(?:prompt|message|msg|content|text|instruction)s?)"
 )
+LIKE_SYSTEM = re.compile(r".*system_?(?:prompt|message|msg|instruction)s?(?:_.*)?")
+"""Names that are nearly those of a system prompt: which of several it is, or for whom, is not known."""
+LIKE_PROMPT = re.compile(r"(?:.*_)?prompts?(?:_.*)?")
+_FACTS = re.compile(
+    r"id|uuid|key|hash|md5|sha\d*|token|length|len|size|char|word|count|num|number|index|idx|source|origin|dataset|split"
+    r"|category|type|kind|name|title|language|lang|locale|domain|topic|intent|task|difficulty|quality|complexity|score"
+    r"|rating|level|label|tag|class|cluster|model|generator|author|creator|annotator|license|version|date|time|timestamp"
+    r"|url|uri|link|path|file|embedding|logprob|perplexity|moderation|safety|toxicity|violation|explanation|rationale"
+)
+"""Words after `prompt` in names of what is said about a prompt: its length, where it is from, what it is about."""
 TOOLS = ("tools", "functions")
 TOOLS_AS_SCHEMAS = ("tool", "function")
 """Names that are those of tools where a list of schemas stands in them."""
 MORE_TOOLS = re.compile(
-    r".*_(?:tools|functions)|custom_instructions?|apis|plugins|toolset|(?:tool|function|api)s?_(?:list|schema|definition|spec)s?"
+    r".*_(?:tools|functions)|custom_instructions?|apis|plugins|toolset"
+    r"|(?:tool|function|api)s?_(?:list|schema|definition|spec|json)s?|tools?_(?:str|string|desc|description)s?"
 )
 """Names of tools that are refused, since their form is not known."""
 MEDIA = re.compile(
     r"(?:.*_)?(?:image|img|picture|photo|audio|video|pixel_value|attachment)s?"
     r"(?:_(?:path|url|uri|file|filename|byte|base64|b64)s?)?"
 )
-FILES = re.compile(r"files?(?:_(?:id|url|path)s?)?")
+MEDIA_BY_VALUE = re.compile(r"(?:input_)?media|mm_data|multi_?modal(?:_(?:data|input)s?)?|pdfs?")
+"""Names of media that are also names of a kind of thing: what stands in them tells."""
+IS_MEDIUM = re.compile(r"data:.*|\w+://\S+|[^\n]*\.[A-Za-z][A-Za-z0-9]{1,4}", re.DOTALL)
+"""A text that is a file's name, its address, or its bytes in base64."""
+FILES = re.compile(r"(?:file|pdf)s?(?:_(?:id|url|path)s?)?")
 """Names of a turn's files; a column of this name may be where the row is from."""
 _OF = r"(?:(?:user|chat|conversation|dialog|dialogue|retrieved|reference|bot|agent|sql|db|database)_)?"
 _PART = r"(?:_(?:text|content|message|doc|description|card|prompt)s?)?"
@@ -40,8 +55,8 @@ TEXT_OF_A_QUESTION = re.compile(
     r"choices?|options?|examples?|stor(?:y|ies)|articles?|evidence|premise|knowledge|tables?|source_text|starter_code"
 )
 """Names that belong to the prompt beside a bare question; beside a chat they say something about it."""
-TEMPLATE = "chat_template_kwargs"
-"""A column of arguments of the chat template, as TRL reads it: any of them may change the prompt."""
+TEMPLATE = re.compile(r"(?:.*_)?template_(?:kwarg|arg|argument|param|parameter)s?")
+"""Names of a column of arguments of the chat template, as TRL reads it: any of them may change the prompt."""
 TEMPLATE_ARGUMENTS = {
     "enable_thinking",
     "thinking_mode",
@@ -56,9 +71,16 @@ CONTINUED = {"prefix", "partial", "prefill"}
 ROUTES = {"channel": ("final",), "recipient": ("all", "assistant", "user")}
 """Keys of gpt-oss's turns, and their values for a text that the user reads; others are calls or reasoning."""
 
+OF_RESPONSES = re.compile(
+    r"(?:.*_)?(?:response|answer|completion|generation|output|candidate|choice|chosen|rejected|reply|replies|call)s?"
+)
+"""Names of what was generated for a prompt, with what was given to the models that did."""
+ARGUMENTS = {"properties", "parameters", "arguments"}
+"""Keys of schemas and calls under which a name is that of an argument."""
+
 _cached = functools.lru_cache(4096)  # all rows of a source have the same names
 _CAMEL = re.compile("(?<=[a-z0-9])(?=[A-Z])")
-_IN_JSON = re.compile(rf'"(?:{SYSTEM.pattern}|{"|".join(TOOLS)})"')
+_IN_JSON = re.compile(r'(?:sys|developer|tools|functions|template_)\w*\\*"\s*:')
 
 
 @_cached
@@ -71,6 +93,21 @@ def key(name: str) -> str:
 def is_system(name: str) -> bool:
     """Return whether a key names a system prompt."""
     return SYSTEM.fullmatch(name) is not None
+
+
+@_cached
+def is_like_prompt(name: str) -> bool:
+    """Return whether a key may name a prompt, or a system prompt, rather than what is said about one."""
+    if LIKE_SYSTEM.fullmatch(name) is None and LIKE_PROMPT.fullmatch(name) is None:
+        return False
+    words = re.split("prompts?|system", name)[-1].split("_")
+    return not any(_FACTS.fullmatch(each) or _FACTS.fullmatch(each.removesuffix("s")) for each in words)
+
+
+@_cached
+def is_template(name: str) -> bool:
+    """Return whether a key names arguments of the chat template."""
+    return TEMPLATE.fullmatch(name) is not None
 
 
 @_cached
@@ -88,11 +125,13 @@ def is_tools(name: str) -> bool:
 @_cached
 def belongs(name: str) -> bool:
     """Return whether a key names a part of the prompt also inside a column of other things."""
-    return is_system(name) or is_tools(name) or MEDIA.fullmatch(name) is not None
+    is_like_system = LIKE_SYSTEM.fullmatch(name) is not None and is_like_prompt(name)
+    is_medium = MEDIA.fullmatch(name) is not None
+    return is_system(name) or is_like_system or is_tools(name) or is_template(name) or is_medium
 
 
 def are_in_json(text: str) -> bool:
-    """Return whether a text of JSON may have a key that names a system prompt or tools."""
+    """Return whether a text of JSON may have a key that names a system prompt, tools or arguments of the template."""
     return _IN_JSON.search(_fold(text)) is not None
 
 

@@ -12,19 +12,15 @@ from typing import Any, NamedTuple
 
 from dllm.config.params import Source
 from dllm.errors import DataError
-from dllm.outside import JsonError, one_line, parse_json
+from dllm.outside import one_line
 from dllm.prompts.chats.cells import CHATS, as_turns
-from dllm.prompts.chats.tools import JsonCell, to_tools
+from dllm.prompts.chats.tools import to_tools
 from dllm.prompts.chats.turn_texts import holds, num_asked, role_of, said, text_of, turns_of
-from dllm.prompts.chats.turns import ROLES, Unusable
-from dllm.prompts.rows import column_names
-from dllm.prompts.rows.column_names import TEMPLATE, key
+from dllm.prompts.chats.turns import Unusable
+from dllm.prompts.rows import column_names, parts
+from dllm.prompts.rows.column_names import key
 
 REFERENCE = "reference"
-_TURN_KEYS = {"role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "id"}
-_RESULTS = {name for name, role in ROLES.items() if role == "tool"}
-"""Roles whose turns may have a `name`."""
-
 CHAT, EMPTY, UNUSED = "chat", "empty", "not used"
 _NO_TEXT = ("None", "nan", "NaN", "<NA>")
 """What pandas makes of a missing text where it is turned into one."""
@@ -87,28 +83,31 @@ def read_row(row: Mapping[str, Any], chat_column: str, source: Source, place: st
     texts: dict[str, Any] = {}
     other_chats: dict[str, Any] = {}
     media = None
-    for name, value in [*_columns(row, chat_column), *_turn_keys(chat, chat_column)]:
+    for name, value, column, is_deep in parts.found(row, chat, chat_column):
         named = key(name)
         if name == REFERENCE and not _is_empty(value):
             is_text = isinstance(value, str | int | float) and not isinstance(value, bool)
             reading.note(name, "correct result" if is_text else f"{UNUSED}: neither a text nor a number")
-        elif name in ignored or name.split(".")[0] in ignored:
+        elif name in ignored or column in ignored:
             reading.note(name, "left out, as asked")
         elif _is_argument(name) and value is not None:  # false is a value of these
             if not isinstance(value, str | list | dict) or not _is_empty(value):
                 texts[name] = value
         elif _is_empty(value, column_names.is_tools(named)) or (column_names.is_system(named) and value in _NO_TEXT):
             reading.note(name, EMPTY)
+        elif is_deep:
+            if parts.is_of_prompt(named, value):
+                texts[name] = value
         elif column_names.is_system(named) and (text := _system_text(value)) is not None:
             system.offer(name, text, text.strip(), place)
             reading.note(name, "system prompt")
         elif (named in column_names.TOOLS and isinstance(value, str | list)) or _are_schemas(named, value):
             tools.offer(name, value, to_tools(value, place), place)
             reading.note(name, "tools")
-        elif _is_media(name, chat_column) and isinstance(value, str | list | Mapping | bytes):
+        elif _is_media(name, value, chat_column):
             media = name
             reading.note(name, "rows that have it are refused")
-        elif column_names.is_system(named) or column_names.is_tools(named) or _is_text(name, chat_column, chat):
+        elif column_names.is_system(named) or column_names.is_tools(named) or _is_text(name, value, chat_column, chat):
             texts[name] = value
         elif name in CHATS and source.column is None and turns_of(other := as_turns(value, place)):
             other_chats[name] = other
@@ -142,29 +141,6 @@ class _Choice:
             raise DataError(f"{self._name} and {name} hold another {self.what} each", where=place)
 
 
-def _columns(row: Mapping[str, Any], chat_column: str) -> Iterator[tuple[str, Any]]:
-    for name, value in row.items():
-        if name == chat_column:
-            continue
-        value = _mapping_of(value, name)
-        yield name, value
-        if isinstance(value, Mapping):
-            for inner, each in value.items():
-                if name == TEMPLATE or column_names.belongs(key(str(inner))):
-                    yield f"{name}.{inner}", each
-
-
-def _turn_keys(chat: Any, chat_column: str) -> Iterator[tuple[str, Any]]:
-    """Find what the turns hold beside their text, but for those of the response that is generated again."""
-    turns = turns_of(chat)
-    for turn in turns[: num_asked(turns)]:
-        for inner, value in turn.items():
-            is_used = inner in _TURN_KEYS or (inner == "name" and role_of(turn) in _RESULTS)
-            is_read_by_users = value in column_names.ROUTES.get(inner, ()) if isinstance(value, str) else False
-            if not is_used and not is_read_by_users:
-                yield f"{chat_column}[].{inner}", value
-
-
 def _answer_keys(chat: Any, chat_column: str, reading: Reading, ignored: Collection[str]) -> Iterator[str]:
     """Record what the response holds beside its text; find the keys that make it the beginning of a response."""
     turns = turns_of(chat)
@@ -175,15 +151,16 @@ def _answer_keys(chat: Any, chat_column: str, reading: Reading, ignored: Collect
                 reading.note(name, "left out, as asked")
             elif inner in column_names.CONTINUED and value is True:
                 yield name
-            elif inner not in _TURN_KEYS:
+            elif inner not in parts.TURN_KEYS:
                 reading.note(name, EMPTY if _is_empty(value) else UNUSED)
 
 
 def _is_argument(name: str) -> bool:
-    """Return whether a column, or a key of `chat_template_kwargs`, is an argument of the chat template."""
-    if name.startswith(f"{TEMPLATE}."):
-        return not column_names.is_system(key(name)) and key(name) not in column_names.TOOLS
-    return "." not in name and key(name) in column_names.TEMPLATE_ARGUMENTS
+    """Return whether a column, or a key of arguments of the chat template, is one of these arguments."""
+    start, _, inner = name.rpartition(".")
+    if start and column_names.is_template(key(start)):
+        return not column_names.is_system(key(inner)) and key(inner) not in column_names.TOOLS
+    return not start and key(name) in column_names.TEMPLATE_ARGUMENTS
 
 
 def _are_schemas(named: str, value: Any) -> bool:
@@ -191,36 +168,28 @@ def _are_schemas(named: str, value: Any) -> bool:
     return is_list and all(isinstance(each, Mapping) and ("name" in each or "function" in each) for each in value)
 
 
-def _is_media(name: str, chat_column: str) -> bool:
-    is_turn_s = name.startswith(f"{chat_column}[].")
-    return column_names.MEDIA.fullmatch(key(name)) is not None or (
-        is_turn_s and column_names.FILES.fullmatch(key(name)) is not None
-    )
+def _is_media(name: str, value: Any, chat_column: str) -> bool:
+    """Return whether a column, or a key of a turn, holds pictures, sounds or documents."""
+    named, is_turn_s = key(name), name.startswith(f"{chat_column}[].")
+    if not isinstance(value, str | list | Mapping | bytes):
+        return False
+    if column_names.MEDIA.fullmatch(named) or (is_turn_s and column_names.FILES.fullmatch(named)):
+        return True
+    is_named = column_names.MEDIA_BY_VALUE.fullmatch(named) is not None and (is_turn_s or "." not in name)
+    return is_named and parts.are_media(value)
 
 
-def _is_text(name: str, chat_column: str, chat: Any) -> bool:
+def _is_text(name: str, value: Any, chat_column: str, chat: Any) -> bool:
     """Return whether a column, or a key of a turn, may be a part of the prompt that the chat lacks."""
     start, _, inner = name.rpartition(".")
     if start == f"{chat_column}[]":
         return column_names.is_text(key(inner)) or inner in column_names.ROUTES
+    if column_names.is_template(key(name)):
+        return not isinstance(value, Mapping)  # of a mapping each key is looked at
+    if column_names.is_like_prompt(key(name)) and parts.has_words(value):
+        return True
     is_asked = isinstance(chat, str) and column_names.TEXT_OF_A_QUESTION.fullmatch(key(name)) is not None
     return not start and (is_asked or column_names.is_text(key(name)))
-
-
-def _mapping_of(value: Any, name: str) -> Any:
-    """Parse a text that is a mapping with a key which may belong to the prompt."""
-    if isinstance(value, JsonCell):
-        value = value.value
-    if not isinstance(value, str) or not value.lstrip().startswith("{"):
-        return value
-    named = key(name)
-    is_whole = column_names.is_system(named) or named in column_names.TOOLS or column_names.is_text(named)
-    if is_whole or not column_names.are_in_json(value):
-        return value
-    try:
-        return parse_json(value)
-    except JsonError:
-        return value
 
 
 def _system_text(value: Any) -> str | None:
