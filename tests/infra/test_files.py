@@ -17,6 +17,8 @@ COMPOSE = yaml.safe_load((INFRA / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = {name for name, service in SERVICES.items() if service["image"].startswith("${DLLM_")}
 ONCE = {"deploy"}
+AS_ROOT = {"sglang", "dcgm"}
+"""Images of others that have no other user, or that read counters of the driver."""
 ENVIRONMENT = dict(
     line.split("=", 1) for line in (INFRA / "stack.env").read_text().splitlines() if line and line[0] != "#"
 )
@@ -42,7 +44,7 @@ def test_a_service_listens_on_loopback_is_pinned_and_says_its_health(name: str) 
     assert "healthcheck" in service or name in OURS, "no health check"
     image = service["image"]
     assert image.startswith("${DLLM_") or re.search(r":v?\d+\.\d+\.\d+", image) or image.startswith("postgres:17.6")
-    assert name == "sglang" or service.get("user") not in (None, "root", "0", "0:0"), "runs as root"
+    assert name in AS_ROOT or service.get("user") not in (None, "root", "0", "0:0"), "runs as root"
     assert service["restart"] == ("no" if name in ONCE else "unless-stopped")
 
 
@@ -161,12 +163,28 @@ def test_ranges_of_the_dashboard_do_not_overlap_and_every_query_names_a_figure()
 def test_every_work_pool_has_a_worker_in_each_profile() -> None:
     pools = {each["work_pool"]["name"] for each in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
     for profile in ("cpu", "gpu"):
-        workers = [each["command"] for each in SERVICES.values() if profile in each.get("profiles", [])]
-        assert {command[-1] for command in workers if "worker" in command} == pools
+        services = [each for each in SERVICES.values() if profile in each.get("profiles", [])]
+        commands = [each.get("command", []) for each in services]
+        assert {command[-1] for command in commands if "worker" in command} == pools
 
 
 def test_prometheus_scrapes_services_that_exist() -> None:
     scrapes = yaml.safe_load((INFRA / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
     targets = [target for each in scrapes for config in each["static_configs"] for target in config["targets"]]
     assert {target.split(":")[0] for target in targets} - {"localhost"} <= SERVICES.keys()
-    assert "exporter:9400" in targets
+    assert {"exporter:9400", "dcgm:9400"} <= set(targets)
+
+
+def test_sglang_and_the_workers_have_gpus_of_their_own() -> None:
+    given = {
+        name: service["deploy"]["resources"]["reservations"]["devices"][0].get("device_ids")
+        for name, service in SERVICES.items()
+        if "deploy" in service
+    }
+    assert given.pop("dcgm") is None
+    assert given == {
+        "sglang": ["${SGLANG_GPUS:-0}"],
+        "worker-gpu": ["${WORKER_GPUS:-1}"],
+        "worker-checkouts-gpu": ["${WORKER_GPUS:-1}"],
+    }
+    assert ENVIRONMENT["SGLANG_GPUS"] != ENVIRONMENT["WORKER_GPUS"]
