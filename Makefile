@@ -164,5 +164,5 @@ bench-self-speculation: setup  ## block cache and self-speculation against decod
 	@$(ENV) python benchmarks/self_speculation.py --checkpoint $(CHECKPOINT) $(ARGS)
 
 clean:  ## remove results, work and caches; keeps environments, dvc.lock, and the registry
-	@rm -rf out work logs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf out work logs/* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

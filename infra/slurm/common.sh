@@ -3,7 +3,7 @@
 set -euo pipefail
 set -a
 . infra/stack.env
-# Secrets of this cluster: MLFLOW_TRACKING_URI, MLFLOW_TRACKING_PASSWORD, HF_TOKEN. The file is yours alone.
+# Secrets of this cluster: MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD, HF_TOKEN. The file is yours alone.
 [ ! -e "${DLLM_SECRETS:-$HOME/.config/dllm/env}" ] || . "${DLLM_SECRETS:-$HOME/.config/dllm/env}"
 set +a
 . infra/env.sh
