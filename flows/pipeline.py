@@ -12,18 +12,22 @@ import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed
 
 from dllm.config.load import load_params, read_yaml
 from dllm.errors import ConfigError, DllmError
+from dllm.process.proxies import is_this_machine
 from dllm.stages import STAGES, outside_data
 from dllm.stages.records import read_record
 from dllm.tracking import places
+from dllm.tracking.address import VARIABLE, sqlite_path, tracking_uri
 from flows import artifacts, checkouts
 from flows.children import HERE, ROOT, WHEN_A_SERVER_IS_BACK, Place, alone, reproduce, run_verb
 from flows.forced import Forced
@@ -126,6 +130,7 @@ def _run_stages(place: Place, request: Request) -> None:
     stages = request.stages()
     params = load_params(place.root / "params.yaml")
     places.check(ROOT, params.register_.store, registers=request.register)  # before hours of training
+    _warn_of_own_store()
     forced = Forced(place.root, str(flow_run.id), keep_lock=place is not HERE) if request.force else None
     if forced is not None:
         forced.begin(stages)
@@ -145,6 +150,15 @@ def _run_stages(place: Place, request: Request) -> None:
             read_record(place.root, stage, "run.json")
     if request.register:
         register_checkpoint(place)
+
+
+def _warn_of_own_store() -> None:
+    """Log that other workers of a shared server have another registry, and other champions."""
+    host = urlsplit(PREFECT_API_URL.value() or "").hostname
+    if host is None or is_this_machine(host) or (store := sqlite_path(tracking_uri(ROOT))) is None:
+        return
+    told = "runs and champions go into %s alone, which workers on other machines do not see: set %s to a server"
+    get_run_logger().warning(told, store, VARIABLE)
 
 
 @contextlib.contextmanager

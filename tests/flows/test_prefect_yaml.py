@@ -42,6 +42,17 @@ def test_a_worker_finds_the_project_or_says_so(tmp_path: Path) -> None:
         assert re.fullmatch(rf"dllm: no project in DLLM_HOME \({named}\) on \S+; start .*\n", outcome.stderr)
 
 
+def test_runs_that_only_wait_or_ask_servers_hold_no_gpu_of_a_cluster() -> None:
+    """The variables that they set are those of the template, which a typo would leave at one GPU."""
+    (path,) = [each for each in TEMPLATES if each.parent.name == "kubernetes"]
+    variables = json.loads(path.read_text())["variables"]
+    for deployment in DEPLOYED["deployments"]:
+        given = deployment["work_pool"]["job_variables"]
+        assert set(given) <= set(variables["properties"])
+        validate(given, {**variables, "required": []}, raise_on_error=True)
+        assert ("gpus" in given) == (deployment not in OF_PIPELINE) and not given.get("gpus")
+
+
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.parent.name)
 def test_a_template_names_the_variables_that_it_has(path: Path) -> None:
     template = json.loads(path.read_text())

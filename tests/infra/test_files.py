@@ -90,7 +90,7 @@ def test_variables_of_compose_stand_in_the_one_environment_with_the_same_default
 def test_the_grace_period_is_the_same_everywhere() -> None:
     grace = ENVIRONMENT["GRACE_S"]
     assert COMPOSE["x-worker"]["stop_grace_period"] == f"${{GRACE_S:-{grace}}}s"
-    pods = [pod for pod in _pods(_manifests()) if pod["containers"][0]["name"] != "router"]
+    pods = [pod for pod in _pods(_manifests()) if pod["containers"][0]["name"] not in ("router", "clone")]
     assert {pod["terminationGracePeriodSeconds"] for pod in pods} == {int(grace)}
     pool = json.loads((INFRA / "kubernetes" / "work-pool.json").read_text())
     assert pool["variables"]["properties"]["grace_period_seconds"]["default"] == int(grace)
@@ -114,6 +114,25 @@ def test_pods_name_volumes_secrets_and_limits_that_exist() -> None:
                 assert source.get("configMapRef", {"name": "dllm-env"})["name"] == "dllm-env"
             if "nvidia.com/gpu" in container["resources"].get("limits", {}):
                 assert volumes["shm"]["emptyDir"]["medium"] == "Memory", "ranks and SGLang share memory"
+
+
+@pytest.mark.parametrize("script", sorted((INFRA / "slurm").glob("*.sbatch")), ids=lambda path: path.name)
+def test_the_folder_of_a_jobs_log_is_there_in_a_fresh_clone(script: Path) -> None:
+    """Slurm makes none, and ends a job without a word where it is missing."""
+    (output,) = re.findall(r"^#SBATCH --output=(\S+)", script.read_text(), re.MULTILINE)
+    kept = (Path(output).parent / ".gitignore").as_posix()
+    ignored = subprocess.run(["git", "check-ignore", "--quiet", "--no-index", kept], cwd=ROOT, check=False)
+    assert (ROOT / kept).is_file() and ignored.returncode == 1
+    cleaned = re.search(r"^clean:.*\n\t@rm -rf (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert cleaned and Path(output).parts[0] not in cleaned[1].split(), "`make clean` leaves the folder"
+
+
+def test_a_rented_node_runs_every_stage_and_can_log_in() -> None:
+    task = yaml.safe_load((INFRA / "skypilot.yaml").read_text())
+    assert task["run"].splitlines()[-2:] == ["dvc repro", "exec python -m dllm register"]
+    places = [path for path in INFRA.rglob("*") if path.is_file() and path.suffix in (".yaml", ".sh", ".env")]
+    texts = {path: path.read_text() for path in places if path.name != "entrypoint.sh"}
+    assert not [path for path, text in texts.items() if "MLFLOW_TRACKING_PASSWORD" in text and "_USERNAME" not in text]
 
 
 def test_the_rendezvous_address_is_the_first_pod_of_the_jobset() -> None:

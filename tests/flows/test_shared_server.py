@@ -1,0 +1,28 @@
+"""Workers on several machines: what a run says that tracks where the others do not look."""
+
+import logging
+
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows import pipeline
+
+
+@pytest.mark.parametrize(
+    ("api", "store", "warns"),
+    [
+        ("http://prefect.example:4200/api", "", True),
+        ("http://prefect.example:4200/api", "sqlite:////project/mlflow.db", True),
+        ("http://prefect.example:4200/api", "http://mlflow.example:5000", False),
+        ("http://prefect.example:4200/api", "postgresql://db.example/mlflow", False),
+        ("http://127.0.0.1:4200/api", "", False),
+    ],
+)
+def test_a_registry_of_one_machine_beside_a_shared_server_is_warned_of(
+    api: str, store: str, warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pipeline, "get_run_logger", lambda: logging.getLogger("flow run"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    with temporary_settings({PREFECT_API_URL: api}):
+        pipeline._warn_of_own_store()
+    assert [message.partition(",")[0].endswith("mlflow.db alone") for message in caplog.messages] == [True] * warns
