@@ -6,11 +6,12 @@ Keys are the same in each run, so that Prefect lists them as versions of one art
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import re
 import time
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
@@ -24,12 +25,13 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from dllm.errors import DllmError
 from dllm.outside import markdown
 from dllm.registry import METHODS
 from dllm.secrets import HIDDEN, hide, hide_in
 from dllm.stages.records import Records, read_records, trained_method
 from dllm.tracking.address import page
-from dllm.tracking.execution import REPORT
+from dllm.tracking.execution import ELSEWHERE, REPORT
 
 MLFLOW_TOML = Path(__file__).resolve().parents[1] / "mlflow.toml"
 """Has the address of MLflow while `make ui` runs; see infra/gate.py."""
@@ -118,13 +120,30 @@ def publish(root: Path, is_registered: bool = True) -> str:
         # Prefect takes an address: this one holds the picture, so that a page needs no other server.
         data = base64.b64encode(picture.read_bytes()).decode()
         create_image_artifact(f"data:image/png;base64,{data}", key="evaluation", description=markdown(said))
-    text = f"{markdown(said)}\n\n{summary(method.rows(metrics), registered, runs)}"
+    text = f"{markdown(said)}\n\n{summary(method.rows(metrics), registered, runs, _known(root, runs))}"
     create_markdown_artifact(markdown=hide(text), key="summary", description="Main figures of the run.")
     return said
 
 
-def summary(rows: Iterable[tuple[str, str]], registered: Mapping[str, Any] | None, runs: Records) -> str:
-    """Format the main figures, the registered version, and links to the MLflow run of each stage."""
+def _known(root: Path, runs: Records) -> set[str] | None:
+    from dllm.tracking.mlflow_runs import known_runs  # MLflow takes 2 seconds to import
+
+    with contextlib.suppress(DllmError):  # a store that cannot be used fails no flow
+        return known_runs(root, [str(run["mlflow_run_id"]) for run in runs.values()])
+    return None
+
+
+def summary(
+    rows: Iterable[tuple[str, str]],
+    registered: Mapping[str, Any] | None,
+    runs: Records,
+    known: Collection[str] | None = None,
+) -> str:
+    """Format the main figures, the registered version, and links to the MLflow run of each stage.
+
+    Args:
+        known: the runs that the store in use has, the only ones to be linked; None links all.
+    """
     figures = list(rows)
     if registered:
         aliases = " ".join(f"@{alias}" for alias in registered["aliases"])
@@ -132,13 +151,18 @@ def summary(rows: Iterable[tuple[str, str]], registered: Mapping[str, Any] | Non
         figures.append(("registered", version))
     lines = ["| figure | value |", "|---|---|"]
     lines += [f"| {markdown(label)} | {markdown(str(value))} |" for label, value in figures]
-    if "register" in runs:
+    if "register" in runs and _is_here(runs["register"], known):
         lines += ["", f"[Report]({_link(runs['register'], str(REPORT))}): curves, lineage, sample responses."]
     lines += ["", "| stage | MLflow run | seconds |", "|---|---|---|"]
     for stage, run in runs.items():
-        link = f"[{markdown(str(run['mlflow_run_id'])[:12])}]({_link(run)})"
+        name = markdown(str(run["mlflow_run_id"])[:12])
+        link = f"[{name}]({_link(run)})" if _is_here(run, known) else f"{name}, {ELSEWHERE}"
         lines.append(f"| {markdown(stage)} | {link} | {markdown(str(run['seconds']))} |")
     return "\n".join(lines)
+
+
+def _is_here(run: Mapping[str, Any], known: Collection[str] | None) -> bool:
+    return known is None or str(run["mlflow_run_id"]) in known
 
 
 def _link(run: Mapping[str, Any], artifact: str = "") -> str:

@@ -105,7 +105,8 @@ def pipeline(
         recipe: a recipe's name; `params.yaml` takes that file as it is.
         overrides: values that differ from it, by key: {"train.epochs": 2}.
         seed: seed of training, `train.seed`.
-        from_stage: the first stage to run; the results of earlier ones are taken as they are.
+        from_stage: the first stage to run; the results of earlier ones are taken as they are. A checkout restores them
+            from DVC's cache, and runs those again that it lacks.
         force: run these stages again, from scratch; a run that is resumed or retried goes on.
         register: register the checkpoint.
         checkout: a commit, branch or tag ("HEAD") to run in a checkout of its own, beside other runs; null runs in the

@@ -26,6 +26,7 @@ from dllm.tracking.runs import Status, flatten
 FOLDER = Path("work", "executions")
 REPORT = PurePosixPath("report", "index.html")
 """Among the artifacts of the run of the last stage: the page of the whole execution."""
+ELSEWHERE = "tracked in another store"
 FLOW_RUN, DVC_EXPERIMENT = "DLLM_FLOW_RUN", "DVC_EXP_NAME"
 """Variables that the flow and DVC set: the id of the Prefect flow run, the name of the experiment."""
 
@@ -42,6 +43,8 @@ class Execution:
     """All stages, in the order of the pipeline."""
     earlier: Mapping[str, str] = field(default_factory=dict)
     """MLflow runs of the stages before this one whose results it reads, by stage."""
+    elsewhere: frozenset[str] = frozenset()
+    """Of these stages, those that another MLflow store tracked: their results came with `dvc pull`, say."""
     experiment: str = field(default_factory=lambda: os.environ.get(DVC_EXPERIMENT, ""))
     """Name of the DVC experiment that it is part of."""
 
@@ -64,7 +67,8 @@ class Execution:
     @property
     def links(self) -> dict[str, str]:
         """Tags that name the runs of the stages which this execution has not run again."""
-        return {f"dllm.run.{stage}": run_id for stage, run_id in self.earlier.items()}
+        here = {stage: run_id for stage, run_id in self.earlier.items() if stage not in self.elsewhere}
+        return {f"dllm.run.{stage}": run_id for stage, run_id in here.items()}
 
     def tags(self, what: str) -> dict[str, str]:
         """Return tags that say what made a run.
@@ -119,7 +123,9 @@ class Execution:
                 entry, how = self.earlier[stage], "unchanged: an earlier run's result"
             else:
                 continue
-            lines.append(f"| {stage} | [{entry[:8]}]({_link(experiment_id, entry)}) | {how} |")
+            is_here = stage in own or stage not in self.elsewhere
+            named = f"[{entry[:8]}]({_link(experiment_id, entry)})" if is_here else f"{entry[:8]}, {ELSEWHERE}"
+            lines.append(f"| {stage} | {named} | {how} |")
         return "\n".join(lines)
 
     @property

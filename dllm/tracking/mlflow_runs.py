@@ -15,8 +15,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from dllm.tracking.address import home, is_local, tracking_uri
 from dllm.tracking.execution import Execution
 from dllm.tracking.run_journal import Record, RunJournal, is_open, journal_path
 from dllm.tracking.runs import DatasetInput, Status, flatten
-from dllm.tracking.store import FAULTS, cause_of, connect, faults_in_one_line
+from dllm.tracking.store import FAULTS, cause_of, connect, faults_in_one_line, has_run
 from dllm.tracking.system_metrics import PREFIX, SystemMetrics
 
 PARENT, NOTE = "mlflow.parentRunId", "mlflow.note.content"
@@ -104,6 +104,11 @@ class MlflowTracker:
                 delivery.close_orphans(self._client, root, [self.experiment_id], own=(self.run_id, work))
                 delivery.synchronize(root, self._client)
         self._send()
+
+    def knows(self, run_id: str) -> bool:
+        """Return whether this run's store has another run, too."""
+        with faults_in_one_line(self.uri):
+            return has_run(self._client, run_id)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         self._add({"metrics": {_name(key): float(value) for key, value in metrics.items()}, "step": step})
@@ -211,12 +216,14 @@ class StageTracker(MlflowTracker):
     """
 
     def __init__(self, execution: Execution, run_id: str | None, work: Path) -> None:
-        self._execution, root, experiment = execution, execution.root, execution.params.recipe
+        root, experiment = execution.root, execution.params.recipe
         self._store = delivery.store_name(root, tracking_uri(root))
         known = execution.run_id(self._store)
         if known is not None and is_open(journal_path(root, known)):
             known = None  # another stage of the same configuration works, and would be waited for
         self.parent = MlflowTracker(root, experiment, execution.name, known, work)
+        elsewhere = frozenset(stage for stage, run in execution.earlier.items() if not self.parent.knows(run))
+        self._execution = execution = replace(execution, elsewhere=elsewhere)
         self._note("RUNNING", run_id or "")  # first, so that a process killed meanwhile leaves one run, not two
         super().__init__(root, experiment, execution.stage_name, run_id, work, self.parent)
         self._note("RUNNING", self.run_id)
@@ -257,6 +264,19 @@ class StageTracker(MlflowTracker):
 
     def _description(self) -> str:
         return self._execution.describe(self.parent.experiment_id)
+
+
+def known_runs(root: Path, run_ids: Iterable[str]) -> set[str]:
+    """Return which of these runs the project's store has.
+
+    Raises:
+        ConfigError: MLFLOW_TRACKING_URI is not the address of a store.
+        ServerError: the store is out of reach.
+    """
+    uri = tracking_uri(root)
+    client = connect(uri, root)
+    with faults_in_one_line(uri):
+        return {run_id for run_id in run_ids if has_run(client, run_id)}
 
 
 def experiment_id(client: MlflowClient, uri: str, root: Path, name: str) -> str:

@@ -28,7 +28,7 @@ from dllm.tracking.address import VARIABLE, sqlite_path, tracking_uri
 from dllm.tracking.mlflow_runs import experiment_id
 from dllm.tracking.places import STORE, store_path
 from dllm.tracking.runs import REGISTERED
-from dllm.tracking.store import FAULTS, connect, one_line, unreachable
+from dllm.tracking.store import FAULTS, connect, has_run, one_line, unreachable
 
 __all__ = ["STORE", "Registered", "register", "resolve", "store_path"]
 _MODEL_NAME = re.compile(r"[/:.%\"']")
@@ -98,7 +98,7 @@ def register(
     )
     folder = folder or store_path(root, digest)
     with _answering(uri):
-        if run_id is not None and not _has_run(client, run_id):
+        if run_id is not None and not has_run(client, run_id):
             print(
                 f"warning: MLflow has no run {run_id} here: the training was tracked in another store", file=sys.stderr
             )
@@ -275,16 +275,6 @@ def _name_of(target: str) -> str:
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
         return markdown(target)
     return markdown(f"{model} at {revision}" if revision else model)
-
-
-def _has_run(client: MlflowClient, run_id: str) -> bool:
-    try:
-        client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        return False
-    return True
 
 
 def _parse(reference: str) -> tuple[str, str | None, str]:

@@ -73,6 +73,21 @@ def connect(uri: str, root: Path | None = None) -> MlflowClient:
     return client
 
 
+def has_run(client: MlflowClient, run_id: str) -> bool:
+    """Return whether the store has a run; one that another store tracked is unknown here.
+
+    Raises:
+        MlflowException, or another of `FAULTS`: the store does not respond.
+    """
+    try:
+        client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return False
+    return True
+
+
 @contextmanager
 def faults_in_one_line(uri: str) -> Iterator[None]:
     """Raise what a store's failure raises as one line; see `unreachable`."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from dllm.stages.workspace import open_stage
 from dllm.tracking import mlflow_runs as tracking
 from dllm.tracking import provenance
 from dllm.tracking.execution import Execution, overridden
+from flows import artifacts
 
 STAGES = ("prepare", "regenerate", "train")
 
@@ -108,6 +110,28 @@ def test_the_description_links_the_report_once_the_last_stage_has_ended(tmp_path
         "[Report](#/experiments/1/runs/b/artifacts/report/index.html?workflowType=machine_learning)"
         in execution.describe("1")
     )
+
+
+def test_runs_of_another_store_are_named_and_not_linked(
+    root: Path, tmp_path_factory: pytest.TempPathFactory, empty_mlflow_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teammate pulls results that were tracked in the other's MLflow, and trains on."""
+    prepared = run_stage(root, load(), "prepare").info.run_id
+    own = tmp_path_factory.mktemp("teammate") / "mlflow.db"
+    shutil.copyfile(empty_mlflow_store, own)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{own}")
+    trained = run_stage(root, load(), "train")
+    told = parent_of(root, trained).data.tags
+    assert "dllm.run.prepare" not in told
+    assert f"| prepare | {prepared[:8]}, tracked in another store |" in told["mlflow.note.content"]
+    assert tracking.known_runs(root, [prepared, trained.info.run_id]) == {trained.info.run_id}
+    runs = {
+        stage: {"mlflow_run_id": run_id, "mlflow_experiment_id": "1", "seconds": 1.0}
+        for stage, run_id in (("prepare", prepared), ("train", trained.info.run_id), ("register", prepared))
+    }
+    shown = artifacts.summary([], None, runs, tracking.known_runs(root, [prepared, trained.info.run_id]))
+    assert f"| prepare | {prepared[:12]}, tracked in another store |" in shown and "[Report]" not in shown
+    assert f"[{trained.info.run_id[:12]}](" in shown
 
 
 def test_sizes_are_parameters_and_a_breakdown_in_one_part_is_not_repeated(root: Path) -> None:
