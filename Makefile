@@ -70,7 +70,7 @@ test-fast: setup  ## the tests to run at each change: no Prefect server, no kill
 test-outages: setup  ## whole runs that are killed, cut off from their servers, or searched for secrets; CI runs them too
 	@$(PYTEST) -m outage $(ARGS)
 
-test-heavy: setup  ## tests that take minutes: regenerate in parts over two workers, killed and resumed; memory over many rows
+test-heavy: setup  ## tests that take minutes: regenerate in parts over two workers, killed and resumed; memory over many rows; the images' installation
 	@$(ENV) python -m pytest -m heavy $(ARGS)
 
 ROUNDS ?= 10

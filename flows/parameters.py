@@ -105,6 +105,9 @@ class Request:
         params, path = self.params(root), root / PARAMS_FILE
         if self.recipe == PARAMS_FILE and not self._changes():
             return
+        with contextlib.suppress(DllmError):  # what is wrong with the old file is about to go
+            if load_params(path) == params:  # of this very run, resumed or retried
+                return
         if not force:
             recipe_book.check_nothing_lost(path, "run in a checkout (checkout: HEAD), or keep a copy and remove it")
         comment = "" if self.recipe == PARAMS_FILE else recipe_book.source(self.recipe).partition("\n")[0]

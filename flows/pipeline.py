@@ -27,7 +27,7 @@ from dllm.process.proxies import is_this_machine
 from dllm.stages import STAGES, outside_data
 from dllm.stages.records import read_record
 from dllm.tracking import places
-from dllm.tracking.address import VARIABLE, sqlite_path, tracking_uri
+from dllm.tracking.address import VARIABLE, sqlite_path, tracking_uri, vanishes
 from flows import artifacts, checkouts
 from flows.children import HERE, ROOT, WHEN_A_SERVER_IS_BACK, Place, alone, reproduce, run_verb
 from flows.forced import Forced
@@ -132,6 +132,8 @@ def _run_stages(place: Place, request: Request) -> None:
     params = load_params(place.root / "params.yaml")
     places.check(ROOT, params.register_.store, registers=request.register)  # before hours of training
     _warn_of_own_store()
+    if not request.register and vanishes(ROOT):
+        get_run_logger().warning("only the MLflow runs will stay: %s is deleted after this flow run", ROOT)
     forced = Forced(place.root, str(flow_run.id), keep_lock=place is not HERE) if request.force else None
     if forced is not None:
         forced.begin(stages)

@@ -99,6 +99,8 @@ def test_params_are_written_where_nothing_is_lost(tmp_path: Path) -> None:
         path.read_text()
     )
     before = path.read_text()
+    Request("tiny-dflash", changed, seed=7).write_params(tmp_path, force=False)
+    assert path.read_text() == before, "a run that is resumed finds its own values, and none are lost"
     Request().write_params(tmp_path, force=False)
     assert path.read_text() == before, "the file as it is"
     with pytest.raises(ConfigError, match="its values are those of no recipe"):

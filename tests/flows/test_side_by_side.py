@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dllm.config import recipe_book
 from dllm.tracking import mlflow_runs as tracking
 from tests.flows.asking import TINIER, ask, end, git, serving, start, workers_said
 from tests.flows.conftest import Project, wait_until
@@ -92,7 +93,10 @@ def test_a_suspended_run_stops_its_stage_resumes_and_can_be_cancelled(
     project: Project, deployment: str, force: bool
 ) -> None:
     long = {**TINIER, "train.epochs": 100_000, "train.validate_every": 1_000_000}
-    run = start(project, deployment, overrides=long, force=force)
+    if deployment == "project":  # in the user's own file, which no flow run changes then
+        params = recipe_book.load("tiny-dflash", [f"{key}={json.dumps(value)}" for key, value in long.items()])
+        (project.folder / "params.yaml").write_text(recipe_book.text_of(params, []))
+    run = start(project, deployment, overrides={} if deployment == "project" else long, force=force)
     log = project.folder / "logs" / (run if deployment == "tiny" else "") / "train.log"
     wait_until(lambda: log.exists() and "steps (" in log.read_text(), LONGEST_S)
     suspend = "import sys; from uuid import UUID; from prefect.flow_runs import suspend_flow_run as suspend; "
