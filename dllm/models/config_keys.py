@@ -26,11 +26,22 @@ transformers.js_config transformers_version typical_p use_bfloat16 use_cache use
 """
 INERT = frozenset(_INERT.split())
 """Bookkeeping, dropout of training, and generation settings of older files."""
-_INERT_PREFIXES = ("_", "unsloth_")
+_INERT_PREFIXES = ("_attn_implementation", "_experts_implementation", "unsloth_")
+_PRIVATE = """
+_name_or_path _commit_hash _comment _diffusers_version _flash_attn_2_enabled _output_attentions _pre_quantization_dtype
+"""
+_INERT_PRIVATE = frozenset(_PRIVATE.split())
+"""Bookkeeping of transformers and others; a switch may be private, too, so that no other underscore passes."""
+OFF = frozenset({"add_cross_attention", "output_router_logits", "rope_interleaved", "use_mrope", "use_sliding_window"})
+"""Keys of published configs that shape nothing while false: an encoder's, what is returned beside the logits, a window,
+and kinds of RoPE other than the usual one (SmolLM2, Qwen2.5). False may be what changes the network elsewhere, as in
+`pre_norm: false`."""
+_BIAS = "_bias"
+"""End of the names of biases: false is none, and weights that have some do not fit."""
 
 
 def refuse_unknown(raw: Mapping[str, Any], known: Collection[str], where: str, inside: str = "") -> None:
-    """Refuse a config with a key that is neither known nor inert, unless its value says that it is off.
+    """Refuse a config with a key that is neither known nor inert, unless its value is null or empty.
 
     Args:
         raw: the config, or a section of it.
@@ -42,8 +53,9 @@ def refuse_unknown(raw: Mapping[str, Any], known: Collection[str], where: str, i
         ModelError: there is such a key.
     """
     for key, value in raw.items():
-        is_off = value is None or value is False or value in ([], {})
-        if is_off or key in known or key in INERT or key.startswith(_INERT_PREFIXES):
+        is_off = value is False and (key in OFF or key.endswith(_BIAS))
+        is_inert = key in INERT or key in _INERT_PRIVATE or key.startswith(_INERT_PREFIXES)
+        if value is None or value in ([], {}) or is_off or is_inert or key in known:
             continue
         name = f"{inside}.{key}" if inside else key
         raise ModelError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from dllm.config.params import Target
@@ -61,11 +62,16 @@ SAME = {
     "is_causal wins": {"is_causal": False, "dflash_config/causal": None},
     "all at the top": {"dflash_config": GONE, "mask_token_id": 3, "target_layer_ids": [1, 3, 5]},
     "bookkeeping": {"_name_or_path": "x", "transformers_version": "5.0", "bos_token_id": 1, "unsloth_fixed": True},
-    "switches that are off": {"use_swa": False, "final_logit_softcapping": None, "some_new_switch": None},
+    "switches that are off": {"use_swa": False, "final_logit_softcapping": None, "some_new_switch": None,
+                              "use_mrope": False, "qkv_bias": False, "dflash_config/some_new_list": []},
+    "all that transformers writes": transformers.PretrainedConfig().to_dict(),
+    "all that older versions wrote": {"add_cross_attention": False, "is_decoder": False, "torchscript": False,
+                                      "tie_encoder_decoder": False, "use_bfloat16": False, "tf_legacy_loss": False,
+                                      "_attn_implementation_autoset": True, "_flash_attn_2_enabled": True},
     "one number written otherwise": {"rope_theta": 10000},
     "RoPE of older files": {"rope_theta": GONE, "rope_scaling": {"rope_type": "default", "rope_theta": 10000}},
     "RoPE in three places": {"rope_theta": 1e4, "rope_scaling": {"rope_theta": 1e4}, "rope_parameters/rope_theta": 1e4},
-}
+}  # fmt: skip
 
 WINDOW = {"layer_types": [SLIDING], "sliding_window": 8, "use_sliding_window": True}
 MIXED = WINDOW | {"num_hidden_layers": 3, "layer_types": [SLIDING, FULL, SLIDING]}
@@ -128,6 +134,13 @@ REFUSED = {
     "another activation": ({"hidden_act": "gelu"}, "hidden_act"),
     "a key of tomorrow": ({"residual_gate": 0.5}, "residual_gate"),
     "a key of tomorrow inside": ({"dflash_config/num_experts": 4}, "dflash_config.num_experts"),
+    "no norm before": ({"pre_norm": False}, "pre_norm: False"),
+    "no RoPE": ({"use_rope": False}, "use_rope"),
+    "RoPE of pairs": ({"is_neox_style": False}, "is_neox_style"),
+    "a norm elsewhere": ({"norm_before_fc": False}, "norm_before_fc"),
+    "no norm of the target": ({"dflash_config/use_target_norm": False}, "dflash_config.use_target_norm"),
+    "a private switch": ({"_use_gate": True}, "_use_gate"),
+    "a private switch that is off": ({"_use_gate": False}, "_use_gate"),
     "mixed layers without a window": (MIXED | {"sliding_window": None}, "sliding_window"),
     "mixed layers with a window of nothing": (MIXED | {"sliding_window": 0}, "sliding_window"),
     "a thousand layers and more": ({"num_hidden_layers": 10**30, "layer_types": GONE}, "num_hidden_layers"),

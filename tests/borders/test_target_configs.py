@@ -64,6 +64,11 @@ def _params(model: Path | str) -> Any:
         ("residual_multiplier", 0.2),
         ("use_swa", True),
         ("a_switch_of_tomorrow", "on"),
+        ("pre_norm", False),
+        ("final_norm", False),
+        ("use_rope", False),
+        ("is_neox_style", False),
+        ("_use_gate", True),
     ],
 )
 def test_a_key_that_the_model_code_never_names_is_refused(tmp_path: Path, key: str, value: Any) -> None:
@@ -77,19 +82,48 @@ def test_a_key_that_the_model_code_never_names_is_refused(tmp_path: Path, key: s
 
 def test_keys_that_shape_nothing_pass(tmp_path: Path) -> None:
     inert = {"unsloth_version": "2026.1", "_commit_hash": "a", "torch_dtype": "float32", "sliding_window": None,
-             "use_sliding_window": False, "transformers.js_config": {"x": 1}, "is_llama_config": True}  # fmt: skip
+             "use_sliding_window": False, "transformers.js_config": {"x": 1}, "is_llama_config": True,
+             "rope_interleaved": False, "use_mrope": False, "lm_head_bias": False, "a_list_of_tomorrow": [],
+             "add_cross_attention": False, "_attn_implementation_autoset": True}  # fmt: skip
     folder = _copy_of_tiny(tmp_path / "m", **inert)
     preflight.check(_params(folder))
     assert set(transformers.PretrainedConfig().to_dict()) <= config_keys.INERT | {"_name_or_path"}
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Phi3", "Olmo2", "Granite"])
+LIBRARY = ["Llama", "Qwen2", "Qwen3", "Qwen3Moe", "Mistral", "Gemma2", "Gemma3Text", "Phi3", "Olmo2", "Granite"]
+LIBRARY += ["GptOss", "StableLm", "Mamba"]
+
+
+@pytest.mark.parametrize("family", LIBRARY)
 def test_a_config_that_the_library_writes_is_known_to_it(tmp_path: Path, family: str) -> None:
     config = getattr(transformers, f"{family}Config")(**SHAPE)
     config.save_pretrained(tmp_path)
     check_config(Target(model=str(tmp_path)), tmp_path)
-    old = {**json.loads((tmp_path / "config.json").read_text()), "rope_theta": 1e4, "rope_scaling": None}
+    old = {**config.to_dict(), "rope_theta": 1e4, "rope_scaling": None}  # with all defaults, most of them false
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in old.items() if k != "rope_parameters"}))
+    check_config(Target(model=str(tmp_path)), tmp_path)
+
+
+PUBLISHED = {
+    "SmolLM2": {"model_type": "llama", "is_llama_config": True, "rope_interleaved": False, "rope_scaling": None,
+                "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "pretraining_tp": 1},
+    "Qwen2.5": {"model_type": "qwen2", "max_window_layers": 24, "sliding_window": 32768, "use_mrope": False,
+                "use_sliding_window": False, "torch_dtype": "bfloat16"},
+    "Qwen3": {"model_type": "qwen3", "attention_bias": False, "max_window_layers": 36, "sliding_window": None,
+              "use_sliding_window": False, "head_dim": 16},
+    "Llama 3.1": {"model_type": "llama", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1,
+                  "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 256}},
+    "Phi 3": {"model_type": "phi3", "attention_bias": False, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+              "original_max_position_embeddings": 512, "rope_scaling": None, "sliding_window": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", PUBLISHED.values(), ids=PUBLISHED)
+def test_keys_that_published_targets_have_are_known(tmp_path: Path, keys: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({**SHAPE, "tie_word_embeddings": False, "rope_theta": 1e4, **keys})
+    )
     check_config(Target(model=str(tmp_path)), tmp_path)
 
 
