@@ -29,7 +29,7 @@ from dllm.models.drafts.proposal import BlockRequest, Proposal
 from dllm.models.drafts.protocol import Draft, TargetIO
 from dllm.models.packing import packed_linears
 from dllm.models.taps import capture
-from dllm.models.targets import positions_in
+from dllm.models.targets import UNBOUNDED, positions_in
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,7 @@ class Decoder:
     ) -> None:
         self.model, self.draft, self.block_size = model, draft, 1
         config = model.config.get_text_config()
-        known: int = config.max_position_embeddings
-        self.limit = min(known, positions_in(config.to_dict()) or known)
+        self.limit = positions_in(config.to_dict()) or UNBOUNDED
         self.target = TargetIO.of(model)
         if draft is None:
             return

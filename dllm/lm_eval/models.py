@@ -28,6 +28,7 @@ from dllm.models import checkpoints, targets
 from dllm.models.diffusion.families import load_diffusion_lm
 from dllm.models.diffusion.protocol import DiffusionLM, softcapped
 from dllm.models.target_config import SOFTCAP, check_logits
+from dllm.models.targets import UNBOUNDED, positions_in
 from dllm.registry import SAMPLERS
 from dllm.training.batches import Example
 from dllm.training.cross_entropy import nll_and_hits
@@ -162,7 +163,7 @@ class CausalScores:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 8) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.config = model.config.get_text_config()
-        self.max_length = int(getattr(self.config, "max_position_embeddings", 1 << 30))
+        self.max_length = positions_in(self.config.to_dict()) or UNBOUNDED
         self.max_scored_length = self.max_length + 1
         ids: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
         ids = tokenizer.eos_token_id if ids is None else ids

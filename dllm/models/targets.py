@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+UNBOUNDED = 1 << 30
+"""Positions of a model whose config names none."""
 ORIGINAL = "original_max_position_embeddings"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 

@@ -54,6 +54,7 @@ CASES = {
         "prompts/test_folder.py::test_splits_have_many_names",
         "prompts/test_folder.py::test_the_splits_that_a_dataset_s_card_names_come_before_those_of_names",
         "prompts/test_row_layout.py::test_rows_of_several_splits_in_one_file_are_not_all_trained_on",
+        "regeneration/test_standalone.py::test_bad_flags_are_one_line",
     ),
     "K5 files passed over, damaged, or of another kind than their name": (
         "borders/test_containers.py::test_files_of_a_folder_are_read_or_named",
@@ -67,6 +68,7 @@ CASES = {
     ),
     "K6 limits of the model, in every engine": (
         "borders/test_server_words.py::test_prompts_longer_than_the_model_s_positions_are_rejected_by_every_engine",
+        "borders/test_target_configs.py::test_all_who_read_a_target_take_the_same_positions",
     ),
     "K7 switches of drafts": (
         "borders/test_draft_configs.py::test_what_would_be_decoded_otherwise_is_refused_by_its_name",

@@ -15,6 +15,7 @@ from dllm.config.params import Target
 from dllm.decoding.speculative import Decoder
 from dllm.engines.local import LocalEngine
 from dllm.errors import DllmError, ModelError
+from dllm.lm_eval.models import CausalScores
 from dllm.methods.diffusion.build import check_family
 from dllm.models import builtin, checkpoints, config_keys, targets
 from dllm.models.diffusion.families import load_diffusion_lm
@@ -383,10 +384,23 @@ def test_positions_end_where_the_length_of_one_row_would_change_another() -> Non
     assert targets.positions_in({"n_positions": 512}) == 512 and targets.positions_in({}) is None
 
 
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 128,
+            "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 2048}
+
+
+@pytest.mark.parametrize(("rope", "positions"), [(LONGROPE, 128), (YARN, 8192), ({"rope_theta": 1e4}, 2048)])
+def test_all_who_read_a_target_take_the_same_positions(tmp_path: Path, rope: dict[str, Any], positions: int) -> None:
+    target = Target(model=str(_copy_of_tiny(tmp_path / "m", rope_parameters=rope)), dtype="float32")
+    model, tokenizer = targets.load_target(target, device="cpu"), targets.load_tokenizer(target)
+    assert targets.max_positions(target) == Decoder(model).limit == positions
+    scores = CausalScores(model, tokenizer)
+    assert scores.max_length == scores.max_scored_length - 1 == positions
+    assert load_diffusion_lm(target, mask_token_id=3).max_length == positions
+
+
 def test_a_longrope_target_is_used_up_to_its_first_length(tmp_path: Path) -> None:
-    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128, **factors}
-    folder = _copy_of_tiny(tmp_path / "m", rope_parameters=rope)
+    folder = _copy_of_tiny(tmp_path / "m", rope_parameters=LONGROPE)
     target = Target(model=str(folder), dtype="float32")
     model = targets.load_target(target, device="cpu")
     assert targets.max_positions(target) == 128 == Decoder(model).limit

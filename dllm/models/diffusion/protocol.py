@@ -27,6 +27,7 @@ from dllm.models.diffusion.cache import CanvasCache
 from dllm.models.diffusion.config import Context, DiffusionConfig, Origin
 from dllm.models.diffusion.layout import blocks_of, paired_layout
 from dllm.models.diffusion.lora import Adapter
+from dllm.models.targets import UNBOUNDED, positions_in
 from dllm.prompts.template import stop_ids
 
 T = TypeVar("T")
@@ -137,10 +138,7 @@ class DiffusionLM(nn.Module, ABC):
     @property
     def max_length(self) -> int:
         """Return the most tokens of a text."""
-        for name in ("max_position_embeddings", "max_sequence_length"):
-            if (found := getattr(self.model_config, name, None)) is not None:
-                return int(found)
-        return 1 << 30
+        return positions_in(self.model_config.to_dict()) or UNBOUNDED
 
     # Passes.
 
