@@ -152,7 +152,7 @@ def command(run_stage: Callable[[Path, Sequence[str], Path], None]) -> Callable[
         _check_alone(given & PIPELINE, "does not go with --input-data")
         from dllm.regeneration import standalone
 
-        args = _parse(dict(context.params))
+        args = _parse(dict(context.params), given)
         with _errors_name_flags():
             figures = standalone.dry_run(args) if dry_run else standalone.run(args)
         _print(figures, as_json, dry_run)
@@ -172,11 +172,11 @@ def _check_alone(wrong: set[str], why: str) -> None:
         raise ConfigError(f"--{name} {why}", where="regenerate", hint=hint)
 
 
-def _parse(flags: dict[str, Any]) -> "RegenerateArgs":
-    """Parse the flags.
+def _parse(flags: dict[str, Any], given: set[str]) -> "RegenerateArgs":
+    """Parse the flags; `given`: names of those on the command line.
 
     Raises:
-        ConfigError: a value is out of range, a flag is missing, or two do not go together.
+        ConfigError: a value is out of range, a flag is missing or has no effect, or two do not go together.
     """
     # Here and not above: torch and transformers come with it, and the help must not wait for them.
     from dllm.config.load import parse_as
@@ -191,6 +191,9 @@ def _parse(flags: dict[str, Any]) -> "RegenerateArgs":
         raise ConfigError(
             f"engine {engine} uses no server that is running", where="--target-server", hint="leave one of the two out"
         )
+    if ignored := sorted(given & ENGINES[engine].ignores):
+        flag = f"--{ignored[0].replace('_', '-')}"
+        raise ConfigError(f"has no effect with engine {engine}", where=flag, hint="leave it out")
     settings = (
         *("temperature", "top_p", "max_new_tokens", "samples_per_prompt", "turns", "seed", "concurrency", "batch_size"),
         *("timeout_s", "max_retries", "max_failure_rate", "shard_size", "drop"),

@@ -24,6 +24,7 @@ class DatasetEngine:
     """
 
     affects: frozenset[str] = frozenset()
+    ignores = frozenset({"temperature", "top_p", "seed", "batch_size", "concurrency", "timeout_s", "max_retries"})
     is_external = False
     generates = False
 

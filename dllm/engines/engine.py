@@ -123,6 +123,9 @@ class EngineFactory(Protocol):
     affects: frozenset[str]
     """Which of the settings `batch_size`, `served_model` and `sglang` affect this engine's responses. Work is not
     resumed after such a setting has changed; the other settings of `regenerate` mean the same for every engine."""
+    ignores: frozenset[str]
+    """Which settings of `regenerate` have no effect with this engine, such as `concurrency` where no server is asked:
+    their flags are refused."""
     is_external: bool
     """Whether servers that run already generate the responses, at addresses in `regenerate.servers`: the target's
     weights need not be on this machine, and a dry run asks the servers what they serve."""

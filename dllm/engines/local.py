@@ -57,6 +57,7 @@ class LocalEngine:
     """
 
     affects = frozenset({"batch_size"})
+    ignores = frozenset({"concurrency", "timeout_s", "max_retries"})
     is_external = False
     generates = True
 

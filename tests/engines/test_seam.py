@@ -11,6 +11,7 @@ from dllm.registry import ENGINES
 def test_every_member_says_what_regeneration_reads() -> None:
     for name, factory in ENGINES.items():
         assert factory.affects <= {"batch_size", "served_model", "sglang"}, name
+        assert factory.ignores <= set(Regenerate.model_fields) and not factory.ignores & factory.affects, name
         assert isinstance(factory.is_external, bool) and isinstance(factory.generates, bool)
         assert factory.num_slots(Regenerate()) >= 1
         factory.check(Regenerate(engine=name, turns="last"))

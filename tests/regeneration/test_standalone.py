@@ -277,6 +277,20 @@ BAD = [
         2,
         "uses no server that is running",
     ),
+    *(
+        (
+            ["--output-dir", "out", "--model", "builtin:tiny", *chosen, flag, "1"],
+            2,
+            f"has no effect with engine {chosen[-1]} ({flag}); leave it out",
+        )
+        for chosen, given in {
+            ("--engine", "local"): ("--concurrency", "--timeout-s", "--max-retries"),
+            ("--engine", "dataset"): ("--temperature", "--top-p", "--seed", "--batch-size", "--concurrency"),
+            ("--engine", "sglang"): ("--batch-size",),
+            ("--target-server", "http://127.0.0.1:9", "--engine", "openai"): ("--batch-size",),
+        }.items()
+        for flag in given
+    ),
     (["--output-dir", ".", "--model", "builtin:tiny", "--input-data", "."], 2, "lies in the input"),
     (["--output-dir", "out", "--model", "builtin:tiny", "--input-data", "nowhere.jsonl"], 3, "no such file"),
     (["--output-dir", "out", "--model", "builtin:tiny", "--messages-column", "chat"], 3, "no chat in the row"),

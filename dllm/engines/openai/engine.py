@@ -49,6 +49,7 @@ class OpenAIEngine:
     """
 
     affects = frozenset({"served_model"})
+    ignores = frozenset({"batch_size"})
     is_external = True
     generates = True
 
