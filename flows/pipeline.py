@@ -131,9 +131,7 @@ def _run_stages(place: Place, request: Request) -> None:
     stages = request.stages()
     params = load_params(place.root / "params.yaml")
     places.check(ROOT, params.register_.store, registers=request.register)  # before hours of training
-    _warn_of_own_store()
-    if not request.register and vanishes(ROOT):
-        get_run_logger().warning("only the MLflow runs will stay: %s is deleted after this flow run", ROOT)
+    _warn_of_places(request.register)
     forced = Forced(place.root, str(flow_run.id), keep_lock=place is not HERE) if request.force else None
     if forced is not None:
         forced.begin(stages)
@@ -155,8 +153,10 @@ def _run_stages(place: Place, request: Request) -> None:
         register_checkpoint(place)
 
 
-def _warn_of_own_store() -> None:
-    """Log that other workers of a shared server have another registry, and other champions."""
+def _warn_of_places(registers: bool) -> None:
+    """Log which results will be gone, and that other workers of a shared server have another registry."""
+    if not registers and vanishes(ROOT):
+        get_run_logger().warning("only the MLflow runs will stay: %s is deleted after this flow run", ROOT)
     host = urlsplit(PREFECT_API_URL.value() or "").hostname
     if host is None or is_this_machine(host) or (store := sqlite_path(tracking_uri(ROOT))) is None:
         return
