@@ -43,6 +43,10 @@ _QUERY_NAME = (
 _COLON = r"(?::|%3A)"
 _SLASHES = r"(?:(?:\\?/|%2F){2})"
 _SCHEME = r"\b[a-z][a-z0-9+.-]{0,30}"  # bounded: a long word would take quadratic time
+_HOST = r"(?:localhost\b|[\w.-]+:\d{1,5}(?!\w)|(?:[\w-]+\.)+[a-z]{2,}\b|\d+\.\d+\.\d+\.\d+)"
+_KEY_NAME = (
+    r"[\w.-]{0,40}(?:password|passwd|api[_-]?key|access[_-]?key|secret(?:[_-]?key)?|(?:access|auth|refresh)[_-]?token)"
+)
 _SHAPES = tuple(
     (re.compile(pattern, re.IGNORECASE), instead)
     for pattern, instead in (
@@ -52,10 +56,16 @@ _SHAPES = tuple(
         (rf"({_SCHEME}://)[^\s/:@'\"]*:(?!\d+[/?#])[^\s@:'\"]*@", rf"\1{HIDDEN}@"),
         # a URL that was cut before its @: what follows the colon is no port
         (rf"({_SCHEME}://)[^\s/:@'\"\[\]]+:[^\s/@:'\"\[\]]*[^\s/@:'\"\d\[\]),.;…][^\s/@:'\"]*$", rf"\1{HIDDEN}"),
+        # the same without a scheme: an address, not `image:tag@sha256:...` or mailto:
+        (r"((?:^|[\s'\"(=,])//)[^\s/:@'\"]*:[^\s/@'\"]*@", rf"\1{HIDDEN}@"),
+        (rf"(?<![\w.+%-])(?!(?:mailto|e-?mail):)[\w.+%-]{{1,64}}:[^\s/@'\"]{{1,200}}@(?={_HOST})", f"{HIDDEN}@"),
         # ?token=...
         (rf"([?&;]{_QUERY_NAME}(?:=|%3D))[^&;#\s'\"<>)\]}}]+", rf"\1{HIDDEN}"),
         # a header's value
         (r"\b((?:Basic|Bearer)\s+)(?=[\w.~+/-]*[\d=])[\w.~+/=-]{6,}", rf"\1{HIDDEN}"),
+        (r"(\b(?:x-[\w-]{0,30})?(?:api-?key|auth-token):\s*)[^\s'\",}]+", rf"\1{HIDDEN}"),
+        # a value of JSON, or of a printed mapping
+        (rf"(\\*['\"]{_KEY_NAME}\\*['\"]\s*:\s*\\*['\"])[^'\"\\]+", rf"\1{HIDDEN}"),
         # --api-key ..., also as a list
         (
             r"((?:^|\s|['\"])--?(?:[\w-]+-)?(?:api-key|password|token|secret)(?:=|\s+|['\"],\s*['\"]))[^\s'\",\]]+",
@@ -69,9 +79,12 @@ _OPTION = re.compile(r"^--?(?:[\w-]+-)?(?:api-key|password|token|secret)$", re.I
 """An option of a command line whose value is the next text of a list."""
 _KNOWN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[oprsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
-    r"|(?:AKIA|ASIA)[A-Z0-9]{16}|dapi[0-9a-f]{32}|pn[ub]_[A-Za-z0-9]{20,}|xox[abprs]-[\w-]{10,})"
+    r"|(?:AKIA|ASIA)[A-Z0-9]{16}|dapi[0-9a-f]{32}|pn[ub]_[A-Za-z0-9]{20,}|xox[abprs]-[\w-]{10,}"
+    r"|nvapi-[\w-]{16,}|(?:gsk|r8)_[A-Za-z0-9]{20,}|xai-[A-Za-z0-9]{20,}|AIza[\w-]{30,}|ya29\.[\w-]{16,}"
+    r"|pypi-[\w-]{30,}|eyJ[\w-]{8,}\.eyJ[\w-]{4,}\.[\w-]*)"  # the last: a JSON web token
 )
 """Keys and tokens that their issuers mark by a prefix."""
+_NAMED = re.compile(_KEY_NAME, re.IGNORECASE)
 _SCHEMELESS = re.compile(r"([^\s:/@]+:[^\s/@]+)@[\w.-]+")
 
 _remembered: set[str] = set()
@@ -93,15 +106,46 @@ def holds_secret(text: str) -> bool:
     return any(shape.search(text) for shape in found)
 
 
+def pattern() -> str:
+    """Return the forms that `holds_secret` knows as one expression without flags, for a JSON schema.
+
+    A schema knows nothing of the environment, so its secret values are not in it.
+    """
+
+    def any_case(part: re.Match[str]) -> str:
+        text = part[0]
+        if text.startswith("["):
+            return text.replace("a-z", "a-zA-Z")
+        return f"[{text.lower()}{text.upper()}]" if text.isalpha() else text
+
+    shapes = [
+        re.sub(r"\\.|\[(?:\\.|[^\]])*\]|.", any_case, shape.pattern)
+        for shape in (_OPTION, *(each for each, _ in _SHAPES))
+    ]
+    return "|".join(f"(?:{each})" for each in [_KNOWN.pattern, *shapes]).replace('\\"', '"')
+
+
 def hide_in(record: Any) -> Any:
-    """Replace secrets in every text of a JSON-like value; the keys of mappings stay."""
+    """Replace secrets in every text of a JSON-like value, and texts that a key or an option before them names as one.
+
+    The keys of mappings stay.
+    """
     if isinstance(record, str):
         return hide(record)
     if isinstance(record, Mapping):
-        return {key: hide_in(value) for key, value in record.items()}
+        return {key: HIDDEN if _is_named(key, value) else hide_in(value) for key, value in record.items()}
     if isinstance(record, list | tuple):
-        return [hide_in(value) for value in record]
+        before = [None, *record]
+        return [HIDDEN if _is_value_of(*pair) else hide_in(pair[1]) for pair in zip(before, record, strict=False)]
     return record
+
+
+def _is_value_of(option: Any, value: Any) -> bool:
+    return isinstance(option, str) and isinstance(value, str) and _OPTION.match(option) is not None
+
+
+def _is_named(key: Any, value: Any) -> bool:
+    return isinstance(key, str) and isinstance(value, str) and value != "" and _NAMED.fullmatch(key) is not None
 
 
 def remember(*values: str) -> None:

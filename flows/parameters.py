@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, JsonValue
 
+from dllm import secrets
 from dllm.config import recipe_book
 from dllm.config.brief import brief
 from dllm.config.load import load_params
@@ -26,8 +27,32 @@ from dllm.stages import DVC_STAGES
 PARAMS_FILE = "params.yaml"
 """In place of a recipe's name: the file in the project's folder, or of the checkout's commit."""
 NAME_CHARS = 200
-NO_LOGIN = {"not": {"type": "string", "pattern": "://[^/ ]*@"}}
-"""Prefect's database keeps parameters, so its server refuses an address with user and password."""
+DEPTH = 4
+"""Of lists and mappings in a parameter's value, as far as the server looks into them."""
+
+
+def _secret_schema(depth: int) -> dict[str, Any]:
+    found: list[dict[str, Any]] = [{"type": "string", "pattern": secrets.pattern()}]
+    if depth:
+        inner = _secret_schema(depth - 1)
+        found.append({"type": "array", "contains": inner})
+        found.append({"type": "object", "not": {"additionalProperties": {"not": inner}}})
+    return {"anyOf": found}
+
+
+NO_SECRET = {"not": _secret_schema(0)}
+"""Prefect's database keeps parameters, so its server refuses the forms of secrets before it does."""
+
+
+def check_open(value: Any) -> Any:
+    """Check that a parameter, which Prefect keeps, holds no secret, also none of this environment.
+
+    Raises:
+        ValueError: it does.
+    """
+    if secrets.holds_secret(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)):
+        raise ValueError("it holds a secret, and Prefect keeps parameters: set OPENAI_API_KEY or DLLM_TARGET_URL")
+    return value
 
 
 def _known_recipe(name: str) -> str:
@@ -50,15 +75,15 @@ def _keys(schema: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str
 
 def _overrides_schema() -> dict[str, Any]:
     whole = Params.model_json_schema(by_alias=True)
-    keys = dict.fromkeys(_keys(whole, whole["$defs"]), NO_LOGIN)
+    keys = dict.fromkeys(_keys(whole, whole["$defs"]), True)
     # Not as `properties` of the parameter itself: the form would have a field for each.
-    return {"if": True, "then": {"properties": keys, "additionalProperties": False}}
+    return {"if": True, "then": {"properties": keys, "additionalProperties": False, "not": _secret_schema(DEPTH)}}
 
 
 Recipe = Annotated[
     str, AfterValidator(_known_recipe), Field(json_schema_extra={"enum": [PARAMS_FILE, *recipe_book.names()]})
 ]
-Overrides = Annotated[dict[str, JsonValue], Field(json_schema_extra=_overrides_schema())]
+Overrides = Annotated[dict[str, JsonValue], AfterValidator(check_open), Field(json_schema_extra=_overrides_schema())]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Stage = Literal["prepare", "regenerate", "train", "evaluate", "register"]
 Revision = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^-\s][^\s:]*$")]
@@ -117,7 +142,7 @@ class Request:
         return [f"# Changed for a flow run: {', '.join(changes)}."] if (changes := self._changes()) else []
 
     def _changes(self) -> list[str]:
-        changes = [f"{key}={brief(value)}" for key, value in self.overrides.items()]
+        changes = [f"{key}={brief(value)}" for key, value in secrets.hide_in(self.overrides).items()]
         return [*changes, f"seed {self.seed}"] if self.seed is not None else changes
 
     def name(self, root: Path) -> str:
@@ -132,7 +157,7 @@ class Request:
         if self.from_stage != "prepare":
             special.append(f"from {self.from_stage}")
         special += ["forced"] * self.force + ["not registered"] * (not self.register)
-        return brief(f"{recipe}: {', '.join(special)}" if special else recipe, NAME_CHARS)
+        return brief(secrets.hide(f"{recipe}: {', '.join(special)}" if special else recipe), NAME_CHARS)
 
     def stages(self) -> tuple[str, ...]:
         """List the stages of DVC from `from_stage` on."""

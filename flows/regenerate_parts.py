@@ -27,12 +27,12 @@ from pydantic import AfterValidator, Field, PositiveInt
 
 from dllm.errors import ConfigError, StageError
 from dllm.process import signals
-from dllm.secrets import holds_secret
 from flows.artifacts import ProgressBar
 from flows.children import HERE, ROOT, WHEN_A_SERVER_IS_BACK, run_verb
 from flows.computes import engine_computes
 from flows.gpu_slots import gpu_slot
 from flows.in_process import run
+from flows.parameters import NO_SECRET, check_open
 
 OURS = ("--input-data", "--output-dir", "--part", "--resume", "--dry-run")
 """What the flow itself says to `dllm regenerate`."""
@@ -61,14 +61,8 @@ def verify(output_dir: str) -> None:
     run_verb(HERE, "data", "verify", output_dir, name="verify")
 
 
-def _check_open(text: str) -> str:
-    if holds_secret(text):
-        raise ValueError("it holds a secret, and Prefect keeps parameters: set OPENAI_API_KEY or DLLM_TARGET_URL")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_check_open), Field(json_schema_extra={"not": {"pattern": "://[^/ ]*@"}})]
-"""A parameter that Prefect's database keeps; its server refuses one with user and password before it does."""
+Text = Annotated[str, AfterValidator(check_open), Field(json_schema_extra=NO_SECRET)]
+"""A parameter that Prefect's database keeps; its server refuses one that holds a secret before it does."""
 
 
 @flow(name="regenerate-part")
@@ -223,7 +217,7 @@ def main(arguments: list[str]) -> int:
     known, rest = parser.parse_known_args(arguments)
     for text in arguments:
         try:
-            _check_open(text)
+            check_open(text)
         except ValueError as error:
             parser.error(str(error))
     return run(regenerate_parts, **vars(known), options=shlex.join(rest))

@@ -4,9 +4,11 @@ import base64
 import io
 import json
 import logging
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -20,6 +22,8 @@ from dllm import secrets
 from dllm.config.load import load_params
 from dllm.errors import ConfigError, ServerError
 from flows import artifacts, regenerate_parts
+from flows.parameters import Request
+from flows.pipeline import pipeline
 from flows.regenerate_parts import regenerate_part
 from tests.flows.conftest import Project, copy_project
 
@@ -102,12 +106,23 @@ def test_what_http_clients_make_of_user_and_password_is_hidden(planted, monkeypa
         "host=h user=u password=pw7",
         "cut short: http://ann:pw7",
         "token hf_pw7aaaaaaaaaaaaaaaaaaa",
+        "--target-server ann:pw7@host:8000/v1",
+        "['ann:pw7@10.0.0.1']",
+        "ann:pw7@host.example/v1",
+        "at //ann:pw7@host/x",
+        "X-Api-Key: pw7",
+        "{'api_key': 'pw7'}",
+        '{\\"api_key\\": \\"pw7\\"}',
+        '"access_token":"pw7"',
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJwdzcifQ.pw7aaaaaaaaaaaaa",
+        *(f"sent {prefix}pw7{'a' * 40}" for prefix in ("nvapi-", "gsk_", "xai-", "AIza", "ya29.", "pypi-", "r8_")),
     ],
 )
 def test_credentials_are_known_by_their_form(text: str) -> None:
     hidden = secrets.hide(text)
     assert "pw7" not in hidden.lower() and "tok7" not in hidden and secrets.HIDDEN in hidden
     assert secrets.hide(hidden) == hidden
+    assert secrets.holds_secret(text)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +135,10 @@ def test_credentials_are_known_by_their_form(text: str) -> None:
         "http://127.0.0.1:8000/v1/files/a@b",
         "unexpected token: foo at 4096",
         "git@github.com:x/y.git",
+        "docker.io/lmsysorg/sglang:v0.5@sha256:0123456789abcdef",
+        "models:/name@1, cais/mmlu:all@test[:9], mailto:ann@host.example",
+        "{'mask_token': '[MASK]', 'api_key': None}",
+        "at 12:30@4096, //x/y",
         "a basic settings file; none, false",
         "set train.max_length=512 or --tokenizer-path x",
     ],
@@ -128,6 +147,7 @@ def test_text_without_secrets_stays(monkeypatch, text: str) -> None:
     for name, value in (("OPENAI_API_KEY", "none"), ("TOKENIZERS_PARALLELISM", "false"), ("MAX_TOKENS", "4096")):
         monkeypatch.setenv(name, value)
     assert secrets.hide(text) == text
+    assert not re.search(secrets.pattern(), text)
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs", "Zs", "Cc"]), min_size=4), st.text(), st.text())
@@ -187,6 +207,7 @@ def test_a_password_made_at_a_start_can_be_remembered(monkeypatch) -> None:
     "override",
     [
         "regenerate.servers=['http://ann:pw7@host:1/v1']",
+        "regenerate.servers=['ann:pw7@host:8000/v1']",
         "target.model=https://hf_pw7aaaaaaaaaaaaaaaaaaa@host/x",
         "regenerate.sglang.args=['--api-key', pw7]",
         "regenerate.sglang.args=['--api-key=pw7']",
@@ -217,6 +238,47 @@ def test_what_prefect_keeps_holds_no_secret(planted, monkeypatch) -> None:
     run = {"mlflow_run_id": "0" * 32, "mlflow_experiment_id": "1", "seconds": 1.0}
     text = artifacts.summary([], {"aliases": [], "model_name": "m", "version": 1}, {"train": run})
     assert "http://127.0.0.1:9/mlflow/#/experiments/1/runs/" in text
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "s3://b/p?token=pw7",
+        "s3://b/p?X-Amz-Signature=pw7",
+        "--API-KEY=pw7",
+        "hf_pw7aaaaaaaaaaaaaaaaaaa",
+        "sk-pw7aaaaaaaaaaaaaaaaaaa",
+        "HTTP://ann:pw7@h",
+        "ann:pw7@host:8000",
+        ["a", "--api-key", "pw7"],
+        {"x": {"y": ["https://ann:pw7@h"]}},
+    ],
+)
+def test_what_prefect_s_server_is_given_is_refused_before_it_is_kept(value: Any) -> None:
+    schema = parameter_schema(pipeline.fn).model_dump_for_openapi()
+    overrides = {"regenerate.sglang.args": value}
+    validate({"overrides": overrides | {"regenerate.sglang.args": ["--tp", "2"]}}, schema, raise_on_error=True)
+    with pytest.raises(ValidationError):
+        validate({"overrides": overrides}, schema, raise_on_error=True)
+    with pytest.raises(ParameterTypeError, match="holds a secret"):
+        pipeline.validate_parameters({"overrides": overrides})
+    assert "pw7" not in Request(overrides=overrides).name(ROOT)
+    if isinstance(value, str):
+        schema = parameter_schema(regenerate_part.fn).model_dump_for_openapi()
+        given = {"input_data": "a", "output_dir": "b", "part": 0, "parts": 1, "options": f"--x {value}"}
+        with pytest.raises(ValidationError):
+            validate(given, schema, raise_on_error=True)
+
+
+def test_texts_under_the_name_of_a_key_are_hidden_in_records() -> None:
+    record = {
+        "api_key": "pw7",
+        "deep": [{"client_secret": "pw7", "mask_token": "[MASK]", "password": None}, "--token", "pw7"],
+    }
+    assert secrets.hide_in(record) == {
+        "api_key": "***",
+        "deep": [{"client_secret": "***", "mask_token": "[MASK]", "password": None}, "--token", "***"],
+    }
 
 
 def forms_of(environment: Mapping[str, str]) -> dict[bytes, str]:
