@@ -75,6 +75,36 @@ class Prepare(Section):
     """Share of prompts kept for validation and evaluation, chosen by id hash."""
 
 
+def _http(url: str) -> str:
+    if not url.lower().startswith(("http://", "https://")):  # the engine reads the rest, and not with every engine
+        raise ValueError("not an http address: it begins with http:// or https://")
+    return url
+
+
+OWN_OPTIONS = {
+    "--host": "the server listens on loopback only",
+    "--port": "set regenerate.sglang.port",
+    "--model": "set target.model",
+    "--model-path": "set target.model",
+    "--tokenizer-path": "set target.model",
+    "--revision": "set target.revision",
+    "--served-model-name": "the server is asked by the name it is started with",
+    "--trust-remote-code": "set target.trust_remote_code",
+    "--enable-custom-logit-processor": "requests would run code",
+    "--config": "write the options of that file into args",
+}
+"""Options of SGLang that `args` may not hold, and what is there instead: the last one given would win."""
+
+
+def _not_ours(argument: str) -> str:
+    name = argument.partition("=")[0].replace("_", "-")
+    # argparse takes the beginning of an option's name for it, where no other begins so.
+    own = next((option for option in OWN_OPTIONS if option.startswith(name)), None) if name[2:] else None
+    if own and name.startswith("--"):
+        raise ValueError(f"{own} is not for args: {OWN_OPTIONS[own]}")
+    return argument
+
+
 class Sglang(Section):
     """A SGLang server that `dllm serve`, or the stage with engine `sglang`, starts and takes down."""
 
@@ -84,8 +114,8 @@ class Sglang(Section):
     """A container image that has SGLang, instead of `python`."""
     port: Port = 0
     """0 takes a free one."""
-    args: list[str] = Field(default=[])
-    """Further arguments of `sglang.launch_server`, e.g. [--tp, "2"]."""
+    args: list[Annotated[str, AfterValidator(_not_ours)]] = Field(default=[])
+    """Further arguments of `sglang.launch_server`, e.g. [--tp, "2"]; none of address, model or code."""
     start_timeout_s: Seconds = 1800.0
     """Patience until the first token, in seconds."""
 
@@ -96,7 +126,7 @@ class Regenerate(Section):
     engine: Annotated[str, AfterValidator(ENGINES.check)] = "local"
     """`local`: in this process; `openai`: servers that are running; `sglang`: one started for the stage; `dataset`:
     nothing is generated, the dataset's own last responses are taken."""
-    servers: list[str] = Field(default=[])
+    servers: list[Annotated[str, AfterValidator(_http)]] = Field(default=[])
     """Addresses of OpenAI-compatible servers, for engine `openai`; DLLM_TARGET_URL (commas between several) goes
     before them."""
     served_model: str | None = None

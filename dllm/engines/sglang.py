@@ -244,7 +244,7 @@ def _flags(params: Params, model: Path, name: str, port: int, on_cpu: bool) -> l
     flags += ["--host", HOST, "--port", str(port), "--enable-metrics"]
     flags += ["--trust-remote-code"] if params.target.trust_remote_code else []
     flags += CPU_FLAGS if on_cpu else ()
-    return [*flags, *params.regenerate.sglang.args]  # last, where they win
+    return [*flags, *params.regenerate.sglang.args]  # last, where they win: `OWN_OPTIONS` are not among them
 
 
 def _on_cpu(args: Sequence[str]) -> bool:

@@ -10,7 +10,7 @@ from pydantic import create_model
 
 from dllm.config import recipe_book
 from dllm.config.load import load_params, params_digest, parse_params, read_yaml
-from dllm.config.params import Target
+from dllm.config.params import OWN_OPTIONS, Target
 from dllm.errors import ConfigError
 
 MINIMAL = {
@@ -31,6 +31,17 @@ def _with(path: str, value: object) -> dict:
     return raw
 
 
+FOREIGN = [
+    (["--host", "0.0.0.0"], "--host"),
+    (["--tp", "2", "--host=0.0.0.0"], "--host"),
+    (["--hos=0.0.0.0"], "--host"),
+    (["--trust"], "--trust-remote-code"),
+    (["--trust_remote_code"], "--trust-remote-code"),
+    (["--model", "/x"], "--model"),
+    (["--tokenizer-pa", "/x"], "--tokenizer-path"),
+    (["--config", "x.yaml"], "--config"),
+]
+"""Options of SGLang that a recipe may not set by `args`, whole or as argparse takes them."""
 REFUSED = [
     ("train.lr_peek", 1, "train.lr_peek: unknown key"),
     ("train.epoch", 1, "did you mean epochs?"),
@@ -68,6 +79,8 @@ REFUSED = [
     ("evaluate.top_k", 5, "top_p and top_k require sampling"),
     ("evaluate.top_p", 0.9, "top_p and top_k require sampling"),
     ("register", {}, "register.model_name: missing"),
+    ("regenerate.servers", ["host:8000/v1"], "regenerate.servers.0: not an http address"),
+    *(("regenerate.sglang.args", args, f"{name} is not for args: {OWN_OPTIONS[name]}") for args, name in FOREIGN),
 ]
 
 
