@@ -58,6 +58,10 @@ def said(server: LoopbackServer, status: int, body: Any, always: bool = True, **
         ({"choices": [{"error": {"code": 400, "message": "too long"}, "finish_reason": "error"}]}, "400: too long"),
         ({"detail": "too long", "status": 413}, "error 413: too long"),
         ({"message": "too long", "status_code": 400}, "error 400: too long"),
+        ({"errors": [{"message": "too long", "code": 400}]}, "error 400: too long"),
+        ({"msg": "too long", "code": 400}, "error 400: too long"),
+        ({"choices": [], "message": "too long", "status": 400}, "error 400: too long"),
+        ({"choices": [{"message": {"content": None, "refusal": "I won't"}, "finish_reason": "stop"}]}, "I won't"),
     ],
 )
 def test_an_error_inside_a_200_is_one_rejected_row_in_the_server_s_words(body: Any, words: str, tokenizer: Any) -> None:
@@ -78,10 +82,20 @@ def test_a_code_inside_a_200_that_passes_is_asked_again(code: Any, tokenizer: An
 
 def test_an_error_without_a_code_is_asked_again_and_then_rejected_with_its_words(tokenizer: Any) -> None:
     with serving() as server:
-        for error in ("out of cards", {"message": "out of cards", "type": "odd", "code": None}):
-            said(server, 200, {"error": error})
+        words = "out of cards"
+        for body in (
+            {"error": words},
+            {"error": {"message": words, "type": "odd", "code": None}},
+            {"base_resp": {"status_code": 1004, "status_msg": words}},
+            {"choices": None, "errors": [{"message": words}]},
+            {"choices": [], "msg": words},
+        ):
+            said(server, 200, body)
             found = refusal(engine(server.url, tokenizer, max_retries=1))
             assert "answered with an error: out of cards" in found.reason and found.is_transient
+        for body in ({"choices": [], "state": words}, {"error": {"state": words}}):
+            said(server, 200, body)
+            assert words in refusal(engine(server.url, tokenizer, max_retries=0)).reason
 
 
 @pytest.mark.parametrize("code", [401, 403])

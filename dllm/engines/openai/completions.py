@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from dllm.config.params import Target
 from dllm.engines.defects import ENDINGS, defect
 from dllm.engines.engine import Refusal, Request, Response
-from dllm.engines.openai.faults import Fault, one_line
+from dllm.engines.openai.faults import Fault, Refused, one_line
 from dllm.engines.openai.servers import Server
 from dllm.errors import DataError, ServerError
 from dllm.prompts import template as chat
@@ -84,20 +84,25 @@ class Completions:
 
         Raises:
             Fault: another model replied, or the reply cannot be used.
+            Refused: the model refuses this request.
             ServerError: the server separates the reasoning.
         """
         try:
             choice = reply["choices"][0]
             message, reason = choice["message"], choice["finish_reason"]
             text, calls = message.get("content") or "", message.get("tool_calls") or []
+            refusal = "" if text or calls else message.get("refusal")
             tool_calls = tuple(_call(call) for call in calls)
             if isinstance(text, list) and all(part.get("type") == "text" for part in text):
                 text = "".join(part["text"] for part in text)
         except (TypeError, KeyError, IndexError, AttributeError, ValueError, RecursionError):
-            raise Fault("the reply is not a chat completion", "outage") from None
+            shown = one_line(json.dumps(reply, ensure_ascii=False), 300)
+            raise Fault(f"the reply is not a chat completion: {shown}", "outage") from None
         if not isinstance(text, str):
             raise Fault(f"the reply is not a chat completion: its content is a {type(text).__name__}", "outage")
         self._check_model(server, reply.get("model"))
+        if refusal:  # words in place of a response, which would be stored as an empty one
+            raise Refused(f"the model refuses: {one_line(str(refusal))}")
         if field := _separated_reasoning(message):
             raise ServerError(
                 f"the server separates the reasoning from the response, as {one_line(field, 80)}",

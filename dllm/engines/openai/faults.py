@@ -45,6 +45,8 @@ FAULTS: Mapping[FaultKind, FaultRule] = {
 """Beside these, `Refused` ends a request, and a ServerError ends the run."""
 
 BUSY = (408, 409, 425, 429)
+SAYING = ("error", "errors", "message", "detail", "msg", "status_msg", "base_resp")
+"""Keys under which servers say what is wrong."""
 MAX_REASON = 2000
 """Characters of a server's own words that are kept."""
 
@@ -96,7 +98,8 @@ def read_reply(server: Server, status: int, headers: Mapping[str, str], data: by
     if (error := _error_in(value)) is not None:
         code = _code_in(error, value)
         named = f"error {code}" if code else "an error"
-        raise _failure(server, code or status, f"the server answered with {named}: {_words(error)}", headers)
+        words = _words(error) or _shown(data, 300)
+        raise _failure(server, code or status, f"the server answered with {named}: {words}", headers)
     return value
 
 
@@ -160,13 +163,13 @@ def _error_in(value: Any) -> Any:
         value = value[0]
     if not isinstance(value, dict):
         return None
-    if value.get("error"):
-        return value["error"]
+    if found := value.get("error") or value.get("errors"):
+        return found[0] if isinstance(found, list) and len(found) == 1 else found
     choices = value.get("choices")
     if isinstance(choices, list) and choices and isinstance(choices[0], dict) and choices[0].get("error"):
         return choices[0]["error"]
-    is_other = choices is None and value.get("data") is None
-    says = value.get("object") == "error" or (is_other and (value.get("message") or value.get("detail")))
+    is_other = not choices and value.get("data") is None
+    says = value.get("object") == "error" or (is_other and any(value.get(name) for name in SAYING))
     return value if says else None
 
 
@@ -185,5 +188,5 @@ def _words(said: Any) -> str:
     if isinstance(said, list) and len(said) == 1:
         said = said[0]
     while isinstance(said, dict):
-        said = next((said[name] for name in ("error", "message", "detail") if said.get(name)), None)
+        said = next((said[name] for name in SAYING if said.get(name)), None)
     return "" if said is None else one_line(hide(str(said)), MAX_REASON)
