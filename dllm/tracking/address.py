@@ -15,6 +15,7 @@ DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 OR_UNSET = f"or unset {VARIABLE} to track into ./mlflow.db"
 _FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
 _OF_PREFECT = re.compile(r"tmp\w+prefect")
+_IN_MEMORY = re.compile(r"/?(:memory:)?(\?.*)?|/file:.*(:memory:|mode=memory).*", re.DOTALL)
 _HOST = re.compile(r"(\[[0-9a-fA-F:]+\]|[\w-]+(\.[\w-]+)*)(:\d+)?(/.*)?")
 
 
@@ -87,6 +88,9 @@ def _check(uri: str) -> None:
     scheme = uri.partition(":")[0].lower() if "://" in uri or uri.startswith(("file:", "uc:", "databricks")) else ""
     if scheme in ("http", "https"):
         _check_http(uri)
+    elif scheme.partition("+")[0] == "sqlite" and _IN_MEMORY.fullmatch(uri.partition("://")[2]):
+        hint = f"give sqlite:////PATH/mlflow.db, {OR_UNSET}"
+        raise ConfigError("a database in memory keeps no runs", where=f"{VARIABLE}={uri}", hint=hint)
     elif scheme.partition("+")[0] in DATABASES or scheme == "databricks":
         return
     elif scheme == "file" or not scheme:

@@ -24,6 +24,7 @@ from mlflow.utils.rest_utils import http_request
 from requests import Response
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
+from dllm import outside
 from dllm.errors import ConfigError, DllmError, ServerError, StageError
 from dllm.files import is_disk_full
 from dllm.outside import tls_hint
@@ -36,7 +37,8 @@ FAULTS = (MlflowException, SQLAlchemyError, CommandError, OSError, sqlite3.Error
 RETRY_AFTER_S = (0.5, 1.5)
 """Pauses between the tries to reach a server at the start of a stage."""
 LOCK_PATIENCE_S = 10.0
-CAUSE_CHARS = 220
+CAUSE_CHARS = 2000
+"""Characters of what a store says that are kept; a line for the terminal is cut where it is printed."""
 MAX_REPLY_BYTES = 1 << 20
 """Of the reply to the first question to a server; that of one experiment is far shorter."""
 _PING = "/api/2.0/mlflow/experiments/search"
@@ -224,14 +226,17 @@ def _detail(said: Any, text: str) -> str:
     """Extract a server's message from its reply, JSON or HTML."""
     while isinstance(said, dict):
         said = next((said[name] for name in ("message", "error", "detail") if said.get(name)), None)
-    told = said if isinstance(said, str) else re.sub(r"<(style|script).*?</\1>|<[^>]*>", " ", text[:4000], flags=re.S)
+    told = (
+        said
+        if isinstance(said, str)
+        else re.sub(r"<(style|script).*?</\1>|<[^>]*>", " ", hide(text)[:4000], flags=re.S)
+    )
     return one_line(told) or "no text"
 
 
 def one_line(text: object) -> str:
     """Make one printable line of what a store says, without secrets."""
-    shown = "".join(character if character.isprintable() else " " for character in str(text))
-    return hide(" ".join(shown.split()))[:CAUSE_CHARS]
+    return outside.one_line(hide(str(text)), CAUSE_CHARS)
 
 
 def _hint(uri: str, cause: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dllm.config.load import parse_params
-from dllm.errors import StageError
+from dllm.errors import ConfigError, StageError
 from dllm.stages import register
 from dllm.tracking.address import home, page, tracking_uri, vanishes
 from tests.stages.test_register import leave
@@ -20,6 +20,13 @@ def test_temporary_copies_of_dvc_and_checkouts_keep_their_runs_in_the_project(mo
     for copy in (".dvc/tmp/exps/standalone/tmp1x2y", ".dvc/tmp/exps/tmpabc/sub", "work/checkouts/1/tree/sub"):
         assert home(project / copy) == project
         assert tracking_uri(project / copy) == "sqlite:////srv/project/mlflow.db"
+
+
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "SQLite:///?x=1"])
+def test_a_database_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(ConfigError, match=r"a database in memory keeps no runs.*give sqlite:////PATH"):
+        tracking_uri(Path("/srv/project"))
 
 
 def test_a_version_is_not_registered_where_it_would_be_deleted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import pytest
 from mlflow import artifacts
 
 from dllm.errors import ModelError, ServerError
-from dllm.tracking import delivery, model_registry, provenance
+from dllm.tracking import delivery, model_registry, provenance, store
 from dllm.tracking.mlflow_runs import MlflowTracker, connect, tracking_uri
 from tests import s3_server
 from tests.patience import LONGEST_S
@@ -74,6 +74,13 @@ def test_a_project_that_was_moved_uses_the_files_beside_it(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri(new))
     got = artifacts.download_artifacts("models:/a draft@champion")
     assert Path(got).is_relative_to(new), "MLflow's own client too"
+
+
+def test_a_long_cause_keeps_its_end_and_says_where_it_is_cut() -> None:
+    told = store.one_line("\n".join(f"frame {number}" for number in range(60)) + "\nno such host\x1b[2J")
+    assert "frame 0 frame 1 " in told and "frame 40" in told and told.endswith("no such host\u241b[2J")
+    cut = store.one_line("frame " * 3000 + "no such host")
+    assert len(cut) <= 2000 and " ... " in cut and cut.endswith("no such host")
 
 
 @pytest.mark.slow
