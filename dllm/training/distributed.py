@@ -141,10 +141,12 @@ class Join:
         rank, local_world = _number("RANK"), _number("LOCAL_WORLD_SIZE", 1)
         if not cuda and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own default: it would idle most cores
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        path = os.environ.get(launch.STORE)
         if local_world == self.world:  # one machine: stay on loopback
             for library in ("GLOO", "NCCL"):
-                os.environ.setdefault(f"{library}_SOCKET_IFNAME", LOOPBACK)
-        path = os.environ.get(launch.STORE)
+                network = f"{library}_SOCKET_IFNAME"
+                # With torchrun a user may name another network; ranks that we start listen on no other.
+                os.environ[network] = LOOPBACK if path else os.environ.get(network, LOOPBACK)
         # Without a store of ours, that of torchrun.
         place = "" if path else f" at {os.environ.get('MASTER_ADDR')}:{_number('MASTER_PORT')}"
         store = dist.FileStore(path, self.world) if path else None  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@
 | F16 | another world size starts anew in silence | test_world_size: test_ranks_may_change_between_calls, test_the_split_of_a_batch_does_not_name_the_work |
 | F17 | a kill loses points | test_store_away: test_no_kill_loses_a_point_or_tells_it_twice |
 | F18 | escapes reach the terminal | test_outside_text: test_escapes_in_rows_reach_no_terminal, test_escapes_in_responses_reach_no_terminal |
-| F19 | a link in place of a lock | test_outside_text: test_what_stands_in_place_of_a_lock_stays_as_it_is |
+| F19 | a link in place of a lock or a journal | test_outside_text: test_what_stands_in_place_of_a_file_of_ours_stays_as_it_is |
 | F20 | a name that MLflow refuses is found out late | test_uris: test_names_that_mlflow_or_the_disk_refuse_are_refused_at_once |
 | F21 | a broken pipe fails a stage | test_signals: test_output_that_nobody_reads_is_dropped, test_a_stage_whose_reader_is_gone_saves_a_checkpoint_when_it_is_stopped |
 | F22 | one dead worker ends the service | test_servers_killed: test_make_serve_restarts_what_dies_and_leaves_nothing_when_killed, test_what_keeps_ending_is_named_and_given_up |

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dllm.training.distributed import LOOPBACK
 from tests.patience import LONGEST_S
 
 pytestmark = pytest.mark.ranks
@@ -50,6 +51,28 @@ def test_the_code_and_the_last_word_are_the_ranks(tmp_path: Path, manner: str, c
     lines = launcher.communicate(timeout=LONGEST_S)[1].splitlines()
     assert launcher.returncode == code
     assert lines == said
+
+
+NETWORK = """
+import os, pathlib
+from dllm.training.distributed import Join
+with Join() as ranks:
+    pathlib.Path(f"{ranks.rank}.network").write_text(os.environ["GLOO_SOCKET_IFNAME"])
+"""
+
+
+def test_ranks_that_we_start_listen_on_loopback_whatever_the_shell_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "network.py").write_text(NETWORK)
+    code = "import sys; from dllm.training import launch; sys.exit(launch.run(sys.argv[1:], 2, grace_s=5))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    argv = [sys.executable, "-c", code, sys.executable, "network.py"]
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, timeout=LONGEST_S, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [(tmp_path / f"{rank}.network").read_text() for rank in (0, 1)] == [LOOPBACK] * 2
 
 
 def test_sigterm_stops_the_ranks_without_a_traceback(tmp_path: Path) -> None:
