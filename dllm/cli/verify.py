@@ -1,13 +1,14 @@
 """`python -m dllm verify`: compare every stored file of a project with its digest, and say how to restore what differs.
 
-Goes over out/, work/, registered/, DVC's cache, that of built-in targets and a local MLflow store; changes nothing.
+Goes over out/, work/, registered checkpoints, DVC's cache, that of built-in targets, the models of the Hugging Face hub
+that params.yaml names, and a local MLflow store; what has no digest is listed too. Changes nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -16,22 +17,26 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dllm.digests import check_files, unsealed
+from dllm.config.load import load_params
+from dllm.digests import check_files, is_sealed, unsealed
 from dllm.errors import DataError, DllmError, ModelError, ServerError
+from dllm.files import LOCK
 from dllm.methods.dflash.features import check_part
 from dllm.methods.dflash.method import FEATURES
-from dllm.models import builtin
+from dllm.models import builtin, hub
 from dllm.models.checkpoints import check_bytes
 from dllm.regeneration.journal import count_damaged
 from dllm.report.terminal import WIDTH
 from dllm.responses import shards
 from dllm.stages import STAGES
 from dllm.stages.records import OUTPUTS, check_published, read_record
-from dllm.tracking import provenance
+from dllm.tracking import places, provenance
 from dllm.tracking.model_registry import STORE
+from dllm.tracking.runs import flatten
 from dllm.training.checkpoints import AGAIN, read_state
 from dllm.workspace import RUN
 
+PARAMS = "params.yaml"
 OK, UNKNOWN = "ok", "no digests"
 DVC_CACHE = Path(".dvc", "cache", "files", "md5")
 
@@ -45,6 +50,14 @@ class Item:
     """A file or a folder."""
     check: Callable[[], str]
     """Returns `OK` or `UNKNOWN`; raises DllmError where bytes differ."""
+    only: Sequence[Path] = ()
+    """Those of the folder's files that are meant, where not all are."""
+
+    def files(self) -> Sequence[Path]:
+        """List the files."""
+        if self.only or not self.path.is_dir():
+            return self.only or [self.path]
+        return [path for path in self.path.rglob("*") if path.is_file()]
 
 
 def verify(root: Path, console: Console | None = None) -> None:
@@ -59,10 +72,10 @@ def verify(root: Path, console: Console | None = None) -> None:
     for column in table.columns:
         column.overflow = "fold"
     errors: list[DllmError] = []
-    count = 0
-    for item in _items(root):
-        count += 1
-        files = [path for path in item.path.rglob("*") if path.is_file()] if item.path.is_dir() else [item.path]
+    items = list(_items(root))
+    items += _others(root, {item.path for item in items})
+    for item in items:
+        files = item.files()
         size = sum(path.stat().st_size for path in files)
         try:
             state = item.check()
@@ -78,7 +91,7 @@ def verify(root: Path, console: Console | None = None) -> None:
         console.print(str(found), markup=False, highlight=False, soft_wrap=True)
     if errors:
         first = errors[0]
-        raise type(first)(f"{len(errors)} of {count} are damaged, first: {first.message}", where=first.where)
+        raise type(first)(f"{len(errors)} of {len(items)} are damaged, first: {first.message}", where=first.where)
 
 
 def _items(root: Path) -> Iterator[Item]:
@@ -97,6 +110,8 @@ def _items(root: Path) -> Iterator[Item]:
         yield Item(folder.relative_to(root).as_posix(), folder, partial(_shards, folder))
     for kept in _folders(root / STORE):
         yield Item(kept.relative_to(root).as_posix(), kept, partial(_registered, kept))
+    if (file := root / PARAMS).is_file():
+        yield from _named_in(file, root)
     for place in _folders(builtin.cache_root() / "models"):
         yield Item(f"target {place.name}", place, partial(_target, place))
     if (root / DVC_CACHE).is_dir():
@@ -104,6 +119,34 @@ def _items(root: Path) -> Iterator[Item]:
     store = root / "mlflow.db"
     if store.is_file():
         yield Item(store.name, store, partial(_database, store))
+
+
+def _named_in(file: Path, root: Path) -> Iterator[Item]:
+    """Yield what params.yaml names: a folder of registered checkpoints, and models of the Hugging Face hub."""
+    try:
+        params = load_params(file)
+    except DllmError as error:
+        yield Item(file.name, file, partial(_fail, error))
+        return
+    store = places.folder_in(params.register_.store, root, "x")
+    if store is not None and store.parent != (root / STORE).resolve():
+        for kept in _folders(store.parent):
+            yield Item(str(kept), kept, partial(_registered, kept))
+    names = {value for value in flatten(params.model_dump()).values() if isinstance(value, str)}
+    for name in sorted(filter(hub.looks_like_id, names)):
+        for snapshot in hub.cached(name):
+            yield Item(f"{name} {snapshot.name[:8]}", snapshot, partial(_snapshot, snapshot))
+
+
+def _others(root: Path, known: Set[Path]) -> Iterator[Item]:
+    """Yield what else is in work/ and beside the MLflow store: few of these files have digests."""
+    for folder in [*sorted(path for path in root.glob("work/*") if path.is_dir()), root / "mlartifacts"]:
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != LOCK]
+        others = [path for path in files if known.isdisjoint({path, *path.parents})]
+        name = folder.relative_to(root).as_posix()
+        if others:
+            name = name if len(others) == len(files) else f"{name}, other files"
+            yield Item(name, folder, partial(_sealed, others), others)
 
 
 def _folders(place: Path) -> list[Path]:
@@ -187,6 +230,31 @@ def _dvc_cache(cache: Path) -> str:
     what = f"{len(damaged)} files of DVC's cache have other bytes than their names say"
     hint = f"`rm -f {names}`{more}, then `dvc repro -sf STAGE` for each stage whose out/ is damaged"
     raise DataError(what, where=str(damaged[0]), hint=hint)
+
+
+def _snapshot(place: Path) -> str:
+    for weights in (False, True):
+        hub.check_blobs(place, weights=weights)
+    return OK
+
+
+def _sealed(files: Sequence[Path]) -> str:
+    """Check the records among some files that hold their own digest, such as the responses of `evaluate`."""
+    state = OK
+    for path in files:
+        data = path.read_bytes() if path.suffix == ".json" else b""
+        if not is_sealed(data):
+            state = UNKNOWN
+            continue
+        try:
+            unsealed(data)
+        except ValueError as error:
+            raise DataError(str(error), where=str(path), hint="remove it; its stage makes it again") from None
+    return state
+
+
+def _fail(error: DllmError) -> str:
+    raise error
 
 
 def _target(place: Path) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -60,6 +60,12 @@ def snapshot(repo: str, revision: str | None, patterns: list[str], where: str) -
             where=where,
             hint="check the network, or name a directory or a built-in model",
         ) from None
+
+
+def cached(repo: str) -> list[Path]:
+    """List the snapshots of a repository in the Hugging Face cache; nothing is downloaded."""
+    place = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "snapshots")
+    return sorted(path for path in place.glob("*") if path.is_dir())
 
 
 @functools.cache
