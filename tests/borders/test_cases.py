@@ -20,6 +20,8 @@ CASES = {
     "K2 one content in any container, calls and arguments to any depth": (
         "borders/test_containers.py::test_every_container_gives_the_same_prompts",
         "borders/test_containers.py::test_datasets_own_files_give_the_same_prompts",
+        "borders/test_containers.py::test_null_arguments_are_absent_in_structs_and_in_what_is_written_from_them",
+        "borders/test_containers.py::test_null_arguments_of_a_text_are_kept_in_every_container",
         "prompts/test_turns.py::test_every_spelling_of_calls_and_results_makes_the_same_prompt",
         "borders/test_odd_inputs.py::test_texts_that_a_writer_left_as_bytes_are_texts",
         "borders/test_odd_inputs.py::test_schemas_of_other_vendors_are_read_or_refused_as_what_they_are",
@@ -68,7 +70,7 @@ CASES = {
     ),
     "K6 limits of the model, in every engine": (
         "borders/test_server_words.py::test_prompts_longer_than_the_model_s_positions_are_rejected_by_every_engine",
-        "borders/test_target_configs.py::test_all_who_read_a_target_take_the_same_positions",
+        "borders/test_positions.py::test_all_who_read_a_target_take_the_same_positions",
     ),
     "K7 switches of drafts": (
         "borders/test_draft_configs.py::test_what_would_be_decoded_otherwise_is_refused_by_its_name",

@@ -171,6 +171,58 @@ def test_datasets_own_files_give_the_same_prompts(tmp_path: Path, kind: str, mon
         prompts(Source(name="both", split="dev"), tmp_path)
 
 
+STRUCT = {"a": pa.int64(), "b": pa.string(), "c": pa.list_(pa.string()), "d": pa.struct([("x", pa.int64())])}
+"""Types of arguments in a table whose rows agree on them."""
+OF_ONE_TYPE = st.fixed_dictionaries(
+    {},
+    optional={
+        "a": st.none() | st.integers(0, 9),
+        "b": st.none() | TEXT,
+        "c": st.none() | st.lists(st.none() | TEXT, max_size=2),
+        "d": st.none() | st.fixed_dictionaries({}, optional={"x": st.none() | st.integers(0, 9)}),
+    },
+)
+
+
+@settings(max_examples=30)
+@given(st.lists(OF_ONE_TYPE, min_size=1, max_size=4))
+def test_null_arguments_are_absent_in_structs_and_in_what_is_written_from_them(
+    tmp_path: Path, arguments: list[Row]
+) -> None:
+    # A struct has one order of keys for all rows.
+    rows = [{"messages": called({key: each[key] for key in STRUCT if key in each})} for each in arguments]
+    function = pa.struct([("name", pa.string()), ("arguments", pa.struct(list(STRUCT.items())))])
+    calls = pa.list_(pa.struct([("id", pa.string()), ("type", pa.string()), ("function", function)]))
+    names = [(name, pa.string()) for name in ("role", "content", "tool_call_id")]
+    kind = pa.list_(pa.struct([*names, ("tool_calls", calls)]))
+    table = pa.table({"messages": pa.array([row["messages"] for row in rows], kind)})
+    pq.write_table(table, tmp_path / "structs.parquet")
+    (tmp_path / "filled.jsonl").write_bytes(lines(table.to_pylist()))  # as `to_json` of datasets: null for absent keys
+    (tmp_path / "a.jsonl").write_bytes(lines(rows))
+    pq.write_table(pa.table({"messages": [json.dumps(row["messages"]) for row in rows]}), tmp_path / "text.parquet")
+    expected = prompts(Source(name="a.jsonl"), tmp_path)
+    spelt = [json.loads(messages[1]["tool_calls"][0]["function"]["arguments"]) for _, messages, _, _ in expected]
+    assert spelt and all(None not in each.values() for each in spelt)
+    for name in ("structs.parquet", "filled.jsonl", "text.parquet"):
+        assert prompts(Source(name=name), tmp_path) == expected, name
+
+
+def test_null_arguments_of_a_text_are_kept_in_every_container(tmp_path: Path) -> None:
+    rows = [{"messages": called('{"city": "Bern", "cursor": null}')}]
+    (tmp_path / "a.jsonl").write_bytes(lines(rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        (found,) = prompts(Source(name=name), tmp_path)
+        assert found[1][1]["tool_calls"][0]["function"]["arguments"] == '{"city": "Bern", "cursor": null}'
+
+
+def called(arguments: Any) -> list[Row]:
+    """Return a chat with a call."""
+    call = {"id": "call1", "type": "function", "function": {"name": "look", "arguments": arguments}}
+    result = {"role": "tool", "content": "x", "tool_call_id": "call1"}
+    return [*chat(), {"role": "assistant", "content": "", "tool_calls": [call]}, result]
+
+
 def put(path: Path, *rows: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

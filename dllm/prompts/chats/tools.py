@@ -2,6 +2,9 @@
 
 A schema is {"type": "function", "function": {name, description, parameters}}, a call is {"id", "type":
 "function", "function": {"name", "arguments"}} with the arguments as a JSON text, a result is a text.
+
+Arguments that are a mapping lose their null keys, so that every container gives the same ones; those that are a text
+of JSON keep them.
 """
 
 from __future__ import annotations
@@ -146,10 +149,16 @@ def _call(call: Any, turn: str, where: str) -> dict[str, Any]:
     if others and not given:
         raise DataError(f"{turn} has a call without arguments, but with {others[0][:40]!r}", where=where)
     # Parsed and written again: the same arguments are the same text from every file.
-    arguments: Any = next((_arguments(each) for each in given if not _is_empty(each)), {})
+    own: Any = next((each for each in given if not _is_empty(each)), {})
+    arguments, is_text = _arguments(own), isinstance(own, str)
     if isinstance(arguments, Mapping):
         try:
-            arguments = json.dumps(arguments, ensure_ascii=False, default=str, allow_nan=False)
+            arguments = json.dumps(
+                arguments if is_text else _without_null_keys(arguments),
+                ensure_ascii=False,
+                default=str,
+                allow_nan=False,
+            )
         except ValueError:
             raise DataError(f"{turn} has a call with a number that JSON cannot represent", where=where) from None
     if not isinstance(arguments, str):
@@ -168,6 +177,13 @@ def _arguments(value: Any) -> Any:
             inner = _mapping_of(parse_json(value))
             return inner if isinstance(inner, Mapping) else value
     return _mapping_of(value)
+
+
+def _without_null_keys(value: Any) -> Any:
+    """Remove null keys at any depth: those of Arrow's structs cannot be told from the keys that other rows have."""
+    if isinstance(value, Mapping):
+        return {key: _without_null_keys(each) for key, each in value.items() if each is not None}
+    return [_without_null_keys(each) for each in value] if isinstance(value, list) else value
 
 
 def _is_empty(arguments: Any) -> bool:
