@@ -12,6 +12,7 @@ from typing import Any
 from dllm.config.params import Target
 from dllm.errors import ModelError
 from dllm.models.config_keys import refuse_unknown
+from dllm.models.published_keys import passed_over
 from dllm.outside import one_line
 
 ROPE_SECTIONS = ("rope_parameters", "rope_scaling")
@@ -26,7 +27,8 @@ def check_config(target: Target, directory: Path) -> dict[str, Any]:
     """Refuse a config that transformers would read only in part; return its content.
 
     The code that builds the model is searched for every key: a key that it never names has no effect there, though it
-    may have been meant to have one. A model that runs its own code reads its config itself.
+    may have been meant to have one, unless `published_keys` knows better. A model that runs its own code reads its
+    config itself.
 
     Raises:
         ModelError: config.json is missing or broken, transformers knows no such causal model, a key is unknown, or
@@ -46,7 +48,8 @@ def check_config(target: Target, directory: Path) -> dict[str, Any]:
     text = raw.get("text_config")
     for inside, section in (("", raw), ("text_config", text)):
         if isinstance(section, dict):
-            refuse_unknown(section, words, where, inside)
+            kind = section.get("model_type", raw["model_type"])
+            refuse_unknown(section, words | passed_over(section, str(kind)), where, inside)
             _check_rope(section, own, words, where)
     _check_quantizer(raw, where)
     return raw

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from dllm.config.load import parse_params
 from dllm.config.params import Params, Target
@@ -20,36 +20,68 @@ from dllm.models import targets
 from dllm.models.drafts.checkpoint import load_draft
 from dllm.stages import evaluate, preflight, prepare, regenerate, train
 
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3-Next of one dense layer pattern, with the tokenizer of builtin:tiny."""
-    folder = tmp_path_factory.mktemp("models") / "gdn"
-    shutil.copytree(targets.locate(Target(model="builtin:tiny")), folder)
-    tiny = json.loads((folder / "config.json").read_text())
-    shape = Qwen3NextConfig(
-        vocab_size=tiny["vocab_size"],
-        eos_token_id=tiny["eos_token_id"],
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        mlp_only_layers=list(range(8)),
-        num_experts=0,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-    )
+
+def make_qwen3_next(folder: Path, tokens: dict[str, int]) -> None:
+    shape = Qwen3NextConfig(**SHAPE, **tokens, num_experts=0, mlp_only_layers=list(range(8)))
     torch.manual_seed(0)
     model = Qwen3NextForCausalLM(shape)
     save_file(dict(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
     shape.architectures = ["Qwen3NextForCausalLM"]
     shape.save_pretrained(folder)
+
+
+def make_qwen3_5(folder: Path, tokens: dict[str, int]) -> None:
+    """As published: a language model within one for images, and keys that transformers' code does not name."""
+    keys = {"attn_output_gate": True, "mamba_ssm_dtype": "float32", "full_attention_interval": 4}
+    keys |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+    rope = {"mrope_interleaved": True, "mrope_section": [1, 0, 0], "rope_type": "default", "rope_theta": 10_000_000}
+    text = {**SHAPE, **tokens, **keys, "mlp_only_layers": []}
+    text |= {"rope_parameters": {**rope, "partial_rotary_factor": 0.25}, "tie_word_embeddings": True}
+    eyes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    torch.manual_seed(0)
+    model = Qwen3_5ForConditionalGeneration(
+        Qwen3_5Config(text_config=dict(text), vision_config=dict(eyes), tie_word_embeddings=True)
+    )
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    weights["mtp.fc.weight"] = torch.zeros(32, 64)  # a prediction head, which is not read
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    text["model_type"] = "qwen3_5_text"
+    raw = {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "image_token_id": 5,
+        "model_type": "qwen3_5",
+        "text_config": text,
+        "tie_word_embeddings": True,
+        "vision_config": {**eyes, "model_type": "qwen3_5"},
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+MAKE = {"qwen3_next": make_qwen3_next, "qwen3_5": make_qwen3_5}
+
+
+@pytest.fixture(scope="module", params=MAKE)
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random model with gated delta nets, and the tokenizer of builtin:tiny."""
+    folder = tmp_path_factory.mktemp("models") / request.param
+    shutil.copytree(targets.locate(Target(model="builtin:tiny")), folder)
+    tiny = json.loads((folder / "config.json").read_text())
+    MAKE[request.param](folder, {name: tiny[name] for name in ("vocab_size", "eos_token_id")})
     return folder
 
 
