@@ -46,7 +46,12 @@ use_mtp
 PREDICTION_HEADS = dict.fromkeys(_HEADS.split(), anything)
 """Heads of multi-token prediction behind the last layer, which no causal model of transformers has."""
 EVERYWHERE: Mapping[str, Rule] = {**PREDICTION_HEADS, "cache_implementation": anything}
-_QWEN3_5: Mapping[str, Rule] = {"attn_output_gate": only(True), "mamba_ssm_dtype": only("float32")}
+_QWEN3_5: Mapping[str, Rule] = {
+    "attn_output_gate": only(True),
+    "language_model_only": anything,  # of the whole, whose language model is read
+    "mamba_ssm_dtype": only("float32"),
+    "output_gate_type": only("swish"),
+}
 OF_TYPE: Mapping[str, Mapping[str, Rule]] = {
     "deepseek_v3": {
         "aux_loss_alpha": anything,
@@ -88,7 +93,7 @@ OF_TYPE: Mapping[str, Mapping[str, Rule]] = {
     },
     "smollm3": {"max_window_layers": without("use_sliding_window")},
 }
-"""By the type of the model: GPT-2, gpt-oss-20b, Qwen3-Coder-30B-A3B, Qwen3.5, Phi-4-mini, SmolLM3, LFM2, and so on."""
+"""By the type of the model: GPT-2, gpt-oss-20b, Qwen3-Coder-30B-A3B, Qwen3.5 to 3.8, Phi-4-mini, SmolLM3, LFM2, and so on."""
 
 
 def passed_over(section: Mapping[str, Any], model_type: str) -> set[str]:

@@ -16,6 +16,7 @@ from dllm.models.target_config import check_config
 
 MTP = {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
 QWEN3_5 = {"attn_output_gate": True, "full_attention_interval": 4, "mamba_ssm_dtype": "float32", **MTP}
+QWEN3_8 = {**QWEN3_5, "output_gate_type": "swish", "partial_rotary_factor": 0.25, "pad_token_id": None}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         "aux_loss_alpha": 0.001, "ep_size": 1, "moe_layer_freq": 1, "num_nextn_predict_layers": 1, "pretraining_tp": 1,
@@ -36,7 +37,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "use_routing_bias": True,
     },
     "phi3": {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "partial_rotary_factor": 0.75},
-    "qwen3_5_moe_text": QWEN3_5,
+    "qwen3_5_moe_text": QWEN3_8,
     "qwen3_5_text": QWEN3_5,
     "qwen3_moe": {
         "max_window_layers": 28, "qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True,
@@ -51,6 +52,7 @@ OTHERWISE: list[tuple[str, dict[str, Any], str]] = [
     ("minimax_m2", {"attn_type_list": [1, 0]}, "attn_type_list"),
     ("phi3", {"full_attn_mod": 2}, "full_attn_mod"),
     ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate"),
+    ("qwen3_5_text", {"output_gate_type": "sigmoid"}, "output_gate_type"),
     ("qwen3_5_text", {"mamba_ssm_dtype": "bfloat16"}, "mamba_ssm_dtype"),
     ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm"),
     ("qwen3_moe", {"use_qk_norm": 1}, "use_qk_norm"),

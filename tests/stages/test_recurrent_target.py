@@ -48,7 +48,7 @@ def make_qwen3_next(folder: Path, tokens: dict[str, int]) -> None:
 def make_qwen3_5(folder: Path, tokens: dict[str, int]) -> None:
     """As published: a language model within one for images, and keys that transformers' code does not name."""
     keys = {"attn_output_gate": True, "mamba_ssm_dtype": "float32", "full_attention_interval": 4}
-    keys |= {"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
+    keys |= {"output_gate_type": "swish", "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False}
     rope = {"mrope_interleaved": True, "mrope_section": [1, 0, 0], "rope_type": "default", "rope_theta": 10_000_000}
     text = {**SHAPE, **tokens, **keys, "mlp_only_layers": []}
     text |= {"rope_parameters": {**rope, "partial_rotary_factor": 0.25}, "tie_word_embeddings": True}
@@ -64,6 +64,7 @@ def make_qwen3_5(folder: Path, tokens: dict[str, int]) -> None:
     raw = {
         "architectures": ["Qwen3_5ForConditionalGeneration"],
         "image_token_id": 5,
+        "language_model_only": False,
         "model_type": "qwen3_5",
         "text_config": text,
         "tie_word_embeddings": True,
