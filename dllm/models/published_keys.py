@@ -93,7 +93,7 @@ OF_TYPE: Mapping[str, Mapping[str, Rule]] = {
     },
     "smollm3": {"max_window_layers": without("use_sliding_window")},
 }
-"""By the type of the model: GPT-2, gpt-oss-20b, Qwen3-Coder-30B-A3B, Qwen3.5 to 3.8, Phi-4-mini, SmolLM3, LFM2, and so on."""
+"""By the type of the model: gpt-oss-20b, Qwen3-Coder-30B-A3B, Qwen3.5 to 3.8, Phi-4-mini, SmolLM3, LFM2 and others."""
 
 
 def passed_over(section: Mapping[str, Any], model_type: str) -> set[str]:

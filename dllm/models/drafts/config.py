@@ -10,6 +10,7 @@ from dllm.errors import ModelError
 from dllm.models.config_keys import refuse_other_values, refuse_unknown
 
 ONLY: dict[str, tuple[Any, ...]] = {
+    "attention_mode": ("gqa", "mha"),
     "attention_sink_bias": (False,),
     "attention_value_scale": (1.0, 1),
     "final_logit_softcapping": (),
@@ -139,6 +140,8 @@ class DFlashConfig:
             if raw.get(key) not in (None, value):
                 raise ModelError(f"{key} is {raw[key]}, and {value} inside dflash_config", where=where)
             flat[key] = value
+        if flat.get("attention_mode") == "mha" and flat.get("num_key_value_heads") != flat.get("num_attention_heads"):
+            raise ModelError("attention_mode is mha, and there are fewer heads of keys than of queries", where=where)
         flat["rope_theta"] = _rope_theta(raw, where)
         flat |= _attention(raw, flat, where)
         flat.setdefault("num_target_layers", None)
