@@ -43,7 +43,11 @@ _QUERY_NAME = (
 _COLON = r"(?::|%3A)"
 _SLASHES = r"(?:(?:\\?/|%2F){2})"
 _SCHEME = r"\b[a-z][a-z0-9+.-]{0,30}"  # bounded: a long word would take quadratic time
-_HOST = r"(?:localhost\b|[\w.-]+:\d{1,5}(?!\w)|(?:[\w-]+\.)+[a-z]{2,}\b|\d+\.\d+\.\d+\.\d+)"
+_HOST = r"(?:localhost\b|[\w.-]+:\d{1,5}(?!\w)|(?:[\w-]+\.)+[a-z]{2,}\b(?!\()|\d+\.\d+\.\d+\.\d+)"
+_QUOTE = r"\\{0,8}['\"]"  # bounded, as all repetitions that another may follow
+_LABEL = r"(?:mailto|e-?mail|contact|from|to|cc|bcc|author|sips?|xmpp|acct|rank)"
+_PASSWORD = r"[^\s/@'\"()\[\]{},]{2,200}"
+"""Of a login without a scheme, where `0:n]@W.mT` is code."""
 _KEY_NAME = (
     r"[\w.-]{0,40}(?:password|passwd|api[_-]?key|access[_-]?key|secret(?:[_-]?key)?|(?:access|auth|refresh)[_-]?token)"
 )
@@ -58,14 +62,14 @@ _SHAPES = tuple(
         (rf"({_SCHEME}://)[^\s/:@'\"\[\]]+:[^\s/@:'\"\[\]]*[^\s/@:'\"\d\[\]),.;…][^\s/@:'\"]*$", rf"\1{HIDDEN}"),
         # the same without a scheme: an address, not `image:tag@sha256:...` or mailto:
         (r"((?:^|[\s'\"(=,])//)[^\s/:@'\"]*:[^\s/@'\"]*@", rf"\1{HIDDEN}@"),
-        (rf"(?<![\w.+%-])(?!(?:mailto|e-?mail):)[\w.+%-]{{1,64}}:[^\s/@'\"]{{1,200}}@(?={_HOST})", f"{HIDDEN}@"),
+        (rf"(?<![\w.+%/-])(?!{_LABEL}:|\d+:)[\w.+%-]{{1,64}}:(?!\d+@){_PASSWORD}@(?={_HOST})", f"{HIDDEN}@"),
         # ?token=...
         (rf"([?&;]{_QUERY_NAME}(?:=|%3D))[^&;#\s'\"<>)\]}}]+", rf"\1{HIDDEN}"),
         # a header's value
         (r"\b((?:Basic|Bearer)\s+)(?=[\w.~+/-]*[\d=])[\w.~+/=-]{6,}", rf"\1{HIDDEN}"),
         (r"(\b(?:x-[\w-]{0,30})?(?:api-?key|auth-token):\s*)[^\s'\",}]+", rf"\1{HIDDEN}"),
         # a value of JSON, or of a printed mapping
-        (rf"(\\*['\"]{_KEY_NAME}\\*['\"]\s*:\s*\\*['\"])[^'\"\\]+", rf"\1{HIDDEN}"),
+        (rf"((?<!\\){_QUOTE}{_KEY_NAME}{_QUOTE}\s{{0,8}}:\s{{0,8}}{_QUOTE})[^'\"\\]+", rf"\1{HIDDEN}"),
         # --api-key ..., also as a list
         (
             r"((?:^|\s|['\"])--?(?:[\w-]+-)?(?:api-key|password|token|secret)(?:=|\s+|['\"],\s*['\"]))[^\s'\",\]]+",

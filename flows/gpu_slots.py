@@ -16,6 +16,7 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 
+from dllm.errors import StageError
 from dllm.process import children as process
 from flows import computes
 from flows.children import Place
@@ -44,8 +45,13 @@ def gpu_slot(is_needed: Callable[[], bool]) -> AbstractContextManager[None]:
 
 
 def slot_of_stage(place: Place, stage: str, force: bool) -> AbstractContextManager[None]:
-    """Hold the slots that a stage of DVC needs: of one that cannot be looked at, all, for it says what is wrong."""
+    """Hold the slots that a stage of DVC needs: of one that cannot be looked at in time, all."""
     look = [sys.executable, "-m", "flows.computes", stage, *(["--force"] if force else [])]
-    return gpu_slot(
-        lambda: process.run(look, env=place.env, cwd=place.root, deadline_s=LOOK_DEADLINE_S).code != computes.NO
-    )
+
+    def is_needed() -> bool:
+        try:
+            return process.run(look, env=place.env, cwd=place.root, deadline_s=LOOK_DEADLINE_S).code != computes.NO
+        except StageError:  # DVC hashes for long; the stage itself says what is wrong
+            return True
+
+    return gpu_slot(is_needed)

@@ -160,7 +160,7 @@ def _warn_of_places(registers: bool) -> None:
     host = urlsplit(PREFECT_API_URL.value() or "").hostname
     if host is None or is_this_machine(host) or (store := sqlite_path(tracking_uri(ROOT))) is None:
         return
-    told = "runs and champions go into %s alone, which workers on other machines do not see: set %s to a server"
+    told = "runs and champions go only into %s, which workers on other machines do not see: set %s to a server"
     get_run_logger().warning(told, store, VARIABLE)
 
 

@@ -76,7 +76,7 @@ def verify(root: Path, console: Console | None = None) -> None:
     items += _others(root, {item.path for item in items})
     for item in items:
         files = item.files()
-        size = sum(path.stat().st_size for path in files)
+        size = sum(map(_size, files))
         try:
             state = item.check()
         except DllmError as error:
@@ -242,7 +242,10 @@ def _sealed(files: Sequence[Path]) -> str:
     """Check the records among some files that hold their own digest, such as the responses of `evaluate`."""
     state = OK
     for path in files:
-        data = path.read_bytes() if path.suffix == ".json" else b""
+        try:
+            data = path.read_bytes() if path.suffix == ".json" else b""
+        except FileNotFoundError:  # a running stage has removed it
+            continue
         if not is_sealed(data):
             state = UNKNOWN
             continue
@@ -251,6 +254,14 @@ def _sealed(files: Sequence[Path]) -> str:
         except ValueError as error:
             raise DataError(str(error), where=str(path), hint="remove it; its stage makes it again") from None
     return state
+
+
+def _size(path: Path) -> int:
+    """Return a file's size in bytes: 0 of one that a running stage has removed meanwhile."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _fail(error: DllmError) -> str:

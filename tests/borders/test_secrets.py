@@ -141,6 +141,9 @@ def test_credentials_are_known_by_their_form(text: str) -> None:
         "at 12:30@4096, //x/y",
         "a basic settings file; none, false",
         "set train.max_length=512 or --tokenizer-path x",
+        "x[0:n]@W.mT, lambda q:q@k.transpose(1, 2), {0:a@b.mean()}, [rows:r@w.t]",
+        "rank:0@node1:29500, 12:30@cafe.com, Contact:john@example.com, From:a.b@example.com",
+        "data/2026-11-30T12:30@node1.cluster/rows.jsonl, /data/run:v1@cluster.local/rows",
     ],
 )
 def test_text_without_secrets_stays(monkeypatch, text: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from dllm.cli import verify as cli_verify
 from dllm.cli.verify import verify
 from dllm.config import recipe_book
 from dllm.digests import sealed
@@ -92,6 +93,25 @@ def test_what_lies_in_other_places_is_compared_and_what_has_no_digest_is_listed(
         stored[name].write_bytes(data)
     (tmp_path / "params.yaml").write_text("a: [")
     assert states(tmp_path, capsys)["params.yaml"] == "DAMAGED"
+
+
+def test_a_file_that_a_running_stage_removes_meanwhile_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going = tmp_path / "work" / "train" / "state.json"
+    going.parent.mkdir(parents=True)
+    going.write_text("{}")
+    listed = going.parent / "training.jsonl"
+    listed.write_text("1\n")
+
+    def gone(path: Path) -> int:
+        going.unlink(missing_ok=True)
+        return size(path)
+
+    size = cli_verify._size
+    monkeypatch.setattr(cli_verify, "_size", gone)
+    verify(tmp_path)
+    assert "work/train" in capsys.readouterr().out and not going.exists()
 
 
 def test_damage_in_dvcs_cache_is_named_with_a_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

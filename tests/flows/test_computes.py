@@ -1,5 +1,6 @@
 """Which stages hold a GPU: those that compute on this machine, whatever DVC or servers have already."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import yaml
 
 from dllm.config import recipe_book
 from dllm.registry import ENGINES
-from flows import computes, regenerate_parts
+from flows import computes, gpu_slots, regenerate_parts
 from flows.children import Place
 from flows.gpu_slots import slot_of_stage
 from tests.flows.conftest import Project
@@ -55,6 +56,13 @@ def test_a_stage_without_work_waits_for_no_slot(project: Project, tmp_path: Path
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")  # nobody gives a slot there
     with slot_of_stage(Place(tmp_path, tmp_path), "train", force=False):
         pass
+
+
+def test_a_look_that_takes_too_long_holds_the_slots(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_slots, "LOOK_DEADLINE_S", 0.0)
+    monkeypatch.setattr(gpu_slots, "gpu_slot", lambda is_needed: nullcontext(is_needed()))
+    with slot_of_stage(Place(project.folder, project.folder), "train", force=False) as held:
+        assert held
 
 
 @pytest.mark.parametrize("name", list(ENGINES))

@@ -94,9 +94,14 @@ FACTS = {
     "prompt_token_ids": [1, 2],
     "num_prompts": 3,
     "has_system_prompt": True,
-    "prompt_style": "cot",
+    "prompt_style": "chain of thought",
+    "labelling_prompt": [{"role": "user", "content": "Which is better?"}],
+    "generation_prompt": ["You are asked to write."],
+    "judge_system_prompt": "Be a fair judge.",
+    "revised_prompt": "A red fox runs.",
+    "eval_prompt_template": "Rate it from 1 to 5.",
     "social_media": "a.b/c",
-    "media": "newspaper",
+    "media": "nytimes.com",
     "pdf_url": "https://a.b/c.pdf",
 }
 
@@ -120,6 +125,7 @@ DEEP = {
     "metadata.request.tools": {"metadata": {"request": {"tools": SCHEMAS}}},
     "metadata.request.system": {"metadata": {"request": {"system": "Be brief."}}},
     "metadata.request.image": {"metadata": {"request": {"image": "dog.jpg"}}},
+    "metadata.sent.system": {"metadata": {"sent": {"system": "Be brief.", "model": "m"}}},
     "metadata.default_system_prompt": {"metadata": {"default_system_prompt": "Be brief."}},
     "metadata[].tools": {"metadata": [{"n": 1}, {"tools": SCHEMAS}]},
     "metadata[].systemPrompt": {"metadata": [{"systemPrompt": "Be brief."}]},
@@ -158,7 +164,8 @@ OTHERS = {
     "a schema of the output": {"format": {"schema": {"properties": {"image": {"type": "string"}}}}},
     "arguments": {"plan": [{"name": "show", "arguments": {"image": "dog.jpg"}}]},
     "what is needed to build": {"steps": [{"tools": ["saw", "hammer"], "text": "Saw the oak."}]},
-    "a machine": {"run": {"host": {"system": "Linux"}}},
+    "a machine": {"metadata": {"env": {"system": "Ubuntu Linux 22"}}},
+    "labels of another task": {"metadata": {"labels": [{"image": "https://a.b/c.png"}]}},
     "another chat": {"chosen": [{"role": "user", "content": "x", "tools": SCHEMAS}]},
 }
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
+from typing import Any
 
 SYSTEM = re.compile(
     r"(?:custom_)?(?:system(?:_?(?:prompt|message|msg|content|text|instruction)s?)?"
@@ -20,8 +22,14 @@ _FACTS = re.compile(
     r"|category|type|kind|name|title|language|lang|locale|domain|topic|intent|task|difficulty|quality|complexity|score"
     r"|rating|level|label|tag|class|cluster|model|generator|author|creator|annotator|license|version|date|time|timestamp"
     r"|url|uri|link|path|file|embedding|logprob|perplexity|moderation|safety|toxicity|violation|explanation|rationale"
+    r"|style|format|strategy|variant|method|setting|status"
 )
 """Words after `prompt` in names of what is said about a prompt: its length, where it is from, what it is about."""
+_OF_OTHERS = re.compile(
+    r"labell?ing|judge?(?:ment)?|eval(?:uat(?:ion|or))?|rat(?:ing|er)|scor(?:ing|er)|grad(?:ing|er)|reward|critic|critique"
+    r"|negative|generation|revised|rewritten|follow_?up"
+)
+"""Words before `prompt` in names of what another model was asked, or what is asked in place of it or later."""
 TOOLS = ("tools", "functions")
 TOOLS_AS_SCHEMAS = ("tool", "function")
 """Names that are those of tools where a list of schemas stands in them."""
@@ -35,8 +43,12 @@ MEDIA = re.compile(
     r"(?:_(?:path|url|uri|file|filename|byte|base64|b64)s?)?"
 )
 MEDIA_BY_VALUE = re.compile(r"(?:input_)?media|mm_data|multi_?modal(?:_(?:data|input)s?)?|pdfs?")
-"""Names of media that are also names of a kind of thing: what stands in them tells."""
-IS_MEDIUM = re.compile(r"data:.*|\w+://\S+|[^\n]*\.[A-Za-z][A-Za-z0-9]{1,4}", re.DOTALL)
+"""Names of media that are also names of a kind of thing: decided by the value."""
+IS_MEDIUM = re.compile(
+    r"data:\w+/.*|\w+://\S+|[^\n]*\.(?:jpe?g|jfif|png|gif|webp|bmp|tiff?|svg|heic|avif|pdf|docx?|pptx?|xlsx?|mp[34g]|mpe?g"
+    r"|m4[av]|wav|flac|ogg|opus|aac|wma|webm|mov|avi|mkv)",
+    re.DOTALL | re.IGNORECASE,
+)
 """A text that is a file's name, its address, or its bytes in base64."""
 FILES = re.compile(r"(?:file|pdf)s?(?:_(?:id|url|path)s?)?")
 """Names of a turn's files; a column of this name may be where the row is from."""
@@ -77,10 +89,15 @@ OF_RESPONSES = re.compile(
 """Names of what was generated for a prompt, with what was given to the models that did."""
 ARGUMENTS = {"properties", "parameters", "arguments"}
 """Keys of schemas and calls under which a name is that of an argument."""
+REQUEST = re.compile(r"(?:.*_)?(?:request|req|body|payload|input|prompt|chat|conversation|dialog|dialogue|call)s?")
+"""Names of what was sent to a model."""
+OF_A_REQUEST = {"messages", "prompt", "tools", "functions", "model"}
+"""Keys of a request, beside which `system` and `image` are a part of it."""
 
 _cached = functools.lru_cache(4096)  # all rows of a source have the same names
 _CAMEL = re.compile("(?<=[a-z0-9])(?=[A-Z])")
-_IN_JSON = re.compile(r'(?:sys|developer|tools|functions|template_)\w*\\*"\s*:')
+# Bounded, for a cell of one long word would take quadratic time.
+_IN_JSON = re.compile(r'(?:sys|developer|tools|functions|template_)\w{0,60}\\{0,8}"\s{0,8}:')
 
 
 @_cached
@@ -100,8 +117,10 @@ def is_like_prompt(name: str) -> bool:
     """Return whether a key may name a prompt, or a system prompt, rather than what is said about one."""
     if LIKE_SYSTEM.fullmatch(name) is None and LIKE_PROMPT.fullmatch(name) is None:
         return False
-    words = re.split("prompts?|system", name)[-1].split("_")
-    return not any(_FACTS.fullmatch(each) or _FACTS.fullmatch(each.removesuffix("s")) for each in words)
+    before, *_, after = re.split("prompts?|system", name)
+    if any(map(_OF_OTHERS.fullmatch, (before.strip("_"), *before.split("_")))):
+        return False
+    return not any(_FACTS.fullmatch(each) or _FACTS.fullmatch(each.removesuffix("s")) for each in after.split("_"))
 
 
 @_cached
@@ -128,6 +147,23 @@ def belongs(name: str) -> bool:
     is_like_system = LIKE_SYSTEM.fullmatch(name) is not None and is_like_prompt(name)
     is_medium = MEDIA.fullmatch(name) is not None
     return is_system(name) or is_like_system or is_tools(name) or is_template(name) or is_medium
+
+
+@_cached
+def needs_a_request(name: str) -> bool:
+    """Return whether a key names a part of a prompt in a request only: elsewhere `system` is a machine's, say."""
+    return name in ("system", "systems") or MEDIA.fullmatch(name) is not None
+
+
+@_cached
+def is_closed(name: str) -> bool:
+    """Return whether what stands inside a key is no part of the prompt: a call's arguments, or what was generated."""
+    return name in ARGUMENTS or OF_RESPONSES.fullmatch(name) is not None
+
+
+def is_request(name: str, mapping: Mapping[str, Any]) -> bool:
+    """Return whether a mapping under a key is what was sent to a model."""
+    return REQUEST.fullmatch(name) is not None or not OF_A_REQUEST.isdisjoint(mapping)
 
 
 def are_in_json(text: str) -> bool:
