@@ -27,7 +27,10 @@ def test_a_registry_of_one_machine_beside_a_shared_server_is_warned_of(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     with temporary_settings({PREFECT_API_URL: api}):
         pipeline._warn_of_places(registers=True)
-    assert [message.partition(",")[0].endswith("mlflow.db alone") for message in caplog.messages] == [True] * warns
+    told = [message.partition(",")[0] for message in caplog.messages]
+    assert [each.startswith("runs and champions go only into") and each.endswith("mlflow.db") for each in told] == (
+        [True] * warns
+    )
 
 
 @pytest.mark.parametrize(
