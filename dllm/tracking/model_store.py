@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from mlflow import MlflowClient, artifacts
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from dllm.errors import DllmError, ModelError, ServerError
+from dllm.files import aside_of
 from dllm.secrets import hide
 from dllm.tracking import provenance
 from dllm.tracking.places import MLFLOW, store_path
@@ -73,7 +73,7 @@ def bring(source: str, uri: str, root: Path, digest: str, reference: str) -> Pat
 
 def _fetch(source: str, uri: str, own: Path, digest: str, reference: str) -> Path:
     own.parent.mkdir(parents=True, exist_ok=True)
-    aside = own.with_name(f".{own.name}.{uuid.uuid4().hex[:8]}")
+    aside = aside_of(own)
     try:
         with _transfer(source):
             # Where it puts them depends on the kind of address.

@@ -156,9 +156,15 @@ def needs_a_request(name: str) -> bool:
 
 
 @_cached
+def is_of_responses(name: str) -> bool:
+    """Return whether a key names what was generated for a prompt."""
+    return OF_RESPONSES.fullmatch(name) is not None
+
+
+@_cached
 def is_closed(name: str) -> bool:
     """Return whether what stands inside a key is no part of the prompt: a call's arguments, or what was generated."""
-    return name in ARGUMENTS or OF_RESPONSES.fullmatch(name) is not None
+    return name in ARGUMENTS or is_of_responses(name)
 
 
 def is_request(name: str, mapping: Mapping[str, Any]) -> bool:

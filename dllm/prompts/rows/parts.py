@@ -78,19 +78,21 @@ def are_media(value: Any) -> bool:
 def _column(name: str, inner: str, value: Any) -> Iterator[Part]:
     value = _parsed(value, inner)
     yield Part(name, value, name)
-    levels = 1 if column_names.OF_RESPONSES.fullmatch(key(inner)) and isinstance(value, Mapping) else _LEVELS
+    levels = 1 if column_names.is_of_responses(key(inner)) and isinstance(value, Mapping) else _LEVELS
     for path, each, is_deep in _inside(name, value, levels, is_deep=isinstance(value, list)):
         yield Part(path, each, name, is_deep)
 
 
 def _inside(name: str, value: Any, levels: int, is_deep: bool) -> Iterator[tuple[str, Any, bool]]:
     """Find what a mapping, or a list of them, holds of a prompt, and whether it stands deep."""
+    is_list = isinstance(value, list)
+    mappings = [value] if isinstance(value, Mapping) else _mappings(value) if is_list else []
+    if not mappings:
+        return
     named = key(name)
     if column_names.is_tools(named) or named in column_names.TOOLS_AS_SCHEMAS:
         return  # schemas have names of their own
-    is_list = isinstance(value, list)
-    mappings = [value] if isinstance(value, Mapping) else _mappings(value) if is_list else []
-    if is_list and (column_names.OF_RESPONSES.fullmatch(named) or any(map(role_of, mappings))):
+    if is_list and (column_names.is_of_responses(named) or any(map(role_of, mappings))):
         return
     start, is_template = f"{name}[]." if is_list else f"{name}.", column_names.is_template(named)
     for mapping in mappings:
@@ -100,12 +102,8 @@ def _inside(name: str, value: Any, levels: int, is_deep: bool) -> Iterator[tuple
             is_part = column_names.belongs(inner_key) and (is_open or not column_names.needs_a_request(inner_key))
             if is_template or is_part:
                 yield f"{start}{inner}", each, is_deep
-            if (
-                levels > 1
-                and isinstance(each, Mapping | list | str | JsonCell)
-                and not column_names.is_closed(inner_key)
-            ):
-                yield from _inside(f"{start}{inner}", _parsed(each, str(inner)), levels - 1, is_deep=True)
+            if levels > 1 and not column_names.is_closed(inner_key):
+                yield from _inside(f"{start}{inner}", _parsed(each, inner_key), levels - 1, is_deep=True)
 
 
 def _mappings(values: list[Any]) -> list[Mapping[str, Any]]:
