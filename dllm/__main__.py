@@ -24,8 +24,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 from dllm import secrets
+from dllm.disk_faults import is_disk_full, no_room, what_helps
 from dllm.errors import ConfigError, DllmError, StageError
-from dllm.files import is_disk_full, no_room, refuse_pipes, what_helps
+from dllm.files import refuse_pipes
 from dllm.outside import MAX_LINE, one_line
 from dllm.process import signals
 from dllm.process.git_hooks import leave_hook

@@ -15,8 +15,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dllm.disk_faults import is_unreadable
 from dllm.errors import DllmError
-from dllm.files import is_unreadable
 from dllm.outside import parse_json
 
 SEAL = "seal"

@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,85 +22,26 @@ from typing import Any
 from psutil import Process
 from pydantic import BaseModel
 
-from dllm.digests import file_digest, sealed, unsealed
-from dllm.errors import StageError
-from dllm.files import (
-    atomic_folder,
-    atomic_link,
-    atomic_path,
-    atomic_write,
-    full_disk_in_one_line,
-    is_unreadable,
-    lock_folder,
-)
+from dllm.digests import file_digest, unsealed
+from dllm.disk_faults import full_disk_in_one_line, is_unreadable
+from dllm.files import lock_folder
 from dllm.process import children as process
 from dllm.process import signals
-from dllm.secrets import hide_in
+from dllm.publishing import HEADLINE, RUN, Publish, as_json, publish_tree, write_json
 from dllm.tracking import provenance
 from dllm.tracking.execution import Execution
 from dllm.tracking.runs import NullTracker, Status, Tracker, flatten
 
 SIDECAR = "stage.json"
 """In a work folder while its result is unfinished: the MLflow run, when it was started, and the seconds so far."""
-RUN = "run.json"
-"""How a result was made, and the digest of each published file."""
-HEADLINE = "headline.json"
-"""The few metrics that `dvc metrics` and `dvc exp show` print; metrics.json has all of them."""
 START_GRACE_S = 10.0
 """From a signal to the end of a process that waits for MLflow to make its run."""
-LINKED = (".safetensors", ".parquet")
-"""Formats written once and never changed in place: hard links to them are safe, and cost no time or space."""
-
-Publish = Callable[[Path, Mapping[str, Path], Mapping[str, Mapping[str, Any]]], None]
-"""Takes the folder, files by their name in it, and JSON records by name."""
 
 
 def fingerprint_of(made_of: Mapping[str, Any]) -> str:
     """Hash all that determines a result into 16 hex digits."""
     text = json.dumps(made_of, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def publish_tree(
-    out: Path, files: Mapping[str, Path], records: Mapping[str, Mapping[str, Any]], *, link: bool = True
-) -> None:
-    """Make `out` a folder of exactly these files and JSON records, in one step; run.json is sealed.
-
-    Args:
-        link: as in `place`.
-
-    Raises:
-        StageError: one of the files is missing.
-    """
-    with atomic_folder(out) as aside:
-        for name, source in files.items():
-            place(source, aside / name, link=link)
-        for name, record in records.items():
-            atomic_write(aside / name, sealed(hide_in(_finite(record))) if name == RUN else _json(record))
-
-
-def place(source: Path, path: Path, *, link: bool = True) -> None:
-    """Link or copy a file to a path, atomically.
-
-    Args:
-        link: share the bytes of formats that are written once, where the disk can.
-
-    Raises:
-        StageError: the file is missing.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not source.is_file():
-        raise StageError("a file to publish is missing", where=str(source))
-    if source.suffix in LINKED and link:
-        atomic_link(source, path)
-    else:
-        with atomic_path(path) as aside:
-            shutil.copyfile(source, aside)
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a mapping as JSON, atomically, without secrets; figures that are not finite become null."""
-    atomic_write(path, _json(record))
 
 
 @dataclass
@@ -205,7 +144,7 @@ class Workspace:
         run = {**self.record, "status": "finished", "seconds": round(self.seconds, 3)}
         run["outputs"] = {name: file_digest(path) for name, path in files.items() if path.is_file()}
         records = {"metrics.json": metrics} | ({} if headline is None else {HEADLINE: headline})
-        run["outputs"] |= {name: hashlib.sha256(_json(record)).hexdigest() for name, record in records.items()}
+        run["outputs"] |= {name: hashlib.sha256(as_json(record)).hexdigest() for name, record in records.items()}
         with full_disk_in_one_line(self.out):
             self.publisher(self.out, files, {**records, RUN: run})
         self.log(metrics, step)
@@ -330,18 +269,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         "seconds": lambda value: isinstance(value, int | float) and 0 <= value < 1 << 40,
     }
     return {key: found[key] for key, check in is_right.items() if found.get(key) is not None and check(found[key])}
-
-
-def _json(record: Mapping[str, Any]) -> bytes:
-    text = json.dumps(hide_in(_finite(record)), indent=2, sort_keys=True, allow_nan=False, default=str)
-    return f"{text}\n".encode()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

@@ -18,6 +18,7 @@ from prefect.exceptions import ObjectNotFound
 
 from dllm.errors import StageError
 from dllm.process import children as process
+from dllm.process import gpus
 from flows import computes
 from flows.children import Place
 
@@ -32,7 +33,7 @@ def gpu_slot(is_needed: Callable[[], bool]) -> AbstractContextManager[None]:
     Args:
         is_needed: whether the stage computes on this machine; asked only where there are GPUs.
     """
-    names = [f"gpu:{uuid or f'{platform.node()}:{index}'}" for index, uuid in process.visible_gpus().items()]
+    names = [f"gpu:{uuid or f'{platform.node()}:{index}'}" for index, uuid in gpus.visible_gpus().items()]
     if not names or not is_needed():
         return nullcontext()
     with get_client(sync_client=True) as client:

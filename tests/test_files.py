@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from dllm import files as whole_file
-from dllm.files import atomic_folder, atomic_link, atomic_write, what_helps
+from dllm.disk_faults import what_helps
+from dllm.files import atomic_folder, atomic_link, atomic_write
 from tests.patience import LONGEST_S
 
 KILLED_IN_THE_MIDDLE = """

@@ -25,6 +25,7 @@ from dllm.methods.dflash.features import check_part
 from dllm.methods.dflash.method import FEATURES
 from dllm.models import builtin, hub
 from dllm.models.checkpoints import check_bytes
+from dllm.publishing import RUN
 from dllm.regeneration.journal import count_damaged
 from dllm.report.terminal import WIDTH
 from dllm.responses import shards
@@ -34,7 +35,6 @@ from dllm.tracking import places, provenance
 from dllm.tracking.model_registry import STORE
 from dllm.tracking.runs import flatten
 from dllm.training.checkpoints import AGAIN, read_state
-from dllm.workspace import RUN
 
 PARAMS = "params.yaml"
 OK, UNKNOWN = "ok", "no digests"

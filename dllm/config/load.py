@@ -15,8 +15,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from dllm.config.params import Params
+from dllm.disk_faults import what_helps
 from dllm.errors import ConfigError
-from dllm.files import what_helps
 from dllm.secrets import holds_secret
 
 Model = typing.TypeVar("Model", bound=BaseModel)

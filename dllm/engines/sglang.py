@@ -30,7 +30,7 @@ from dllm.files import open_to_append
 from dllm.models import builtin, targets
 from dllm.outside import one_line
 from dllm.process import children as process
-from dllm.process import signals
+from dllm.process import gpus, signals
 
 HOST = "127.0.0.1"
 LOG = Path("logs") / "sglang.log"
@@ -252,7 +252,7 @@ def _on_cpu(args: Sequence[str]) -> bool:
     joined = " ".join(args).replace("--device=", "--device ").split()
     if "--device" in joined[:-1]:
         return joined[joined.index("--device") + 1] == "cpu"
-    return not process.has_gpu()
+    return not gpus.has_gpu()
 
 
 def _take_port(stack: ExitStack, requested: int) -> int:

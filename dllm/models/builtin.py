@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dllm.digests import check_files, folder_digests, sealed, unsealed
+from dllm.disk_faults import full_disk_in_one_line, is_unreadable
 from dllm.errors import ModelError
-from dllm.files import atomic_folder, full_disk_in_one_line, is_unreadable, open_lock
+from dllm.files import atomic_folder, open_lock
 
 PREFIX = "builtin:"
 DIGEST_FILE = "weights.sha256"

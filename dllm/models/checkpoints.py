@@ -12,8 +12,8 @@ from typing import Any, Literal
 from dllm.config.load import load_params
 from dllm.config.params import Target
 from dllm.digests import check_files, is_sealed, unsealed
+from dllm.disk_faults import is_unreadable
 from dllm.errors import ConfigError, ModelError
-from dllm.files import is_unreadable
 from dllm.models import builtin, hub, targets
 from dllm.models.diffusion.config import DiffusionConfig, config_at, read_config
 from dllm.models.diffusion.families import family_at

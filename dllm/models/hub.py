@@ -18,8 +18,8 @@ from huggingface_hub.errors import (
 )
 
 from dllm.digests import file_digest
+from dllm.disk_faults import is_disk_full, is_unreadable
 from dllm.errors import ModelError
-from dllm.files import is_disk_full, is_unreadable
 from dllm.models import builtin
 
 CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]

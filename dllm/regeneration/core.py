@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from dllm.digests import unsealed
+from dllm.disk_faults import is_unreadable
 from dllm.engines.engine import Engine, request_origin
 from dllm.errors import LONGEST_HINT, DataError, ServerError, StageError
-from dllm.files import atomic_write, is_unreadable
+from dllm.files import atomic_write
 from dllm.outside import MAX_LINE, one_line
 from dllm.progress import Progress
 from dllm.prompts.table import Prompt

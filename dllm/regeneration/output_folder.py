@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from dllm.digests import unsealed
+from dllm.disk_faults import is_unreadable
 from dllm.errors import StageError
-from dllm.files import LOCK, is_unreadable, lock_folder
+from dllm.files import LOCK, lock_folder
+from dllm.publishing import LINKED, place
 from dllm.responses import shards
-from dllm.workspace import LINKED, Workspace, place
+from dllm.workspace import Workspace
 
 WORK = ".work"
 PUBLISHED = "published"

@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dllm.files import atomic_write, is_unreadable
+from dllm.disk_faults import is_unreadable
+from dllm.files import atomic_write
 from dllm.outside import parse_json
 from dllm.secrets import hide_in
 

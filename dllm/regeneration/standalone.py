@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from dllm.config.load import params_digest
 from dllm.config.params import Params, Regenerate, Source, Target
 from dllm.config.section import Section
+from dllm.disk_faults import full_disk_in_one_line
 from dllm.engines.engine import open_engine
 from dllm.errors import ConfigError, DataError
-from dllm.files import full_disk_in_one_line
 from dllm.models import targets
 from dllm.process import signals
 from dllm.prompts import sources

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from dllm.digests import sealed, unsealed
+from dllm.disk_faults import is_unreadable
 from dllm.engines.engine import Response, request_key
 from dllm.errors import StageError
-from dllm.files import atomic_write, is_unreadable
+from dllm.files import atomic_write
 from dllm.regeneration.journal import ResponseJournal
 from dllm.regeneration.rollout import Rollout
 from dllm.responses import shards

@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dllm.digests import sealed, unsealed
+from dllm.disk_faults import is_unreadable
 from dllm.errors import DataError
-from dllm.files import atomic_write, is_unreadable
+from dllm.files import atomic_write
 from dllm.outside import is_file_name, is_text, one_line
 from dllm.prompts.chats.parquet import chat_fields, from_columns, to_columns
 from dllm.prompts.chats.turns import Message, Tools

@@ -17,12 +17,12 @@ from dllm.methods.method import EvaluateContext, Method
 from dllm.models import checkpoints, targets
 from dllm.outside import one_line
 from dllm.prompts import sets
+from dllm.publishing import RUN
 from dllm.registry import METHODS
 from dllm.stages.outside_data import set_key
 from dllm.stages.plots import write_plots
 from dllm.stages.records import read_record, trained_method
 from dllm.stages.workspace import Stage, open_stage
-from dllm.workspace import RUN
 
 PICTURE = "evaluation.png"
 """Name of the picture in out/evaluate/, the same for every method: dvc.yaml names it."""

@@ -13,9 +13,9 @@ from dllm.config.params import Params, Source
 from dllm.errors import DllmError
 from dllm.prompts import sets, sources
 from dllm.prompts.protocol import label
+from dllm.publishing import RUN
 from dllm.stages.records import read_record
 from dllm.tracking.provenance import digest
-from dllm.workspace import RUN
 
 WATCHED = "data"
 RECORD = "outside"

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from dllm.digests import check_files, is_sealed, tree_digest, unsealed
+from dllm.disk_faults import what_helps
 from dllm.errors import DataError, ModelError, StageError
-from dllm.files import what_helps
+from dllm.publishing import RUN
 from dllm.stages import STAGES
 from dllm.tracking.provenance import RECORDS
-from dllm.workspace import RUN
 
 Records = dict[str, dict[str, Any]]
 OUTPUTS = "outputs"

@@ -18,13 +18,13 @@ from dllm.errors import StageError
 from dllm.files import lock_folder
 from dllm.methods.figures import DASH
 from dllm.methods.method import Method
+from dllm.publishing import publish_tree
 from dllm.registry import METHODS
 from dllm.stages.records import check_published, read_record, read_records, trained_method
 from dllm.stages.workspace import open_stage
 from dllm.tracking import model_registry, places, provenance
 from dllm.tracking.address import tracking_uri
 from dllm.tracking.execution import REPORT
-from dllm.workspace import publish_tree
 
 
 def run(params: Params, root: Path, report: Callable[[Path], Path] | None = None) -> dict[str, Any]:

@@ -14,9 +14,11 @@ from pydantic import BaseModel
 
 from dllm.config.load import params_digest
 from dllm.config.params import Params
+from dllm.disk_faults import full_disk_in_one_line
 from dllm.errors import DllmError
-from dllm.files import full_disk_in_one_line, lock_folder
+from dllm.files import lock_folder
 from dllm.process import signals
+from dllm.publishing import RUN
 from dllm.stages import STAGES
 from dllm.stages.records import check_published, read_record
 from dllm.stages.schema import SCHEMA
@@ -24,7 +26,7 @@ from dllm.tracking.execution import Execution
 from dllm.tracking.provenance import digest, dvc_digest
 from dllm.tracking.run_journal import is_behind
 from dllm.tracking.runs import DatasetInput
-from dllm.workspace import RUN, Workspace
+from dllm.workspace import Workspace
 
 NAMES = {"regenerate": "responses"}
 """What inputs are called as datasets, where not by their own name."""

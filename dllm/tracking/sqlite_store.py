@@ -22,8 +22,9 @@ from mlflow.store.db.base_sql_model import Base
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as RegistryStore
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
+from dllm.disk_faults import HINTS
 from dllm.errors import ServerError, StageError
-from dllm.files import HINTS, aside_of, left_overs
+from dllm.files import aside_of, left_overs
 from dllm.tracking.address import sqlite_uri
 
 MAKING_S = 120.0

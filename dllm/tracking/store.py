@@ -25,8 +25,8 @@ from requests import Response
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 
 from dllm import outside
+from dllm.disk_faults import is_disk_full
 from dllm.errors import ConfigError, DllmError, ServerError, StageError
-from dllm.files import is_disk_full
 from dllm.outside import tls_hint
 from dllm.secrets import hide
 from dllm.tracking import sqlite_store

@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dllm.digests import check_files, file_digest, is_sealed, sealed, unsealed
+from dllm.disk_faults import is_disk_full, is_unreadable
 from dllm.errors import ModelError, StageError
-from dllm.files import atomic_folder, atomic_write, is_disk_full, is_unreadable
+from dllm.files import atomic_folder, atomic_write
 
 SCHEMA = 2
 OPTIMIZER = "optimizer.safetensors"

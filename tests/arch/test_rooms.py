@@ -4,7 +4,21 @@ import pytest
 
 from tests.arch.source_tree import PACKAGE, imports, line, module_name, python_files, room
 
-GROUND = {"outside", "secrets", "errors", "registry", "progress", "files", "config", "process", "tracking", "digests"}
+GROUND = {
+    "outside",
+    "secrets",
+    "errors",
+    "registry",
+    "progress",
+    "disk_faults",
+    "files",
+    "config",
+    "process",
+    "tracking",
+    "digests",
+}
+RESULTS = {"publishing", "workspace"}
+MODELS = {"prompts", "responses", "models", "training", "decoding"}
 MAY_USE = {
     "dllm": set(),
     "outside": set(),
@@ -12,30 +26,27 @@ MAY_USE = {
     "errors": {"outside", "secrets"},
     "registry": {"errors"},
     "progress": {"process"},
+    "disk_faults": {"errors"},
     "files": {"errors"},
     "process": {"errors", "secrets"},
-    "config": {"errors", "secrets", "registry", "files"},
-    "tracking": {"errors", "outside", "secrets", "progress", "files", "config", "process", "digests"},
-    "workspace": {"errors", "secrets", "files", "process", "tracking", "digests"},
-    "digests": {"errors", "outside", "files"},
+    "config": {"errors", "secrets", "registry", "disk_faults", "files"},
+    "tracking": {"errors", "outside", "secrets", "progress", "disk_faults", "files", "config", "process", "digests"},
+    "publishing": {"errors", "secrets", "files", "digests"},
+    "workspace": {"errors", "disk_faults", "files", "publishing", "process", "tracking", "digests"},
+    "digests": {"errors", "outside", "disk_faults"},
     "prompts": GROUND,
     "responses": GROUND | {"prompts"},
     "models": GROUND | {"prompts", "responses"},
     "engines": GROUND | {"prompts", "responses", "models"},
-    "regeneration": GROUND | {"workspace", "prompts", "responses", "models", "engines"},
+    "regeneration": GROUND | RESULTS | {"prompts", "responses", "models", "engines"},
     "training": GROUND | {"prompts", "responses", "models"},
     "decoding": GROUND | {"prompts", "responses", "models", "training"},
-    "methods": GROUND | {"prompts", "responses", "models", "training", "decoding"},
-    "lm_eval": GROUND | {"prompts", "responses", "models", "training", "decoding", "methods"},
-    "stages": GROUND
-    | {"workspace", "prompts", "responses", "models", "engines", "regeneration", "training", "decoding", "methods"},
-    "report": GROUND
-    | {"workspace", "prompts", "responses", "models", "engines", "regeneration", "training", "decoding", "methods"}
-    | {"stages"},
-    "cli": GROUND
-    | {"workspace", "prompts", "responses", "models", "engines", "regeneration", "training", "decoding", "methods"}
-    | {"lm_eval", "stages", "report"},
-    "__main__": {"outside", "errors", "secrets", "process", "cli", "files"},
+    "methods": GROUND | MODELS,
+    "lm_eval": GROUND | MODELS | {"methods"},
+    "stages": GROUND | RESULTS | MODELS | {"engines", "regeneration", "methods"},
+    "report": GROUND | RESULTS | MODELS | {"engines", "regeneration", "methods", "stages"},
+    "cli": GROUND | RESULTS | MODELS | {"engines", "regeneration", "methods", "lm_eval", "stages", "report"},
+    "__main__": {"outside", "errors", "secrets", "process", "cli", "disk_faults", "files"},
 }
 """Each room of dllm/ and the rooms it may import: only ever further down, so that no cycle can form."""
 

@@ -13,7 +13,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dllm import files
+from dllm import disk_faults
 from dllm.cli import verify as verb
 from dllm.config.load import load_params
 from dllm.config.params import Params
@@ -258,7 +258,7 @@ def test_a_finished_shard_with_a_damaged_record_is_made_again(tmp_path: Path) ->
     ],
 )
 def test_a_full_disk_is_one_line_whoever_met_it(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(StageError, match="disk is full") as raised, files.full_disk_in_one_line(tmp_path):
+    with pytest.raises(StageError, match="disk is full") as raised, disk_faults.full_disk_in_one_line(tmp_path):
         raise error
     assert raised.value.exit_code == 5
     assert raised.value.where == (getattr(error, "filename2", None) or str(tmp_path)), "where there is no room"

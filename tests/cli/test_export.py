@@ -22,10 +22,10 @@ from dllm.models.builtin import directory
 from dllm.models.drafts.checkpoint import load_draft, save_draft
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.targets import empty_target
+from dllm.publishing import publish_tree
 from dllm.registry import DRAFTS
 from dllm.stages import other_work
 from dllm.tracking.provenance import digest
-from dllm.workspace import publish_tree
 from tests.decoding import stand_in_drafts
 from tests.models.small_models import TINY
 

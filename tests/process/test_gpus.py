@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dllm.process import children
+from dllm.process import gpus
 
 LISTED = (
     "GPU 0: NVIDIA H200 (UUID: GPU-aa11)\nGPU 1: NVIDIA H200 (UUID: GPU-bb22)\nGPU 10: NVIDIA H200 (UUID: GPU-cc33)\n"
@@ -24,9 +24,9 @@ def test_visible_gpus(chosen: str | None, expected: list[int], tmp_path: Path, m
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if chosen is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-    assert list(children.visible_gpus()) == expected and children.has_gpu()
+    assert list(gpus.visible_gpus()) == expected and gpus.has_gpu()
 
 
 def test_no_driver_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert children.visible_gpus() == {} and not children.has_gpu()
+    assert gpus.visible_gpus() == {} and not gpus.has_gpu()

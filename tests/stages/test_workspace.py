@@ -12,9 +12,10 @@ import pytest
 from dllm.config.load import parse_params
 from dllm.config.params import Params
 from dllm.errors import DllmError, StageError
+from dllm.publishing import publish_tree
 from dllm.stages import workspace as contract
 from dllm.tracking import mlflow_runs as tracking
-from dllm.workspace import SIDECAR, publish_tree
+from dllm.workspace import SIDECAR
 from tests.patience import LONGEST_S
 
 RAW = {

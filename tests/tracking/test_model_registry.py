@@ -15,10 +15,10 @@ import pytest
 from mlflow import artifacts
 
 from dllm.errors import ConfigError, ModelError, ServerError, StageError
+from dllm.publishing import publish_tree
 from dllm.tracking import mlflow_runs as tracking
 from dllm.tracking import model_registry, places, provenance
 from dllm.tracking.model_registry import Registered
-from dllm.workspace import publish_tree
 from tests.patience import LONGEST_S
 
 

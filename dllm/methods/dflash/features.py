@@ -24,8 +24,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dllm.disk_faults import is_unreadable
 from dllm.errors import DataError
-from dllm.files import atomic_path, is_unreadable, open_lock
+from dllm.files import atomic_path, open_lock
 from dllm.models.taps import compute
 from dllm.progress import Progress
 from dllm.training.batches import Example
