@@ -28,8 +28,8 @@ from dllm.errors import DataError, ModelError
 from dllm.models.drafts.proposal import BlockRequest, Proposal
 from dllm.models.drafts.protocol import Draft, TargetIO
 from dllm.models.packing import packed_linears
+from dllm.models.positions import UNBOUNDED, positions_in
 from dllm.models.taps import capture
-from dllm.models.targets import UNBOUNDED, positions_in
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from dllm.methods.diffusion.noise import batch_of
 from dllm.models import checkpoints, targets
 from dllm.models.diffusion.families import load_diffusion_lm
 from dllm.models.diffusion.protocol import DiffusionLM, softcapped
+from dllm.models.positions import UNBOUNDED, positions_in
 from dllm.models.target_config import SOFTCAP, check_logits
-from dllm.models.targets import UNBOUNDED, positions_in
 from dllm.registry import SAMPLERS
 from dllm.training.batches import Example
 from dllm.training.cross_entropy import nll_and_hits

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -20,7 +19,7 @@ from dllm.digests import file_digest
 from dllm.errors import ConfigError, ModelError
 from dllm.models import builtin, hub
 from dllm.models.quiet import without_warnings
-from dllm.models.target_config import ROPE_SECTIONS, built_config, check_config, not_built, read_config
+from dllm.models.target_config import built_config, check_config, not_built, read_config
 from dllm.models.target_files import check_directory
 from dllm.outside import one_line
 
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-UNBOUNDED = 1 << 30
-"""Positions of a model whose config names none."""
-ORIGINAL = "original_max_position_embeddings"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -105,34 +101,6 @@ def check_vocabulary(target: Target, tokenizer: PreTrainedTokenizerBase, ids: It
         token = one_line(str(tokenizer.convert_ids_to_tokens(last)), 60)
         what = f"the tokenizer has token {last} ({token}), and the embedding {rows} rows"
         raise ModelError(what, where=str(path), hint="the tokenizer is another model's, or rows were not added for it")
-
-
-def max_positions(target: Target) -> int | None:
-    """Read how many positions the target has, for prompt and response together; None where its config does not say."""
-    try:
-        config = json.loads((locate(target) / "config.json").read_bytes())
-        return positions_in(config.get("text_config") or config)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
-
-
-def positions_in(config: Mapping[str, Any]) -> int | None:
-    """Return the number of positions that a config names, with those that yarn adds; None where it names none.
-
-    Those of longrope end where its second set of frequencies would begin: a row beyond it changes the embeddings of all
-    rows of its batch, so that a response or a feature would depend on its neighbours.
-    """
-    named = (config.get(name) for name in ("max_position_embeddings", "n_positions", "max_sequence_length"))
-    positions = next((int(value) for value in named if value), None)
-    for section in ROPE_SECTIONS:
-        scaling = config.get(section) or {}
-        kind = scaling.get("rope_type") or scaling.get("type")
-        original = scaling.get(ORIGINAL) or config.get(ORIGINAL)
-        if positions and kind == "yarn":  # transformers, too, takes all positions where there is no other number
-            positions = max(positions, int((original or positions) * scaling["factor"]))
-        elif positions and original and kind in ("longrope", "su"):  # its older name
-            positions = min(positions, int(original))
-    return positions
 
 
 def load_target(

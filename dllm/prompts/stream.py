@@ -24,7 +24,7 @@ from dllm.prompts.files.readers import BadRow
 from dllm.prompts.protocol import PromptSource, label
 from dllm.prompts.rows.reading import Reading
 from dllm.prompts.table import HELDOUT, TRAIN, Prompt, prompt_id, split_of
-from dllm.prompts.template import ignores_tools, unseen_turns
+from dllm.prompts.template_probes import ignores_tools, unseen_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 _PROBE = "Xyzzy answers plainly"
-_TURN_PROBE = "xyzzy"
 RENDER_S = 10.0
 """Longest time of one rendering."""
 MAX_RENDERED = 1 << 26
@@ -47,7 +46,7 @@ def prompt_ids(
     Raises:
         DataError: there is no template, it renders no assistant turn, or it refuses these messages.
     """
-    _check_template(tokenizer, _template(tokenizer))
+    _check_template(tokenizer, chat_template(tokenizer))
     return _ids(tokenizer, messages, enable_thinking, tools, add_generation_prompt=True)
 
 
@@ -95,55 +94,13 @@ def _without_calls(
         return None
 
 
-def check_thinking_modes(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Refuse a chat template that renders the same prompt with thinking on and off.
-
-    Raises:
-        DataError: it does; the line names `where`, the key that asks for a mode.
-    """
-    on, off = (prompt_ids(tokenizer, [{"role": "user", "content": _PROBE}], mode) for mode in (True, False))
-    if on == off:
-        what = "the chat template renders the same prompts with thinking on and off"
-        raise DataError(what, where=where, hint="leave it out")
-
-
-def ignores_tools(tokenizer: PreTrainedTokenizerBase, tools: Tools) -> bool:
-    """Return whether the chat template renders the same prompt with tools as without."""
-    asked: list[Message] = [{"role": "user", "content": _PROBE}]
-    try:
-        return prompt_ids(tokenizer, asked, tools=tools) == prompt_ids(tokenizer, asked)
-    except DataError:
-        return False
-
-
-def unseen_turns(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools | None) -> set[str]:
-    """Return the roles of a chat of which the chat template leaves out the text of a turn: the target never sees it.
-
-    A word of its own is put behind each text, and looked for in what is rendered.
-    """
-    with_text = [number for number, message in enumerate(messages) if message["content"].strip()]
-    probed = [dict(message) for message in messages]
-    for number in with_text:
-        probed[number]["content"] += f" {_TURN_PROBE}{number}e"
-    try:
-        rendered = _render(tokenizer, probed, None, tools=tools)
-    except DataError:  # each row that it refuses is counted, with its reason
-        return set()
-    return {str(messages[number]["role"]) for number in with_text if f"{_TURN_PROBE}{number}e" not in rendered}
-
-
-def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the chat template writes today's date, so that a prompt has other ids on another day."""
-    return "strftime_now" in _template(tokenizer)
-
-
 def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash the chat template into 16 hex digits.
 
     Raises:
         DataError: the tokenizer has no chat template.
     """
-    return hashlib.sha256(_template(tokenizer).encode()).hexdigest()[:16]
+    return hashlib.sha256(chat_template(tokenizer).encode()).hexdigest()[:16]
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, *configs: GenerationConfig | PreTrainedConfig | None) -> set[int]:
@@ -176,7 +133,7 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     Raises:
         DataError: there is no template, it renders no assistant turn, or neither id exists.
     """
-    template = _template(tokenizer)
+    template = chat_template(tokenizer)
     _check_template(tokenizer, template)
     tail = _answered(tokenizer).rpartition(_PROBE)[2]
     # Not all_special_ids: that has only those with a role, and a turn may end with one that has none.
@@ -189,7 +146,12 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of the chat template.
+
+    Raises:
+        DataError: the tokenizer has none.
+    """
     try:
         return str(tokenizer.get_chat_template())
     except ValueError:
@@ -202,8 +164,8 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
 def _check_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     # The template is an argument so that a tokenizer whose template was replaced is checked again.
     asked: list[Message] = [{"role": "user", "content": "Say something."}]
-    opened = _render(tokenizer, asked, None)
-    if opened == _render(tokenizer, asked, None, add_generation_prompt=False):
+    opened = render_chat(tokenizer, asked, None)
+    if opened == render_chat(tokenizer, asked, None, add_generation_prompt=False):
         what = "the chat template opens no assistant turn: it ignores add_generation_prompt"
     elif _PROBE not in _answered(tokenizer):
         what = "the chat template renders no assistant turn"
@@ -214,7 +176,7 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
 
 def _answered(tokenizer: PreTrainedTokenizerBase) -> str:
     chat: list[Message] = [{"role": "user", "content": "Say something."}, {"role": "assistant", "content": _PROBE}]
-    return str(_render(tokenizer, chat, None, add_generation_prompt=False))
+    return str(render_chat(tokenizer, chat, None, add_generation_prompt=False))
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> str:
@@ -241,7 +203,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **op
     return rendered
 
 
-def _render(
+def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     enable_thinking: bool | None,
@@ -249,6 +211,7 @@ def _render(
     tools: Tools | None = None,
     add_generation_prompt: bool = True,
 ) -> str:
+    """Render a chat as text, with the options that templates know; raises as `render` does."""
     options: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
     if tools is not None:
         options["tools"] = tools
@@ -272,11 +235,11 @@ def _ids(
         spelt = [content for content in special if content in texts or to_json(content)[1:-1] in texts]
     options: dict[str, Any] = {"tools": tools, "add_generation_prompt": add_generation_prompt}
     if not spelt:
-        rendered = _render(tokenizer, messages, enable_thinking, **options)
+        rendered = render_chat(tokenizer, messages, enable_thinking, **options)
         return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
     mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in texts)
     options["tools"] = _marked(tools, spelt, mark)
-    rendered = _render(tokenizer, _marked(list(messages), spelt, mark), enable_thinking, **options)
+    rendered = render_chat(tokenizer, _marked(list(messages), spelt, mark), enable_thinking, **options)
     parts = re.split("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")", rendered)
     # A letter for each spelt token: shows whether this tokenizer treats the parts of a text one by one.
     plain = [_without(part, spelt, mark) for part in parts]

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dllm.config.params import Regenerate, Target
 from dllm.engines.engine import Refusal, Request, Response, fit, request_key, request_seed
 from dllm.errors import DataError
-from dllm.models import targets
+from dllm.models.positions import max_positions
 from dllm.prompts import template as chat
 from dllm.prompts.chats.tools import spelt_calls
 from dllm.prompts.chats.turns import Message
@@ -62,7 +62,7 @@ class RolloutConfig:
     @functools.cached_property
     def positions(self) -> int | None:
         """Positions that the target has for prompt and response; None leaves the limit to servers that run already."""
-        return None if ENGINES[self.settings.engine].is_external else targets.max_positions(self.target)
+        return None if ENGINES[self.settings.engine].is_external else max_positions(self.target)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from dllm.engines.engine import EngineFactory
 from dllm.models import hub
 from dllm.models.target_files import check_revision, check_shards
 from dllm.models.targets import check_vocabulary, load_tokenizer, locate
-from dllm.prompts.template import check_thinking_modes, prompt_ids, writes_date
+from dllm.prompts.template import prompt_ids
+from dllm.prompts.template_probes import check_thinking_modes, writes_date
 from dllm.registry import ENGINES, METHODS
 
 DATED = (

@@ -9,7 +9,7 @@ from pathlib import Path
 from dllm.config.params import Target, Train
 from dllm.errors import DataError
 from dllm.models import precision
-from dllm.models.targets import max_positions
+from dllm.models.positions import max_positions
 from dllm.regeneration.identity import THINKING
 from dllm.responses.shards import iter_rows, read_manifest
 from dllm.training.batches import Examples, make_examples

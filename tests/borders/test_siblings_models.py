@@ -26,6 +26,7 @@ from dllm.methods.dflash.plan import forward_flops
 from dllm.methods.diffusion.build import initial_model
 from dllm.models import targets
 from dllm.models.experts import weights_per_token
+from dllm.models.positions import max_positions
 from dllm.models.target_config import LOGIT_SWITCHES, logit_switch
 from dllm.prompts.stream import Tally, stream
 from dllm.registry import METHODS
@@ -306,7 +307,7 @@ def test_a_missing_shard_is_named_before_anything_is_generated(tmp_path: Path) -
 def test_yarn_without_a_number_of_its_own_starts_from_all_positions(tmp_path: Path, section: str) -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
     folder = _copy_of_tiny(tmp_path / "m", **{"rope_parameters": "GONE", section: yarn})
-    assert targets.max_positions(Target(model=str(folder))) == 4 * 2048
+    assert max_positions(Target(model=str(folder))) == 4 * 2048
 
 
 @pytest.mark.parametrize("text", ["12e4567", "1234567", "on", "true"])

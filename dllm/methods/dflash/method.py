@@ -85,6 +85,7 @@ class DflashMethod:
         from dllm.methods.dflash.features import CachedFeatures, OnlineFeatures
         from dllm.methods.dflash.strategy import DflashStrategy
         from dllm.models import targets
+        from dllm.models.positions import max_positions
         from dllm.prompts.template import stop_ids
 
         settings, params = ctx.settings, ctx.params
@@ -113,7 +114,7 @@ class DflashMethod:
         del target  # with cached features only its embedding and head stay in memory
         # A dataset's own responses are no decoding of the target, nor are sampled ones.
         is_greedy = params.regenerate.temperature == 0 and ENGINES[params.regenerate.engine].generates
-        positions = targets.max_positions(params.target)
+        positions = max_positions(params.target)
         return DflashStrategy(
             draft, embedding_VD, head_VD, ctx.splits, source, params.train, stops, positions, is_greedy
         )

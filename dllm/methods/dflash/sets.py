@@ -24,6 +24,7 @@ from dllm.prompts import template as chat
 from dllm.prompts.overlap import asked_in_training
 from dllm.prompts.protocol import label
 from dllm.prompts.table import TRAIN, Prompt, read_prompts
+from dllm.prompts.template_probes import check_thinking_modes
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 MODES = {None: "", True: " thinking on", False: " thinking off"}
@@ -71,7 +72,7 @@ def load(params: Params, root: Path, tokenizer: PreTrainedTokenizerBase, limit: 
             know thinking modes.
     """
     if params.evaluate.thinking is not None:
-        chat.check_thinking_modes(tokenizer, "evaluate.thinking")
+        check_thinking_modes(tokenizer, "evaluate.thinking")
     read = [(entry, sets.read(entry, root)) for entry in params.evaluate.sets or []]
     found = []
     for place, ((entry, prompts), known) in enumerate(zip(read, _in_training(read, root), strict=True)):

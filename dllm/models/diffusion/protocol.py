@@ -27,7 +27,7 @@ from dllm.models.diffusion.cache import CanvasCache
 from dllm.models.diffusion.config import Context, DiffusionConfig, Origin
 from dllm.models.diffusion.layout import blocks_of, paired_layout
 from dllm.models.diffusion.lora import Adapter
-from dllm.models.targets import UNBOUNDED, positions_in
+from dllm.models.positions import UNBOUNDED, positions_in
 from dllm.prompts.template import stop_ids
 
 T = TypeVar("T")
