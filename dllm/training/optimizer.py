@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from dllm.config.params import Optimizer
 from dllm.errors import ModelError
 from dllm.models.sharding import shard_like
+from dllm.training.muon import Muon
 
 ADAMW_SHARE = 0.1
 """Beside Muon, AdamW takes this share of its rate (the 10:1 that vllm-project/speculators#979 settled on)."""
@@ -38,12 +39,7 @@ class Optimizers:
         if muon and matrices:
             # RMS-matched: an orthogonal update scaled to the size of AdamW's, so that one rate fits every shape.
             self.parts.append(
-                torch.optim.Muon(
-                    [{"params": matrices, "peak_lr": settings.lr}],
-                    lr=settings.lr,
-                    weight_decay=settings.weight_decay,
-                    adjust_lr_fn="match_rms_adamw",
-                )
+                Muon([{"params": matrices, "peak_lr": settings.lr}], lr=settings.lr, weight_decay=settings.weight_decay)
             )
         # Norms and other vectors never decay: pulling a gain towards zero is no regularisation.
         lr = settings.lr * (ADAMW_SHARE if muon else 1)
@@ -124,7 +120,7 @@ def moment_bytes(model: nn.Module, settings: Optimizer, adamw_rates: Mapping[str
     """Count what the moments of a model's parameters will take: two of each in AdamW, one in Muon. Units: bytes."""
     groups = [(part, group) for part in Optimizers(model, settings, adamw_rates).parts for group in part.param_groups]
     return sum(
-        4 * parameter.numel() * (1 if isinstance(part, torch.optim.Muon) else 2)
+        4 * parameter.numel() * (1 if isinstance(part, Muon) else 2)
         for part, group in groups
         for parameter in group["params"]
     )

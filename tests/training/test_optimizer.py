@@ -6,7 +6,9 @@ from torch import nn
 
 from dllm.config.params import Optimizer
 from dllm.errors import ModelError
+from dllm.models import precision
 from dllm.models.sharding import own_shards
+from dllm.training.muon import Muon, orthogonalized
 from dllm.training.optimizer import ADAMW_SHARE, Optimizers, lr_factor
 
 
@@ -48,6 +50,25 @@ def test_muon_moves_matrices_by_a_matched_size_and_adamw_the_rest() -> None:
     assert {key.rpartition(":")[2] for key in optimizers.state() if key.startswith("0.weight")} == {"momentum_buffer"}
     assert moved["0.weight"].square().mean().sqrt() == pytest.approx(0.2 * 0.01, rel=0.4)
     assert moved["1.bias"].abs().max() == pytest.approx(ADAMW_SHARE * 0.01, rel=1e-3)
+
+
+def test_muon_takes_torchs_steps_where_it_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, gradients = [(48, 16), (16, 48), (32, 32)], torch.Generator().manual_seed(0)
+    ours, theirs = ([nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    monkeypatch.setattr(precision, "_multiplies_in", lambda dtype: False)
+    one = Muon(ours, lr=0.01, weight_decay=0.1)
+    other = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for mine, its in zip(ours, theirs, strict=True):
+            mine.grad = its.grad = torch.randn(mine.shape, generator=gradients)
+        one.step()
+        other.step()
+    for mine, its in zip(ours, theirs, strict=True):
+        moved = its.detach() - 1
+        assert (mine - its).norm() < 0.02 * moved.norm()  # bfloat16 has three digits
+        assert torch.allclose(one.state[mine]["momentum_buffer"], other.state[its]["momentum_buffer"])
+    values = torch.linalg.svdvals(orthogonalized(torch.randn(40, 12, generator=gradients), (3.4445, -4.775, 2.0315), 5))
+    assert values.min() > 0.5 and values.max() < 1.3
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
