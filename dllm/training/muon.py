@@ -1,4 +1,7 @@
-"""Muon, with its products in the dtype that the device computes in."""
+"""Muon, with its products in the dtype that the device computes in.
+
+Shape suffixes: N rows and M columns of a matrix, R the shorter side, C the longer one.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +29,15 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Move the matrices that have a gradient; return what the closure, a function without arguments, returns."""
+        """Move the matrices that have a gradient; with a closure, as torch does."""
         devices = {parameter.device for group in self.param_groups for parameter in group["params"]}
-        if all(compute_dtype(torch.bfloat16, device) == torch.bfloat16 for device in devices):
+        if closure is not None or all(compute_dtype(torch.bfloat16, device) == torch.bfloat16 for device in devices):
             return super().step(closure)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._move(parameter, parameter.grad, group)
-        return loss
+        return None
 
     def _move(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
@@ -50,19 +49,22 @@ class Muon(torch.optim.Muon):
         parameter.sub_(update, alpha=group["lr"] * 0.2 * math.sqrt(max(parameter.shape)))
 
 
-def orthogonalized(matrix: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+def orthogonalized(matrix_NM: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
     """Bring the singular values of a matrix near 1 by Newton-Schulz iterations, in its own dtype.
 
     Args:
-        matrix: of any two sizes.
+        matrix_NM: the matrix.
         coefficients: a, b, c of X <- a X + (b G + c G G) X with G = X X^T.
         steps: iterations.
+
+    Shapes: returns (N, M).
+    Source: Jordan 2024, https://kellerjordan.github.io/posts/muon.
     """
     a, b, c = coefficients
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if is_tall else matrix  # G has the shorter side
-    x = x / x.norm().clamp(min=1e-7)
+    is_tall = matrix_NM.shape[0] > matrix_NM.shape[1]
+    x_RC = matrix_NM.T if is_tall else matrix_NM
+    x_RC = x_RC / x_RC.norm().clamp(min=1e-7)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if is_tall else x
+        gram_RR = x_RC @ x_RC.T
+        x_RC = torch.addmm(x_RC, torch.addmm(gram_RR, gram_RR, gram_RR, beta=b, alpha=c), x_RC, beta=a)
+    return x_RC.T if is_tall else x_RC
