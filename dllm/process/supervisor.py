@@ -67,6 +67,7 @@ def main(arguments: list[str]) -> int:
         _signal(left, signal.SIGKILL)
         tree.wait_ended(1.0, child)
     code = child.wait()
+    _reap_all()
     return 128 - code if code < 0 else code
 
 
@@ -102,12 +103,16 @@ class _Tree:
             self.scan()
 
     def scan(self) -> list[psutil.Process]:
-        """Scan the process table and list those that still run."""
+        """Scan the process table, reap adopted processes that have ended, and list those that still run."""
         self._scanned = time.monotonic()
-        self._reap_adopted()
         for root in [self._me] if IS_LINUX else [self._me, *self._seen]:
             with contextlib.suppress(psutil.Error):
                 self._seen.update(root.children(recursive=True))
+        for process in self._seen:
+            # Also those that had ended before they were adopted. subprocess collects the child's exit code.
+            if process.pid != self._child:
+                with contextlib.suppress(ChildProcessError):  # its parent is still there
+                    os.waitpid(process.pid, os.WNOHANG)
         self._seen = {process for process in self._seen if _runs(process)}
         return list(self._seen)
 
@@ -119,11 +124,12 @@ class _Tree:
                 return
             time.sleep(POLL_INTERVAL_S)
 
-    def _reap_adopted(self) -> None:
-        for process in self._seen:
-            if process.pid != self._child:  # subprocess collects the child's exit code
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(process.pid, os.WNOHANG)
+
+def _reap_all() -> None:
+    """Reap what has ended since the last scan, so that no zombie is left to init."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def _runs(process: psutil.Process) -> bool:

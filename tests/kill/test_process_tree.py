@@ -54,6 +54,22 @@ for _ in range(2):
 time.sleep(1)
 """
 
+# As a flow run that is killed when a program below it has ended and is not waited for.
+CARELESS = """
+import pathlib, subprocess, sys, time
+parent = '''
+import os, pathlib, subprocess, sys, time
+ended = subprocess.Popen(["true"])
+os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+pathlib.Path(sys.argv[1], f"{ended.pid}.pid").touch()
+time.sleep(600)
+'''
+parent = subprocess.Popen([sys.executable, "-c", parent, sys.argv[1]])
+pathlib.Path(sys.argv[1], f"{parent.pid}.pid").touch()
+parent.wait()
+time.sleep(600)
+"""
+
 CALLER = """
 import json, sys
 from dllm.process import children as process
@@ -137,3 +153,13 @@ def test_a_daemon_left_behind_is_stopped(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", FORGETFUL, LEAF, str(tmp_path), "polite"]
     assert process.run(argv).code == 0
     assert_gone(leaves(tmp_path), within_s=0)
+
+
+def test_a_zombie_that_is_adopted_is_reaped_while_the_child_runs(tmp_path: Path) -> None:
+    with process.background([sys.executable, "-c", CARELESS, str(tmp_path)], grace_s=1):
+        ended, parent = sorted(leaves(tmp_path), key=is_alive)
+        psutil.Process(parent).kill()
+        end = time.monotonic() + LONGEST_S
+        while left := [pid for pid in (ended, parent) if psutil.pid_exists(pid)]:
+            assert time.monotonic() < end, f"never reaped: {left}"
+            time.sleep(0.1)
