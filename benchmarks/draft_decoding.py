@@ -27,9 +27,9 @@ from dllm.config.params import Target
 from dllm.decoding.speculative import Decoder
 from dllm.models import targets
 from dllm.models.drafts.checkpoint import load_draft, save_draft
-from dllm.models.drafts.config import for_target
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.drafts.dflash2 import DFlash2Config, DFlash2Draft
+from dllm.models.drafts.sizing import for_target
 
 Prompt = list[int]
 Clock = Callable[[], float]

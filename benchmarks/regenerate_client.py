@@ -117,7 +117,8 @@ async def serve(slots: int, token_s: float) -> None:
 
 def engine(url: str, rows: list[list[dict[str, str]]], concurrency: int) -> int:
     """Generate with dllm's engine; return the number of responses."""
-    from dllm.config.params import Regenerate, Target
+    from dllm.config.params import Target
+    from dllm.config.regenerate import Regenerate
     from dllm.engines.engine import Request, RequestList, Response
     from dllm.engines.openai.engine import OpenAIEngine
     from dllm.models.targets import load_tokenizer

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dllm.config.params import Params, Regenerate, Target
+from dllm.config.params import Params, Target
+from dllm.config.regenerate import Regenerate
 from dllm.engines.engine import EngineStats, Refusal, Request, RequestSource, Response, refuse_servers
 from dllm.errors import ConfigError, DataError
 from dllm.prompts import template as chat

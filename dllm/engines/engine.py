@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from dllm.config.params import Params, Regenerate, Target
+from dllm.config.params import Params, Target
+from dllm.config.regenerate import Regenerate
 from dllm.errors import ConfigError
 from dllm.prompts.chats.turns import Message
 from dllm.registry import ENGINES

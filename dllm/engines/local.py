@@ -23,7 +23,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from dllm.config.params import Params, Regenerate, Target
+from dllm.config.params import Params, Target
+from dllm.config.regenerate import Regenerate
 from dllm.engines.engine import EngineStats, Request, RequestSource, Response, refuse_servers
 from dllm.errors import ModelError
 from dllm.models import precision, targets

@@ -17,7 +17,7 @@ from dllm.engines.openai.servers import Server
 from dllm.errors import ServerError
 from dllm.outside import one_line
 from dllm.process.children import Background
-from dllm.process.signals import EventLoop
+from dllm.process.event_loop import EventLoop
 
 LOOK_EVERY_S = 0.5
 REPORT_EVERY_S = 15.0

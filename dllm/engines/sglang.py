@@ -22,7 +22,8 @@ from typing import NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
-from dllm.config.params import Params, Sglang
+from dllm.config.params import Params
+from dllm.config.regenerate import Sglang
 from dllm.engines.openai.engine import OpenAIEngine
 from dllm.engines.readiness import wait_until_ready
 from dllm.errors import ConfigError, ServerError, StageError

@@ -1,13 +1,11 @@
-"""The frozen target: finding its files, hashing and loading them.
+"""The frozen target: finding its files, and loading them.
 
-Owns the way from `target.model` in params.yaml to a directory, a model in evaluation mode, and an identity that
-fingerprints can carry. Hub models are taken as a snapshot first, so that all later reads see one revision.
+Owns the way from `target.model` in params.yaml to a directory and a model in evaluation mode. Hub models are taken as a
+snapshot first, so that all later reads see one revision.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -15,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dllm.config.params import Target
-from dllm.digests import file_digest
 from dllm.errors import ConfigError, ModelError
 from dllm.models import builtin, hub
 from dllm.models.quiet import without_warnings
@@ -26,8 +23,6 @@ from dllm.outside import one_line
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def locate(target: Target, *, weights: bool = True) -> Path:
@@ -63,7 +58,7 @@ def locate(target: Target, *, weights: bool = True) -> Path:
     return path
 
 
-# torch and the model classes of transformers take 1 to 3 seconds to import: identity and location do without them.
+# torch and the model classes of transformers take 1 to 3 seconds to import: location does without them.
 
 
 def load_tokenizer(target: Target) -> PreTrainedTokenizerBase:
@@ -235,51 +230,6 @@ def best_device() -> torch.device:
         is_rank = "WORLD_SIZE" in os.environ  # else LOCAL_RANK is left over in a shell
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if is_rank else 0)
     return torch.device("cpu")
-
-
-def identity(target: Target) -> dict[str, Any]:
-    """Return the model's identity: name, hub commit (None if not from the hub), hashes of its weights and code."""
-    path = locate(target)
-    found = {
-        "model": target.model,
-        "revision": None if target.model.startswith(builtin.PREFIX) else hub.commit_of(path),
-        "weights": weights_digest(path),
-    }
-    if target.trust_remote_code:
-        code = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(path.glob("*.py"))]
-        found["code"] = hashlib.sha256("\n".join(code).encode()).hexdigest()
-    return found
-
-
-def weights_digest(directory: Path) -> str:
-    """Hash a model directory's config and weights into 64 hex digits.
-
-    Raises:
-        ModelError: the directory holds no weights.
-    """
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        hint = None
-        if any(any(directory.glob(f"*{suffix}")) for suffix in PICKLES):
-            hint = "pickled weights are not read, since they can run code; save the model as safetensors"
-        raise ModelError("no weights (*.safetensors)", where=str(directory), hint=hint)
-    parts = [hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()]
-    for file in files:
-        stat = file.stat()
-        parts.append(_file_digest(file, stat.st_size, stat.st_mtime_ns))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-@functools.cache
-def _file_digest(file: Path, size: int, mtime_ns: int) -> str:
-    noted = file.parent / builtin.DIGEST_FILE
-    if noted.is_file():
-        return noted.read_text().strip()
-    # In the hub's cache the blob of a large file is named by its sha256.
-    blob = file.resolve().name
-    if re.fullmatch(r"[0-9a-f]{64}", blob):
-        return blob
-    return file_digest(file)
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ a destructor or a callback of an event loop, where it is lost or breaks what it 
 
 * `check` exits if a signal has come. Progress bars call it, so that every loop of a stage is left within one item.
 * `Interrupt` is a block that looks at `received` itself: an optimizer step is finished, a child is stopped first.
-* `EventLoop` cancels its coroutine.
+* `dllm.process.event_loop` cancels its coroutine.
 * Where none of them is reached in time (a long computation, an import), a thread calls what `on_stop` names and ends
   the process. That is safe at any moment, as files are written so that a kill leaves them whole.
 
@@ -21,21 +21,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 EXIT_CODES = tuple(128 + number for number in SIGNALS)
 GRACE_S = 2.0
 """From a signal to the end of a process that reaches no point where stopping is safe."""
-LOOP_GRACE_S = 10.0
-"""The same for a coroutine that does not end when it is cancelled."""
 CLOSING_S = 8.0
 """The most that the functions of `on_stop` may take."""
 POLL_INTERVAL_S = 0.05
 
-T = TypeVar("T")
 Handlers = dict[int, Any]
 
 
@@ -128,6 +125,21 @@ def on_stop(close: Callable[[], object]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def listening(listener: Callable[[], object]) -> Iterator[None]:
+    """Call a function from a thread when a signal comes; at once if one has come."""
+    state = _state
+    with state.lock:
+        state.listeners.append(listener)
+        if state.is_announced and not state.is_obeyed:
+            listener()
+    try:
+        yield
+    finally:
+        with state.lock:
+            state.listeners.remove(listener)
+
+
+@contextlib.contextmanager
 def uninterrupted(grace_s: float = math.inf) -> Iterator[None]:
     """Let signals wait until the block is left, and the next `check` comes. Beside the main thread it does nothing.
 
@@ -186,40 +198,6 @@ class Interrupt:
             _obey(number)
 
 
-class EventLoop:
-    """An asyncio event loop in which no signal raises: one cancels the coroutine that runs."""
-
-    def __init__(self) -> None:
-        import asyncio  # 25 ms, which a start of the command line need not take
-
-        self._loop = asyncio.new_event_loop()
-
-    def run(self, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine function to its end and return its result.
-
-        Raises:
-            SystemExit: a signal has come; what the coroutine has returned or raised since is dropped.
-        """
-        with Interrupt(LOOP_GRACE_S) as interrupt:
-            task = self._loop.create_task(main())
-            with _listening(lambda: self._loop.call_soon_threadsafe(task.cancel)):
-                try:
-                    return self._loop.run_until_complete(task)
-                except BaseException:
-                    if (number := interrupt.received) is None:
-                        raise
-            interrupt.deliver(number)
-
-    def close(self, last: Callable[[], Coroutine[Any, Any, object]] | None = None) -> None:
-        """Run a last coroutine function to its end, whatever signals come, and close the loop."""
-        with handled(), uninterrupted(LOOP_GRACE_S):
-            try:
-                if last is not None:
-                    self._loop.run_until_complete(last())
-            finally:
-                self._loop.close()
-
-
 def _pending() -> int | None:
     return None if _state.is_obeyed else _state.received
 
@@ -234,21 +212,6 @@ def _obey(number: int) -> NoReturn:
     # Objects dropped half made complain from `__del__`, and nobody can act on that.
     sys.unraisablehook = lambda ignored: None
     raise SystemExit(128 + number)
-
-
-@contextlib.contextmanager
-def _listening(listener: Callable[[], object]) -> Iterator[None]:
-    """Call a function from a thread when a signal comes; at once if one has come."""
-    state = _state
-    with state.lock:
-        state.listeners.append(listener)
-        if state.is_announced and not state.is_obeyed:
-            listener()
-    try:
-        yield
-    finally:
-        with state.lock:
-            state.listeners.remove(listener)
 
 
 def _install(although_ignored: tuple[int, ...]) -> None:

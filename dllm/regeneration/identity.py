@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dllm.config.params import Regenerate, Sglang, Target
-from dllm.models import targets
+from dllm.config.params import Target
+from dllm.config.regenerate import Regenerate, Sglang
+from dllm.models import target_identity, targets
 from dllm.prompts import template as chat
 from dllm.registry import ENGINES
 
@@ -47,7 +48,7 @@ def identity(settings: Regenerate, target: Target, tokenizer: PreTrainedTokenize
         named = {"model": target.model, "revision": target.revision}
         return {**found, "target": named, "served_model": settings.served_model or target.model}
     targets.check_vocabulary(target, tokenizer, [end])
-    return {**found, "target": targets.identity(target)}
+    return {**found, "target": target_identity.identity(target)}
 
 
 def about(settings: Regenerate, target: Target) -> dict[str, Any]:

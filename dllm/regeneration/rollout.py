@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from dllm.config.params import Regenerate, Target
+from dllm.config.params import Target
+from dllm.config.regenerate import Regenerate
 from dllm.engines.engine import Refusal, Request, Response, fit, request_key, request_seed
 from dllm.errors import DataError
 from dllm.models.positions import max_positions

@@ -18,7 +18,8 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from dllm.config.load import params_digest
-from dllm.config.params import Params, Regenerate, Source, Target
+from dllm.config.params import Params, Source, Target
+from dllm.config.regenerate import Regenerate
 from dllm.config.section import Section
 from dllm.disk_faults import full_disk_in_one_line
 from dllm.engines.engine import open_engine

@@ -14,7 +14,7 @@ from typing import Any
 from dllm.config.params import Params
 from dllm.errors import StageError
 from dllm.methods.method import EvaluateContext, Method
-from dllm.models import checkpoints, targets
+from dllm.models import checkpoints, target_identity
 from dllm.outside import one_line
 from dllm.prompts import sets
 from dllm.publishing import RUN
@@ -87,7 +87,7 @@ def _open(
         params,
         sections=[params.target, params.evaluate],
         inputs={**{key: root / path for key, path in method.reads.items()}, "checkpoint": checkpoint},
-        identity={"target": targets.identity(params.target), "method": name, **read, **own},
+        identity={"target": target_identity.identity(params.target), "method": name, **read, **own},
         root=root,
         aside=to,
         run_name=None if named is None else f"evaluate {named}",

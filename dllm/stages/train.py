@@ -13,7 +13,7 @@ from typing import Any
 from dllm.config.load import params_digest
 from dllm.config.params import Params
 from dllm.methods.method import Method, Publication, TrainContext
-from dllm.models import targets
+from dllm.models import target_identity
 from dllm.models.precision import compute_dtype, name_of
 from dllm.registry import METHODS
 from dllm.stages import other_work
@@ -40,7 +40,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         StageError: the gradient is not finite, or another rank was lost.
     """
     with Join() as ranks:
-        identity = targets.identity(params.target)
+        identity = target_identity.identity(params.target)
         with open_stage(
             "train",
             params,

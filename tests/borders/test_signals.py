@@ -68,7 +68,7 @@ def test_what_reaches_no_safe_point_is_closed_and_ended(number: signal.Signals) 
 
 SAFE_POINT = """
 import os, signal
-from dllm.process import signals
+from dllm.process import event_loop, signals
 with signals.handled():
     try:
         with signals.on_stop(lambda: print("closed", flush=True)):
@@ -80,7 +80,7 @@ with signals.handled():
             os.kill(os.getpid(), number)
         signals.check()
         signals.sleep(0.1)
-        signals.EventLoop().run(lambda: wait())
+        event_loop.EventLoop().run(lambda: wait())
         print("unwound", flush=True)
 """
 

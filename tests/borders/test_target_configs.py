@@ -15,7 +15,7 @@ from dllm.config.params import Target
 from dllm.engines.local import LocalEngine
 from dllm.errors import DllmError, ModelError
 from dllm.methods.diffusion.build import check_family
-from dllm.models import builtin, checkpoints, config_keys, targets
+from dllm.models import builtin, checkpoints, config_keys, target_identity, targets
 from dllm.models.diffusion.families import load_diffusion_lm
 from dllm.models.target_config import check_config
 from dllm.stages import preflight
@@ -188,7 +188,7 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
 
     (folder / "model.safetensors").unlink()
     torch.save({"x": Payload()}, folder / "pytorch_model.bin")
-    for call in (targets.identity, lambda target: targets.load_target(target, device="cpu")):
+    for call in (target_identity.identity, lambda target: targets.load_target(target, device="cpu")):
         with pytest.raises(ModelError, match="safetensors") as caught:
             call(Target(model=str(folder), dtype="float32"))
         assert "weights_only" not in str(caught.value)

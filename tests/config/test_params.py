@@ -10,7 +10,8 @@ from pydantic import create_model
 
 from dllm.config import recipe_book
 from dllm.config.load import load_params, params_digest, parse_params, read_yaml
-from dllm.config.params import OWN_OPTIONS, Target
+from dllm.config.params import Target
+from dllm.config.regenerate import OWN_OPTIONS
 from dllm.errors import ConfigError
 
 MINIMAL = {

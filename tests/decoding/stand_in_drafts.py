@@ -5,10 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dllm.models.drafts.config import DFlashConfig, for_target
+from dllm.models.drafts.config import DFlashConfig
 from dllm.models.drafts.context_cache import ContextCache
 from dllm.models.drafts.proposal import Proposal, Sampling
 from dllm.models.drafts.protocol import Draft, TargetIO
+from dllm.models.drafts.sizing import for_target
 
 
 def config(model, block_size: int, mask_token_id: int = 3, **more) -> DFlashConfig:

@@ -15,11 +15,12 @@ from dllm.methods.dflash.anchors import draw_anchors
 from dllm.methods.dflash.objective import Batch, dflash_terms
 from dllm.models import targets
 from dllm.models.drafts.checkpoint import load_draft, save_draft
-from dllm.models.drafts.config import FULL, SLIDING, for_target
+from dllm.models.drafts.config import FULL, SLIDING
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.drafts.dflash2 import DFlash2Config, DFlash2Draft
 from dllm.models.drafts.dflash2_settings import DFlash2Settings
 from dllm.models.drafts.protocol import Draft
+from dllm.models.drafts.sizing import for_target
 from dllm.models.taps import compute
 
 published = pytest.importorskip("dflash.model", reason="the package dflash is not installed: make setup")

@@ -13,10 +13,10 @@ from dllm.decoding.settings import SampledSettings
 from dllm.decoding.speculative import Decoder
 from dllm.decoding.together import decode_together
 from dllm.errors import ModelError
-from dllm.models.drafts.config import for_target
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.drafts.dflash2 import DFlash2Config, DFlash2Draft
 from dllm.models.drafts.proposal import Proposal, Sampling
+from dllm.models.drafts.sizing import for_target
 from tests.decoding.stand_in_drafts import ScriptedDraft
 
 VOCAB = 6

@@ -2,7 +2,8 @@
 
 import pytest
 
-from dllm.config.params import Regenerate, Target
+from dllm.config.params import Target
+from dllm.config.regenerate import Regenerate
 from dllm.engines.dataset import DatasetEngine
 from dllm.engines.engine import Refusal, Request, RequestList, Response, request_key
 from dllm.errors import ConfigError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dllm.config.params import Regenerate
+from dllm.config.regenerate import Regenerate
 from dllm.registry import ENGINES
 
 

@@ -9,7 +9,7 @@ import torch
 
 from dllm.config.params import Target
 from dllm.errors import ModelError
-from dllm.models import targets
+from dllm.models import target_identity, targets
 
 TINY = Target(model="builtin:tiny")
 
@@ -34,15 +34,15 @@ def test_a_directory_is_a_target(copy: Path) -> None:
 
 def test_identity_follows_the_weights_and_the_config(copy: Path) -> None:
     target = Target(model=str(copy))
-    first = targets.identity(target)
-    assert first == {"model": str(copy), "revision": None, "weights": targets.identity(TINY)["weights"]}
+    first = target_identity.identity(target)
+    assert first == {"model": str(copy), "revision": None, "weights": target_identity.identity(TINY)["weights"]}
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
-    second = targets.identity(target)
+    second = target_identity.identity(target)
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
-    third = targets.identity(target)
+    third = target_identity.identity(target)
     assert len({first["weights"], second["weights"], third["weights"]}) == 3
 
 
@@ -59,9 +59,9 @@ def test_a_hub_snapshot_is_known_by_its_commit_and_blobs(copy: Path, tmp_path: P
     (hub / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    found = targets.identity(Target(model="me/mine", revision=commit))
+    found = target_identity.identity(Target(model="me/mine", revision=commit))
     assert found["revision"] == commit and found["model"] == "me/mine"
-    assert found["weights"] != targets.identity(TINY)["weights"], "named by the blob, not read"
+    assert found["weights"] != target_identity.identity(TINY)["weights"], "named by the blob, not read"
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/model", "~/none", "a/b/c", "two words"])
@@ -81,7 +81,7 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_broken_directory_is_one_line(copy: Path) -> None:
     target = Target(model=str(copy))
     (copy / "model.safetensors").unlink()
-    for read in (targets.load_target, targets.identity):
+    for read in (targets.load_target, target_identity.identity):
         with pytest.raises(ModelError) as caught:
             read(target)
         assert str(copy) in str(caught.value) and "\n" not in str(caught.value)

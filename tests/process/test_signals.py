@@ -10,7 +10,8 @@ import threading
 
 import pytest
 
-from dllm.process.signals import EventLoop, Interrupt
+from dllm.process.event_loop import EventLoop
+from dllm.process.signals import Interrupt
 from tests.patience import LONGEST_S
 
 BOTH = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
@@ -24,7 +25,8 @@ def run(code: str) -> tuple[int, str, str]:
 # The signal comes while a callback of the loop runs, where an exception would be printed and dropped.
 IN_A_CALLBACK = """
 import asyncio, os, signal
-from dllm.process.signals import EventLoop, handled
+from dllm.process.signals import handled
+from dllm.process.event_loop import EventLoop
 def strike():
     os.kill(os.getpid(), {number})
     for _ in range(1000):  # the handler runs here
@@ -58,7 +60,7 @@ def test_a_signal_in_a_callback_cancels_the_coroutine_and_exits(number: int, cod
 
 HANDED_TO = """
 import asyncio, os, signal
-from dllm.process.signals import EventLoop
+from dllm.process.event_loop import EventLoop
 signal.signal({number}, lambda number, frame: print("handled"))
 async def main():
     os.kill(os.getpid(), {number})

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm.config.params import Regenerate, Target
+from dllm.config.params import Target
+from dllm.config.regenerate import Regenerate
 from dllm.digests import unsealed
 from dllm.engines.engine import Refusal, Request, Response, request_origin
 from dllm.errors import DataError, StageError

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm.config.params import Regenerate
+from dllm.config.regenerate import Regenerate
 from dllm.engines.engine import Response
 from dllm.regeneration import core, identity, journal, served_note
 from tests.regeneration.made_up_engine import MadeUpEngine, Stopped

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from dllm.config.params import Regenerate, Target
+from dllm.config.params import Target
+from dllm.config.regenerate import Regenerate
 from dllm.engines.engine import Response, request_seed
 from dllm.models.targets import load_tokenizer
 from dllm.prompts.chats.turns import parse_chat

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from dllm.config.load import load_params
 from dllm.config.params import Params
 from dllm.errors import DataError, StageError
-from dllm.models import targets
+from dllm.models import target_identity
 from dllm.models.drafts.checkpoint import load_draft
 from dllm.responses.shards import Row, read_manifest, write_manifest
 from dllm.stages import train
@@ -121,7 +121,7 @@ def test_a_warm_start_records_the_draft_it_started_from(alone, tmp_path) -> None
     train.run(prepare(tmp_path, epochs=0.2, dflash=dflash), tmp_path)
     identity = json.loads((tmp_path / "out/train/run.json").read_text())["identity"]
     assert identity["draft"] == {
-        "model": str(published), "revision": None, "weights": targets.weights_digest(published)
+        "model": str(published), "revision": None, "weights": target_identity.weights_digest(published)
     }  # fmt: skip
     assert "draft" not in json.loads((alone[0] / "out/train/run.json").read_text())["identity"]
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dllm.config.params import Params, Regenerate, Target
+from dllm.config.params import Params, Target
+from dllm.config.regenerate import Regenerate
 from dllm.engines.engine import EngineStats, Refusal, Request, RequestSource, Response, fit
 from dllm.engines.openai.client import Client
 from dllm.engines.openai.completions import Completions, Reply
@@ -24,7 +25,7 @@ from dllm.engines.openai.faults import FAULTS, Fault, Refused
 from dllm.engines.openai.pool import FIRST_TRIES, MAX_RETRY_AFTER_S, Pool, pause_s
 from dllm.engines.openai.servers import Server, server_url, server_urls, without_credentials
 from dllm.errors import ConfigError, ServerError
-from dllm.process.signals import EventLoop
+from dllm.process.event_loop import EventLoop
 
 TICK_S = 1.0
 START_TOGETHER = 16

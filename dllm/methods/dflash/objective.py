@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dllm.methods.dflash.anchors import Anchors
 from dllm.methods.dflash.objectives import Weighting
-from dllm.models.drafts.protocol import Draft, ScoredSlots
+from dllm.models.drafts.loss_terms import ScoredSlots
+from dllm.models.drafts.protocol import Draft
 from dllm.registry import OBJECTIVES
 from dllm.training.cross_entropy import FrozenHead, frozen_head_cross_entropy
 

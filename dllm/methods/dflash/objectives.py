@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dllm.models.drafts.protocol import ScoredSlots
+from dllm.models.drafts.loss_terms import ScoredSlots
 
 PAPER_GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}
 

@@ -23,7 +23,7 @@ from dllm.files import atomic_write
 from dllm.methods.dflash.sets import Question
 from dllm.methods.dflash.settings import Walk
 from dllm.methods.method import EvaluateContext
-from dllm.models import targets
+from dllm.models import target_identity
 from dllm.progress import Progress
 
 GREEDY = Path("work", "greedy")
@@ -108,7 +108,7 @@ def _greedy_texts(
     """Return the target's greedy responses, with the tokens that a last round may look at behind the limit."""
     params, tokens = ctx.params, ctx.params.evaluate.max_new_tokens
     limit = tokens + decoder.block_size - 2
-    made_of = [targets.identity(params.target), str(decoder.model.dtype), limit, sorted(stop_ids)]
+    made_of = [target_identity.identity(params.target), str(decoder.model.dtype), limit, sorted(stop_ids)]
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     folder = ctx.root / GREEDY / key
     folder.mkdir(parents=True, exist_ok=True)

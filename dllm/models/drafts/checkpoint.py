@@ -22,7 +22,7 @@ from dllm.files import atomic_path, atomic_write
 from dllm.models import hub
 from dllm.models.drafts.foreign import describe_tensors, foreign_family
 from dllm.models.drafts.protocol import Draft, DraftConfig
-from dllm.models.targets import weights_digest
+from dllm.models.target_identity import weights_digest
 from dllm.registry import DRAFTS
 from dllm.tracking.runs import REGISTERED
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from dllm.models.drafts.attention import block_attention, cached_attention
-from dllm.models.drafts.config import DFlashConfig, for_target
+from dllm.models.drafts.config import DFlashConfig
 from dllm.models.drafts.context_cache import ContextCache
 from dllm.models.drafts.layers import Layer, Linear, RMSNorm, Rope
 from dllm.models.drafts.proposal import BlockRequest, Proposal, Sampling, most_probable
 from dllm.models.drafts.protocol import Draft, DraftSettings, TargetIO
+from dllm.models.drafts.sizing import for_target
 
 
 class DFlashDraft(Draft):

@@ -19,8 +19,9 @@ from dllm.models.drafts.config import DFlashConfig
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.drafts.dflash2_settings import DFlash2Settings
 from dllm.models.drafts.layers import Layer, Linear
+from dllm.models.drafts.loss_terms import ExtraLoss, ScoredSlots
 from dllm.models.drafts.proposal import Proposal, Sampling
-from dllm.models.drafts.protocol import Draft, DraftConfig, DraftSettings, ExtraLoss, ScoredSlots, TargetIO
+from dllm.models.drafts.protocol import Draft, DraftConfig, DraftSettings, TargetIO
 from dllm.models.drafts.selector import CandidateSelector
 
 CODEBOOKS = ("candidate_selector.predecessor_codebook", "candidate_selector.successor_codebook")

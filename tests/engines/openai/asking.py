@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dllm.config.params import Regenerate, Target
+from dllm.config.params import Target
+from dllm.config.regenerate import Regenerate
 from dllm.engines.engine import Refusal, Request, RequestList, Response
 from dllm.engines.openai.engine import OpenAIEngine
 

@@ -13,7 +13,7 @@ from dllm.decoding.own_generate import generate_with_own_code
 from dllm.decoding.settings import Settings
 from dllm.decoding.unmasking import sample
 from dllm.errors import ConfigError, ModelError
-from dllm.models import targets
+from dllm.models import target_identity, targets
 from dllm.models.diffusion.families import load_checkpoint, load_diffusion_lm
 from tests.models.diffusion.remote_code import CODES, OLDER_PARADIGMS, PARADIGMS, checkpoint, without_code
 from tests.models.small_models import small_model
@@ -169,11 +169,11 @@ def test_code_for_transformers_4_loads(tmp_path: Path, kind: str) -> None:
 
 def test_other_code_is_another_model(tmp_path: Path) -> None:
     target = checkpoint(tmp_path, "llada")
-    before = targets.identity(target)
+    before = target_identity.identity(target)
     (tmp_path / "modeling.py").write_text(CODES["llada"] + "# changed\n")
-    after = targets.identity(target)
+    after = target_identity.identity(target)
     assert before["code"] != after["code"] and before["weights"] == after["weights"]
-    assert "code" not in targets.identity(target.model_copy(update={"trust_remote_code": False}))
+    assert "code" not in target_identity.identity(target.model_copy(update={"trust_remote_code": False}))
 
 
 def test_code_that_does_not_load_is_one_line(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from dllm.models.drafts import attention as structured_attention
 from dllm.models.drafts.attention import block_attention
-from dllm.models.drafts.config import FULL, SLIDING, DFlashConfig, layer_ids
+from dllm.models.drafts.config import FULL, SLIDING, DFlashConfig
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.drafts.layers import Rope
 from dllm.models.drafts.merged_attention import MergedAttention
+from dllm.models.drafts.sizing import layer_ids
 
 
 def tiny_config(**changes) -> DFlashConfig:

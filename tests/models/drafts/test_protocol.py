@@ -18,8 +18,9 @@ from dllm.models.drafts.checkpoint import family_of
 from dllm.models.drafts.config import FULL, SLIDING
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.drafts.dflash2 import DFlash2Draft
+from dllm.models.drafts.loss_terms import ExtraLoss
 from dllm.models.drafts.proposal import Proposal
-from dllm.models.drafts.protocol import Draft, ExtraLoss, TargetIO
+from dllm.models.drafts.protocol import Draft, TargetIO
 from tests.decoding.stand_in_drafts import ScriptedDraft, config, oracle
 from tests.models.drafts.test_attention import tiny_config, tiny_draft
 from tests.models.small_models import small_model
