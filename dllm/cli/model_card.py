@@ -7,9 +7,10 @@ stands.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +46,18 @@ class Subject:
     @property
     def hub_target(self) -> str | None:
         """The target, if it has a name that others can load it by."""
-        return self.target if self.target and hub.looks_like_id(self.target) else None
+        return self.target if self.target and hub.looks_like_id(self.target) and not self._is_here else None
+
+    @property
+    def _is_here(self) -> bool:
+        return self.target is not None and Path(self.target).exists()
+
+    @property
+    def target_title(self) -> str:
+        """The target as the card calls it: without folders of this machine."""
+        if self.target is None:
+            return "a target that no record names"
+        return self.hub_target or _public(str(Path(self.target).resolve()) if self._is_here else self.target)
 
     @property
     def family(self) -> str:
@@ -70,10 +82,9 @@ def text(
         metrics: their metrics.json.
         params: the settings that it was trained with, if they are known.
     """
-    target = _public(subject.target) if subject.target else "a target that no record names"
     sections = [
         _front_matter(subject, params),
-        f"# {subject.draft.architectures[0]} for {markdown(target)}\n",
+        f"# {subject.draft.architectures[0]} for {markdown(subject.target_title)}\n",
         "A draft model for speculative decoding: it proposes blocks of tokens from hidden states of its target, which\n"
         "verifies them. It has no embedding and no head of its own, and generates nothing without that target.\n",
         "## Serve\n",
@@ -203,8 +214,9 @@ def _pairs(rows: Iterable[tuple[str, Any]]) -> str:
 
 
 def _public(name: str) -> str:
-    """Leave out the folders of a path, which are a matter of the machine."""
-    return PurePath(name).name if name.startswith(("/", "~")) else name
+    """Leave out the folders of a path, which are a matter of the machine, and the way to a store."""
+    is_path = re.match(r"\.{0,2}[/\\]|~|[A-Za-z]:\\|\w+://", name)
+    return re.split(r"[/\\@]", name.rstrip("/\\"))[-1] if is_path else name
 
 
 def _grid(table: Table) -> str:

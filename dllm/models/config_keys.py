@@ -59,7 +59,7 @@ def refuse_unknown(raw: Mapping[str, Any], known: Collection[str], where: str, i
             continue
         name = f"{inside}.{key}" if inside else key
         raise ModelError(
-            f"its config has {name}: {_short(value)}, which is not supported and may change what the model computes",
+            f"its config has {name}: {short(value)}, which is not supported and may change what the model computes",
             where=where,
             hint="if it changes nothing, remove it from a copy of the model",
         )
@@ -78,9 +78,10 @@ def refuse_other_values(
         if value is not None and not any(value == each and type(value) is type(each) for each in allowed):
             name = f"{inside}.{key}" if inside else key
             rest = f"only {allowed[0]} is supported" if allowed else "which is not supported"
-            raise ModelError(f"its config has {name}: {_short(value)}, {rest}", where=where)
+            raise ModelError(f"its config has {name}: {short(value)}, {rest}", where=where)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Return a value as Python writes it, in 60 characters at most."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

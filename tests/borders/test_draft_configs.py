@@ -68,6 +68,9 @@ SAME = {
     "all that older versions wrote": {"add_cross_attention": False, "is_decoder": False, "torchscript": False,
                                       "tie_encoder_decoder": False, "use_bfloat16": False, "tf_legacy_loss": False,
                                       "_attn_implementation_autoset": True, "_flash_attn_2_enabled": True},
+    "what others write although it is so": {
+        "is_neox_style": True, "rope_is_neox_style": True, "use_aux_hidden_state": True, "final_logit_softcapping": 0.0,
+        "sample_from_anchor": False, "shift_label": False, "rope_scaling": {"rope_type": None}},
     "attention of SpecForge": {"dflash_config/attention_mode": "gqa"},
     "one number written otherwise": {"rope_theta": 10000},
     "RoPE of older files": {"rope_theta": GONE, "rope_scaling": {"rope_type": "default", "rope_theta": 10000}},
@@ -164,13 +167,20 @@ REFUSED = {
     "another depth": ({"num_target_layers": 36}, "num_target_layers"),
     "another width": ({"hidden_size": 128}, "hidden_size"),
     "a width as text": ({"hidden_size": "64"}, "hidden_size"),
+    "heads that RoPE cannot halve": ({"head_dim": 15}, "head_dim must be even"),
+    "a base beyond float32": ({"rope_theta": 10**400}, "rope_theta"),
+    "a block without end": ({"block_size": 10**30, "dflash_config/block_size": GONE}, "must be at most 1024"),
+    "a vocabulary of billions": ({"vocab_size": 10**30}, "vocab_size must be at most"),
+    "a width of billions": ({"hidden_size": 10**12}, "hidden_size must be at most"),
     "a width of nothing": ({"hidden_size": None}, "hidden_size"),
     "true is no number": ({"num_hidden_layers": True}, "num_hidden_layers"),
     "infinite norm": ({"rms_norm_eps": float("inf")}, "rms_norm_eps"),
     "DFlash 2": ({"architectures": ["DFlash2DraftModel"], "dflash_config/selector_rank": 8}, "DFlash 2"),
     "DFlash 2 with a cap": (DFLASH_2 | {"dflash_config/final_logit_softcapping": 30.0}, "final_logit_softcapping"),
     "DFlash 2 with groups of no width": (DFLASH_2 | {"dflash_config/conv_group_size": 48}, "conv_group_size"),
+    "DFlash 2 with taps without end": (DFLASH_2 | {"dflash_config/conv_kernel_size": 10**30}, "conv_kernel_size"),
     "DFlash 2 by the name of DFlash": (DFLASH_2 | {"architectures": ["DFlashDraftModel"]}, "conv_"),
+    "an architecture that is no list": ({"architectures": "DFlashDraftModel"}, "its architecture is DFlashDraftModel"),
     "DSpark": ({"architectures": ["Qwen3DSparkModel"]}, "DSpark"),
     "Domino": ({"architectures": ["Qwen3DominoModel"]}, "Domino"),
     "LiLiCorr": ({"architectures": ["LiLiCorrDraftModel"]}, "LiLiCorr"),
@@ -246,6 +256,43 @@ def test_what_a_draft_should_not_hold_is_named_and_explained(saved: Path, name: 
     with pytest.raises(ModelError) as caught:
         export.load_draft(tmp_path)
     assert name in str(caught.value) and said in str(caught.value)
+
+
+def _copy(saved: Path, folder: Path, state: dict[str, torch.Tensor]) -> Path:
+    (folder / "config.json").write_bytes((saved / "config.json").read_bytes())
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+def test_a_file_with_an_embedding_for_masks_is_refused_by_its_name(saved: Path, tmp_path: Path) -> None:
+    _copy(saved, tmp_path, load_file(saved / "model.safetensors"))
+    (tmp_path / "mask_embedding.pt").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"an embedding of its own for masks \(mask_embedding\.pt\)"):
+        export.load_draft(tmp_path)
+
+
+def test_other_names_of_tensors_are_read_and_none_twice(saved: Path, tmp_path: Path) -> None:
+    state = load_file(saved / "model.safetensors")
+    renamed = {"encoder.fc.weight": state["fc.weight"], "encoder.output_norm_enc.weight": state["hidden_norm.weight"]}
+    rest = {name: tensor for name, tensor in state.items() if name not in ("fc.weight", "hidden_norm.weight")}
+    old = {"layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    loaded = export.load_draft(_copy(saved, tmp_path, rest | renamed | old)).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    _copy(saved, tmp_path, state | {"model.fc.weight": 2 * state["fc.weight"]})
+    with pytest.raises(ModelError, match=r"fc\.weight is there twice"):
+        export.load_draft(tmp_path)
+
+
+def test_weights_keep_the_dtype_they_are_stored_in(saved: Path, tmp_path: Path) -> None:
+    state = load_file(saved / "model.safetensors")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        _copy(saved, tmp_path, {name: tensor.to(dtype) for name, tensor in state.items()})
+        assert export.stored_dtype(tmp_path) == dtype  # whatever its config says
+    _copy(saved, tmp_path, state | {"fc.weight": state["fc.weight"].bfloat16()})
+    assert export.stored_dtype(tmp_path) == torch.float32
+    _copy(saved, tmp_path, state | {"fc.weight": state["fc.weight"].to(torch.float8_e4m3fn)})
+    with pytest.raises(ModelError, match=r"fc\.weight is stored as F8_E4M3"):
+        export.load_draft(tmp_path)
 
 
 def test_the_depth_of_the_target_may_be_absent(saved: Path, tmp_path: Path) -> None:

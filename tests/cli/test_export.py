@@ -170,6 +170,21 @@ def test_names_on_a_card_are_text(checkpoint: Path, tmp_path: Path, monkeypatch:
     assert "<script>" not in text and "\n---\nlicense" not in text and "x1x1" not in text and "`x`" not in text
 
 
+@pytest.mark.parametrize(
+    "target",
+    ["models/ann", "./models/ann", "../x/models/ann", "/x/models/ann", "~/models/ann", "file:///x/models/ann",
+     "s3://models/ann", "https://me:models@ann", "C:\\models\\ann"],
+)  # fmt: skip
+def test_no_folder_and_no_password_stands_on_a_card(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    (tmp_path / "models" / "ann").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    dllm("export", "--checkpoint", checkpoint, "--to", "new", "--root", tmp_path, "--target", target)
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "DFlashDraftModel for ann\n" in card and "models" not in card and "base_model: name" in card
+
+
 def test_what_an_engine_cannot_decode_is_refused_in_one_line(checkpoint: Path, tmp_path: Path) -> None:
     window = tmp_path / "window"
     config: Any = load_draft(checkpoint).config

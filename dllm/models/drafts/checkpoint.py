@@ -29,6 +29,12 @@ from dllm.tracking.runs import REGISTERED
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SHARED = ("embed_tokens.weight", "lm_head.weight")
 """Tensors that some published drafts carry, though a draft reads the target's."""
+ALIASES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
+"""Other published names of a draft's tensors."""
+MASK_EMBEDDING = "mask_embedding.pt"
+"""A file with an embedding of the draft's own for its masks, pickled."""
+FLOATS = {"F64": torch.float32, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Dtypes in a file's header, and those that the weights are written in again."""
 
 
 class Stored(NamedTuple):
@@ -38,6 +44,8 @@ class Stored(NamedTuple):
     name: str
     """Its name there."""
     shape: tuple[int, ...]
+    dtype: str
+    """As the header has it: BF16, F32."""
 
 
 def save_draft(draft: Draft, directory: Path, dtype: torch.dtype | None = None) -> None:
@@ -49,7 +57,7 @@ def save_draft(draft: Draft, directory: Path, dtype: torch.dtype | None = None) 
         dtype: of the weights on disk; None keeps the draft's own.
 
     Raises:
-        ModelError: a tensor is missing, extra, of the wrong shape, or not finite.
+        ModelError: a tensor is missing, extra, of the wrong shape, or not finite in that dtype.
     """
     state = {
         name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
@@ -91,10 +99,13 @@ def load_draft(source: str | Path, target_config: Any = None, revision: str | No
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
-    """Return the dtype of a draft's weights as its config.json names it; bfloat16 where it names none."""
-    raw = json.loads((directory / CONFIG).read_text())
-    named = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype")), None)
-    return named if isinstance(named, torch.dtype) and named.is_floating_point else torch.bfloat16
+    """Return the dtype of a draft's weights, by the headers of its files; float32 where they differ.
+
+    Raises:
+        ModelError: there are no weights, or one is of another dtype.
+    """
+    dtypes = {FLOATS[each.dtype] for each in _stored(directory).values()}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def draft_directory(source: str | Path, revision: str | None = None, *, weights: bool = False) -> Path:
@@ -124,7 +135,7 @@ def draft_directory(source: str | Path, revision: str | None = None, *, weights:
         return directory
     if not hub.looks_like_id(str(source)):
         raise ModelError("no such draft directory", where=str(source))
-    patterns = ["*.json", *(["*.safetensors"] if weights else [])]
+    patterns = ["*.json", MASK_EMBEDDING, *(["*.safetensors"] if weights else [])]
     directory = hub.snapshot(str(source), revision, patterns, where="draft")
     hub.check_blobs(directory, weights=True)
     return directory
@@ -160,7 +171,8 @@ def read_config(directory: Path) -> tuple[type[Draft], DraftConfig]:
     if (family is None or "speculators_model_type" in raw) and (other := foreign_family(raw)):
         raise ModelError(f"this is a draft of {other}", where=str(path))
     if family is None:
-        named = ", ".join(map(str, raw.get("architectures") or ["none"]))
+        names = raw.get("architectures") or ["none"]
+        named = ", ".join(map(str, names if isinstance(names, list) else [names]))
         known = ", ".join(family.architectures[0] for _, family in DRAFTS.items())
         raise ModelError(f"not a draft that we read: its architecture is {named}, ours: {known}", where=str(path))
     return family, family.read_config(raw, str(path))
@@ -205,9 +217,12 @@ def check_tensors(directory: Path, family: type[Draft], config: DraftConfig) -> 
     An embedding or a head of the target's shape is passed over, with a line that says so.
 
     Raises:
-        ModelError: there are no weights, or a tensor is missing, extra or of another shape.
+        ModelError: there are no weights, or a tensor is missing, extra, or of another shape or kind.
     """
     stored, shape = _stored(directory), (config.vocab_size, config.hidden_size)
+    if (directory / MASK_EMBEDDING).exists():
+        what = f"the draft has an embedding of its own for masks ({MASK_EMBEDDING}), and the target's would be used"
+        raise ModelError(what, where=str(directory), hint="such a draft is not supported; pickles are not read")
     passed = [name for name in SHARED if name in stored and stored[name].shape == shape]
     if passed:
         print(f"note: {directory}: the draft has its own {_some(passed)}; the target's are used", file=sys.stderr)
@@ -224,7 +239,16 @@ def _stored(directory: Path) -> dict[str, Stored]:
     for file in files:
         with _opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
-                found[name.removeprefix("model.")] = Stored(file, name, tuple(tensors.get_slice(name).get_shape()))
+                header, own = tensors.get_slice(name), name.removeprefix("model.")
+                if own.endswith("rotary_emb.inv_freq"):  # older files have it, and its config determines it
+                    continue
+                own = ALIASES.get(own, own)
+                if own in found:
+                    raise ModelError(f"{own} is there twice: as {found[own].name} and {name}", where=str(directory))
+                if header.get_dtype() not in FLOATS:
+                    what = f"{name} is stored as {header.get_dtype()}; drafts are read in {', '.join(FLOATS)}"
+                    raise ModelError(what, where=str(file))
+                found[own] = Stored(file, name, tuple(header.get_shape()), header.get_dtype())
     return found
 
 

@@ -7,20 +7,25 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 from dllm.errors import ModelError
-from dllm.models.config_keys import refuse_other_values, refuse_unknown
+from dllm.models.config_keys import refuse_other_values, refuse_unknown, short
 
 ONLY: dict[str, tuple[Any, ...]] = {
     "attention_mode": ("gqa", "mha"),
     "attention_sink_bias": (False,),
     "attention_value_scale": (1.0, 1),
-    "final_logit_softcapping": (),
+    "final_logit_softcapping": (0.0, 0),
     "hidden_act": ("silu",),
     "input_embedding_scale": (1.0, 1),
+    "is_neox_style": (True,),
     "mlp_bias": (False,),
     "output_multiplier": (1.0, 1),
     "partial_rotary_factor": (1.0, 1),
     "projector_type": (),
     "qk_norm": (True,),
+    "rope_is_neox_style": (True,),
+    "sample_from_anchor": (False,),
+    "shift_label": (False,),
+    "use_aux_hidden_state": (True,),
     "use_qk_norm": (True,),
     "use_swa": (False,),
 }
@@ -39,6 +44,9 @@ READ = frozenset(
     }
 )
 """Further keys read at the top."""
+LARGEST = {"block_size": 1024, "vocab_size": 2**24, "sliding_window": 2**48, "max_position_embeddings": 2**48}
+"""Sizes that no draft exceeds; of others, `WIDEST`."""
+WIDEST = 2**20
 OPTIONAL = frozenset({"num_target_layers", "sliding_window", "is_causal"})
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -168,7 +176,7 @@ def _rope_theta(raw: Mapping[str, Any], where: str) -> Any:
     for name, section in (("rope_parameters", ropes), ("rope_scaling", scaling)):
         if not isinstance(section, Mapping):
             raise ModelError(f"{name} is no mapping", where=where)
-        kind = section.get("rope_type", section.get("type", "default"))
+        kind = section.get("rope_type") or section.get("type") or "default"
         if kind != "default":
             raise ModelError(f"{name}: RoPE of type {kind!r} in a draft is not supported", where=where)
         refuse_other_values(section, {"partial_rotary_factor": (1.0, 1), "factor": (1.0, 1)}, where, name)
@@ -224,12 +232,16 @@ def _checked(known: Mapping[str, Any], where: str) -> tuple[int, ...]:
         if value is None and name in OPTIONAL:
             continue
         if name in ("rms_norm_eps", "rope_theta"):
-            if not is_number or not 0 < value < float("inf"):
-                raise ModelError(f"{name} must be a positive number, got {value!r}", where=where)
+            if not is_number or not 0 < value <= 1e30:
+                raise ModelError(f"{name} must be a positive number up to 1e30, got {short(value)}", where=where)
         elif not isinstance(value, int) or not is_number or value < (0 if name == "mask_token_id" else 1):
-            raise ModelError(f"{name} must be a whole number above 0, got {value!r}", where=where)
+            raise ModelError(f"{name} must be a whole number above 0, got {short(value)}", where=where)
+        elif value > (most := LARGEST.get(name, WIDEST)):
+            raise ModelError(f"{name} must be at most {most}, got {short(value)}", where=where)
     if known["block_size"] < 2:
         raise ModelError("a block_size of 1 leaves nothing to predict", where=where)
+    if known["head_dim"] % 2:
+        raise ModelError(f"head_dim must be even for RoPE, got {known['head_dim']}", where=where)
     if known["num_attention_heads"] % known["num_key_value_heads"]:
         raise ModelError("num_attention_heads is no multiple of num_key_value_heads", where=where)
     _check_window(known["sliding_window"], known["block_size"], where)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dllm.errors import ModelError
 from dllm.models.drafts.config import DFlashConfig
 from dllm.models.drafts.dflash import DFlashDraft
-from dllm.models.drafts.dflash2_settings import DFlash2Settings
+from dllm.models.drafts.dflash2_settings import MOST_TAPS, DFlash2Settings
 from dllm.models.drafts.layers import Layer, Linear
 from dllm.models.drafts.loss_terms import ExtraLoss, ScoredSlots
 from dllm.models.drafts.proposal import Proposal, Sampling
@@ -56,11 +56,14 @@ class DFlash2Config(DFlashConfig):
         """Check what the numbers must be to each other.
 
         Raises:
-            ModelError: the groups of the convolution do not divide the width, or there are more candidates than tokens.
+            ModelError: the groups of the convolution do not divide the width, it has too many taps, or there are more
+                candidates than tokens.
         """
         if self.hidden_size % self.conv_group_size:
             what = f"conv_group_size {self.conv_group_size} does not divide the hidden size {self.hidden_size}"
             raise ModelError(what, where=where)
+        if self.conv_kernel_size > MOST_TAPS:
+            raise ModelError(f"conv_kernel_size must be at most {MOST_TAPS}, got {self.conv_kernel_size}", where=where)
         if self.selector_top_k > self.vocab_size:
             what = f"selector_top_k {self.selector_top_k} is more than the vocabulary of {self.vocab_size}"
             raise ModelError(what, where=where)

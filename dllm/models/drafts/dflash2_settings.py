@@ -8,11 +8,13 @@ from pydantic import Field
 
 from dllm.config.section import Section, Size
 
+MOST_TAPS = 64
+
 
 class DFlash2Settings(Section):
     """What a DFlash 2 draft has beyond a DFlash draft. The first four size a new draft; a published one has its own."""
 
-    conv_kernel_size: Annotated[int, Field(ge=1, le=64)] = 2
+    conv_kernel_size: Annotated[int, Field(ge=1, le=MOST_TAPS)] = 2
     """Taps of the convolutions over the slots of a block."""
     conv_group_size: Size = 16
     """Channels that share a dynamic tap; must divide the hidden size."""
