@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -19,12 +20,14 @@ from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 
 from dllm import secrets
+from dllm.config.load import load_params, params_digest
 from dllm.errors import DllmError, ServerError, StageError
 from dllm.files import lock_folder
 from dllm.process import children as process
 from dllm.process import signals
 from dllm.process.output import outlive_readers
 from dllm.progress import Lines
+from dllm.stages import DVC_STAGES
 from dllm.stages import workspace as contract
 from flows.artifacts import ProgressBar, share
 
@@ -45,6 +48,7 @@ HERE = Place(ROOT, ROOT / "logs")
 """The project's folder."""
 DEADLINE_S = 7 * 24 * 3600.0
 """No stage takes this long: a hung one is stopped and frees its slot."""
+STATUS_DEADLINE_S = 300.0
 RECORD_EVERY_S = 5.0
 WAIT_S = 5.0
 """Between two looks whether another run has finished a stage of the same configuration."""
@@ -89,14 +93,49 @@ def reproduce(place: Place, stage: str, force: bool = False) -> None:
         StageError: it failed otherwise; the message is the stage's error line.
     """
     argv = ["dvc", "--wait-for-lock", "repro", "--single-item", stage]
-    while True:
-        try:
-            return _run(place, stage, [sys.executable, "-m", *argv, *(["--force"] if force else [])])
-        except _Busy as busy:  # runs with the same prompts, say: what the other has finished is restored
-            if place is HERE:
-                raise
-            get_run_logger().info("%s: waiting for another run that works on the same: %s", stage, busy.folder)
-            _wait_until_free(busy.folder)
+    with _turn(place, stage):
+        while True:
+            try:
+                return _run(place, stage, [sys.executable, "-m", *argv, *(["--force"] if force else [])])
+            except _Busy as busy:  # a run in the project's folder, say: what it has finished is restored
+                if place is HERE:
+                    raise
+                _wait_until_free(stage, busy.folder).close()
+
+
+def out_of_date(place: Place, stage: str) -> str:
+    """Say what DVC finds changed since it saved a stage's result; an empty text where that is nothing."""
+    argv = [sys.executable, "-m", "dvc", "status", "--json", stage]
+    result = process.run(argv, cwd=place.root, deadline_s=STATUS_DEADLINE_S)
+    if result.code:
+        return ""
+    found = json.loads(result.tail[-1]).get(stage, []) if result.tail else []
+    changed: dict[str, Any] = {}
+    for each in found:
+        for files in each.values() if isinstance(each, dict) else ():
+            changed |= files
+    named = [f"{path} ({', '.join([what] if isinstance(what, str) else what)})" for path, what in changed.items()]
+    return f"DVC finds changes: {', '.join(named)}"[:300] if named else ""
+
+
+@contextlib.contextmanager
+def _turn(place: Place, stage: str) -> Iterator[None]:
+    """Let checkouts run a stage of one configuration one after another, each until DVC has saved the result.
+
+    The lock of the stage itself is free before that, and the next would do the work once more.
+    """
+    with contextlib.ExitStack() as stack:
+        if place is not HERE:
+            params = load_params(place.root / "params.yaml")
+            sections = [getattr(params, each) for each in DVC_STAGES[: DVC_STAGES.index(stage) + 1]]
+            # In work/, which checkouts share, but for a run from scratch.
+            folder = place.root / "work" / "turns" / f"{stage}-{params_digest(params.target, *sections)}"
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(lock_folder(folder))
+            except StageError:
+                stack.enter_context(_wait_until_free(stage, folder))
+        yield
 
 
 def run_verb(place: Place, *words: str, name: str | None = None) -> None:
@@ -141,7 +180,7 @@ def _run(place: Place, stage: str, argv: Sequence[str]) -> None:
     }
     outlive_readers()  # the worker that reads this may be killed
     secrets.install()  # a worker's flow run enters here
-    relay = _Relay(stage)
+    relay = _Relay(stage, waits=place is not HERE)
     try:
         result = process.run(argv, env=environment, cwd=place.root, deadline_s=DEADLINE_S, log=relay, log_file=log_file)
     finally:  # after SIGKILL (cancelled, out of memory) the MLflow run of the stage is still open
@@ -178,16 +217,17 @@ class _Busy(StageError):
         self.folder = folder
 
 
-def _wait_until_free(folder: Path) -> None:
+def _wait_until_free(stage: str, folder: Path) -> contextlib.ExitStack:
+    """Wait until no other process holds a folder; return its lock, held."""
+    get_run_logger().info("%s: waiting for another run that works on the same: %s", stage, folder)
+    stack = contextlib.ExitStack()
     while True:
         signals.sleep(WAIT_S)
         _stop_if_suspended()
         with contextlib.suppress(StageError):
-            try:
-                with lock_folder(folder):
-                    return
-            except OSError:  # somebody has removed it
-                return
+            with contextlib.suppress(OSError):  # somebody has removed it
+                stack.enter_context(lock_folder(folder))
+            return stack
 
 
 def _stop_if_suspended() -> None:
@@ -207,7 +247,10 @@ def _report_holder(root: Path, lines: Sequence[str]) -> None:
 class _Relay:
     """Shows every line and logs it to the flow run; of progress, one line every few seconds and the last."""
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self, stage: str, waits: bool) -> None:
+        self._waits = waits
+        """Whether the flow waits where another process works on the same: no error then."""
+        self._is_busy = False
         self.bar = ProgressBar(f"{stage}-progress")
         self._logger = get_run_logger()
         self._recorded = 0.0
@@ -228,7 +271,8 @@ class _Relay:
             if time.monotonic() - self._recorded < RECORD_EVERY_S:
                 return
             self._recorded = time.monotonic()
-        self._logger.log(level(line), "%s", line)
+        self._is_busy = self._is_busy or (self._waits and BUSY.search(line) is not None)
+        self._logger.log(logging.INFO if self._is_busy else level(line), "%s", line)
 
 
 def level(line: str) -> int:

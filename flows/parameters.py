@@ -22,7 +22,8 @@ from dllm.config.brief import brief
 from dllm.config.load import load_params
 from dllm.config.params import Params
 from dllm.errors import ConfigError, DllmError
-from dllm.stages import DVC_STAGES
+from dllm.stages import DVC_STAGES, STAGES
+from dllm.tracking.runs import flatten
 
 PARAMS_FILE = "params.yaml"
 """In place of a recipe's name: the file in the project's folder, or of the checkout's commit."""
@@ -158,6 +159,28 @@ class Request:
             special.append(f"from {self.from_stage}")
         special += ["forced"] * self.force + ["not registered"] * (not self.register)
         return brief(secrets.hide(f"{recipe}: {', '.join(special)}" if special else recipe), NAME_CHARS)
+
+    def check_left_out(self, root: Path) -> None:
+        """Refuse values that change a stage before `from_stage`, whose result is taken as it is.
+
+        A checkout runs such a stage again, so there they may be given.
+
+        Raises:
+            ConfigError: a value is not that of params.yaml; it is named.
+        """
+        left_out = DVC_STAGES[: STAGES.index(self.from_stage)]
+        if self.checkout is not None or not left_out:
+            return
+        asked, found = self.params(root), load_params(root / PARAMS_FILE)
+        for section in ("target", *left_out):
+            ours, theirs = (flatten(getattr(each, section).model_dump(mode="json")) for each in (asked, found))
+            if key := next((key for key in (*ours, *theirs) if ours.get(key) != theirs.get(key)), None):
+                first = left_out[0] if section == "target" else section
+                raise ConfigError(
+                    f"{section}.{key} changes the stage {first}, whose result is taken as it is",
+                    where=f"from_stage: {self.from_stage}",
+                    hint=f"leave it as it is in {PARAMS_FILE}, or start from {first}",
+                )
 
     def stages(self) -> tuple[str, ...]:
         """List the stages of DVC from `from_stage` on."""

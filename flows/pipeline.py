@@ -29,7 +29,7 @@ from dllm.stages.records import read_record
 from dllm.tracking import places
 from dllm.tracking.address import VARIABLE, sqlite_path, tracking_uri, vanishes
 from flows import artifacts, checkouts
-from flows.children import HERE, ROOT, WHEN_A_SERVER_IS_BACK, Place, alone, reproduce, run_verb
+from flows.children import HERE, ROOT, WHEN_A_SERVER_IS_BACK, Place, alone, out_of_date, reproduce, run_verb
 from flows.forced import Forced
 from flows.gpu_slots import slot_of_stage
 from flows.parameters import (
@@ -149,6 +149,8 @@ def _run_stages(place: Place, request: Request) -> None:
                 forced.finished(stage)
         else:
             read_record(place.root, stage, "run.json")
+            if why := out_of_date(place, stage):
+                get_run_logger().warning("%s: its result is taken as it is, although %s", stage, why)
     if request.register:
         register_checkpoint(place)
 
@@ -184,11 +186,12 @@ def check(request: Request, save_as: str) -> None:
     """Refuse what no stage could run, before one starts: DVC would delete what a refused stage has published.
 
     Raises:
-        ConfigError: a value is wrong, or two do not go together.
+        ConfigError: a value is wrong, two do not go together, or one is of a stage that is left out.
         StageError: another flow runs in the project's folder.
     """
     if request.checkout is None or request.recipe != PARAMS_FILE:  # a commit has its own
         request.params(ROOT)
+    request.check_left_out(ROOT)
     if request.checkout is not None:
         checkouts.resolve(ROOT, request.checkout)
     elif save_as != "nothing":

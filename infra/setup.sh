@@ -4,6 +4,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=.venv
+if [ -L "$venv" ]; then
+  echo "setup: $venv is a link to $(readlink -f "$venv"), an environment that would run this project's code from now on; remove the link" >&2
+  exit 1
+fi
 python=$venv/bin/python
 pip=("$python" -m pip install --quiet --disable-pip-version-check)
 # Data, or tests' oracle: their declared dependencies are never imported.

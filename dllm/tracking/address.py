@@ -47,6 +47,11 @@ def home(root: Path) -> Path:
     return root
 
 
+def checkout_of(root: Path) -> str:
+    """Return the name of the checkout in which a flow run works, if this is the folder of one; else an empty text."""
+    return next((at.name for at in root.absolute().parents if at.parent.parts[-2:] == ("work", "checkouts")), "")
+
+
 def vanishes(path: Path) -> bool:
     """Return whether a path lies in the temporary folder of a flow run, into which a deployment clones the project."""
     place = Path(tempfile.gettempdir())

@@ -2,7 +2,8 @@
 
 The stages are processes of their own, started by a flow, by `dvc repro`, or by hand. What joins them is params.yaml as
 a whole. A file per such configuration, `work/executions/DIGEST.json`, names the run and the stages it has; a stage
-continues it unless that stage, or a later one, has finished in it. The run's status is that of its latest stage.
+continues it unless that stage, or a later one, has finished in it. Flow runs with a checkout have one each: two of the
+same configuration may go side by side. The run's status is that of its latest stage.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dllm.config.load import params_digest
 from dllm.config.params import Params
 from dllm.errors import DllmError
 from dllm.files import atomic_write
-from dllm.tracking.address import page
+from dllm.tracking.address import checkout_of, home, page
 from dllm.tracking.runs import Status, flatten
 
 FOLDER = Path("work", "executions")
@@ -43,8 +44,9 @@ class Execution:
     """All stages, in the order of the pipeline."""
     earlier: Mapping[str, str] = field(default_factory=dict)
     """MLflow runs of the stages before this one whose results it reads, by stage."""
-    elsewhere: frozenset[str] = frozenset()
-    """Of these stages, those that another MLflow store tracked: their results came with `dvc pull`, say."""
+    experiments: Mapping[str, str] = field(default_factory=dict)
+    """MLflow experiments of those runs, by stage. A run that has none is in another store: its results came with
+    `dvc pull`, say."""
     experiment: str = field(default_factory=lambda: os.environ.get(DVC_EXPERIMENT, ""))
     """Name of the DVC experiment that it is part of."""
 
@@ -67,7 +69,7 @@ class Execution:
     @property
     def links(self) -> dict[str, str]:
         """Tags that name the runs of the stages which this execution has not run again."""
-        here = {stage: run_id for stage, run_id in self.earlier.items() if stage not in self.elsewhere}
+        here = {stage: run_id for stage, run_id in self.earlier.items() if stage in self.experiments}
         return {f"dllm.run.{stage}": run_id for stage, run_id in here.items()}
 
     def tags(self, what: str) -> dict[str, str]:
@@ -123,14 +125,16 @@ class Execution:
                 entry, how = self.earlier[stage], "unchanged: an earlier run's result"
             else:
                 continue
-            is_here = stage in own or stage not in self.elsewhere
-            named = f"[{entry[:8]}]({_link(experiment_id, entry)})" if is_here else f"{entry[:8]}, {ELSEWHERE}"
+            theirs = experiment_id if stage in own else self.experiments.get(stage)
+            named = f"{entry[:8]}, {ELSEWHERE}" if theirs is None else f"[{entry[:8]}]({_link(theirs, entry)})"
             lines.append(f"| {stage} | {named} | {how} |")
         return "\n".join(lines)
 
     @property
     def _file(self) -> Path:
-        return self.root / FOLDER / f"{params_digest(self.params)}.json"
+        names = [params_digest(self.params), checkout_of(self.root)]
+        # Of `dvc exp run --temp`, in the project: what is applied there later goes on with it.
+        return home(self.root) / FOLDER / f"{'-'.join(filter(None, names))}.json"
 
     def _read(self) -> dict[str, Any]:
         try:

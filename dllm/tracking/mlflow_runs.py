@@ -30,7 +30,7 @@ from dllm.tracking.address import home, is_local, tracking_uri
 from dllm.tracking.execution import Execution
 from dllm.tracking.run_journal import Record, RunJournal, is_open, journal_path
 from dllm.tracking.runs import DatasetInput, Status, flatten
-from dllm.tracking.store import FAULTS, cause_of, connect, faults_in_one_line, has_run
+from dllm.tracking.store import FAULTS, cause_of, connect, experiment_of, faults_in_one_line, has_run
 from dllm.tracking.system_metrics import PREFIX, SystemMetrics
 
 PARENT, NOTE = "mlflow.parentRunId", "mlflow.note.content"
@@ -105,10 +105,10 @@ class MlflowTracker:
                 delivery.synchronize(root, self._client)
         self._send()
 
-    def knows(self, run_id: str) -> bool:
-        """Return whether this run's store has another run, too."""
+    def experiment_of(self, run_id: str) -> str | None:
+        """Return the experiment of another run; None where this run's store does not have it."""
         with faults_in_one_line(self.uri):
-            return has_run(self._client, run_id)
+            return experiment_of(self._client, run_id)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         self._add({"metrics": {_name(key): float(value) for key, value in metrics.items()}, "step": step})
@@ -222,8 +222,9 @@ class StageTracker(MlflowTracker):
         if known is not None and is_open(journal_path(root, known)):
             known = None  # another stage of the same configuration works, and would be waited for
         self.parent = MlflowTracker(root, experiment, execution.name, known, work)
-        elsewhere = frozenset(stage for stage, run in execution.earlier.items() if not self.parent.knows(run))
-        self._execution = execution = replace(execution, elsewhere=elsewhere)
+        found = {stage: self.parent.experiment_of(run) for stage, run in execution.earlier.items()}
+        experiments = {stage: experiment for stage, experiment in found.items() if experiment is not None}
+        self._execution = execution = replace(execution, experiments=experiments)
         self._note("RUNNING", run_id or "")  # first, so that a process killed meanwhile leaves one run, not two
         super().__init__(root, experiment, execution.stage_name, run_id, work, self.parent)
         self._note("RUNNING", self.run_id)

@@ -76,18 +76,22 @@ def connect(uri: str, root: Path | None = None) -> MlflowClient:
 
 
 def has_run(client: MlflowClient, run_id: str) -> bool:
-    """Return whether the store has a run; one that another store tracked is unknown here.
+    """Return whether the store has a run; raises as `experiment_of` does."""
+    return experiment_of(client, run_id) is not None
+
+
+def experiment_of(client: MlflowClient, run_id: str) -> str | None:
+    """Return the id of a run's experiment; None where another store tracked it.
 
     Raises:
         MlflowException, or another of `FAULTS`: the store does not respond.
     """
     try:
-        client.get_run(run_id)
+        return str(client.get_run(run_id).info.experiment_id)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        return False
-    return True
+        return None
 
 
 @contextmanager

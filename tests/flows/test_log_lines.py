@@ -12,7 +12,7 @@ def test_only_progress_is_thinned_out(monkeypatch: pytest.MonkeyPatch, caplog: p
     monkeypatch.setattr(children, "get_run_logger", lambda: logging.getLogger("flow run"))
     monkeypatch.setattr(ProgressBar, "show", lambda bar, line: None)  # requests to a server
     monkeypatch.setattr(children, "outlive_readers", lambda: None)
-    relay = children._Relay("train")
+    relay = children._Relay("train", waits=False)
     progress = [f"train: {step}/90 steps ({step / 90:.0%})  45.2 steps/s  1s left  loss 7.038" for step in range(1, 91)]
     kept = [
         "train: 35 rows, 8 held out",
@@ -27,6 +27,19 @@ def test_only_progress_is_thinned_out(monkeypatch: pytest.MonkeyPatch, caplog: p
     assert [record.message for record in caplog.records] == [*kept, progress[0], progress[-1], *kept]
     warned = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert warned == [*kept[1:3], *kept[1:3]]
+
+
+@pytest.mark.parametrize(("waits", "expected"), [(True, logging.INFO), (False, logging.ERROR)])
+def test_what_a_checkout_waits_for_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, waits: bool, expected: int
+) -> None:
+    monkeypatch.setattr(children, "get_run_logger", lambda: logging.getLogger("flow run"))
+    monkeypatch.setattr(ProgressBar, "show", lambda bar, line: None)
+    relay = children._Relay("train", waits=waits)
+    with caplog.at_level(logging.INFO, "flow run"):
+        relay("dllm: another process works on this (pid 7) (work/train/f6); wait for it, or stop it")
+        relay("ERROR: failed to reproduce 'train': failed to run: python -m dllm train, exited with 5")
+    assert {record.levelno for record in caplog.records} == {expected}
 
 
 @pytest.mark.parametrize(

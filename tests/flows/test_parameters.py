@@ -1,5 +1,6 @@
 """What a flow run can be asked for: refused by schema or before the first stage, named, and written as params.yaml."""
 
+import dataclasses
 import typing
 from pathlib import Path
 
@@ -69,6 +70,25 @@ def test_what_no_schema_says_is_refused_in_one_line(request_: Request, says: str
     with pytest.raises(ConfigError) as refused:
         request_.params(tmp_path)
     assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_values_of_stages_that_are_left_out_are_refused(tmp_path: Path) -> None:
+    recipe_book.activate("tiny-dflash", tmp_path / "params.yaml")
+    epochs = load_params(tmp_path / "params.yaml").train.epochs
+    left_out = {
+        "train.seed changes the stage train": Request(seed=3, from_stage="evaluate"),
+        "train.epochs changes": Request(overrides={"train.epochs": epochs + 1}, from_stage="register"),
+        "prepare.heldout_fraction": Request(overrides={"prepare.heldout_fraction": 0.2}, from_stage="regenerate"),
+        "target.model changes the stage prepare": Request("smollm2-135m-dflash", from_stage="train"),
+    }
+    for says, request in left_out.items():
+        with pytest.raises(ConfigError, match=says):
+            request.check_left_out(tmp_path)
+        dataclasses.replace(request, checkout="HEAD").check_left_out(tmp_path)
+        dataclasses.replace(request, from_stage="prepare").check_left_out(tmp_path)
+    Request(overrides={"train.epochs": epochs, "evaluate.num_prompts": 3}, from_stage="evaluate").check_left_out(
+        tmp_path
+    )
 
 
 def test_a_name_says_the_recipe_and_what_is_special(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Two recipes side by side through a real server and its workers, each in a checkout, beside the user's files."""
 
 import json
+import logging
 import re
 import sys
 import threading
@@ -20,6 +21,8 @@ from tests.flows.conftest import Project, wait_until
 from tests.patience import LONGEST_S
 
 pytestmark = [pytest.mark.outage, pytest.mark.flows]
+
+PARENT = "mlflow.parentRunId"
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,20 @@ def test_two_recipes_side_by_side_beside_the_users_files(project: Project) -> No
     for name in ("tiny-dflash", "tiny-dflash2"):
         source = client.get_model_version_by_alias(name, "champion").source
         assert f"{project.folder}/registered/" in str(source), "not in the checkout, which is gone"
+
+
+def test_twins_do_the_work_once_and_have_an_execution_each(project: Project) -> None:
+    twins = [start(project, "tiny", seed=11) for _ in range(2)]
+    for run in [end(project, run) for run in twins]:
+        assert run["state"]["type"] == "COMPLETED", workers_said(project)
+    logs = [(project.folder / "logs" / run / "train.log").read_text() for run in twins]
+    assert sorted("steps (" in log for log in logs) == [False, True], logs
+    client = tracking.connect(f"sqlite:///{project.folder}/mlflow.db")
+    (experiment,) = [each for each in client.search_experiments() if each.name == "tiny-dflash"]
+    executions = [run for run in client.search_runs([experiment.experiment_id]) if PARENT not in run.data.tags]
+    assert [sum(run.data.tags["dllm.flow_run"] == twin for run in executions) for twin in twins] == [1, 1]
+    said = [entry["message"] for entry in ask(project, "logs/filter", {"logs": {"level": {"ge_": logging.ERROR}}})]
+    assert not [line for line in said if "works on this" in line or "failed to reproduce" in line]
 
 
 def test_what_fails_says_so_and_is_reported(project: Project, told: tuple[str, list[dict[str, str]]]) -> None:

@@ -150,6 +150,23 @@ def test_make_run_finds_nothing_to_do_before_it_starts_a_flow(project: Project, 
     assert project.run(*asked).returncode == 0
 
 
+def test_results_that_are_taken_as_they_are_are_those_of_params_yaml_or_said_not_to_be(
+    project: Project, first: str
+) -> None:
+    path = project.folder / "params.yaml"
+    before = path.read_text()
+    refused = project.flow("--from-stage", "evaluate", "--set", "train.epochs=7")
+    assert refused.returncode == 2, refused.stdout
+    assert "dllm: train.epochs changes the stage train, whose result is taken as it is (from_stage:" in refused.stdout
+    assert path.read_text() == before
+    path.write_text(before.replace("epochs: 1", "epochs: 7"))
+    taken = project.flow("--from-stage", "register", "--no-register")
+    path.write_text(before)
+    assert taken.returncode == 0, taken.stdout
+    assert "train: its result is taken as it is, although DVC finds changes: params.yaml (train.epochs)" in taken.stdout
+    assert "regenerate: its result" not in taken.stdout
+
+
 def test_a_deployment_finds_nothing_to_do_and_keeps_the_lock(project: Project, server: None) -> None:
     before, made = lock(project), runs(project)
     done = project.run("prefect", "deployment", "run", "pipeline/project", "--watch")
