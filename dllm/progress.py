@@ -108,6 +108,8 @@ class Progress:
         self._bar.start()
 
     def _rate_text(self) -> str:
+        if 0 < self.initial == self.done == self.total:
+            return "from earlier work"
         return f"{self.rate:.3g} {self.unit}/s" if self.rate < 1000 else f"{self.rate:,.0f} {self.unit}/s"
 
     def _left_text(self) -> str:

@@ -95,6 +95,12 @@ def test_progress_of_another_process_is_drawn_over_on_a_terminal() -> None:
     assert shown_on(ours).decode() == "train: 1/3 steps\r\x1b[2Ktrain: 2/3 steps\r\nsaved\r\ntrain: 3/3 steps\r\n"
 
 
+def test_work_that_an_earlier_call_has_done_has_no_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("evaluate", 13, "responses", initial=13):
+        pass
+    assert capsys.readouterr().err == "evaluate: 13/13 responses (100%)  from earlier work\n"
+
+
 def test_progress_of_another_process_has_lines_of_its_own_elsewhere() -> None:
     stream = io.StringIO()
     lines = Lines(stream)
