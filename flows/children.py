@@ -16,19 +16,17 @@ from typing import Any, TypedDict
 
 from prefect import get_run_logger
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 
 from dllm import secrets
-from dllm.config.load import load_params, params_digest
 from dllm.errors import DllmError, ServerError, StageError
 from dllm.files import lock_folder
 from dllm.process import children as process
-from dllm.process import signals
 from dllm.process.output import outlive_readers
 from dllm.progress import Lines
-from dllm.stages import DVC_STAGES
+from dllm.stages import STAGES
 from dllm.stages import workspace as contract
+from flows import turns
 from flows.artifacts import ProgressBar, share
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,8 +48,6 @@ DEADLINE_S = 7 * 24 * 3600.0
 """No stage takes this long: a hung one is stopped and frees its slot."""
 STATUS_DEADLINE_S = 300.0
 RECORD_EVERY_S = 5.0
-WAIT_S = 5.0
-"""Between two looks whether another run has finished a stage of the same configuration."""
 DVC_CHATTER = re.compile(
     r"\s*$|To track the changes|To enable auto|\s+git add|\s+dvc config|Use `dvc push`|\w+ lock file "
     r"|WARNING: Process .* RWLock"  # the stale lock of a killed run; DVC has removed it
@@ -93,14 +89,7 @@ def reproduce(place: Place, stage: str, force: bool = False) -> None:
         StageError: it failed otherwise; the message is the stage's error line.
     """
     argv = ["dvc", "--wait-for-lock", "repro", "--single-item", stage]
-    with _turn(place, stage):
-        while True:
-            try:
-                return _run(place, stage, [sys.executable, "-m", *argv, *(["--force"] if force else [])])
-            except _Busy as busy:  # a run in the project's folder, say: what it has finished is restored
-                if place is HERE:
-                    raise
-                _wait_until_free(stage, busy.folder).close()
+    _run_in_turn(place, stage, [sys.executable, "-m", *argv, *(["--force"] if force else [])])
 
 
 def out_of_date(place: Place, stage: str) -> str:
@@ -118,26 +107,6 @@ def out_of_date(place: Place, stage: str) -> str:
     return f"DVC finds changes: {', '.join(named)}"[:300] if named else ""
 
 
-@contextlib.contextmanager
-def _turn(place: Place, stage: str) -> Iterator[None]:
-    """Let checkouts run a stage of one configuration one after another, each until DVC has saved the result.
-
-    The lock of the stage itself is free before that, and the next would do the work once more.
-    """
-    with contextlib.ExitStack() as stack:
-        if place is not HERE:
-            params = load_params(place.root / "params.yaml")
-            sections = [getattr(params, each) for each in DVC_STAGES[: DVC_STAGES.index(stage) + 1]]
-            # In work/, which checkouts share, but for a run from scratch.
-            folder = place.root / "work" / "turns" / f"{stage}-{params_digest(params.target, *sections)}"
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                stack.enter_context(lock_folder(folder))
-            except StageError:
-                stack.enter_context(_wait_until_free(stage, folder))
-        yield
-
-
 def run_verb(place: Place, *words: str, name: str | None = None) -> None:
     """Run a verb of `python -m dllm` with its arguments; raises as `reproduce` does.
 
@@ -146,7 +115,7 @@ def run_verb(place: Place, *words: str, name: str | None = None) -> None:
         words: the verb and its arguments.
         name: name of its log and its progress bar; None takes the verb.
     """
-    _run(place, name or words[0], [sys.executable, "-m", "dllm", *words])
+    _run_in_turn(place, name or words[0], [sys.executable, "-m", "dllm", *words])
 
 
 class Retries(TypedDict):
@@ -168,6 +137,17 @@ WHEN_A_SERVER_IS_BACK: Retries = {
     "retry_condition_fn": out_of_reach,
 }
 """For tasks that resume from finished work."""
+
+
+def _run_in_turn(place: Place, stage: str, argv: Sequence[str]) -> None:
+    if place is HERE or stage not in STAGES:
+        return _run(place, stage, argv)
+    with turns.turn(place.root, stage):
+        while True:
+            try:
+                return _run(place, stage, argv)
+            except _Busy as busy:  # a run in the project's folder, say: what it has finished is restored
+                turns.wait_until_free(stage, busy.folder).close()
 
 
 def _run(place: Place, stage: str, argv: Sequence[str]) -> None:
@@ -217,25 +197,6 @@ class _Busy(StageError):
         self.folder = folder
 
 
-def _wait_until_free(stage: str, folder: Path) -> contextlib.ExitStack:
-    """Wait until no other process holds a folder; return its lock, held."""
-    get_run_logger().info("%s: waiting for another run that works on the same: %s", stage, folder)
-    stack = contextlib.ExitStack()
-    while True:
-        signals.sleep(WAIT_S)
-        _stop_if_suspended()
-        with contextlib.suppress(StageError):
-            with contextlib.suppress(OSError):  # somebody has removed it
-                stack.enter_context(lock_folder(folder))
-            return stack
-
-
-def _stop_if_suspended() -> None:
-    """Raise Prefect's signal for a flow run that its user has suspended; the stage that runs is stopped by it."""
-    if (context := FlowRunContext.get()) is not None:
-        context.flow_run_suspension_request.raise_if_requested()
-
-
 def _report_holder(root: Path, lines: Sequence[str]) -> None:
     """Raise for a lock of DVC that another process holds; DVC spreads it over lines, and advises to delete the lock."""
     if any(line.endswith("it is being blocked by:") for line in lines):
@@ -259,7 +220,7 @@ class _Relay:
 
     def __call__(self, line: str) -> None:
         self._record(line)
-        _stop_if_suspended()
+        turns.stop_if_suspended()
 
     def _record(self, line: str) -> None:
         if DVC_CHATTER.match(line):

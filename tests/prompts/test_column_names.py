@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -232,6 +233,84 @@ def test_beside_a_bare_question_more_names_are_parts_of_the_prompt(name: str) ->
         read({"question": "How many?", name: ["one", "two"]}, "question")
     assert read({"question": "Which, one or two?", name: ["one", "two"]}, "question")[0] == "Which, one or two?"
     assert read({"messages": [QUESTION], name: [{"message": {"content": "one"}}]})[1].columns[name] == "not used"
+
+
+@pytest.mark.parametrize(
+    ("asked", "text", "is_held"),
+    [
+        ("Name an animal whose name begins with the given letter.", "a", False),
+        ("Name an animal whose name begins with the given letter.\n\na", "a", True),
+        ("Name an animal whose name begins with this letter: a", "a", True),
+        ("Is this number larger than 100?", "100", False),
+        ("Which is it? A. one B. two", "two", True),
+        ("Translate 'tree'.", "tree", True),
+        ("Say what dragons eat.", "dragon", False),
+        ("You are a friendly dragon. Be brief.", "a friendly dragon", True),
+        (
+            "\u7ffb\u8bd1\u6210\u82f1\u6587\uff1a\u4f60\u597d\u4e16\u754c\u670b\u53cb",
+            "\u4f60\u597d\u4e16\u754c\u670b\u53cb\u4eec"[:6],
+            True,
+        ),
+    ],
+)
+def test_a_short_text_is_held_where_it_is_set_off(asked: str, text: str, is_held: bool) -> None:
+    chat = read({"instruction": asked, "input": text}, "instruction")[0]
+    assert chat == (asked if is_held else f"{asked}\n\n{text}")
+    if not is_held:
+        with pytest.raises(UnusedColumn, match="the column persona belongs"):
+            read({"messages": [{"role": "user", "content": asked}], "persona": text})
+
+
+def test_a_number_is_a_text_of_the_prompt_and_what_stands_for_nothing_is_none() -> None:
+    assert read({"instruction": "Double it.", "input": 7}, "instruction")[0] == "Double it.\n\n7"
+    with pytest.raises(UnusedColumn, match="the column context belongs"):
+        read({"question": "Is it warm?", "context": 35}, "question")
+    assert read({"question": "Is it warm?", "context": 35, "options": 4}, "question", ignore_columns=["context"])[0]
+    for nothing in ("nan", "None", "N/A", "<noinput>"):
+        chat, reading = read({"instruction": "Sort.", "input": nothing}, "instruction")
+        assert chat == "Sort." and reading.columns["input"] == "empty"
+    assert read({"messages": [QUESTION], "tools": "None"})[1].columns["tools"] == "empty"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"A": "x", "B": "y", "C": "z", "D": "w"}, {"opa": "x", "opb": "y"}, {"option_1": "x"}, {"choice_a": "x"},
+     {"ending0": "x"}, {"answer_choices": ["x", "y"]}],
+    ids=str,
+)  # fmt: skip
+def test_options_in_columns_of_their_own_are_a_part_of_a_question(options: dict[str, Any]) -> None:
+    with pytest.raises(UnusedColumn, match=f"the column {next(iter(options))} belongs to the prompt"):
+        read({"question": "Which is true?", **options, "answer": "A"}, "question")
+    assert read({"messages": [QUESTION], **options})[0] == [QUESTION]
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [[{"type": "human", "content": "Hi"}, {"type": "ai", "content": "Hello"}], [["Hi", "Hello"]], ["Hi", "Hello", "q"],
+     [{"speaker": "a", "text": "Hi"}]],
+    ids=str,
+)  # fmt: skip
+def test_json_in_a_chat_s_column_that_is_no_chat_is_no_question(chat: Any) -> None:
+    with pytest.raises(DataError, match="conversations is a text of JSON whose items are no turns"):
+        read({"conversations": json.dumps(chat)}, "conversations")
+    assert read({"question": json.dumps(chat)}, "question")[0] == json.dumps(chat)
+    assert read({"messages": "[1, 2, 3] is sorted?"})[0] == "[1, 2, 3] is sorted?"
+
+
+def test_what_says_the_same_otherwise_is_read() -> None:
+    empty = {"role": "system", "content": ""}
+    assert read({"messages": [empty, QUESTION], "system": "Be nice."})[0] == [
+        {**empty, "content": "Be nice."},
+        QUESTION,
+    ]
+    lists = {"role": ["user", "assistant"], "content": ["Hi", "Hello"], "tool_calls": None}
+    assert read({"messages": lists})[0] == [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+    ]
+    schema = {"type": "function", "function": {"name": "look", "parameters": {}}}
+    cells = read_row({"messages": [QUESTION], "tools": schema}, "messages", Source(name="x"), "x:1", Reading())
+    assert cells.tools == [schema]
 
 
 @pytest.mark.parametrize("name", ["enable_thinking", "reasoning_effort", "chat_template", "continue_final_message"])

@@ -1,7 +1,10 @@
 """Which files of a folder are read: those of the split, and all that their numbers speak of."""
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,6 +128,61 @@ def test_the_splits_that_a_dataset_s_card_names_come_before_those_of_names(tmp_p
     for split, expected in {"train": names[:1], "test": names[1:]}.items():
         found, passed_over = folder.files(tmp_path, split, "x")
         assert sorted(found) == sorted(expected) and set(passed_over) == {*names, "README.md"} - set(expected)
+
+
+ASSIGNED = {
+    "braces": ("[{split: train, path: 'data/{a,b}.jsonl'}, {split: test, path: 'data/{c,d}.jsonl'}]", "data/a data/b"),
+    "any folder": ("[{split: test, path: '**/b.jsonl'}, {split: train, path: '*.jsonl'}]", "a"),
+    "a folder": ("[{split: train, path: a}, {split: test, path: b/}]", "a/x"),
+    "a mapping": ("{train: a, test: [b]}", "a/x"),
+    "a text": ("data/a.jsonl", "data/a"),
+    "a list": ("[data/a.jsonl, ./data/b.jsonl]", "data/a data/b"),
+    "one level": ("'data/*'", "data/a data/b data/c data/d"),
+    "letters": ("'data/[!a-c].jsonl'", "data/d"),
+}
+
+
+@pytest.mark.parametrize(("files", "expected"), ASSIGNED.values(), ids=ASSIGNED)
+def test_every_form_in_which_a_card_lists_files_is_read_and_others_are_not(
+    tmp_path: Path, files: str, expected: str
+) -> None:
+    for name in ("a", "b", "data/a", "data/b", "data/c", "data/d", "a/x", "b/x", "data/deep/e"):
+        path = tmp_path / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(ROW)
+    (tmp_path / "README.md").write_text(f"---\nconfigs: [{{config_name: default, data_files: {files}}}]\n---\n")
+    found, passed_over = folder.files(tmp_path, "train", "x")
+    assert sorted(found) == [f"{each}.jsonl" for each in expected.split()]
+    assert passed_over["data/deep/e.jsonl"] == "not listed in README.md"
+    (tmp_path / "README.md").write_text("---\nconfigs: [{data_dir: data, data_files: {train: a.jsonl}}]\n---\n")
+    assert list(folder.files(tmp_path, "train", "x")[0]) == ["data/a.jsonl"]
+
+
+def test_of_several_configurations_the_default_is_read_or_none(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text(ROW)
+    configs = "{config_name: one, data_files: a.jsonl}, {config_name: two, data_files: b.jsonl%s}"
+    (tmp_path / "README.md").write_text(f"---\nconfigs: [{configs % ''}]\n---\n")
+    with pytest.raises(ConfigError, match=r"README\.md has several configurations: one, two"):
+        folder.files(tmp_path, "train", "x")
+    (tmp_path / "README.md").write_text(f"---\nconfigs: [{configs % ', default: true'}]\n---\n")
+    found, passed_over = folder.files(tmp_path, "train", "x")
+    assert list(found) == ["b.jsonl"] and passed_over["a.jsonl"] == "not listed in README.md"
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "a.jsonl").write_text(ROW)
+    real = os.scandir
+
+    def scandir(path: str) -> Any:  # root, who runs the tests in containers, may list anything
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"cannot list the folder: Permission denied .*locked"):
+        folder.files(tmp_path, "train", "x")
 
 
 @pytest.mark.parametrize(

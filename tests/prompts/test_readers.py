@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -80,6 +83,33 @@ def test_an_encoding_that_is_not_read_is_named(tmp_path: Path, name: str, encodi
     said = encoding[:6].upper() + encoding[7:].upper()
     with pytest.raises(DataError, match=rf"the file is text in {said} .*`iconv -f {said} -t UTF-8` converts it"):
         list(records(tmp_path / name))
+
+
+@pytest.mark.parametrize(("name", "compress"), [("x.jsonl.bz2", bz2.compress), ("x.jsonl.xz", lzma.compress)])
+def test_streams_after_one_another_are_read_to_the_end_or_refused(tmp_path: Path, name: str, compress: Any) -> None:
+    parts = [compress(json.dumps(row).encode() + b"\n") for row in ROWS]
+    path = tmp_path / name
+    path.write_bytes(b"".join(parts) + b"\0" * 8)
+    assert [row for _, row in records(path)] == ROWS
+    for damaged in (
+        [parts[0], b"\1" + parts[1][1:], parts[2]],
+        [parts[0], LINES.encode()],
+        [*parts[:2], parts[2][:-4]],
+        [],
+    ):
+        path.write_bytes(b"".join(damaged))
+        with pytest.raises(DataError, match="cannot read the file"):
+            list(records(path))
+
+
+def test_times_that_python_does_not_have_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    late = pa.array([253402300800000, 0], pa.timestamp("ms"))
+    odd = pa.array([1, 2], pa.timestamp("ms", "Mars/Olympus"))
+    pq.write_table(pa.table({"a": ["x", "y"], "late": late, "odd": odd}), path)
+    found = [row for _, row in records(path)]
+    assert [row["a"] for row in found] == ["x", "y"]
+    assert [row["late"] for row in found] == [253402300800000, 0] and [row["odd"] for row in found] == [1, 2]
 
 
 def test_a_stream_whose_writer_was_killed_is_not_half_of_the_rows(tmp_path: Path) -> None:

@@ -36,6 +36,18 @@ CHATS = {
     "numpy": "array([{'content': 'Hi.', 'role': 'user'}], dtype=object)",
     "YAML": "- role: user\n  content: Hi.\n- role: assistant\n  content: Hello.\n",
     "gpt-oss": "<|start|>user<|message|>Hi.<|end|>",
+    "Vicuna, whole": "A chat between a curious user and an assistant. USER: Hi. ASSISTANT: Hello.</s>",
+    "speakers, a system": "System: Be brief.\nUser: Hi.\nAssistant: Hello.",
+    "speakers, a system in Markdown": "### System:\nBe brief.\n\n### User:\nHi.\n\n### Assistant:\nHello.",
+    "speakers in lower case": "user: Hi.\nassistant: Hello.",
+    "a bot": "User: Hi.\nBot: Hello.",
+    "Phi": "Instruct: Sort b a.\nOutput: a b",
+    "LLaDA2": "<role>HUMAN</role>Hi.<role>ASSISTANT</role>Hello.",
+    "Nemotron": "<extra_id_0>System\n\n<extra_id_1>User\nHi.\n<extra_id_1>Assistant\nHello.",
+    "Kimi": "<|im_user|>user<|im_middle|>Hi.<|im_end|><|im_assistant|>assistant<|im_middle|>Hello.",
+    "MiniMax": "]~!b[]~b]user\nHi.[e~[\n]~b]ai\nHello.",
+    "Seed": "<seed:bos>user\nHi.<seed:eos><seed:bos>assistant\nHello.",
+    "a token before": "<|endoftext|><|im_start|>user\nHi.<|im_end|>",
     "DeepSeek": "<｜begin▁of▁sentence｜><｜User｜>Hi.<｜Assistant｜>",  # noqa: RUF001
 }
 
@@ -56,6 +68,9 @@ def test_a_chat_that_is_written_as_one_text_is_named(text: str) -> None:
         "User: ann. Assistant to whom?",
         "### Instruction:\nSort.\n\n### Response:\n",
         "[INST] Sort. [/INST]",
+        "System: what is one?\nAnd a user?",
+        "A chat between a cat and a dog.",
+        "Instruct: a verb?",
         "Write a dialogue.\nHuman: Hi.\nAssistant: Hello.",
         "- role: a part in a play\n- form: verse",
         "array([1, 2]) or ({'a': 1},)?",

@@ -7,6 +7,7 @@ tools has the ids that the chat template renders for it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -22,9 +23,16 @@ from dllm.engines.openai.faults import Fault, Refused, one_line
 from dllm.engines.openai.servers import Server
 from dllm.errors import DataError, ServerError
 from dllm.prompts import template as chat
+from dllm.prompts.chats.turns import Message
 
-OTHER_ENDINGS = {"eos": "stop", "eos_token": "stop", "end_turn": "stop", "max_tokens": "length"}
-"""What servers say for two of `ENDINGS`: TGI by its own protocol, and gateways to Anthropic."""
+OTHER_ENDINGS = {
+    "function_call": "tool_calls",
+    "eos": "stop",
+    "eos_token": "stop",
+    "end_turn": "stop",
+    "max_tokens": "length",
+}
+"""What servers say for some of `ENDINGS`: older ones of OpenAI's, TGI by its own protocol, gateways to Anthropic."""
 _THINKING = re.compile("reasoning|think|thought", re.IGNORECASE)
 """In the name of a field of a message: it holds the reasoning."""
 LEAST_DIFFERENCE = 32
@@ -59,6 +67,8 @@ class Completions:
         self._model, self._tokenizer = model, tokenizer
         self._thinking = target.enable_thinking
         self._stop_id = chat.end_of_turn_id(tokenizer)
+        # As SentencePiece does, which puts the mark of a word's start before the first word of a text.
+        self._marks_start = _ends_otherwise(tokenizer)
         self._warned: set[str] = set()
 
     def body(self, request: Request) -> bytes:
@@ -91,6 +101,8 @@ class Completions:
             choice = reply["choices"][0]
             message, reason = choice["message"], choice["finish_reason"]
             text, calls = message.get("content") or "", message.get("tool_calls") or []
+            if not calls and (older := message.get("function_call")):
+                calls = [{"function": older}]
             refusal = "" if text or calls else message.get("refusal")
             tool_calls = tuple(_call(call) for call in calls)
             if isinstance(text, list) and all(part.get("type") == "text" for part in text):
@@ -138,10 +150,20 @@ class Completions:
                 return Refusal(request.key, str(error))
             ids = ids[:-1] if is_cut else ids
         else:
-            encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-            ids = [int(id) for id in encoded["input_ids"]] + ([] if is_cut else [self._stop_id])
+            ids = self._text_ids(request, text) + ([] if is_cut else [self._stop_id])
         self._compare(request, reply, len(ids))
         return replace(untokenized, token_ids=tuple(ids))
+
+    def _text_ids(self, request: Request, text: str) -> list[int]:
+        """Tokenize a response's text, where that depends on it, as the text after its prompt."""
+        if self._marks_start and text:
+            turn: Message = {"role": "assistant", "content": text}
+            with contextlib.suppress(DataError):
+                ids = chat.answer_ids(self._tokenizer, request.messages, turn, self._thinking, tools=request.tools)[:-1]
+                if self._tokenizer.decode(ids) == text:  # some templates strip it, or leave its reasoning out
+                    return ids
+        encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return [int(id) for id in encoded["input_ids"]]
 
     def _check_model(self, server: Server, model: Any) -> None:
         """Check the name that a server replies under: the one asked for, or another of the same model."""
@@ -172,6 +194,12 @@ class Completions:
         if kind not in self._warned:
             self._warned.add(kind)
             _log.warning("%s %s", reply.url, what)
+
+
+def _ends_otherwise(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a text has other ids at its beginning than after a line break."""
+    line, word, both = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\n", "x", "\nx"))
+    return both != line + word
 
 
 def _separated_reasoning(message: dict[str, Any]) -> str | None:

@@ -43,6 +43,17 @@ def as_turns(value: Any, where: str) -> Any:
     return value if turns is None else turns
 
 
+def is_list_of_json(chat: Any) -> bool:
+    """Return whether a text, which is no chat that we read, is a list of objects, lists or texts in JSON."""
+    if not isinstance(chat, str) or not chat.strip(_BLANK).startswith("["):
+        return False
+    try:
+        found = parse_json(chat.strip(_BLANK))
+    except JsonError:
+        return False
+    return isinstance(found, list) and bool(found) and all(isinstance(each, dict | list | str) for each in found)
+
+
 def _turns(value: Any, what: str, where: str, parses: int) -> list[Any] | None:
     """Return the turns that a value spells out, or None where it is no chat."""
     if isinstance(value, str):
@@ -56,7 +67,8 @@ def _turns(value: Any, what: str, where: str, parses: int) -> list[Any] | None:
     if not isinstance(value, Mapping):
         return None
     if _names_role(value):
-        return _by_turn(value) if all(isinstance(each, list) for each in value.values()) else [value]
+        lists = {key: each for key, each in value.items() if each is not None}
+        return _by_turn(lists) if lists and all(isinstance(each, list) for each in lists.values()) else [value]
     name = next((name for name in CHATS if value.get(name)), None)
     inner = None if name is None else _turns(value[name], what, where, parses)
     others = [str(key)[:40] for key, each in value.items() if key != name and each not in (None, "", [], {})]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 _BOS = (
-    r"(?:(?:<s>|<bos>|<\|begin_of_text\|>|<\|startoftext\|>|<BOS_TOKEN>|\[gMASK\]<sop>"
+    r"(?:(?:<s>|<bos>|<\|endoftext\|>|<\|begin_of_sentence\|>|<\|begin_of_text\|>|<\|startoftext\|>|<BOS_TOKEN>|\[gMASK\]<sop>"
     r"|<\uff5cbegin▁of▁sentence\uff5c>)\s*)?"
 )
 _ROLE = r"(?:system|developer|user|human|prompter|assistant|model|tool)"
@@ -24,7 +24,13 @@ _FORMATS = {
     "by Mistral's or Llama 2's template": r"\[INST\].*\[/INST\]\s*[^\s<[]|\[SYSTEM_PROMPT\]|\[INST\]\s*<<SYS>>",
     "with names of speakers": (
         r"(?:#{2,3} ?|\*\*|GPT4 Correct )?(?:Human|User|USER):.*(?:[\s#*]|GPT4 Correct )(?:Assistant|ASSISTANT|AI):"
-        r"|H:.*\n\nA:"
+        r"|H:.*\n\nA:|(?:#{2,3} ?|\*\*)?(?:System|SYSTEM|system):.*\n[#* ]*(?:User|USER|user|Human|HUMAN|human):"
+        r"|user:.*\nassistant:|(?:User|Human):.*\n(?:Bot|Chatbot|Model):|Instruct:.*\nOutput:"
+        r"|A chat between a .*\bUSER:.*\bASSISTANT:"
+    ),
+    "by LLaDA2's, Nemotron's, Kimi's, MiniMax's or Seed's template": (
+        r"<role>(?:SYSTEM|HUMAN|ASSISTANT|OBSERVATION)</role>|<extra_id_\d>(?:System|User|Assistant)\b"
+        rf"|<\|im_{_ROLE}\|>|(?:\]~!b\[)?\]~b\](?:{_ROLE}|ai)\b|<seed:bos>{_ROLE}\b"
     ),
     "in Alpaca's format": r"(?:.{0,400}\n)?### Instruction:.*\n### Response:\s*\S",
     "as Python": rf"(?:array)?\(\[?\s*\{{\s*['\"]{_KEY}['\"]:",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dllm.prompts.chats import transcripts
 from dllm.prompts.chats.tools import JsonCell
 from dllm.prompts.chats.turns import ROLES
+
+SHORT_CHARS, SHORT_WORDS = 20, 3
+"""A text of fewer characters and fewer words is short."""
 
 
 def turns_of(chat: Any) -> list[Mapping[str, Any]]:
@@ -38,12 +42,17 @@ def said(chat: Any) -> list[tuple[str, str]]:
 def holds(chat: Any, value: Any) -> bool:
     """Return whether the turns before the response hold a text, or all texts of a list or mapping.
 
-    Spaces between words do not count. What a template has rendered is held where it is this chat.
+    Spaces between words do not count. A text of few characters may stand in a question by chance: alone, it is held
+    where it is set off, as a line, an option or after a colon. What a template has rendered is held where it is this
+    chat.
     """
     wanted = [text for each in _texts(value) if (text := _spaced(each))]
     asked = turns_of(chat)[: num_asked(turns_of(chat))]  # of the response nothing reaches the target
-    held = list(map(_spaced, [chat] if isinstance(chat, str) else _texts(asked)))
-    if wanted and all(any(text in each for each in held) for text in wanted):
+    given = [chat] if isinstance(chat, str) else list(_texts(asked))
+    held = list(map(_spaced, given))
+    if isinstance(value, str | int | float) and wanted and _is_short(wanted[0]):
+        return any(_is_set_off(wanted[0], each) for each in given)
+    if wanted and all(any(_stands_in(text, each) for each in held) for text in wanted):
         return True
     is_rendered = isinstance(value, str) and transcripts.written(value) is not None
     return is_rendered and bool(held) and all(each in wanted[0] for each in held)
@@ -56,6 +65,28 @@ def text_of(content: Any) -> str:
         return content
     parts = [part.get("text") for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
     return "".join(part for part in parts if isinstance(part, str))
+
+
+def _is_short(text: str) -> bool:
+    """Return whether a text may stand in another one by chance; a character beyond ASCII says as much as three."""
+    return len(text) + 2 * sum(not each.isascii() for each in text) < SHORT_CHARS and text.count(" ") < SHORT_WORDS - 1
+
+
+def _stands_in(text: str, held: str) -> bool:
+    """Return whether a text stands in another one, as words of its own."""
+    return text in held and (not text.isascii() or re.search(_bounded(text), held) is not None)
+
+
+def _is_set_off(text: str, held: str) -> bool:
+    """Return whether a text stands in another one apart from the words around it."""
+    if any(_spaced(line) == text for line in held.split("\n")):
+        return True
+    after_mark = rf"(?:[:\"'`(\[\uff1a\uff08\u201c\u300c]|(?:^|[\s(\[])[A-Za-z0-9]{{1,2}}[.):\]])\s*{_bounded(text)}"
+    return re.search(after_mark, held, re.MULTILINE) is not None
+
+
+def _bounded(text: str) -> str:
+    return rf"(?<![A-Za-z0-9]){re.escape(text)}(?![A-Za-z0-9])"
 
 
 def _spaced(text: str) -> str:

@@ -78,11 +78,30 @@ def rows(batch: pa.RecordBatch | pa.Table) -> Iterator[Row]:
         raise pa.ArrowInvalid(f"the column {twice!r} stands twice")
     converts = {field.name: _convert(field.type, field.name) for field in batch.schema}
     for start in range(0, batch.num_rows, BATCH_ROWS):
-        for row in batch.slice(start, BATCH_ROWS).to_pylist():
+        for row in _plain_rows(batch.slice(start, BATCH_ROWS)):
             try:
                 yield {name: value if value is None else converts[name](value) for name, value in row.items()}
             except JsonError as error:
                 yield JsonError(f"a cell is not JSON: {error}")
+
+
+def _plain_rows(batch: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
+    """Return the rows of a batch; of times that Python does not have, such as those of the year 10000, the numbers."""
+    try:
+        return list(batch.to_pylist())
+    except (OverflowError, ValueError, LookupError):  # a time, or a time zone
+        columns = {name: _plain_column(batch.column(name)) for name in batch.schema.names}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _plain_column(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    try:
+        return list(column.to_pylist())
+    except (OverflowError, ValueError, LookupError) as error:
+        if not pa.types.is_temporal(column.type):
+            raise pa.ArrowInvalid(f"a time cannot be read: {error}") from None
+        width = pa.int32() if column.type.bit_width == 32 else pa.int64()
+        return list(column.cast(width).to_pylist())
 
 
 def _convert(type: pa.DataType, name: str = "") -> Convert:

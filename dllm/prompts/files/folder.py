@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def files(path: Path, split: str, where: str) -> Found:
         return _saved(path)
     found: dict[str, Path] = {}
     passed_over: dict[str, str] = {}
-    for file in sorted(path.rglob("*")):
+    for file in sorted(_below(path)):
         name = file.relative_to(path).as_posix()
         is_hidden = any(part.startswith(".") for part in Path(name).parts)
         if is_hidden or (file.is_dir() and not file.is_symlink()):
@@ -67,7 +68,25 @@ def files(path: Path, split: str, where: str) -> Found:
     if len(words) == 1 and split == TRAIN and not any(_WORD.search(each.lower()) for each in words):
         # One word that is no split's own is but the name of the files: data-00000-of-00002.
         named = dict.fromkeys(found)
-    return _of_split(found, passed_over, named | dataset_card.splits(path, found), split, where)
+    if listed := dataset_card.splits(path, found):  # `datasets` reads no other files then
+        passed_over |= {name: f"not listed in {dataset_card.CARD}" for name in found if name not in listed}
+        found = {name: file for name, file in found.items() if name in listed}
+        named = dict(listed)
+    return _of_split(found, passed_over, named, split, where)
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """Find all files and folders below one.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"cannot list the folder: {error.strerror}", where=str(error.filename))
+
+    for folder, folders, names in os.walk(path, onerror=fail):
+        yield from (Path(folder, name) for name in (*folders, *names))
 
 
 def _of_split(

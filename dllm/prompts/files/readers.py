@@ -172,12 +172,50 @@ def _reason(error: str, text: str) -> str:
     return error if error.startswith("not UTF-8") else f"not JSON: {error}"
 
 
+_CHUNK = 1 << 16
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 def _open(path: Path) -> IO[bytes]:
-    opens: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
+    opens: dict[str, Callable[..., Any]] = {
+        ".gz": gzip.open,
+        ".bz2": lambda path, mode: io.BufferedReader(_Streams(path, bz2.BZ2Decompressor)),
+        ".xz": lambda path, mode: io.BufferedReader(_Streams(path, lzma.LZMADecompressor)),
+        ".zst": _open_zstd,
+    }
     return opens.get(path.suffix.lower(), Path.open)(path, "rb")
+
+
+class _Streams(io.RawIOBase):
+    """A file of compressed streams one after another; Python's own readers end, in silence, at one that is damaged."""
+
+    def __init__(self, path: Path, new: Callable[[], Any]) -> None:
+        self._file, self._new = path.open("rb"), new
+        self._stream = new()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            given = b""
+            if self._stream.eof:
+                given = self._stream.unused_data.lstrip(b"\0") or self._file.read(_CHUNK).lstrip(b"\0")
+                if not given:  # the end, or zeros, with which xz fills up
+                    if self._file.read(1) == b"":
+                        return 0
+                    self._file.seek(-1, io.SEEK_CUR)
+                    continue
+                self._stream = self._new()
+            elif self._stream.needs_input and not (given := self._file.read(_CHUNK)):
+                raise EOFError("the file ends before its compressed stream does")
+            if found := self._stream.decompress(given, len(buffer)):
+                buffer[: len(found)] = found
+                return len(found)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _open_zstd(path: Path, mode: str) -> IO[bytes]:

@@ -64,7 +64,7 @@ TEXT = re.compile(
 )
 """Names of texts that belong to a prompt, unless the chat holds them already."""
 TEXT_OF_A_QUESTION = re.compile(
-    r"choices?|options?|examples?|stor(?:y|ies)|articles?|evidence|premise|knowledge|tables?|source_text|starter_code"
+    r"choices?|options?|answer_choices|endings?|(?:option|choice|ending|op)_?(?:[a-e]|\d{1,2})|examples?|stor(?:y|ies)|articles?|evidence|premise|knowledge|tables?|source_text|starter_code"
 )
 """Names that belong to the prompt beside a bare question; beside a chat they say something about it."""
 TEMPLATE = re.compile(r"(?:.*_)?template_(?:kwarg|arg|argument|param|parameter)s?")

@@ -31,7 +31,7 @@ def missing(row: Mapping[str, Any], names: Sequence[str], place: str) -> DataErr
     if "instruction" in columns and names == CHATS:
         hint += ": instruction, to which input is joined"
     elif near := _near(names, columns):
-        hint = f"did you mean {near}?"
+        hint = f"did you mean {near}? {hint}"
     return DataError(f"no {' nor '.join(names)} in the row, only {shown or 'nothing'}", where=place, hint=hint)
 
 

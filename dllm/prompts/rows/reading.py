@@ -6,6 +6,7 @@ the user's choice. All other columns are listed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 from dllm.config.params import Source
 from dllm.errors import DataError
 from dllm.outside import one_line
-from dllm.prompts.chats.cells import CHATS, as_turns
+from dllm.prompts.chats.cells import CHATS, as_turns, is_list_of_json
 from dllm.prompts.chats.tools import to_tools
 from dllm.prompts.chats.turn_texts import holds, num_asked, role_of, said, text_of, turns_of
 from dllm.prompts.chats.turns import Unusable
@@ -24,6 +25,10 @@ REFERENCE = "reference"
 CHAT, EMPTY, UNUSED = "chat", "empty", "not used"
 _NO_TEXT = ("None", "nan", "NaN", "<NA>")
 """What pandas makes of a missing text where it is turned into one."""
+_NO_INPUT = ("<noinput>", "<no input>", "N/A")
+"""What copies of Alpaca have in place of an empty `input`."""
+_NUMBERS = ("input", "context", "question", "query")
+"""Columns in which a number is a text of the prompt, and not a count or an id."""
 _SHOWN = 40
 """Columns and files that are named; of the others the number."""
 
@@ -78,6 +83,9 @@ def read_row(row: Mapping[str, Any], chat_column: str, source: Source, place: st
     """
     ignored = set(source.ignore_columns or ())
     chat = as_turns(row[chat_column], place)
+    if chat_column in CHATS and is_list_of_json(chat):
+        raise DataError(f"{chat_column} is a text of JSON whose items are no turns", where=place)
+    letters = isinstance(chat, str) and row.keys() >= {"A", "B", "C"}
     reading.note(chat_column, CHAT)
     system, tools = _Choice("system prompt"), _Choice("tools")
     texts: dict[str, Any] = {}
@@ -93,7 +101,7 @@ def read_row(row: Mapping[str, Any], chat_column: str, source: Source, place: st
         elif _is_argument(name) and value is not None:  # false is a value of these
             if not isinstance(value, str | list | dict) or not _is_empty(value):
                 texts[name] = value
-        elif _is_empty(value, column_names.is_tools(named)) or (column_names.is_system(named) and value in _NO_TEXT):
+        elif _is_empty(value, column_names.is_tools(named)) or _says_nothing(named, value):
             reading.note(name, EMPTY)
         elif is_deep:
             if parts.is_of_prompt(named, value):
@@ -101,6 +109,11 @@ def read_row(row: Mapping[str, Any], chat_column: str, source: Source, place: st
         elif column_names.is_system(named) and (text := _system_text(value)) is not None:
             system.offer(name, text, text.strip(), place)
             reading.note(name, "system prompt")
+        elif letters and re.fullmatch("[A-J]", name):
+            texts[name] = str(value)
+        elif named in column_names.TOOLS and isinstance(value, Mapping) and ("name" in value or "function" in value):
+            tools.offer(name, [value], to_tools([value], place), place)
+            reading.note(name, "tools")
         elif (named in column_names.TOOLS and isinstance(value, str | list)) or _are_schemas(named, value):
             tools.offer(name, value, to_tools(value, place), place)
             reading.note(name, "tools")
@@ -153,6 +166,14 @@ def _answer_keys(chat: Any, chat_column: str, reading: Reading, ignored: Collect
                 yield name
             elif inner not in parts.TURN_KEYS:
                 reading.note(name, EMPTY if _is_empty(value) else UNUSED)
+
+
+def _says_nothing(named: str, value: Any) -> bool:
+    """Return whether a text stands for a missing one."""
+    if not isinstance(value, str):
+        return False
+    is_known = column_names.is_system(named) or column_names.is_tools(named) or column_names.is_text(named)
+    return (is_known and value.strip() in _NO_TEXT) or (named == "input" and value.strip() in _NO_INPUT)
 
 
 def _is_argument(name: str) -> bool:
@@ -212,6 +233,8 @@ def _is_empty(value: Any, keys_count: bool = False) -> bool:
 
 def _with_texts(chat: Any, chat_column: str, texts: Mapping[str, Any], place: str, reading: Reading) -> Any:
     for name, value in texts.items():
+        if key(name) in _NUMBERS and isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)
         is_input = key(name) == "input" and "." not in name and isinstance(value, str)
         is_told = isinstance(value, str) or not column_names.is_tools(key(name))  # tools are more than their texts
         if is_told and not _is_argument(name) and holds(chat, value):
@@ -248,6 +271,8 @@ def _with_system(chat: Any, system: str | None, place: str) -> Any:
         if isinstance(turn, Mapping) and role_of(turn) == "system":
             if holds([turn], system):
                 return chat
+            if turn.get("content") == "":
+                return [{**each, "content": system} if each is turn else each for each in turns]
             raise DataError("the system column and the chat's own system turn differ", where=place)
     return [{"role": "system", "content": system}, *turns]
 

@@ -8,6 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace, Split
+from transformers import PreTrainedTokenizerFast
 
 from dllm.config.params import Target
 from dllm.engines.engine import Refusal, Response
@@ -77,6 +81,37 @@ def test_ids_are_the_text_s_and_end_as_the_server_says(tokenizer) -> None:
     assert answer(tokenizer, reply(reason="length")) == Response(REQUEST.key, tuple(ids), "yes", "length")
     assert answer(tokenizer, reply("yes\ufffd\ufffd", "length")) == Response(REQUEST.key, tuple(ids), "yes", "length")
     assert answer(tokenizer, reply(None)) == Response(REQUEST.key, (end,), "", "stop")
+
+
+def test_ids_of_words_are_those_after_the_prompt() -> None:
+    words = ["user", "assistant", "question", "1", "\n", "Hello", "world", "x"]
+    vocab = {"<unk>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+    vocab |= {mark + word: 3 + 2 * at + (mark != "") for at, word in enumerate(words) for mark in ("", "\u2581")}
+    model = Tokenizer(WordLevel(vocab, "<unk>"))
+    lines = Split("\n", "isolated")
+    model.pre_tokenizer = pre_tokenizers.Sequence([lines, Metaspace(prepend_scheme="first")])
+    model.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, unk_token="<unk>", eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
+    )
+    tokenizer.chat_template = TEMPLATE
+    alone = tokenizer("Hello world", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(alone) == ["\u2581Hello", "\u2581world"]
+    for reason, end in (("stop", ["<|im_end|>"]), ("length", [])):
+        found = answer(tokenizer, reply("Hello world", reason))
+        assert isinstance(found, Response)
+        assert tokenizer.convert_ids_to_tokens(list(found.token_ids)) == ["Hello", "\u2581world", *end]
+    tokenizer.chat_template = TEMPLATE.replace("m.content", "m.content | trim")
+    spaced = answer(tokenizer, reply("Hello world "))
+    assert isinstance(spaced, Response) and spaced.text == "Hello world ", "a template that strips it says nothing"
+
+
+@pytest.mark.parametrize("reason", ["function_call", "stop"])
+def test_an_older_server_s_call_is_one(caller, reason) -> None:
+    older = {"name": "add", "arguments": '{"a": 1}'}
+    found = answer(caller, reply(None, reason, function_call=older), replace(REQUEST, tools=TOOLS))
+    assert isinstance(found, Response) and found.finish_reason == "tool_calls"
+    assert found.tool_calls[0]["function"] == older
 
 
 @pytest.mark.parametrize("reason", ["tool_calls", "stop"])
