@@ -35,6 +35,8 @@ class Score:
     name: str
     """Its name in the verdict."""
     value: float
+    interval: tuple[float, float] | None = None
+    """95 % interval of the value, where it has one."""
 
 
 @dataclass(frozen=True)

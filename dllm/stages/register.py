@@ -81,6 +81,7 @@ def run(params: Params, root: Path, report: Callable[[Path], Path] | None = None
             digest=digest,
             tau=score.value,
             score_name=score.name,
+            interval=score.interval,
             heldout_digest=found["heldout_digest"],
             target=json.dumps(evaluated["identity"]["target"], sort_keys=True),
             tags=tags,

@@ -58,6 +58,7 @@ def register(
     tau: float,
     heldout_digest: str,
     score_name: str = "τ",
+    interval: tuple[float, float] | None = None,
     target: str,
     tags: Mapping[str, str],
     run_id: str | None = None,
@@ -77,6 +78,7 @@ def register(
         digest: of the checkpoint's content (`provenance.digest`).
         tau: what versions are ranked by, of a draft its acceptance length on the held-out prompts; larger is better.
         score_name: how the verdict calls it.
+        interval: its 95 % interval; the verdict says where that holds the champion's, too.
         heldout_digest: names these prompts; only measurements on the same ones are compared.
         target: the model the draft was made for; only drafts for the same one are compared.
         tags: further facts about the version.
@@ -127,7 +129,7 @@ def register(
         text = _description(name, version.version, score_name, tau, tags, target, figures)
         if version.description != text:
             client.update_model_version(name, version.version, text)
-        verdict = _judge(client, name, client.get_model_version(name, version.version), score_name)
+        verdict = _judge(client, name, client.get_model_version(name, version.version), score_name, interval)
         aliases = tuple(sorted(_aliases(client, name, version.version)))
     return Registered(name, int(version.version), str(version.source), aliases, verdict, known is None)
 
@@ -160,7 +162,9 @@ def resolve(reference: str, root: Path) -> Path:
     return model_store.bring(str(version.source), uri, root, expected, reference)
 
 
-def _judge(client: MlflowClient, name: str, version: ModelVersion, score_name: str) -> str:
+def _judge(
+    client: MlflowClient, name: str, version: ModelVersion, score_name: str, interval: tuple[float, float] | None
+) -> str:
     champion = _champion(client, name)
     tau = float(version.tags[TAU])
     if champion is None:
@@ -180,7 +184,9 @@ def _judge(client: MlflowClient, name: str, version: ModelVersion, score_name: s
     if tau <= best:
         return f"challenger: {own} does not beat {other}"
     _promote(client, name, version, champion)
-    return f"champion: {own} beats {other}"
+    low, high = interval or (best, best)
+    doubt = f", which lies in its 95 % interval, {low:.3f} to {high:.3f}" if low < best < high else ""
+    return f"champion: {own} beats {other}{doubt}"
 
 
 def _promote(client: MlflowClient, name: str, version: ModelVersion, from_: ModelVersion | None) -> None:

@@ -50,16 +50,36 @@ def _folder(root: Path, weights: str) -> Path:
     return folder
 
 
-def enter(root: Path, name: str, weights: str, tau: float, heldout: str = "h", target: str = "t") -> Registered:
+def enter(
+    root: Path,
+    name: str,
+    weights: str,
+    tau: float,
+    heldout: str = "h",
+    target: str = "t",
+    interval: tuple[float, float] | None = None,
+) -> Registered:
     return model_registry.register(
         root,
         name,
         digest=checkpoint(root, weights),
         tau=tau,
+        interval=interval,
         heldout_digest=heldout,
         target=target,
         tags={"dllm.git_commit": "None"},
     )
+
+
+def test_a_champion_of_little_more_is_said_to_be_one(root: Path, name: str) -> None:
+    enter(root, name, "a", 1.8)
+    near, far = (
+        enter(root, name, text, tau, interval=(tau - 0.05, tau + 0.05)) for text, tau in (("b", 1.84), ("c", 2))
+    )
+    assert near.verdict == (
+        "champion: τ 1.840 beats version 1's 1.800, which lies in its 95 % interval, 1.790 to 1.890"
+    )
+    assert far.verdict == "champion: τ 2.000 beats version 2's 1.840"
 
 
 def test_first_is_champion_a_better_one_takes_over_a_worse_one_does_not(root: Path, name: str) -> None:

@@ -143,7 +143,9 @@ class DflashMethod:
         return evaluate(ctx)
 
     def score(self, metrics: Mapping[str, Any]) -> Score:
-        return Score("tau_micro", "τ", metrics.get("walked", metrics)["tau_micro"])
+        measured = metrics.get("walked", metrics)
+        interval = measured.get("tau_interval")
+        return Score("tau_micro", "τ", measured["tau_micro"], tuple(interval) if interval else None)
 
     def rows(self, metrics: Records) -> Iterator[Row]:
         trained, found = metrics.get("train", {}), metrics.get("evaluate", {})
