@@ -10,8 +10,8 @@ from dllm.prompts.chats import transcripts
 from dllm.prompts.chats.tools import JsonCell
 from dllm.prompts.chats.turns import ROLES
 
-SHORT_CHARS, SHORT_WORDS = 20, 3
-"""A text of fewer characters and fewer words is short."""
+SHORT_CHARS = 20
+"""A word of fewer characters is short."""
 
 
 def turns_of(chat: Any) -> list[Mapping[str, Any]]:
@@ -42,7 +42,7 @@ def said(chat: Any) -> list[tuple[str, str]]:
 def holds(chat: Any, value: Any) -> bool:
     """Return whether the turns before the response hold a text, or all texts of a list or mapping.
 
-    Spaces between words do not count. A text of few characters may stand in a question by chance: alone, it is held
+    Spaces between words do not count. A single word may stand in a question by chance: alone, it is held
     where it is set off, as a line, an option or after a colon. What a template has rendered is held where it is this
     chat.
     """
@@ -68,8 +68,8 @@ def text_of(content: Any) -> str:
 
 
 def _is_short(text: str) -> bool:
-    """Return whether a text may stand in another one by chance; a character beyond ASCII says as much as three."""
-    return len(text) + 2 * sum(not each.isascii() for each in text) < SHORT_CHARS and text.count(" ") < SHORT_WORDS - 1
+    """Return whether a text is one short word; a character beyond ASCII says as much as three."""
+    return len(text) + 2 * sum(not each.isascii() for each in text) < SHORT_CHARS and " " not in text
 
 
 def _stands_in(text: str, held: str) -> bool:
