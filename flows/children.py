@@ -96,9 +96,10 @@ def out_of_date(place: Place, stage: str) -> str:
     """Say what DVC finds changed since it saved a stage's result; an empty text where that is nothing."""
     argv = [sys.executable, "-m", "dvc", "status", "--json", stage]
     result = process.run(argv, cwd=place.root, deadline_s=STATUS_DEADLINE_S)
-    if result.code:
+    line = next((each for each in result.tail if each.startswith("{")), None)  # beside warnings
+    if result.code or line is None:
         return ""
-    found = json.loads(result.tail[-1]).get(stage, []) if result.tail else []
+    found = json.loads(line).get(stage, [])
     changed: dict[str, Any] = {}
     for each in found:
         for files in each.values() if isinstance(each, dict) else ():

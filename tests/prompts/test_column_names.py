@@ -245,6 +245,8 @@ def test_beside_a_bare_question_more_names_are_parts_of_the_prompt(name: str) ->
         ("Which is it? A. one B. two", "two", True),
         ("Translate 'tree'.", "tree", True),
         ("Say what dragons eat.", "dragon", False),
+        ("Don't stop: what's it?", "s", False),
+        ("Mend it. Say how.", "Say", False),
         ("You are a friendly dragon. Be brief.", "a friendly dragon", True),
         (
             "\u7ffb\u8bd1\u6210\u82f1\u6587\uff1a\u4f60\u597d\u4e16\u754c\u670b\u53cb",

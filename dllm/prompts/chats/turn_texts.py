@@ -81,7 +81,9 @@ def _is_set_off(text: str, held: str) -> bool:
     """Return whether a text stands in another one apart from the words around it."""
     if any(_spaced(line) == text for line in held.split("\n")):
         return True
-    after_mark = rf"(?:[:\"'`(\[\uff1a\uff08\u201c\u300c]|(?:^|[\s(\[])[A-Za-z0-9]{{1,2}}[.):\]])\s*{_bounded(text)}"
+    after_mark = (
+        rf"(?:[:\"`(\[\uff1a\uff08\u201c\u300c]|(?<!\w)'|(?:^|[\s(\[])(?:[A-Za-z]|\d{{1,2}})[.):\]])\s*{_bounded(text)}"
+    )
     return re.search(after_mark, held, re.MULTILINE) is not None
 
 
