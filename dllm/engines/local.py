@@ -39,6 +39,8 @@ LOOK_AHEAD = 16
 """Requests queued per slot, so that rows of similar length decode together."""
 TICK_S = 1.0
 ENGINE, SERVE = "regenerate.engine", "serve the target and use engine: openai"
+TOGETHER = 16
+"""Rows sampled together: their probabilities fit the cache of a CPU, and a row alone keeps no second thread busy."""
 NUCLEUS = 128
 """Most likely tokens examined first: sorting the whole vocabulary takes longer than the model's forward pass."""
 
@@ -268,27 +270,39 @@ def sample(logits_BV: Tensor, rows: Sequence[Request | None], generators: Sequen
     A row that samples draws one number per token from its own generator, so its response does not depend on the batch.
     """
     tokens_B: list[int] = logits_BV.max(-1).indices.tolist()
-    for index, row in enumerate(rows):
-        if row is not None and row.temperature > 0:
-            tokens_B[index] = _sample_row(logits_BV[index], row.temperature, row.top_p, generators[index])
+    asked = [index for index, row in enumerate(rows) if row is not None and row.temperature > 0]
+    for start in range(0, len(asked), TOGETHER):
+        indices = asked[start : start + TOGETHER]
+        some: list[Any] = [rows[index] for index in indices]
+        found = _sample_rows(logits_BV[indices], some, [generators[index] for index in indices])
+        for index, token in zip(indices, found, strict=True):
+            tokens_B[index] = token
     return tokens_B
 
 
-def _sample_row(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Invert the cumulative distribution of the nucleus at a uniform draw."""
-    # One row at a time: the order of a sum over several rows depends on their number.
-    probs_V = torch.softmax(logits_V.float() / temperature, -1)
-    ids_V: Tensor | None = None
-    if top_p < 1:
-        top_K, ids_K = probs_V.topk(min(NUCLEUS, len(probs_V)))
-        if float(top_K.sum()) >= top_p:  # the nucleus lies within them
-            probs_V, ids_V = top_K, ids_K
+def _sample_rows(logits_BV: Tensor, rows: Sequence[Request], generators: Sequence[torch.Generator]) -> Iterator[int]:
+    temperature_B1 = torch.tensor([[row.temperature] for row in rows], device=logits_BV.device)
+    # softmax and cumsum add up a row in the same order in every batch; sum does not.
+    probs_BV = torch.softmax(logits_BV.float() / temperature_B1, -1)
+    if any(row.top_p < 1 for row in rows):
+        top_BK, ids_BK = probs_BV.topk(min(NUCLEUS, probs_BV.shape[-1]))
+        mass_B = top_BK.cumsum(-1)[:, -1].tolist()
+    for index, (row, generator) in enumerate(zip(rows, generators, strict=True)):
+        if row.top_p == 1:
+            yield _draw(probs_BV[index], generator)
+            continue
+        if mass_B[index] >= row.top_p:  # the nucleus lies within them
+            probs_K, ids_K = top_BK[index], ids_BK[index]
         else:
-            probs_V, ids_V = probs_V.sort(descending=True, stable=True)
-        probs_V = torch.where(probs_V.cumsum(-1) - probs_V < top_p, probs_V, 0.0)
-    total_V = probs_V.cumsum(-1)
-    point = torch.rand((), generator=generator) * total_V[-1].cpu()
-    index = int(torch.searchsorted(total_V, point.to(total_V.device), right=True))
+            probs_K, ids_K = probs_BV[index].sort(descending=True, stable=True)
+        nucleus_K = torch.where(probs_K.cumsum(-1) - probs_K < row.top_p, probs_K, 0.0)
+        yield int(ids_K[_draw(nucleus_K, generator)])
+
+
+def _draw(probs_K: Tensor, generator: torch.Generator) -> int:
+    """Invert the cumulative distribution at a uniform draw."""
+    total_K = probs_K.cumsum(-1)
+    point = torch.rand((), generator=generator) * total_K[-1].cpu()
+    index = int(torch.searchsorted(total_K, point.to(total_K.device), right=True))
     # Rounding can push the point past the last index of non-zero probability.
-    index = min(index, int(probs_V.nonzero()[-1]))
-    return index if ids_V is None else int(ids_V[index])
+    return index if index < len(probs_K) and probs_K[index] > 0 else int(probs_K.nonzero()[-1])

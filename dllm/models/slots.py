@@ -22,8 +22,9 @@ from transformers.cache_utils import DynamicLayer
 from dllm.errors import ModelError
 
 ATTENTION = "dllm_slots"
-POSITION_MULTIPLE = 16
-"""Positions are allocated in multiples of it, so that a sum over them has the same order at any length."""
+POSITION_MULTIPLE, FEWEST_POSITIONS = 32, 128
+"""Positions are allocated in multiples of it, and not fewer, so that a sum over them has the same order at any length:
+with bfloat16 in AMX tiles it has another one where 16 positions are left over, or for a product with very few."""
 
 
 class SlotCache:
@@ -142,7 +143,7 @@ class SlotCache:
 
 
 def _rounded(positions: int) -> int:
-    return -(-positions // POSITION_MULTIPLE) * POSITION_MULTIPLE
+    return max(FEWEST_POSITIONS, -(-positions // POSITION_MULTIPLE) * POSITION_MULTIPLE)
 
 
 @contextmanager

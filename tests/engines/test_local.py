@@ -74,9 +74,9 @@ def test_a_sampled_answer_does_not_depend_on_its_neighbours(model, top_p):
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_on_one_thread_in_bfloat16_an_answer_is_the_same_in_any_company(temperature, one_thread):
     model = load_target(Target(model="builtin:tiny"), dtype="bfloat16")
-    requests = [request(key, 3 + 7 * key, 30, temperature, 0.9) for key in range(13)]
-    crowd = answers(model, requests, batch_size=13)
-    for company, slots in ((requests[::3], 2), (requests[5:6], 4), (requests[2:], 5)):
+    requests = [request(key, 3 + 7 * (key % 13), 60, temperature, 0.9) for key in range(39)]
+    crowd = answers(model, requests, batch_size=39)
+    for company, slots in ((requests[::3], 2), (requests[5:9], 1), (requests[2:], 5)):
         for key, answer in answers(model, company, batch_size=slots).items():
             assert answer == crowd[key]
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllm.models.slots import POSITION_MULTIPLE, SlotCache
+from dllm.models.slots import FEWEST_POSITIONS, POSITION_MULTIPLE, SlotCache
 
 HEADS, SIZE = 2, 3
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_it_holds_what_was_written_and_is_as_long_as_its_longest_row(seed: int) 
         else:
             unseen_BLT = cache.decode(torch.tensor(lengths)[:, None], CPU)
             most = max(lengths) + 1
-            assert cache.positions == -(-most // POSITION_MULTIPLE) * POSITION_MULTIPLE
+            assert cache.positions == max(FEWEST_POSITIONS, -(-most // POSITION_MULTIPLE) * POSITION_MULTIPLE)
             assert [int((~row).sum()) for row in unseen_BLT[:, 0]] == [length + 1 for length in lengths]
             for layer, keys in enumerate(known):
                 key = _new(len(lengths), 1, chance)
