@@ -40,10 +40,12 @@ def dry_run(draft: Draft, dtype: torch.dtype, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     refused = refusals(draft.config)
     able = [name for name in SERVING_ENGINES if name not in refused]
-    lines = [*refused.values(), f"engines that decode it as trained: {', '.join(able)}"]
+    line = f"engines that decode it as trained: {', '.join(able)}"
     if not able:
-        lines = [f"no serving engine decodes a {draft.architectures[0]} as trained"]
-    for line in lines if refused else ():
+        line = f"no serving engine decodes a {draft.architectures[0]} as trained"
+    for name, reason in refused.items():
+        line += f"; not {name}: {reason}"
+    if refused:
         print(f"train: {line}", file=sys.stderr, flush=True)
 
 
