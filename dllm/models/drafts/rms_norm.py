@@ -1,4 +1,4 @@
-"""RMSNorm on a CPU in training: as torch's, with few passes over memory.
+"""RMSNorm in training, on a CPU: as torch's, with few passes over memory.
 
 torch has no fused kernel for it on CPUs: each of its dozen operations, forward and backward, reads and writes the whole
 tensor in float32. Here a few hundred rows at a time go through all of them while they lie in the cache.
@@ -29,7 +29,7 @@ class FewPasses(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """Normalise; only x and one factor per row are kept for the backward pass."""
         x_RD, scale_D = x.reshape(-1, x.shape[-1]), weight_D.float()
-        out_RD, factor_R1 = torch.empty_like(x_RD), torch.empty(len(x_RD), 1)
+        out_RD, factor_R1 = torch.empty_like(x_RD), torch.empty(len(x_RD), 1, device=x.device)
         for part in _parts(x_RD):
             own_RD = x_RD[part].float()
             factor_R1[part] = own_RD.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
@@ -54,5 +54,5 @@ class FewPasses(torch.autograd.Function):
 
 
 def _parts(x_RD: Tensor) -> Iterator[slice]:
-    size = max(1, ELEMENTS // max(1, x_RD.shape[1]))
+    size = max(1, len(x_RD) if x_RD.is_meta else ELEMENTS // max(1, x_RD.shape[1]))
     return (slice(start, start + size) for start in range(0, len(x_RD), size))

@@ -42,9 +42,11 @@ def test_every_family_passes_and_leaves_nothing(
 
 def test_engines_that_cannot_decode_it_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dry_run(made(sliding_window=8, causal=False), torch.bfloat16, tmp_path / "dry-run")
-    said = capsys.readouterr().err.splitlines()
-    assert [line.partition(" ")[2].partition(" ")[0] for line in said] == ["LMDeploy", "TensorRT-LLM", "engines"]
-    assert said[-1].endswith("sglang, vllm, llamacpp, z-lab") and all(line.startswith("train: ") for line in said)
+    (line,) = capsys.readouterr().err.splitlines()
+    able, *others = line.split("; not ")
+    assert able == "train: engines that decode it as trained: sglang, vllm, llamacpp, z-lab"
+    assert [other.split(": ")[0] for other in others] == ["lmdeploy", "trtllm"]
+    assert others[0].startswith("lmdeploy: LMDeploy") and others[1].startswith("trtllm: TensorRT-LLM")
 
 
 @dataclass(frozen=True, kw_only=True)
