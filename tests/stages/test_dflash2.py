@@ -122,6 +122,9 @@ def test_a_plain_draft_goes_on_as_dflash_2_with_the_same_first_loss(tmp_path: Pa
     for name, folder in (("plain", "on"), ("dflash2", "up")):
         train.run(runs[name], tmp_path / folder)
     before, after = (test_train.records(tmp_path / folder)[0] for folder in ("on", "up"))
-    assert after["loss"] == before["loss"] and after["acceptance_length"] == before["acceptance_length"]
+    # Plain DFlash leaves the first slot out of its last layer's products, which round otherwise for fewer rows. The
+    # logits themselves are compared to the bit in tests/models/drafts/test_dflash2.py.
+    assert after["loss"] == pytest.approx(before["loss"], rel=3e-7)
+    assert after["acceptance_length"] == before["acceptance_length"]
     raw = json.loads((tmp_path / "up/out/train/checkpoint/config.json").read_text())
     assert raw["architectures"] == ["DFlash2DraftModel"] and raw["dflash_config"]["selector_rank"] == 16

@@ -44,10 +44,10 @@ class FewPasses(torch.autograd.Function):
         grad_RD, scale_D = grad.reshape(x_RD.shape), weight_D.float()
         by_x_RD, by_weight_D = torch.empty_like(x_RD), torch.zeros_like(scale_D)
         for part in _parts(x_RD):
-            normed_RD = x_RD[part].float().mul_(factor_R1[part])
+            normed_RD = x_RD[part].float() * factor_R1[part]
             own_RD = grad_RD[part].float()
             by_weight_D += torch.mul(own_RD, normed_RD).sum(0)
-            own_RD.mul_(scale_D)
+            own_RD = own_RD * scale_D  # of float32, own_RD was a view of the gradient
             along_R1 = torch.mul(own_RD, normed_RD).mean(-1, keepdim=True)
             by_x_RD[part] = own_RD.addcmul_(normed_RD, along_R1, value=-1).mul_(factor_R1[part])
         return by_x_RD.view(grad.shape), by_weight_D.to(weight_D.dtype), None

@@ -35,6 +35,17 @@ def test_the_output_has_the_bits_of_torchs_and_the_gradients_agree(shape) -> Non
     torch.testing.assert_close(our_by_x, by_x, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neither_the_input_nor_the_gradient_is_changed(dtype) -> None:
+    x = torch.randn(30, 64, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+    weight, grad = torch.full((64,), 0.7, dtype=dtype).requires_grad_(), torch.ones(30, 64, dtype=dtype)
+    before, grad_before = x.detach().clone(), grad.clone()
+    first = torch.autograd.grad(FewPasses.apply(x, weight, EPS), (x, weight), grad)
+    assert torch.equal(x, before) and torch.equal(grad, grad_before)
+    again = torch.autograd.grad(FewPasses.apply(x, weight, EPS), (x, weight), grad)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
 def test_the_gradients_are_those_of_differences() -> None:
     x = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     weight = torch.rand(5, dtype=torch.float64).requires_grad_()
