@@ -20,6 +20,7 @@ from dllm.errors import DataError
 from dllm.files import atomic_write
 from dllm.prompts.chats.parquet import chat_fields, from_columns, to_columns
 from dllm.prompts.chats.turns import Message, Tools
+from dllm.prompts.files.arrow import read_table
 
 FILE = "prompts.parquet"
 TRAIN, HELDOUT = "train", "heldout"
@@ -87,8 +88,7 @@ def read_prompts(dir: Path, split: str | None = None) -> list[Prompt]:
     """
     path = dir / FILE
     try:
-        with path.open("rb") as file:
-            table = pq.read_table(file)
+        table = read_table(path)
     except FileNotFoundError:
         raise DataError("no prompts yet", where=str(path), hint="run `python -m dllm prepare`") from None
     except (pa.ArrowException, OSError) as error:

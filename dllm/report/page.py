@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import pyarrow.parquet as pq
 
 from dllm import __version__
 from dllm.files import atomic_write
 from dllm.methods.figures import DASH, Table, number
 from dllm.outside import visible
+from dllm.prompts.files.arrow import read_table
 from dllm.report import drawings, facts
 from dllm.secrets import hide
 from dllm.stages import STAGES
@@ -166,7 +166,7 @@ def _samples(root: Path) -> list[Mapping[str, Any]]:
 def _worst(root: Path) -> list[Mapping[str, str]]:
     """Return the prompts with the shortest acceptance length."""
     path = root / "out" / "evaluate" / "prompts.parquet"
-    rows = pq.read_table(path).to_pylist() if path.is_file() else []
+    rows = read_table(path).to_pylist() if path.is_file() else []
     worst = sorted((row for row in rows if row.get("tau") is not None), key=lambda row: row["tau"])[:WORST]
     keep = ("prompt_id", "source", "tokens", "rounds", "tau")
     return [{k: number(row[k], 2) if k == "tau" else str(row[k]) for k in keep if k in row} for row in worst]

@@ -24,6 +24,7 @@ from dllm.files import atomic_write
 from dllm.outside import is_file_name, is_text, one_line
 from dllm.prompts.chats.parquet import chat_fields, from_columns, to_columns
 from dllm.prompts.chats.turns import Message, Tools
+from dllm.prompts.files.arrow import read_table
 from dllm.secrets import hide_in
 
 SCHEMA = 2
@@ -225,7 +226,7 @@ def read_shard(dir: Path, entry: ShardEntry) -> Iterator[Row]:
             hint="run `dvc checkout`, or `python -m dllm regenerate` again",
         )
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = read_table(pa.py_buffer(data))
     except (pa.ArrowException, OSError) as error:
         reason = str(error).split("\n")[0]
         raise DataError(f"the shard is unreadable: {reason}", where=str(path), hint=_AGAIN) from None

@@ -32,14 +32,28 @@ Row = dict[str, Any] | JsonError
 """A row, or why it cannot be read: a cell of type `arrow.json` is not JSON."""
 
 
+def read_table(source: Path | pa.Buffer) -> pa.Table:
+    """Read a whole parquet file.
+
+    pyarrow's own threads may outlive a read, and then abort the process as it exits, or never let it (apache/arrow
+    issues 34314 and 50482). So no thread but this one reads.
+
+    Raises:
+        pyarrow.ArrowException, OSError: the file is missing or damaged.
+    """
+    readable = pa.BufferReader(source) if isinstance(source, pa.Buffer) else source
+    with pq.ParquetFile(readable, pre_buffer=False) as file:
+        return file.read(use_threads=False)
+
+
 def parquet_rows(path: Path) -> Iterator[Row]:
     """Read the rows of a parquet file.
 
     Raises:
         pyarrow.ArrowException, OSError: the file is damaged.
     """
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=BATCH_ROWS):
+    with pq.ParquetFile(path, pre_buffer=False) as file:  # see read_table
+        for batch in file.iter_batches(batch_size=BATCH_ROWS, use_threads=False):
             yield from rows(batch)
 
 
