@@ -19,8 +19,10 @@ settings.register_profile("same", derandomize=True, **PATIENT)
 settings.register_profile("other", derandomize=False, print_blob=True, **PATIENT)
 settings.load_profile("same")
 
-# Under nohup SIGHUP is ignored, and children would inherit that.
+# Under nohup SIGHUP is ignored, in the background of a script SIGINT, and children would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HEADER = ("torch", "transformers", "mlflow", "prefect", "dvc")
 
