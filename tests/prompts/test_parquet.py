@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dllm.prompts.files.arrow import read_table
+from tests.arch.source_tree import PACKAGE, python_files
 from tests.patience import LONGEST_S
 
 COUNT = """
@@ -38,3 +39,12 @@ def test_no_thread_is_started(path: Path) -> None:
     argv = [sys.executable, "-c", COUNT, str(path)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=LONGEST_S, check=False)
     assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+
+
+def test_no_other_module_reads_parquet_with_threads() -> None:
+    readers = {
+        str(path.relative_to(PACKAGE))
+        for path in python_files("dllm")
+        if "pq.read_table" in (text := path.read_text()) or "ParquetFile(" in text
+    }
+    assert readers == {"prompts/files/arrow.py"}

@@ -17,6 +17,7 @@ from dllm.config import recipe_book
 from dllm.config.load import load_params
 from dllm.config.params import Params
 from dllm.models.drafts.checkpoint import load_draft
+from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.drafts.dflash2 import DFlash2Draft
 from dllm.stages import evaluate, prepare, regenerate, register, train
 from tests.arch.source_tree import ROOT
@@ -110,7 +111,11 @@ def test_two_ranks_train_like_one(alone, tmp_path: Path) -> None:
         assert one[0][name] == pytest.approx(two[0][name], rel=1e-3), name
 
 
-def test_a_plain_draft_goes_on_as_dflash_2_with_the_same_first_loss(tmp_path: Path) -> None:
+def test_a_plain_draft_goes_on_as_dflash_2_with_the_same_first_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Plain DFlash leaves the first slot out of its last layer; products of fewer rows round otherwise.
+    monkeypatch.setattr(DFlashDraft, "mixes_slots", True)
     plain = project(tmp_path / "plain", {"architecture": "dflash", "dflash2": None})
     train.run(plain, tmp_path / "plain")
     init = {"init": str(tmp_path / "plain/out/train/checkpoint")}
@@ -122,9 +127,6 @@ def test_a_plain_draft_goes_on_as_dflash_2_with_the_same_first_loss(tmp_path: Pa
     for name, folder in (("plain", "on"), ("dflash2", "up")):
         train.run(runs[name], tmp_path / folder)
     before, after = (test_train.records(tmp_path / folder)[0] for folder in ("on", "up"))
-    # Plain DFlash leaves the first slot out of its last layer's products, which round otherwise for fewer rows. The
-    # logits themselves are compared to the bit in tests/models/drafts/test_dflash2.py.
-    assert after["loss"] == pytest.approx(before["loss"], rel=3e-7)
-    assert after["acceptance_length"] == before["acceptance_length"]
+    assert after["loss"] == before["loss"] and after["acceptance_length"] == before["acceptance_length"]
     raw = json.loads((tmp_path / "up/out/train/checkpoint/config.json").read_text())
     assert raw["architectures"] == ["DFlash2DraftModel"] and raw["dflash_config"]["selector_rank"] == 16

@@ -38,15 +38,14 @@ def dry_run(draft: Draft, dtype: torch.dtype, folder: Path) -> None:
         check_export(draft, dtype, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    refused = refusals(draft.config)
+    if not (refused := refusals(draft.config)):
+        return
     able = [name for name in SERVING_ENGINES if name not in refused]
     line = f"engines that decode it as trained: {', '.join(able)}"
     if not able:
         line = f"no serving engine decodes a {draft.architectures[0]} as trained"
-    for name, reason in refused.items():
-        line += f"; not {name}: {reason}"
-    if refused:
-        print(f"train: {line}", file=sys.stderr, flush=True)
+    reasons = "".join(f"; not {name}: {reason}" for name, reason in refused.items())
+    print(f"train: {line}{reasons}", file=sys.stderr, flush=True)
 
 
 def check_export(draft: Draft, dtype: torch.dtype, folder: Path) -> None:

@@ -47,8 +47,9 @@ def test_neither_the_input_nor_the_gradient_is_changed(dtype) -> None:
 
 
 def test_the_gradients_are_those_of_differences() -> None:
-    x = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    weight = torch.rand(5, dtype=torch.float64).requires_grad_()
+    chance = torch.Generator().manual_seed(1)
+    x = torch.randn(6, 5, dtype=torch.float64, generator=chance).requires_grad_()
+    weight = torch.rand(5, dtype=torch.float64, generator=chance).requires_grad_()
     out, by_x, by_weight = FewPasses.apply(x, weight, EPS), *_numeric(x, weight)
     out.sum().backward()
     torch.testing.assert_close(x.grad, by_x, rtol=1e-3, atol=1e-3)
