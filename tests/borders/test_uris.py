@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,9 +125,12 @@ class Impostor(http.server.BaseHTTPRequestHandler):
     """Replies as told: what stands at an address instead of a working MLflow."""
 
     status, body, delay_s = 200, b"", 0.0
+    ended: threading.Event
 
     def do_POST(self) -> None:
-        time.sleep(self.delay_s)
+        # Not a sleep: it would end within another test, and complain of a client that has left.
+        if self.ended.wait(self.delay_s):
+            return
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.send_response(self.status)
         self.send_header("Content-Length", str(len(self.body)))
@@ -144,12 +146,13 @@ class Impostor(http.server.BaseHTTPRequestHandler):
 def impostor(monkeypatch) -> Iterator[type[Impostor]]:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     monkeypatch.setattr("dllm.tracking.store.RETRY_AFTER_S", (0.0,))
-    handler = type("Told", (Impostor,), {})
+    handler = type("Told", (Impostor,), {"ended": threading.Event()})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     handler.url = f"http://127.0.0.1:{server.server_port}"
     yield handler
+    handler.ended.set()
     server.shutdown()
     server.server_close()
 
