@@ -24,6 +24,15 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> None:
+    """Give every test as many threads, whatever ran before it in its worker: torch's order of a sum depends on them."""
+    torch.set_num_threads(THREADS)
+
+
 HEADER = ("torch", "transformers", "mlflow", "prefect", "dvc")
 
 

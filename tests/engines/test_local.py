@@ -23,10 +23,7 @@ def model():
 
 @pytest.fixture
 def one_thread():
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def request(key: int, length: int, new: int = 12, temperature: float = 0.0, top_p: float = 1.0) -> Request:

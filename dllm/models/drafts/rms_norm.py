@@ -18,6 +18,9 @@ from torch import Tensor
 ELEMENTS = 1 << 17
 """Elements that go through all operations together: half a megabyte in float32, of which a few fit a core's cache."""
 
+SPLIT = 1 << 15
+"""From this length on, torch sums a row that is alone in several threads, in another order than one among others."""
+
 
 class FewPasses(torch.autograd.Function):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, with the bits of `F.rms_norm`.
@@ -54,5 +57,6 @@ class FewPasses(torch.autograd.Function):
 
 
 def _parts(x_RD: Tensor) -> Iterator[slice]:
-    size = max(1, len(x_RD) if x_RD.is_meta else ELEMENTS // max(1, x_RD.shape[1]))
-    return (slice(start, start + size) for start in range(0, len(x_RD), size))
+    rows, length = x_RD.shape
+    size = max(1, rows if x_RD.is_meta or length >= SPLIT else ELEMENTS // max(1, length))
+    return (slice(start, start + size) for start in range(0, rows, size))

@@ -24,8 +24,12 @@ def both(shape, dtype):
     return found
 
 
-@pytest.mark.parametrize("shape", [(4, 5, 7, 64), (1, 576), (600, 576), (0, 64), (3, 200_000)])
-def test_the_output_has_the_bits_of_torchs_and_the_gradients_agree(shape) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "shape", [(4, 5, 7, 64), (1, 576), (600, 576), (0, 64), (9, 32_767), (9, 50_000), (3, 200_000)]
+)
+def test_the_output_has_the_bits_of_torchs_and_the_gradients_agree(shape, threads) -> None:
+    torch.set_num_threads(threads)
     (out, by_x, by_weight), (ours, our_by_x, our_by_weight) = both(shape, torch.float32)
     assert torch.equal(ours, out)
     torch.testing.assert_close(our_by_x, by_x, rtol=1e-4, atol=1e-5)
