@@ -15,7 +15,8 @@ from dllm.methods.dflash.anchors import draw_anchors
 from dllm.methods.dflash.objective import Batch, StepSums, dflash_terms
 from dllm.methods.dflash.settings import Dflash
 from dllm.models.drafts.checkpoint import load_draft, save_draft
-from dllm.models.drafts.dflash2 import CODEBOOKS, Convolution, DFlash2Config, DFlash2Draft
+from dllm.models.drafts.convolution import Convolution
+from dllm.models.drafts.dflash2 import CODEBOOKS, DFlash2Config, DFlash2Draft
 from dllm.models.drafts.dflash2_settings import DFlash2Settings
 from dllm.models.drafts.protocol import TargetIO
 from tests.models.drafts.test_attention import (
@@ -56,8 +57,7 @@ def own(**changes) -> SimpleNamespace:
 @pytest.mark.parametrize("taps", [1, 2, 3, 6])
 def test_a_convolution_is_the_plain_loop_over_slots_taps_and_channels(taps: int) -> None:
     torch.manual_seed(0)
-    config = dflash2_config(conv_kernel_size=taps)
-    conv = Convolution(config)
+    conv = Convolution(32, taps, group_size=4)
     torch.nn.init.normal_(conv.base_kernel)
     x, normed = torch.randn(2, 3, 4, 32), torch.randn(2, 3, 4, 32)
     both = conv.kernel_projection(normed).view(2, 3, 4, 2, taps, 8)
