@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import signal
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,8 +29,10 @@ THREADS = torch.get_num_threads()
 
 
 @pytest.fixture(autouse=True)
-def _same_threads() -> None:
-    """Give every test as many threads, whatever ran before it in its worker: torch's order of a sum depends on them."""
+def _same_threads() -> Iterator[None]:
+    """Give every test, and the fixtures of the next module, as many threads: torch's order of a sum depends on them."""
+    torch.set_num_threads(THREADS)
+    yield
     torch.set_num_threads(THREADS)
 
 
