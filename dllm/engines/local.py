@@ -41,8 +41,6 @@ TICK_S = 1.0
 ENGINE, SERVE = "regenerate.engine", "serve the target and use engine: openai"
 TOGETHER = 16
 """Rows sampled together: their probabilities fit the cache of a CPU, and a row alone keeps no second thread busy."""
-NUCLEUS = 128
-"""Most likely tokens examined first: sorting the whole vocabulary takes longer than the model's forward pass."""
 
 
 class LocalEngine:
@@ -284,25 +282,25 @@ def _sample_rows(logits_BV: Tensor, rows: Sequence[Request], generators: Sequenc
     temperature_B1 = torch.tensor([[row.temperature] for row in rows], device=logits_BV.device)
     # softmax and cumsum add up a row in the same order in every batch; sum does not.
     probs_BV = torch.softmax(logits_BV.float() / temperature_B1, -1)
-    if any(row.top_p < 1 for row in rows):
-        top_BK, ids_BK = probs_BV.topk(min(NUCLEUS, probs_BV.shape[-1]))
-        mass_B = top_BK.cumsum(-1)[:, -1].tolist()
     for index, (row, generator) in enumerate(zip(rows, generators, strict=True)):
         if row.top_p == 1:
-            yield _draw(probs_BV[index], generator)
+            yield _draw(probs_BV[index].cumsum(-1), generator)
             continue
-        if mass_B[index] >= row.top_p:  # the nucleus lies within them
-            probs_K, ids_K = top_BK[index], ids_BK[index]
-        else:
-            probs_K, ids_K = probs_BV[index].sort(descending=True, stable=True)
-        nucleus_K = torch.where(probs_K.cumsum(-1) - probs_K < row.top_p, probs_K, 0.0)
-        yield int(ids_K[_draw(nucleus_K, generator)])
+        probs_K, ids_K = nucleus(probs_BV[index], row.top_p)
+        yield int(ids_K[_draw(probs_K.cumsum(-1), generator)])
 
 
-def _draw(probs_K: Tensor, generator: torch.Generator) -> int:
-    """Invert the cumulative distribution at a uniform draw."""
-    total_K = probs_K.cumsum(-1)
-    point = torch.rand((), generator=generator) * total_K[-1].cpu()
-    index = int(torch.searchsorted(total_K, point.to(total_K.device), right=True))
-    # Rounding can push the point past the last index of non-zero probability.
-    return index if index < len(probs_K) and probs_K[index] > 0 else int(probs_K.nonzero()[-1])
+def nucleus(probs_V: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Return the most probable tokens until their sum reaches top_p: probabilities, falling, and ids."""
+    # Tokens below this have together at most half of what a nucleus leaves out: few others are left to sort.
+    ids_K = (probs_V > (1 - top_p) / (2 * len(probs_V))).nonzero()[:, 0]
+    probs_K, order_K = probs_V[ids_K].sort(descending=True, stable=True)
+    number = int((probs_K.cumsum(-1) - probs_K < top_p).sum())
+    return probs_K[:number], ids_K[order_K[:number]]
+
+
+def _draw(total_K: Tensor, generator: torch.Generator) -> int:
+    """Invert the cumulative distribution, which need not end at 1, at a uniform draw."""
+    point = (torch.rand((), generator=generator) * total_K[-1].cpu()).to(total_K.device)
+    # Rounding can push the point onto the last sum; whatever follows the first such index has probability 0.
+    return int(torch.minimum(torch.searchsorted(total_K, point, right=True), torch.searchsorted(total_K, total_K[-1])))

@@ -5,7 +5,7 @@ import torch
 
 from dllm.config.params import Target
 from dllm.engines.engine import Request, RequestList
-from dllm.engines.local import LocalEngine, sample
+from dllm.engines.local import LocalEngine, nucleus, sample
 from dllm.models.targets import load_target
 
 
@@ -123,3 +123,19 @@ def test_the_nucleus_leaves_the_tail_out():
     row = request(0, 1, temperature=1.0, top_p=0.7)
     generator = torch.Generator().manual_seed(0)
     assert {sample(logits, [row], [generator])[0] for _ in range(300)} == {0, 1}
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.95, 0.999999])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 8.0], ids=["flat", "broad", "peaked"])
+def test_the_nucleus_is_the_beginning_of_the_sorted_vocabulary(scale, top_p):
+    logits = scale * torch.randn(3000, generator=torch.Generator().manual_seed(1)).round(decimals=1)  # with ties
+    probs, ids = torch.softmax(logits, 0).sort(descending=True, stable=True)
+    inside = probs.cumsum(0) - probs < top_p
+    found_probs, found_ids = nucleus(torch.softmax(logits, 0), top_p)
+    assert found_probs.equal(probs[inside]) and found_ids.equal(ids[inside])
+
+
+def test_a_draw_on_the_last_sum_takes_the_last_token_that_has_a_probability(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.tensor(1.0))
+    logits = torch.tensor([[2.0, float("-inf"), 1.0, float("-inf")]])
+    assert sample(logits, [request(0, 1, temperature=1.0)], [torch.Generator()]) == [2]
