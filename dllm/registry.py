@@ -184,4 +184,4 @@ SAMPLERS: Registry[Any] = Registry(
         "own-self-spec": "dllm.decoding.samplers:OWN_SELF_SPECULATION",
     },
 )
-"""`--sampler`: ways to decode, instances of `dllm.decoding.samplers.Sampler`."""
+"""`--sampler`: ways to decode, instances of `dllm.decoding.sampler.Sampler`."""

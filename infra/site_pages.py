@@ -23,7 +23,7 @@ API = {
         "dllm.methods.method",
         "dllm.models.drafts.protocol",
         "dllm.models.diffusion.protocol",
-        "dllm.decoding.samplers",
+        "dllm.decoding.sampler",
         "dllm.engines.engine",
         "dllm.prompts.protocol",
         "dllm.training.strategy",

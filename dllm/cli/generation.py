@@ -14,7 +14,7 @@ import torch
 from dllm.config.params import Target
 from dllm.decoding import diffusion, streaming
 from dllm.decoding.diffusion import GenerateOptions
-from dllm.decoding.samplers import field_names, given
+from dllm.decoding.sampler import field_names, given
 from dllm.errors import ConfigError, DataError
 from dllm.models import checkpoints, targets
 from dllm.models.diffusion.config import DiffusionConfig

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm.config.params import Target
 from dllm.decoding.encoding import check_room, checked
-from dllm.decoding.samplers import Sampler
+from dllm.decoding.sampler import Sampler
 from dllm.decoding.sampling import samplings
 from dllm.decoding.settings import SampledSettings
 from dllm.decoding.speculative import Decoder, Generation, Round

@@ -15,7 +15,8 @@ from dllm.cli import app as application
 from dllm.cli import generate as verb
 from dllm.cli import generation, lm_eval, options
 from dllm.decoding.diffusion import GenerateOptions, generate
-from dllm.decoding.samplers import Llada, field_names
+from dllm.decoding.sampler import field_names
+from dllm.decoding.samplers import Llada
 from dllm.decoding.settings import CausalSettings, LengthSettings, Settings, setting
 from dllm.errors import ConfigError
 from dllm.lm_eval.generation_arguments import read

@@ -5,7 +5,8 @@ import torch
 
 from dllm.config.params import Target
 from dllm.engines.engine import Request, RequestList
-from dllm.engines.local import LocalEngine, nucleus, sample
+from dllm.engines.local import LocalEngine
+from dllm.engines.next_token import nucleus, sample
 from dllm.models.targets import load_target
 
 
