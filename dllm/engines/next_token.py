@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dllm.engines.engine import Request
+from dllm.errors import ModelError
 
 TOGETHER = 16
 """Rows sampled together: their probabilities fit the cache of a CPU, and a row alone keeps no second thread busy."""
@@ -21,8 +22,15 @@ def sample(logits_BV: Tensor, rows: Sequence[Request | None], generators: Sequen
     """Sample the next token of each row: greedily, or by temperature and nucleus; that of a None row means nothing.
 
     A row that samples draws one number per token from its own generator, so its response does not depend on the batch.
+
+    Raises:
+        ModelError: a logit is not a number, or the largest is not finite.
     """
-    tokens_B: list[int] = logits_BV.max(-1).indices.tolist()
+    largest_B, ids_B = logits_BV.max(-1)
+    if any(row is not None and not finite for row, finite in zip(rows, largest_B.isfinite().tolist(), strict=True)):
+        hint = "target.dtype has too small a range, or its training has diverged"
+        raise ModelError("the target's logits are not numbers", hint=hint)
+    tokens_B: list[int] = ids_B.tolist()
     asked = [index for index, row in enumerate(rows) if row is not None and row.temperature > 0]
     for start in range(0, len(asked), TOGETHER):
         indices = asked[start : start + TOGETHER]

@@ -7,6 +7,7 @@ from dllm.config.params import Target
 from dllm.engines.engine import Request, RequestList
 from dllm.engines.local import LocalEngine
 from dllm.engines.next_token import nucleus, sample
+from dllm.errors import ModelError
 from dllm.models.targets import load_target
 
 
@@ -140,3 +141,12 @@ def test_a_draw_on_the_last_sum_takes_the_last_token_that_has_a_probability(monk
     monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.tensor(1.0))
     logits = torch.tensor([[2.0, float("-inf"), 1.0, float("-inf")]])
     assert sample(logits, [request(0, 1, temperature=1.0)], [torch.Generator()]) == [2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_numbers_end_generation_unless_their_slot_is_free(temperature):
+    logits = torch.tensor([[1.0, float("nan")], [1.0, 2.0]])
+    rows, generators = [request(key, 1, temperature=temperature) for key in range(2)], [torch.Generator()] * 2
+    assert len(sample(logits, [None, rows[1]], generators)) == 2
+    with pytest.raises(ModelError, match="not numbers"):
+        sample(logits, rows, generators)
