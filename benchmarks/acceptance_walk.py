@@ -32,6 +32,7 @@ from dllm.decoding.walk import GreedyText, walk
 from dllm.engines.engine import Request, RequestList, Response
 from dllm.engines.local import LocalEngine
 from dllm.methods.dflash.build import initial_draft
+from dllm.methods.dflash.features import Part
 from dllm.methods.dflash.settings import Dflash
 from dllm.methods.dflash.strategy import DflashStrategy
 from dllm.models import targets
@@ -43,7 +44,6 @@ from dllm.prompts import template as chat
 from dllm.prompts.stream import collect
 from dllm.training.batches import Example
 from dllm.training.optimizer import Optimizers
-from dllm.training.strategy import Split
 
 TARGET = Target(model="builtin:smollm2-135m-instruct")
 BLOCK, STEPS, ROWS = 5, 40, 8
@@ -73,7 +73,7 @@ class KnownFeatures:
     def __init__(self, features: list[torch.Tensor]) -> None:
         self.known = features
 
-    def features(self, split: Split, rows: Sequence[int]) -> list[torch.Tensor]:
+    def features(self, split: Part, rows: Sequence[int]) -> list[torch.Tensor]:
         """Return those of some rows."""
         return [self.known[row] for row in rows]
 

@@ -111,6 +111,32 @@ def test_two_ranks_train_like_one(alone, tmp_path: Path) -> None:
         assert one[0][name] == pytest.approx(two[0][name], rel=1e-3), name
 
 
+@pytest.mark.ranks
+def test_two_ranks_share_the_greedy_responses_that_are_walked_where_those_trained_on_are_sampled(
+    tmp_path: Path,
+) -> None:
+    for name, nproc in (("one", 1), ("two", 2)):
+        project(tmp_path / name, epochs=2, nproc=nproc)
+        raw = yaml.safe_load((tmp_path / name / "params.yaml").read_text())
+        raw["regenerate"] |= {"temperature": 0.7}
+        (tmp_path / name / "params.yaml").write_text(yaml.safe_dump(raw))
+    train.run(load_params(tmp_path / "one/params.yaml"), tmp_path / "one")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    argv = [sys.executable, *torchrun, "-m", "dllm", "train", "--root", str(tmp_path / "two")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LONGEST_S, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {
+        name: {path.name: path.read_text() for path in (tmp_path / name / "work/greedy").glob("*/*.json")}
+        for name in ("one", "two")
+    }
+    assert found["one"] == found["two"] and len(found["one"]) == 8
+    one, two = (
+        next(r for r in test_train.records(tmp_path / name) if r["kind"] == "validation") for name in ("one", "two")
+    )
+    assert one["val_walked_acceptance_length"] == pytest.approx(two["val_walked_acceptance_length"], rel=0.05)
+
+
 def test_a_plain_draft_goes_on_as_dflash_2_with_the_same_first_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

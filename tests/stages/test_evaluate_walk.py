@@ -11,7 +11,7 @@ import pytest
 from dllm.decoding.acceptance import RoundCounts
 from dllm.decoding.comparison import Comparison
 from dllm.decoding.speculative import Decoder
-from dllm.methods.dflash import walked
+from dllm.methods.dflash import greedy, walked
 from dllm.methods.dflash.sets import Question
 from dllm.models import targets
 from dllm.models.drafts.dflash import DFlashDraft
@@ -34,17 +34,17 @@ def test_acceptance_is_counted_on_more_prompts_than_are_decoded(root: Path, monk
     assert found["greedy_fraction"] == 1
 
     made: list[int] = []
-    real = walked.decode_together
+    real = greedy.decode_together
 
     def noting(decoder, prompts, **options):
         made.append(len(prompts))
         return real(decoder, prompts, **options)
 
-    monkeypatch.setattr(walked, "decode_together", noting)
+    monkeypatch.setattr(greedy, "decode_together", noting)
     one = evaluate.run(params(num_prompts=1, identity_prompts=0, walk={"prompts": 7}), root)
     assert one["prompts"] == 2 and one["walked"]["rounds"] == found["rounds"]
     assert made == [0], "the responses are in work/greedy/"
-    stored = sorted((root / walked.GREEDY).glob("*/*.json"))[0]
+    stored = sorted((root / greedy.GREEDY).glob("*/*.json"))[0]
     whole = stored.read_bytes()
     stored.write_bytes(whole.replace(b"1", b"2", 1))
     again = evaluate.run(params(num_prompts=1, identity_prompts=1, walk={"prompts": 7}), root)

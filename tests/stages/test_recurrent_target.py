@@ -118,7 +118,7 @@ def test_it_is_trained_and_measured_and_not_decoded(
     assert "keeps a recurrent state" in capfd.readouterr().err
     regenerate.run(asked, tmp_path)
     trained = train.run(asked, tmp_path)
-    assert "val_walked_acceptance_length" not in trained, "the dataset's responses are no decoding of the target"
+    assert trained["val_walked_acceptance_length"] >= 1, "counted on greedy responses, which the dataset's are not"
     found = evaluate.run(asked, tmp_path)
     assert found["prompts"] == 0 and found["speedup"] is None and "recurrent state" in found["decoding"]
     assert "recurrent state" in capfd.readouterr().err

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -32,6 +32,9 @@ from dllm.progress import Progress
 from dllm.training.batches import Example
 from dllm.training.distributed import Ranks
 from dllm.training.strategy import Split
+
+Part = Split | Literal["greedy"]
+"""Examples that have features: of a split, or of `dllm.methods.dflash.greedy`."""
 
 SCHEMA = 3
 TOKENS_A_PART = 16_384
@@ -187,12 +190,12 @@ class OnlineFeatures:
         self,
         target: Any,
         layer_ids: Sequence[int],
-        splits: Mapping[Split, Sequence[Example]],
+        splits: Mapping[Part, Sequence[Example]],
         with_last: bool = False,
     ) -> None:
         self.target, self.layer_ids, self.splits, self.with_last = target, layer_ids, splits, with_last
 
-    def features(self, split: Split, rows: Sequence[int]) -> list[Tensor]:
+    def features(self, split: Part, rows: Sequence[int]) -> list[Tensor]:
         """Return the features of some rows of a split. Shapes: one (S, F) tensor per row."""
         ids = [self.splits[split][row].input_ids for row in rows]
         return compute(self.target, self.layer_ids, ids, self.with_last)
@@ -213,7 +216,7 @@ class CachedFeatures:
     def __init__(
         self,
         root: Path,
-        splits: Mapping[Split, Sequence[Example]],
+        splits: Mapping[Part, Sequence[Example]],
         *,
         identity: dict[str, Any],
         layer_ids: Sequence[int],
@@ -221,13 +224,16 @@ class CachedFeatures:
         with_last: bool = False,
     ) -> None:
         self.layer_ids = layer_ids
-        rows = [example.input_ids for split in ("train", "heldout") for example in splits[split]]
-        self.offsets: dict[Split, int] = {"train": 0, "heldout": len(splits["train"])}
+        rows: list[Sequence[int]] = []
+        self.offsets: dict[Part, int] = {}
+        for part, examples in splits.items():
+            self.offsets[part] = len(rows)
+            rows += [example.input_ids for example in examples]
         directory = root / cache_key(identity, layer_ids, dtype, rows, with_last)
         self.cache = FeatureCache(directory, rows, with_last, getattr(torch, dtype))
         self._lock = _use(self.cache.directory)
 
-    def features(self, split: Split, rows: Sequence[int]) -> list[Tensor]:
+    def features(self, split: Part, rows: Sequence[int]) -> list[Tensor]:
         """Return the features of some rows of a split. Shapes: one (S, F) tensor per row."""
         return [self.cache.read(self.offsets[split] + row) for row in rows]
 

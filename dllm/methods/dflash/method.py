@@ -6,7 +6,7 @@ Checking a params file imports this module: what imports torch (1 second) is imp
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +20,9 @@ from dllm.registry import ENGINES
 
 if TYPE_CHECKING:
     from dllm.config.params import Params
+    from dllm.methods.dflash.features import Part
     from dllm.methods.dflash.strategy import DflashStrategy
+    from dllm.training.batches import Example
     from dllm.training.loop import Outcome
     from dllm.training.plan import Plan
 
@@ -83,6 +85,7 @@ class DflashMethod:
         from dllm.methods.dflash.build import initial_draft
         from dllm.methods.dflash.dry_run import dry_run
         from dllm.methods.dflash.features import CachedFeatures, OnlineFeatures
+        from dllm.methods.dflash.greedy import greedy_rows
         from dllm.methods.dflash.strategy import DflashStrategy
         from dllm.models import targets
         from dllm.models.positions import max_positions
@@ -98,11 +101,27 @@ class DflashMethod:
         head_VD: Any = target.get_output_embeddings().weight
         layer_ids = draft.config.target_layer_ids
         stops = stop_ids(tokenizer, target.generation_config, target.config.get_text_config())
+        positions = max_positions(params.target)
+        splits: dict[Part, Sequence[Example]] = {"train": ctx.splits["train"], "heldout": ctx.splits["heldout"]}
+        # A dataset's own responses are no decoding of the target, nor are sampled ones.
+        greedy, is_greedy = None, params.regenerate.temperature == 0 and ENGINES[params.regenerate.engine].generates
+        if settings.walk_samples and not is_greedy:
+            greedy = greedy_rows(
+                ctx.root,
+                params.target,
+                target,
+                ctx.splits["heldout"][: settings.walk_samples],
+                block_size=draft.config.block_size,
+                stop_ids=stops,
+                max_positions=positions,
+                ranks=ctx.ranks,
+            )
+            splits["greedy"] = greedy.examples
         source: CachedFeatures | OnlineFeatures
         if settings.features == "cached":
             source = CachedFeatures(
                 ctx.root / FEATURES,
-                ctx.splits,
+                splits,
                 identity=dict(ctx.target),
                 layer_ids=layer_ids,
                 dtype=params.target.dtype,
@@ -110,14 +129,9 @@ class DflashMethod:
             )
             source.fill(target, ctx.ranks)
         else:
-            source = OnlineFeatures(target, layer_ids, ctx.splits, with_last=settings.distill > 0)
+            source = OnlineFeatures(target, layer_ids, splits, with_last=settings.distill > 0)
         del target  # with cached features only its embedding and head stay in memory
-        # A dataset's own responses are no decoding of the target, nor are sampled ones.
-        is_greedy = params.regenerate.temperature == 0 and ENGINES[params.regenerate.engine].generates
-        positions = max_positions(params.target)
-        return DflashStrategy(
-            draft, embedding_VD, head_VD, ctx.splits, source, params.train, stops, positions, is_greedy
-        )
+        return DflashStrategy(draft, embedding_VD, head_VD, ctx.splits, source, params.train, stops, positions, greedy)
 
     def sizes(self, strategy: DflashStrategy) -> dict[str, int | None]:
         size = sum(parameter.numel() for parameter in strategy.model.parameters())

@@ -100,7 +100,8 @@ class Dflash(Section):
     """`corpus` restricts softmax and accuracy of training steps to tokens that occur in training responses; validation
     always uses the full vocabulary."""
     walk_samples: NonNegativeInt = 16
-    """Held-out sequences on which a validation also counts the rounds of greedy decoding, without decoding."""
+    """Held-out prompts on which a validation also counts the rounds of greedy decoding, without decoding. If the
+    responses are sampled, or a dataset's own, the target first generates greedy ones (`work/greedy/`)."""
     ce_chunk_size: TokenCount = 256
     """Block positions per chunk of the cross-entropy, whose logits exist at one time."""
     draft: Draft = Draft()

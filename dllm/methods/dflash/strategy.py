@@ -17,6 +17,8 @@ from torch import Tensor
 from dllm.config.params import Train
 from dllm.decoding.walk import GreedyText, Walker
 from dllm.methods.dflash.anchors import Anchors, draw_anchors
+from dllm.methods.dflash.features import Part
+from dllm.methods.dflash.greedy import GreedyRows
 from dllm.methods.dflash.objective import Batch, StepSums, dflash_terms
 from dllm.methods.dflash.settings import Dflash
 from dllm.models.drafts.checkpoint import load_draft, save_draft
@@ -31,8 +33,11 @@ from dllm.training.strategy import LossSums, Rows, Split
 class FeatureSource(Protocol):
     """A source of the target's hidden states."""
 
-    def features(self, split: Split, rows: Sequence[int]) -> list[Tensor]:
-        """Return the features of some rows of a split. Shapes: one (S, F) tensor per row, (S, F + D) to distill."""
+    def features(self, split: Part, rows: Sequence[int]) -> list[Tensor]:
+        """Return the features of some rows of a split, or of greedy responses.
+
+        Shapes: one (S, F) tensor per row, (S, F + D) to distill.
+        """
 
 
 class DflashStrategy:
@@ -47,7 +52,8 @@ class DflashStrategy:
         settings: the train section.
         stop_ids: ids that end a response.
         max_positions: the target's, as in `dllm.decoding.walk.Walker`.
-        is_greedy: whether the target wrote the responses greedily. Only then are rounds counted on held-out ones.
+        greedy: greedy responses to the prompts of held-out rows, to count rounds on; `source` has their features. None:
+            the held-out responses are greedy themselves.
     """
 
     predictions_name = "block_positions"
@@ -63,7 +69,7 @@ class DflashStrategy:
         settings: Train,
         stop_ids: Collection[int] = (),
         max_positions: int | None = None,
-        is_greedy: bool = True,
+        greedy: GreedyRows | None = None,
     ) -> None:
         self.model, self.splits, self.source, self.settings = draft, splits, source, settings
         self.dflash = cast(Dflash, settings.method_settings)
@@ -81,7 +87,8 @@ class DflashStrategy:
         self.counts = {"correct": offsets, "count": offsets, "run_sum": 1, "blocks": 1, **draft.counts}
         self.counts |= {"walk_tokens": 1, "walk_rounds": 1}
         self.stop_ids, self.max_positions = stop_ids, max_positions
-        self.num_walked = self.dflash.walk_samples if is_greedy else 0
+        self.greedy, self.num_walked = greedy, self.dflash.walk_samples
+        self.greedy_at = {row: at for at, row in enumerate(greedy.rows)} if greedy else {}
         self.adamw_rates = draft.adamw_rates(self.dflash.draft)
         self._in_dtype: Draft | None = None
         """The draft in the compute dtype, during a validation."""
@@ -120,8 +127,8 @@ class DflashStrategy:
         )
         terms = self._terms(step, anchors, tokens=sum(map(len, examples)))
         found = {"walk_tokens": 0.0, "walk_rounds": 0.0}
-        if not training and (walked := [at for at, row in enumerate(rows) if row < self.num_walked]):
-            found = self._walk([examples[at] for at in walked], [features_BSF[at] for at in walked])
+        if not training and any(row < self.num_walked for row in rows):
+            found = self._walk(rows, features_BSF)
         return replace(terms, counts={**terms.counts, **found})
 
     def metrics(self, sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -157,23 +164,35 @@ class DflashStrategy:
         """Load the weights that `save` wrote, exactly."""
         self.model.load_state_dict(load_draft(directory).state_dict())
 
-    def _walk(self, examples: Sequence[Example], features: Sequence[Tensor]) -> dict[str, float]:
-        """Count tokens and rounds of decoding the responses.
-
-        One that no stop id ended is decoded up to where its own last tokens still say what a round accepts.
-        """
+    def _walk(self, rows: Sequence[int], features_BSF: Tensor) -> dict[str, float]:
+        """Count tokens and rounds of decoding greedy responses to the prompts of held-out rows."""
         if self._in_dtype is None:
             same = self.dtype == torch.float32
             self._in_dtype = self.model if same else copy.deepcopy(self.model).to(self.dtype)
         target = TargetIO.of_weights(self.embedding_VD, self.head.weight_VD)
         walker = Walker(self._in_dtype, target, max_positions=self.max_positions)
-        texts = []
-        for each in examples:
-            stopped, length = each.input_ids[-1] in self.stop_ids, len(each) - each.prompt_length
-            limit = None if stopped else max(0, length - (walker.block_size - 2))
-            texts.append(GreedyText(each.input_ids, each.prompt_length, stopped, limit))
-        rounds = [each for response in walker.rounds(texts, features) for each in response]
+        texts, features = [], []
+        for row, features_SF in zip(rows, features_BSF, strict=True):
+            if row >= self.num_walked or (text := self._greedy_text(row)) is None:
+                continue
+            if self.greedy is not None:
+                (known_SX,) = self.source.features("greedy", [self.greedy_at[row]])
+                features_SF = known_SX[:, : features_SF.shape[-1]].to(self.device, self.dtype)
+            texts.append(text)
+            features.append(features_SF)
+        rounds = [each for response in walker.rounds(texts, features) for each in response] if texts else []
         return {"walk_tokens": sum(each.num_emitted for each in rounds), "walk_rounds": len(rounds)}
+
+    def _greedy_text(self, row: int) -> GreedyText | None:
+        """Return the greedy response to a held-out row's prompt, or None where the target has no positions for it."""
+        if self.greedy is not None and row not in self.greedy_at:
+            return None
+        limit = None if self.greedy is None else self.greedy.limit
+        each = self.splits["heldout"][row] if self.greedy is None else self.greedy.examples[self.greedy_at[row]]
+        stopped = each.input_ids[-1] in self.stop_ids
+        if limit is None and not stopped:  # decoded up to where its own last tokens still say what a round accepts
+            limit = max(0, len(each) - each.prompt_length - (self.model.config.block_size - 2))
+        return GreedyText(each.input_ids, each.prompt_length, stopped, limit)
 
     def _terms(self, step: StepSums, anchors: Anchors, tokens: int) -> LossSums:
         predictions = int(step.count_P.sum())

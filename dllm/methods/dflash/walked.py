@@ -7,27 +7,18 @@ hand, which a decoding of another batch size would not give to the letter.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 from dllm.decoding.acceptance import Acceptance, RoundCounts
 from dllm.decoding.comparison import Pair
 from dllm.decoding.speculative import Decoder
-from dllm.decoding.together import decode_together
 from dllm.decoding.walk import GreedyText, Walked, walk
-from dllm.digests import read_sealed, sealed
-from dllm.files import atomic_write
+from dllm.methods.dflash.greedy import greedy_responses
 from dllm.methods.dflash.sets import Question
 from dllm.methods.dflash.settings import Walk
 from dllm.methods.method import EvaluateContext
-from dllm.models import target_identity
 from dllm.progress import Progress
-
-GREEDY = Path("work", "greedy")
-"""The greedy responses of targets, a folder for each target, dtype and limit, and a file for each prompt."""
 
 
 def walked_figures(
@@ -107,32 +98,17 @@ def _greedy_texts(
 ) -> list[GreedyText]:
     """Return the target's greedy responses, with the tokens that a last round may look at behind the limit."""
     params, tokens = ctx.params, ctx.params.evaluate.max_new_tokens
-    limit = tokens + decoder.block_size - 2
-    made_of = [target_identity.identity(params.target), str(decoder.model.dtype), limit, sorted(stop_ids)]
-    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-    folder = ctx.root / GREEDY / key
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{hashlib.sha256(json.dumps(q.ids).encode()).hexdigest()[:32]}.json" for q in questions]
-    known = {index: ids for index, file in enumerate(files) if (ids := _finished(file)) is not None}
-    left = [index for index in range(len(questions)) if index not in known]
-    size = (getattr(params.evaluate, "walk", None) or Walk()).batch_size
-    with Progress("evaluate: greedy responses", len(questions), "responses", initial=len(known)) as progress:
-        prompts = [questions[index].ids for index in left]
-        options: dict[str, Any] = {"max_new_tokens": limit, "batch_size": size, "stop_ids": stop_ids}
-        plain = Decoder(decoder.model)
-        with plain.packed():
-            for place, generation in decode_together(plain, prompts, **options):
-                index = left[place]
-                known[index] = generation.token_ids
-                atomic_write(files[index], sealed({"token_ids": generation.token_ids}))
-                progress.update(1)
+    known = greedy_responses(
+        ctx.root,
+        params.target,
+        decoder.model,
+        [question.ids for question in questions],
+        limit=tokens + decoder.block_size - 2,
+        stop_ids=stop_ids,
+        stage="evaluate",
+        batch_size=(getattr(params.evaluate, "walk", None) or Walk()).batch_size,
+    )
     return [
         GreedyText([*question.ids, *known[index]], len(question.ids), known[index][-1] in stop_ids, tokens)
         for index, question in enumerate(questions)
     ]
-
-
-def _finished(path: Path) -> list[int] | None:
-    """Read a response; one that is not there, torn by a power cut or damaged is generated again."""
-    found = read_sealed(path)
-    return None if found is None else found["token_ids"]

@@ -8,9 +8,11 @@ import torch
 from dllm.config.params import Target, Train
 from dllm.decoding.acceptance import Acceptance
 from dllm.decoding.speculative import Decoder
+from dllm.methods.dflash import greedy as greedy_module
 from dllm.methods.dflash.anchors import Anchors
 from dllm.methods.dflash.build import initial_draft
 from dllm.methods.dflash.features import CachedFeatures, OnlineFeatures
+from dllm.methods.dflash.greedy import GreedyRows, greedy_rows
 from dllm.methods.dflash.objective import Batch, block_labels, teacher_hidden
 from dllm.methods.dflash.strategy import DflashStrategy
 from dllm.models import targets
@@ -188,8 +190,40 @@ def test_the_walked_acceptance_length_is_that_of_decoding_however_rows_are_split
     train = pooled([one.terms("train", [0], 0)])
     assert train["walk_rounds"] == [0] and "walked_acceptance_length" not in one.metrics(train)
     assert strategy(target, walk_samples=0).terms("heldout", [0], 0).counts["walk_rounds"] == 0
-    sampled = DflashStrategy(one.model, *weights, splits, source, one.settings, {stop}, is_greedy=False)
+    sampled = DflashStrategy(one.model, *weights, splits, source, one.settings, {stop}, greedy=GreedyRows([], [], 0))
     assert sampled.terms("heldout", [0], 0).counts["walk_rounds"] == 0
+
+
+@pytest.mark.parametrize("distill", [0.0, 0.5])
+def test_where_held_out_responses_are_sampled_rounds_are_counted_on_greedy_ones(
+    target, tmp_path, monkeypatch, distill
+) -> None:
+    one, heldout = strategy(target, distill=distill), SPLITS["heldout"]
+    first = heldout[0].input_ids[: heldout[0].prompt_length].tolist()
+    stop = Decoder(target).generate(first, max_new_tokens=8).token_ids[7]
+
+    def rows(max_positions=None):
+        options = {"block_size": 4, "stop_ids": {stop}, "max_positions": max_positions, "ranks": ALONE}
+        return greedy_rows(tmp_path, TARGET, target, heldout, **options)
+
+    def counts(greedy):
+        splits = {**SPLITS, "greedy": greedy.examples}
+        source = OnlineFeatures(target, one.model.config.target_layer_ids, splits, distill > 0)
+        weights = target.get_input_embeddings().weight, target.get_output_embeddings().weight
+        made = DflashStrategy(one.model, *weights, SPLITS, source, one.settings, {stop}, greedy=greedy)
+        return [made.terms("heldout", [row], 0).counts for row in range(3)]
+
+    found, limit = counts(rows()), max(len(each) - each.prompt_length for each in heldout)
+    for each, row in zip(found, heldout, strict=True):
+        expected = Acceptance(4)
+        prompt = row.input_ids[: row.prompt_length].tolist()
+        rounds = Decoder(target, one.model).generate(prompt, max_new_tokens=limit, stop_ids={stop}).rounds
+        expected.add(r.counts for r in rounds)
+        assert (each["walk_rounds"], each["walk_tokens"]) == (expected.rounds, expected.num_emitted)
+    # Kept for the next run; a prompt that leaves no room for a response is not walked.
+    monkeypatch.setattr(greedy_module, "decode_together", lambda decoder, prompts, **options: iter(prompts and 1 / 0))
+    room = limit + 2 + heldout[1].prompt_length
+    assert [each["walk_rounds"] for each in counts(rows(room))] == [*(each["walk_rounds"] for each in found[:2]), 0]
 
 
 def test_the_best_checkpoint_is_that_of_the_longest_walked_acceptance_length(target) -> None:
