@@ -14,7 +14,7 @@ from dllm.models.drafts.sizing import for_target
 
 def config(model, block_size: int, mask_token_id: int = 3, **more) -> DFlashConfig:
     sizes = dict(num_hidden_layers=1, block_size=block_size, mask_token_id=mask_token_id, taps=3)
-    return for_target(model.config, **sizes, **more)
+    return for_target(model.config, **{**sizes, **more})
 
 
 class ScriptedDraft(Draft):

@@ -15,6 +15,8 @@ from dllm.decoding.speculative import Decoder
 from dllm.decoding.together import can_batch, decode_together
 from dllm.errors import DataError
 from dllm.models import targets
+from dllm.models.drafts.config import FULL, SLIDING
+from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.drafts.dflash2 import DFlash2Config, DFlash2Draft
 from tests.decoding.stand_in_drafts import ScriptedDraft, config
 from tests.decoding.test_speculative import random_draft
@@ -33,10 +35,16 @@ def prompts(number: int, seed: int) -> list[list[int]]:
 def draft_of(model, name: str, texts: list[list[int]]):
     if name == "none":
         return None
-    if name == "dflash2":
+    window = {"sliding_window": 5} if "window" in name else {}
+    if name.startswith("dflash2"):
         sizes = {"conv_kernel_size": 2, "conv_group_size": 8, "selector_rank": 4, "selector_top_k": 5}
-        draft = DFlash2Draft(DFlash2Config(**vars(config(model, 4)), **sizes))
+        draft = DFlash2Draft(DFlash2Config(**vars(config(model, 4, **window, is_causal=False)), **sizes))
         draft.reset_parameters(seed=1, std=0.2)
+        return draft
+    if window:  # a causal layer with the window, and one that sees all
+        mixed = config(model, 4, **window, layer_types=(SLIDING, FULL), num_hidden_layers=2)
+        draft = DFlashDraft(mixed)
+        draft.reset_parameters(seed=5, std=0.2)
         return draft
     return random_draft(model, 4) if name == "dflash" else Knowing(model, texts)
 
@@ -63,7 +71,7 @@ def alone(decoder: Decoder, asked: list[list[int]], **options) -> list:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize("name", ["none", "dflash", "dflash2", "knowing"])
+@pytest.mark.parametrize("name", ["none", "dflash", "mixed windows", "dflash2", "dflash2 with a window", "knowing"])
 @pytest.mark.parametrize(("size", "seed"), [(3, 2), (8, 3)])
 def test_a_batch_gives_each_prompt_what_it_gets_alone(
     model, name: str, size: int, seed: int, temperature: float

@@ -73,10 +73,10 @@ def trained(model, responses) -> DFlashDraft:
 
 
 @functools.cache
-def selecting_draft(model) -> DFlash2Draft:
+def selecting_draft(model, **changes) -> DFlash2Draft:
     """A random DFlash 2 draft, whose choice of a token depends on the one before."""
     own = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 8, "selector_top_k": 4}
-    draft = DFlash2Draft(DFlash2Config(**vars(config(model, BLOCK)), **own))
+    draft = DFlash2Draft(DFlash2Config(**vars(config(model, BLOCK, **changes)), **own))
     draft.reset_parameters(seed=2)
     with torch.no_grad():
         for parameter in draft.parameters():
@@ -127,6 +127,23 @@ def test_windows_and_causality(model, responses, trained, window, is_causal) -> 
     draft.load_state_dict(trained.state_dict())
     texts = texts_of(responses, LONGEST)
     assert walked(model, draft, texts, LONGEST, at_once=12) == decoded(model, draft, LONGEST)
+
+
+@pytest.mark.parametrize("make", [new_draft, selecting_draft], ids=["DFlash", "DFlash 2"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 7, "is_causal": False},  # as published DFlash 2 drafts
+        {"sliding_window": 7, "is_causal": None, "layer_types": (SLIDING, FULL), "num_hidden_layers": 2},
+        {"sliding_window": 7, "is_causal": False, "layer_types": (FULL, SLIDING), "num_hidden_layers": 2},
+        {"is_causal": True},
+    ],
+    ids=["window", "mixed", "mixed, not causal", "full, causal"],
+)
+def test_windows_of_each_family_and_layers_of_both_types(model, responses, make, changes) -> None:
+    draft, texts = make(model, **changes), texts_of(responses, LONGEST)
+    for at_once in (1, 12):
+        assert walked(model, draft, texts, LONGEST, at_once=at_once) == decoded(model, draft, LONGEST)
 
 
 @pytest.mark.slow

@@ -127,6 +127,8 @@ def test_it_is_trained_and_measured_and_not_decoded(
 
     model = targets.load_target(asked.target)
     draft = load_draft(tmp_path / "out" / "train" / "checkpoint")
+    with pytest.raises(ConfigError, match=r"evaluate.temperature is 0.8.*recurrent state"):
+        evaluate.run(params(target, source, temperature=0.8), tmp_path)
     with pytest.raises(ModelError, match="recurrent state"):
         Decoder(model, draft).generate([5, 6, 7], max_new_tokens=4)
 
@@ -136,3 +138,18 @@ def test_what_cannot_work_is_refused_by_prepare(target: Path, tmp_path: Path) ->
         preflight.check(params(target, tmp_path, "local"))
     with pytest.raises(ConfigError, match=r"evaluate.walk.prompts is 0.*recurrent state"):
         preflight.check(params(target, tmp_path, walk={"prompts": 0}))
+    with pytest.raises(ConfigError, match=r"evaluate.temperature is 1.*recurrent state"):
+        preflight.check(params(target, tmp_path, temperature=1))
+
+
+@pytest.mark.parametrize(("window", "said"), [(None, "several prompts together"), (6, "one prompt at a time")])
+def test_prepare_says_how_a_target_decodes_with_a_draft(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], window: int | None, said: str
+) -> None:
+    folder = tmp_path / "target"
+    shutil.copytree(targets.locate(Target(model="builtin:tiny")), folder)
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}
+    (folder / "config.json").write_text(json.dumps(raw))
+    preflight.check(params(folder, tmp_path))
+    assert f"{folder}: a draft can be trained for it, and decodes {said}" in capfd.readouterr().err

@@ -8,7 +8,9 @@ from typing import Any, cast
 from transformers import DynamicCache
 
 from dllm.config.params import Target
+from dllm.decoding.together import can_batch
 from dllm.errors import ModelError
+from dllm.methods.dflash.abilities import Decoded
 from dllm.methods.dflash.settings import Dflash
 from dllm.models import hub
 from dllm.models.drafts.checkpoint import check_fit, check_tensors, draft_directory, load_draft, read_config
@@ -20,11 +22,10 @@ from dllm.prompts.template import stop_ids
 from dllm.registry import DRAFTS
 
 
-def check_models(settings: Dflash, target: Target) -> bool:
+def check_models(settings: Dflash, target: Target) -> Decoded:
     """Check by their configs that the target can be tapped, and that the draft fits it; no weights are read.
 
-    Returns:
-        Whether the target can be decoded with a draft: a recurrent state cannot take back rejected tokens.
+    Returns: how prompts can be decoded with a draft.
 
     Raises:
         ConfigError, ModelError: what `initial_draft` would refuse.
@@ -54,7 +55,9 @@ def check_models(settings: Dflash, target: Target) -> bool:
         _published_config(settings, config, model, tokenizer)
         if hub.commit_of(directory) is None or any(directory.glob("*.safetensors")):  # else they are not downloaded yet
             check_tensors(directory, published, config)
-    return can_decode
+    if not can_decode:
+        return "none"
+    return "together" if can_batch(model) else "alone"
 
 
 def new_config(settings: Dflash, target: Any, tokenizer: Any) -> DraftConfig:

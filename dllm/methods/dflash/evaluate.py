@@ -28,6 +28,7 @@ from dllm.errors import DataError
 from dllm.files import atomic_write
 from dllm.methods.dflash import curve, samples
 from dllm.methods.dflash import sets as prompt_sets
+from dllm.methods.dflash.abilities import check_evaluation
 from dllm.methods.dflash.sampled import sampled_figures
 from dllm.methods.dflash.sets import MeasuredSet, Question
 from dllm.methods.dflash.settings import Throughput, Walk
@@ -72,6 +73,7 @@ def evaluate(ctx: EvaluateContext) -> Evaluation:
     measured = prompt_sets.load(params, ctx.root, tokenizer, speculative.limit, number)
     can_decode = DynamicCache(config=speculative.model.config).is_croppable
     if not can_decode:
+        check_evaluation("none", params.evaluate, where=f"target.model: {params.target.model}")
         print(f"evaluate: {NO_DECODING}", file=sys.stderr, flush=True)
         questions = []
     draft, device, dtype = speculative.draft, speculative.model.device, speculative.model.dtype

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dllm.config.section import Section
-from dllm.errors import ConfigError
+from dllm.methods.dflash.abilities import ABILITIES, check_evaluation
 from dllm.methods.dflash.settings import Dflash, Throughput, Walk
 from dllm.methods.figures import DASH, Records, Row, Table, by_number, count, number
 from dllm.methods.method import EvaluateContext, Evaluation, Method, PlanContext, Publication, Score, TrainContext
@@ -52,21 +52,9 @@ class DflashMethod:
     def check_models(self, params: Params) -> None:
         from dllm.methods.dflash.build import check_models
 
-        if check_models(cast(Dflash, params.train.method_settings), params.target):
-            return
-        walk = getattr(params.evaluate, "walk", None) or Walk()
-        if not walk.prompts:
-            raise ConfigError(
-                "evaluate.walk.prompts is 0, and this target keeps a recurrent state: only a walk measures its draft",
-                where=f"target.model: {params.target.model}",
-            )
-        print(
-            f"target {one_line(params.target.model)} keeps a recurrent state, which cannot take back rejected tokens: "
-            "a draft can be trained for it, and its acceptance counted without decoding; evaluate measures no speed, "
-            "and generate refuses the draft",
-            file=sys.stderr,
-            flush=True,
-        )
+        decoded = check_models(cast(Dflash, params.train.method_settings), params.target)
+        check_evaluation(decoded, params.evaluate, where=f"target.model: {params.target.model}")
+        print(f"target {one_line(params.target.model)}: {ABILITIES[decoded]}", file=sys.stderr, flush=True)
 
     def identity(self, params: Params) -> Mapping[str, Any]:
         from dllm.models.drafts.checkpoint import draft_identity
