@@ -16,6 +16,7 @@ from dllm.config.params import Params, Source, Target
 from dllm.decoding.acceptance import Acceptance
 from dllm.decoding.speculative import Decoder
 from dllm.errors import DataError
+from dllm.methods.dflash import sets as prompt_sets
 from dllm.methods.dflash.sets import load, published_of
 from dllm.models import builtin, targets
 from dllm.models.drafts.checkpoint import load_draft, save_draft
@@ -24,6 +25,7 @@ from dllm.prompts import sets
 from dllm.prompts import template as chat
 from dllm.prompts.sets import GSM8K
 from dllm.prompts.table import HELDOUT, TRAIN, Prompt, prompt_id, write_prompts
+from dllm.registry import METHODS
 from dllm.report import terminal
 from dllm.stages import evaluate, prepare
 from dllm.stages.outside_data import changed_sets
@@ -151,11 +153,28 @@ def test_published_figures_are_of_the_same_kind_alone() -> None:
     assert published_of("mt-bench", False, **kind)[0]["note"] == "both turns"
     later = {**kind, "draft": "DFlash2DraftModel"}
     assert [each["tau"] for each in published_of("math500", False, **later)] == [9.0]
-    others = {"target": "Qwen/Qwen3-14B", "block_size": 8, "temperature": 1.0, "draft": "Other"}
+    smaller = published_of("mt-bench", False, **{**kind, "block_size": 8})
+    assert [(each["tau"], each["note"]) for each in smaller] == [(4.24, "both turns, block 16")]
+    others = {"target": "Qwen/Qwen3-14B", "temperature": 0.7, "draft": "Other"}
     for key, value in others.items():
         assert published_of("gsm8k", False, **{**kind, key: value}) == []
     sampled = {**kind, "block_size": 7, "temperature": 1.0}
     assert [each["tau"] for each in published_of("alpaca", None, **sampled)] == [2.98]
+
+
+def test_published_figures_stand_in_the_metrics_and_the_report(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = {"target": "builtin:tiny", "draft": "DFlashDraftModel", "thinking": None}
+    known = [
+        {**of, "block_size": 4, "temperature": 0.0, "by": "Greedy et al.", "tau": {"gsm8k": 6.25}},
+        {**of, "block_size": 8, "temperature": 1.0, "by": "Sampled et al.", "tau": {"gsm8k": 5.75}},
+    ]
+    monkeypatch.setattr(prompt_sets, "_published", lambda: known)
+    found = evaluate.run(params("builtin:tiny", sets=["gsm8k"], temperature=1.0, walk={"prompts": 1}), root)["sets"]
+    assert found["gsm8k"]["published"] == [{"tau": 6.25, "by": "Greedy et al.", "note": None}]
+    assert found["gsm8k"]["sampled"]["published"] == [{"tau": 5.75, "by": "Sampled et al.", "note": "block 8"}]
+    table = next(each for each in METHODS["dflash"].tables({"evaluate": {"sets": found}}) if each.key == "prompt-sets")
+    rows = [(row["set"], row["published"], row["by"]) for row in table.rows]
+    assert rows == [("gsm8k", 6.25, "Greedy et al."), ("gsm8k, T 1", 5.75, "Sampled et al. (block 8)")]
 
 
 def test_a_set_that_changes_outside_data_is_seen(root: Path) -> None:

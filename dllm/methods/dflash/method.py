@@ -250,7 +250,7 @@ def _sets_table(sets: Mapping[str, Any]) -> Table:
         for beside in each["published"] or [{"tau": None, "by": DASH, "note": None}]:
             note = f" ({beside['note']})" if beside["note"] else ""
             rows.append({**own, "published": beside["tau"], "by": beside["by"] + note})
-    about = "Acceptance length on prompt sets, beside published figures of this target, draft, block and temperature."
+    about = "Acceptance length on prompt sets, beside published figures of this target, draft and temperature."
     return Table("prompt-sets", "prompt sets", about, rows, digits=dict.fromkeys(("τ", "τ macro", "published"), 2))
 
 

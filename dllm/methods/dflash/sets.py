@@ -141,7 +141,7 @@ def _announce(entry: Source, prompts: Sequence[Prompt], known: Mapping[str, str]
 def published(
     measured: MeasuredSet, params: Params, decoder: Decoder, *, sampled: bool = False
 ) -> list[dict[str, Any]]:
-    """Return published acceptance lengths of a set for this target, draft, block size and temperature, and by whom.
+    """Return published acceptance lengths of a set for this target, draft and temperature, and by whom.
 
     Args:
         decoder: with the draft.
@@ -160,19 +160,31 @@ def published(
     )
 
 
-def published_of(name: str, thinking: bool | None, **kind: Any) -> list[dict[str, Any]]:
+def published_of(name: str, thinking: bool | None, block_size: int, **kind: Any) -> list[dict[str, Any]]:
     """Return published figures of one kind; those whose thinking mode is stated are of that mode alone.
 
+    Figures of other block sizes, which bound the acceptance length, are returned if there are none of this one; their
+    note says so.
+
     Args:
-        kind: target, draft, block_size and temperature.
+        name: of the set.
+        thinking: whether the prompts ask for it.
+        block_size: of the decoding.
+        kind: target, draft and temperature.
     """
-    return [
-        {"tau": entry["tau"][name], "by": entry["by"], "note": (entry.get("notes") or {}).get(name)}
+    found = [
+        entry
         for entry in _published()
         if name in entry["tau"]
         and all(entry[key] == value for key, value in kind.items())
         and entry["thinking"] in (None, thinking)
     ]
+    same = [entry for entry in found if entry["block_size"] == block_size]
+    figures = []
+    for entry in same or found:
+        notes = [(entry.get("notes") or {}).get(name), None if same else f"block {entry['block_size']}"]
+        figures.append({"tau": entry["tau"][name], "by": entry["by"], "note": ", ".join(filter(None, notes)) or None})
+    return figures
 
 
 @functools.cache
