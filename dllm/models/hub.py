@@ -7,14 +7,16 @@ import hashlib
 import re
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, get_safetensors_metadata, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    SafetensorsParsingError,
 )
 
 from dllm.digests import file_digest
@@ -66,6 +68,18 @@ def cached(repo: str) -> list[Path]:
     """List the snapshots of a repository in the Hugging Face cache; nothing is downloaded."""
     place = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "snapshots")
     return sorted(path for path in place.glob("*") if path.is_dir())
+
+
+def tensor_shapes(repo: str, commit: str) -> dict[str, tuple[int, ...]] | None:
+    """Read names and shapes of a repository's tensors from the headers of its files; no weights are downloaded.
+
+    Returns: None where they cannot be read: without a network, or if the files are no safetensors.
+    """
+    try:
+        files = get_safetensors_metadata(repo, revision=commit).files_metadata
+    except (HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError, ValueError):
+        return None
+    return {name: tuple(each.shape) for file in files.values() for name, each in file.tensors.items()}
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from safetensors.torch import load_file, save_file
 
 from dllm.config.load import parse_params
@@ -153,6 +154,52 @@ def test_weights_that_are_there_are_listed_by_prepare(hub: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(DllmError, match=r"model\.safetensors is missing"):
         preflight.check(_params(init=str(folder)))
+
+
+def _without_weights(hub: Path) -> dict[str, TensorInfo]:
+    """Leave me/draft as prepare finds it before any download, and return the headers of its weights."""
+    folder = hub.parent / "main"
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    _publish(hub, "c" * 40, folder, "main")
+    return {name: TensorInfo("F32", list(tensor.shape), (0, 0)) for name, tensor in state.items()}
+
+
+def test_tensors_on_the_hub_are_checked_by_prepare_without_a_download(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    headers, asked = _without_weights(hub), []
+
+    def headers_of(repo: str, *, revision: str) -> SafetensorsRepoMetadata:
+        asked.append((repo, revision))
+        return SafetensorsRepoMetadata(None, False, {}, {"model.safetensors": SafetensorsFileMetadata({}, headers)})
+
+    monkeypatch.setattr("dllm.models.hub.get_safetensors_metadata", headers_of)
+    preflight.check(_params())
+    assert asked == [("me/draft", "c" * 40)]
+    headers["model.rotary_emb.inv_freq"] = headers.pop("fc.weight")
+    with pytest.raises(DllmError, match=r"lacks fc\.weight \(me/draft\)"):
+        preflight.check(_params())
+    headers |= {"encoder.fc.weight": headers["model.rotary_emb.inv_freq"], "d2t": TensorInfo("I64", [3], (0, 0))}
+    with pytest.raises(DllmError, match=r"d2t.*ids of a reduced vocabulary"):
+        preflight.check(_params())
+    assert "cannot be listed" not in capfd.readouterr().err
+
+
+def test_where_the_hub_lists_no_tensors_prepare_says_when_they_are_checked(
+    hub: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _without_weights(hub)
+    preflight.check(_params())  # offline
+    assert "draft me/draft: its tensors cannot be listed now; train checks them" in capfd.readouterr().err
+
+
+def test_an_embedding_of_its_own_for_masks_is_refused_by_prepare_without_weights(hub: Path) -> None:
+    _without_weights(hub)
+    (hub.parent / "main" / "mask_embedding.pt").write_bytes(b"")
+    _publish(hub, "d" * 40, hub.parent / "main", "main")
+    with pytest.raises(DllmError, match="an embedding of its own for masks"):
+        preflight.check(_params())
 
 
 def test_what_the_settings_say_of_a_draft_may_be_what_it_is(hub: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any, cast
 
@@ -13,11 +14,20 @@ from dllm.errors import ModelError
 from dllm.methods.dflash.abilities import Decoded
 from dllm.methods.dflash.settings import Dflash
 from dllm.models import hub
-from dllm.models.drafts.checkpoint import check_fit, check_tensors, draft_directory, load_draft, read_config
+from dllm.models.drafts.checkpoint import (
+    check_fit,
+    check_mask_embedding,
+    check_shapes,
+    check_tensors,
+    draft_directory,
+    load_draft,
+    read_config,
+)
 from dllm.models.drafts.protocol import Draft, DraftConfig
 from dllm.models.mask_token import draft_mask_id
 from dllm.models.target_config import logit_switch
 from dllm.models.targets import empty_target, load_tokenizer
+from dllm.outside import one_line
 from dllm.prompts.template import stop_ids
 from dllm.registry import DRAFTS
 
@@ -52,9 +62,16 @@ def check_models(settings: Dflash, target: Target) -> Decoded:
         family: type[Draft] = DRAFTS[settings.draft.architecture]
         family.start_config(published, config, settings.draft)
         check_fit(config, model.config, settings.draft.init)
+        check_mask_embedding(directory)
         _published_config(settings, config, model, tokenizer)
-        if hub.commit_of(directory) is None or any(directory.glob("*.safetensors")):  # else they are not downloaded yet
+        commit, name = hub.commit_of(directory), settings.draft.init
+        if commit is None or any(directory.glob("*.safetensors")):
             check_tensors(directory, published, config)
+        elif (shapes := hub.tensor_shapes(name, commit)) is not None:
+            check_shapes(shapes, published, config, name)
+        else:
+            what = "its tensors cannot be listed now; train checks them when it has downloaded the weights"
+            print(f"draft {one_line(name)}: {what}", file=sys.stderr, flush=True)
     if not can_decode:
         return "none"
     return "together" if can_batch(model) else "alone"

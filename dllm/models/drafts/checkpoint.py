@@ -211,6 +211,17 @@ def check_fit(config: DraftConfig, target_config: Any, where: str) -> None:
         )
 
 
+def check_mask_embedding(directory: Path) -> None:
+    """Refuse a draft with its own embedding of masks.
+
+    Raises:
+        ModelError: it has one.
+    """
+    if (directory / MASK_EMBEDDING).exists():
+        what = f"the draft has an embedding of its own for masks ({MASK_EMBEDDING}), and the target's would be used"
+        raise ModelError(what, where=str(directory), hint="such a draft is not supported; pickles are not read")
+
+
 def check_tensors(directory: Path, family: type[Draft], config: DraftConfig) -> dict[str, Stored]:
     """Check that a checkpoint holds its family's tensors, by the headers of its files; list where each is stored.
 
@@ -219,16 +230,31 @@ def check_tensors(directory: Path, family: type[Draft], config: DraftConfig) -> 
     Raises:
         ModelError: there are no weights, or a tensor is missing, extra, or of another shape or kind.
     """
-    stored, shape = _stored(directory), (config.vocab_size, config.hidden_size)
-    if (directory / MASK_EMBEDDING).exists():
-        what = f"the draft has an embedding of its own for masks ({MASK_EMBEDDING}), and the target's would be used"
-        raise ModelError(what, where=str(directory), hint="such a draft is not supported; pickles are not read")
-    passed = [name for name in SHARED if name in stored and stored[name].shape == shape]
-    if passed:
-        print(f"note: {directory}: the draft has its own {_some(passed)}; the target's are used", file=sys.stderr)
-    stored = {name: each for name, each in stored.items() if name not in passed}
-    _check({name: each.shape for name, each in stored.items()}, family.tensor_shapes(config), str(directory))
-    return stored
+    check_mask_embedding(directory)
+    stored = _stored(directory)
+    check_shapes({name: each.shape for name, each in stored.items()}, family, config, str(directory))
+    return {name: each for name, each in stored.items() if name not in SHARED}
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], family: type[Draft], config: DraftConfig, where: str) -> None:
+    """Check the names and shapes of a draft's tensors; raises as `check_tensors` does.
+
+    Args:
+        shapes: by name, as published or as ours.
+        where: for messages.
+    """
+    own = {_own_name(name): shape for name, shape in shapes.items()}
+    shared = {name: shape for name, shape in own.items() if name in SHARED}
+    if passed := [name for name, shape in shared.items() if shape == (config.vocab_size, config.hidden_size)]:
+        print(f"note: {where}: the draft has its own {_some(passed)}; the target's are used", file=sys.stderr)
+    kept = {name: shape for name, shape in own.items() if name and name not in passed}
+    _check(kept, family.tensor_shapes(config), where)
+
+
+def _own_name(name: str) -> str:
+    """Return our name of a published tensor; an empty one for what the config determines."""
+    own = name.removeprefix("model.")
+    return "" if own.endswith("rotary_emb.inv_freq") else ALIASES.get(own, own)  # older files have it
 
 
 def _stored(directory: Path) -> dict[str, Stored]:
@@ -239,10 +265,9 @@ def _stored(directory: Path) -> dict[str, Stored]:
     for file in files:
         with _opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
-                header, own = tensors.get_slice(name), name.removeprefix("model.")
-                if own.endswith("rotary_emb.inv_freq"):  # older files have it, and its config determines it
+                header, own = tensors.get_slice(name), _own_name(name)
+                if not own:
                     continue
-                own = ALIASES.get(own, own)
                 if own in found:
                     raise ModelError(f"{own} is there twice: as {found[own].name} and {name}", where=str(directory))
                 if header.get_dtype() not in FLOATS:
