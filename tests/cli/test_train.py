@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,6 +55,21 @@ def test_a_run_without_room_is_refused_after_its_table(tmp_path: Path, capsys: p
     found = table(capsys.readouterr().out)
     assert len(str(raised.value)) < 300 and found["parameters, draft"] == "1,048,626,432"
     assert found["rows"].startswith("778,090 of 3,072 tokens"), "sources of one name are added up"
+    needed, room = map(float, re.findall(r"[\d.]+", found["GiB per rank at the most"])[:2])
+    parts = [float(size) for name, size in found.items() if name.startswith("GiB per rank, ")]
+    assert room == 74.5 < needed == pytest.approx(sum(parts), abs=0.2) and len(parts) >= 3
+    assert float(found["tokens"]) == pytest.approx(778_090 * 3_072 * 6, rel=0.01)
+
+
+def test_what_this_machine_has_is_the_measure_where_no_device_is_named(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    dllm(root, "--dry-run")
+    needed = float(re.findall(r"[\d.]+", table(capsys.readouterr().out)["GiB per rank at the most"])[0])
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=int(needed / 4 * 2**30)))
+    with pytest.raises(StageError, match=r"a rank needs [\d.]+ GiB, .* and has [\d.]+ \("):
+        dllm(root, "--dry-run")
 
 
 def test_rows_are_those_of_the_responses_if_they_are_there(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

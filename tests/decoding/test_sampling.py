@@ -216,7 +216,7 @@ def test_a_models_first_tokens_have_its_joint_law(model, name: str, cuts: dict) 
     for (_, a, b), (first_V, second_V, third_V) in zip(prefixes[:, -3:].tolist(), logits_NSV, strict=True):
         before = float(how.law(first_V)[a] * how.law(second_V)[b])
         law |= {(a, b, c): before * float(p) for c, p in enumerate(how.law(third_V))}
-    asked = [PROMPT] * 1500
+    asked = [PROMPT] * 3000
     drawn = samplings(asked, SampledSettings(temperature=0.8, seed=2, **cuts))
     decoder = Decoder(model, draft_of(model, name))
     found = decode_together(decoder, asked, max_new_tokens=LENGTH, batch_size=250, samplings=drawn)

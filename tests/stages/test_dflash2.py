@@ -19,7 +19,7 @@ from dllm.config.params import Params
 from dllm.models.drafts.checkpoint import load_draft
 from dllm.models.drafts.dflash import DFlashDraft
 from dllm.models.drafts.dflash2 import DFlash2Draft
-from dllm.stages import evaluate, prepare, regenerate, register, train
+from dllm.stages import evaluate, preflight, prepare, regenerate, register, train
 from tests.arch.source_tree import ROOT
 from tests.patience import LONGEST_S
 from tests.stages import test_train
@@ -135,6 +135,20 @@ def test_two_ranks_share_the_greedy_responses_that_are_walked_where_those_traine
         next(r for r in test_train.records(tmp_path / name) if r["kind"] == "validation") for name in ("one", "two")
     )
     assert one["val_walked_acceptance_length"] == pytest.approx(two["val_walked_acceptance_length"], rel=0.05)
+
+
+def test_training_goes_on_from_a_dflash_2_draft(alone, tmp_path: Path) -> None:
+    before, _ = alone
+    init = {"init": str(before / "out/train/checkpoint")}
+    params = project(tmp_path, init, {"loss": "dpace", "loss_vocab": "corpus", "distill": 0.3}, log_every=1, epochs=1)
+    preflight.check(params)
+    train.run(params, tmp_path)
+    first, start = test_train.records(tmp_path)[0], test_train.records(before)[0]
+    assert first["acceptance_length"] > start["acceptance_length"] + 0.3
+    raw = json.loads((tmp_path / "out/train/checkpoint/config.json").read_text())
+    assert (
+        raw["dflash_config"] == json.loads((before / "out/train/checkpoint/config.json").read_text())["dflash_config"]
+    )
 
 
 def test_a_plain_draft_goes_on_as_dflash_2_with_the_same_first_loss(

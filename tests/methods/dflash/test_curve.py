@@ -33,3 +33,22 @@ def test_a_readable_png_appears_whole(found: dict, block_size: int, tmp_path: Pa
     assert pixels.shape[0] > 500 and pixels.shape[1] > 1000
     assert pixels[..., :3].std() > 0.02, "an empty picture"
     assert [p.name for p in tmp_path.iterdir()] == ["acceptance.png"]
+
+
+def test_throughput_has_a_panel_with_the_best_choice_of_each_concurrency_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn, real = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: (drawn.append(self), real(self, *args, **more)))
+    curve.draw(PAYING, tmp_path / "acceptance.png", "target, block 4")
+    (figure,) = drawn
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    panel = panels["Expected throughput, the best choice marked"]
+    stars = [tuple(line.get_xydata()[0]) for line in panel.lines if line.get_marker() == "*"]
+    assert stars == [(3, 80), (0, 900)]
+    curves = {line.get_label(): line.get_xydata().tolist() for line in panel.lines if line.get_marker() != "*"}
+    assert curves["1 at once"] == [[0, 50], [1, 70], [3, 80]] and len(curves) == 2
+    expected = [(0, 50.0, "1 at once"), (1, 70.0, "1 at once"), (3, 80.0, "1 at once"), (0, 900.0, "32 at once")]
+    assert curve.points(PAYING, PAYING)["throughput"][:4] == expected

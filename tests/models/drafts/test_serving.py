@@ -25,7 +25,7 @@ PLACES = {
     "vllm": (None, MASK, TAPS, "is_causal"),
     "lmdeploy": ("dflash_config.block_size", MASK, TAPS, "dflash_config.causal"),
     "trtllm": ("dflash_config.block_size", MASK, TAPS, None),
-    "llamacpp": ("block_size", MASK, TAPS, None),
+    "llamacpp": ("dflash_config.block_size", MASK, TAPS, None),
     "z-lab": ("dflash_config.block_size", MASK, TAPS, "is_causal"),
 }
 DECODES = {
@@ -92,7 +92,7 @@ def test_every_engine_of_the_registry_is_in_the_tables() -> None:
     for name, engine in SERVING_ENGINES.items():
         for value, place in zip(("block_size", "mask_token_id", "target_layer_ids"), PLACES[name], strict=False):
             read = engine.reads.get(value, (None,))
-            assert place in (read[0], None) or name == "llamacpp", (name, value)
+            assert place in (read[0], None), (name, value)
 
 
 @pytest.mark.parametrize("case", DECODES)
@@ -165,6 +165,9 @@ def test_a_command_is_shell_that_names_target_and_draft(name: str) -> None:
         assert words[words.index("--speculative-num-draft-tokens") + 1] == "8"
     if name == "lmdeploy":
         assert words[words.index("--speculative-num-draft-tokens") + 1] == "7"
+    if name == "llamacpp":
+        assert words[words.index("--spec-draft-n-max") + 1] == "7"
+        assert words[words.index("--spec-type") + 1] == "draft-dflash"
     if name == "trtllm":
         settings = yaml.safe_load(text.split("'YAML'\n")[1].split("\nYAML\n")[0])["speculative_config"]
         assert settings == {"decoding_type": "DFlash", "speculative_model": "a draft", "max_draft_len": 7}
