@@ -7,10 +7,13 @@ import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dllm.files import atomic_write, open_to_append
 from dllm.tracking.runs import Tracker
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Phase = Literal["train", "validation"]
 LABELS = ("step", "epoch", "time", "kind")
@@ -82,13 +85,16 @@ def draw_curves(records: Sequence[dict[str, Any]], path: Path, panels: Sequence[
     for axes, names in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         many = len(names) > MANY
         shades = colormaps["viridis"].resampled(len(names)) if many else colormaps["tab10"]
+        shown: list[tuple[int, float]] = []
         for color, name in enumerate(names):
             for series, style in ((name, "-"), (f"val_{name}", "o--")):
                 points = [(r["step"], r[series]) for r in records if r.get(series) is not None]
+                shown += points
                 if points:
                     label = name if series == name else None
                     axes.plot(*zip(*points, strict=True), style, color=shades(color), markersize=3, label=label)
-        axes.set_title(f"{names[0]} to {names[-1]}" if many else names[0])
+        cut = ", first steps cut off" if _leave_out_start(axes, shown) else ""
+        axes.set_title((f"{names[0]} to {names[-1]}" if many else names[0]) + cut)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             # A long legend would cover the curves.
@@ -96,6 +102,17 @@ def draw_curves(records: Sequence[dict[str, Any]], path: Path, panels: Sequence[
             axes.legend(fontsize="small", **beside)
     figure.supxlabel("optimizer step; dots: held-out text", fontsize="medium")
     figure.savefig(path, dpi=120)
+
+
+def _leave_out_start(axes: Axes, points: Sequence[tuple[int, float]]) -> bool:
+    """Scale a panel to what follows the first twentieth of the steps, if it would fill less than a quarter of it."""
+    start = max((step for step, _ in points), default=0) / 20
+    values, later = [value for _, value in points], [value for step, value in points if step > start]
+    height = max(later) - min(later) if later else 0.0
+    if not 0 < height < (max(values) - min(values)) / 4:
+        return False
+    axes.set_ylim(min(later) - height / 10, max(later) + height / 2)
+    return True
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
