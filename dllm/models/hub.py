@@ -7,6 +7,7 @@ import hashlib
 import re
 from pathlib import Path
 
+import httpx
 from huggingface_hub import constants, get_safetensors_metadata, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -77,7 +78,7 @@ def tensor_shapes(repo: str, commit: str) -> dict[str, tuple[int, ...]] | None:
     """
     try:
         files = get_safetensors_metadata(repo, revision=commit).files_metadata
-    except (HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError, ValueError):
+    except (HfHubHTTPError, httpx.HTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError, ValueError):
         return None
     return {name: tuple(each.shape) for file in files.values() for name, each in file.tensors.items()}
 

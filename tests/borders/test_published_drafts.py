@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
@@ -186,11 +187,18 @@ def test_tensors_on_the_hub_are_checked_by_prepare_without_a_download(
     assert "cannot be listed" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("away", [None, httpx.ConnectError("away"), httpx.ReadTimeout("slow")], ids=repr)
 def test_where_the_hub_lists_no_tensors_prepare_says_when_they_are_checked(
-    hub: Path, capfd: pytest.CaptureFixture[str]
+    hub: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, away: Exception | None
 ) -> None:
     _without_weights(hub)
-    preflight.check(_params())  # offline
+
+    def fail(repo: str, **_: Any) -> None:
+        raise away or AssertionError
+
+    if away:  # else the cache is used offline
+        monkeypatch.setattr("dllm.models.hub.get_safetensors_metadata", fail)
+    preflight.check(_params())
     assert "draft me/draft: its tensors cannot be listed now; train checks them" in capfd.readouterr().err
 
 
