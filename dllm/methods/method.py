@@ -133,8 +133,10 @@ class Method(Protocol[Settings]):
     def check(self, params: Params) -> None:
         """Raise ValueError where settings of several sections conflict under this method."""
 
-    def check_models(self, params: Params) -> None:
+    def check_models(self, params: Params) -> str | None:
         """Check by their configs that the models can be trained so, before anything is generated; read no weights.
+
+        Returns: a line for `prepare` to print, what works with the target; None has none.
 
         Raises:
             ConfigError, ModelError: one cannot; the line says why.

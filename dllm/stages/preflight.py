@@ -21,10 +21,14 @@ DATED = (
 )
 
 
-def check(params: Params) -> PreTrainedTokenizerBase:
+def check(params: Params, *, reports: bool = True) -> PreTrainedTokenizerBase:
     """Refuse what a later stage would refuse, as far as configs say, and return the target's tokenizer.
 
     No weights are read.
+
+    Args:
+        params: of the run.
+        reports: print what works with the target.
 
     Raises:
         ConfigError: the engine's settings are impossible, or the mask token is; the target has no revisions.
@@ -33,7 +37,9 @@ def check(params: Params) -> PreTrainedTokenizerBase:
     """
     engine: EngineFactory = ENGINES[params.regenerate.engine]
     engine.check(params.regenerate)
-    METHODS[params.train.mode].check_models(params)
+    works = METHODS[params.train.mode].check_models(params)
+    if works and reports:
+        print(works, file=sys.stderr, flush=True)
     engine.check_target(params.target)
     check_revision(params.target)
     path = locate(params.target, weights=False)

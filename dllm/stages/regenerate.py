@@ -33,7 +33,7 @@ def run(params: Params, root: Path) -> dict[str, Any]:
         ServerError: the servers are out of reach or respond wrongly.
         StageError: another process does the same, or the disk is full.
     """
-    tokenizer = preflight.check(params)
+    tokenizer = preflight.check(params, reports=False)  # prepare has
     prepared = root / "out" / "prepare"
     inputs = prompts.read_prompts(prepared)
     with open_stage(

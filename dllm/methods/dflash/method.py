@@ -5,7 +5,6 @@ Checking a params file imports this module: what imports torch (1 second) is imp
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -49,12 +48,12 @@ class DflashMethod:
                 "a draft cannot be decoded with larger blocks than it was trained on"
             )
 
-    def check_models(self, params: Params) -> None:
+    def check_models(self, params: Params) -> str:
         from dllm.methods.dflash.build import check_models
 
         decoded = check_models(cast(Dflash, params.train.method_settings), params.target)
         check_evaluation(decoded, params.evaluate, where=f"target.model: {params.target.model}")
-        print(f"target {one_line(params.target.model)}: {ABILITIES[decoded]}", file=sys.stderr, flush=True)
+        return f"target {one_line(params.target.model)}: {ABILITIES[decoded]}"
 
     def identity(self, params: Params) -> Mapping[str, Any]:
         from dllm.models.drafts.checkpoint import draft_identity
